@@ -1,0 +1,249 @@
+"""Token log-probabilities straight from hidden states and the LM head: the public functions.
+
+The (T, V) logits never exist. Cost: forward 2 T D V FLOP, backward 2 T D V and as many again for each of d_hidden and d_weight; memory beyond the gradients: one
+float32 (T, D) buffer and `workspace_bytes`. Formulas: docs/math.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .functions import LinearLogps, RefuseGradient
+from .reference import HeadOptions, LogpStats
+
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_EXTRA = ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
+
+
+def linear_logps(
+    hidden: Tensor,  # (..., D) bf16 | fp16 | fp32 | fp64
+    weight: Tensor,  # (V, D) the dtype of hidden
+    targets: Tensor,  # (...) integer
+    bias: Tensor | None = None,  # (V,) the dtype of hidden
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    grad_tol: float = 0.0,
+    workspace_bytes: int = 2**28,
+    process_group: Any = None,
+    impl: str = "auto",
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
+) -> Tensor:  # (...) float32, float64 for float64 inputs
+    """Log-probability of each target under softmax(cap(logit_scale (hidden @ weight.T + bias)) / temperature).
+
+    Differentiable in hidden, weight, bias and low_rank, once. Rows with `ignore_index` give 0 and no gradient.
+
+    Args:
+        hidden: last hidden states; any leading dimensions, contiguous or not.
+        weight: the LM head.
+        targets: the token id that each row predicts (already shifted), or `ignore_index`.
+        bias: of the LM head.
+        logit_scale: multiplies the logits (Cohere; Granite: 1 / logits_scaling).
+        softcap: soft-caps the logits, softcap * tanh(logits / softcap) (Gemma 2).
+        temperature: divides the logits, after the cap.
+        grad_tol: allowed relative L1 error of the gradient in the logits. 0 asks for the exact gradient; every implementation is exact today, which
+            satisfies any tolerance.
+        workspace_bytes: bound on temporaries, beyond gradients and one float32 (T, D) buffer.
+        process_group: the vocabulary is split over this group in order of rank: weight and bias (and low_rank[1]) are this rank's rows, targets are global ids,
+            hidden is the same on all ranks. Gradients of hidden (and low_rank[0]) are summed over the group.
+        impl: "auto" takes the first of "triton", "cuda", "cpu", "reference" that can run (see `explain`); an explicit choice never falls back.
+        low_rank: (x, B) adds x @ B.T to hidden @ weight.T: LoRA on the head without a merged copy of the weight, with x = scaling * hidden @ A.T.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it, what is expected, and its value. On a GPU values inside tensors are not read
+            back: a target id outside the vocabulary gives NaN in its row and in the gradients.
+
+    Source: DPO (arXiv 2305.18290) needs exactly these; the online log-sum-exp over vocabulary blocks follows cut cross-entropy (arXiv 2411.09009).
+    """
+    options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, workspace_bytes)
+    return _run(hidden, weight, targets, bias, low_rank, options, False, process_group, impl).token_logps
+
+
+def linear_logp_stats(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (...) integer
+    bias: Tensor | None = None,  # (V,)
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    grad_tol: float = 0.0,
+    workspace_bytes: int = 2**28,
+    process_group: Any = None,
+    impl: str = "auto",
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
+    outputs: Sequence[str] = ("lse", "entropy"),
+) -> LogpStats:
+    """`linear_logps` with more of each row's distribution, at the same number of matrix products.
+
+    outputs: any of "lse", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1"; the others are None. token_logps is always there. token_logps and lse are
+    differentiable; a gradient into any other field raises a RuntimeError, it is never a silent zero. The other arguments are those of `linear_logps`.
+    """
+    known = ("lse", *_EXTRA)
+    for name in outputs:
+        if name not in known and name != "token_logps":
+            raise ValueError(f"outputs must be taken from {known}; got {name!r}")
+    options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, workspace_bytes)
+    extra = any(name in outputs for name in _EXTRA)
+    stats = _run(hidden, weight, targets, bias, low_rank, options, extra, process_group, impl)
+    fields = stats._asdict()
+    for name in known:
+        if name not in outputs:
+            fields[name] = None
+        elif name in _EXTRA[:-1] and stats.token_logps.requires_grad:  # is_top1 is bool and cannot carry a gradient
+            fields[name] = RefuseGradient.apply(fields[name], stats.token_logps, name)
+    return LogpStats(**fields)
+
+
+def seq_logps(
+    token_logps: Tensor,  # (T,) floating
+    cu_seqlens: Tensor,  # (S+1,) integer
+) -> Tensor:  # (S,) the dtype of token_logps
+    """Sums of token_logps by sequence: sequence s owns tokens cu_seqlens[s] : cu_seqlens[s+1]. Differentiable.
+
+    Raises ValueError where offsets do not start at 0, decrease, or do not end at T (on a GPU values are not read back: only shapes are checked).
+    """
+    if token_logps.dim() != 1 or not token_logps.is_floating_point():
+        raise ValueError(f"token_logps must be a floating (T,) tensor; got {tuple(token_logps.shape)} {token_logps.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens must be an integer (S+1,) tensor; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    if cu_seqlens.device != token_logps.device:
+        raise ValueError(f"cu_seqlens must be on the device of token_logps, {token_logps.device}; got {cu_seqlens.device}")
+    return ops.segment_sums(token_logps, cu_seqlens)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What impl="auto" picks, and why not each of the others (an implementation that could run but comes later has no reasons)."""
+
+    impl: str
+    why_not: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"auto picks {self.impl!r}"]
+        for name, reasons in self.why_not.items():
+            if name != self.impl:
+                lines.append(f"  {name}: " + ("; ".join(reasons) if reasons else f"could run; {self.impl!r} comes first"))
+        return "\n".join(lines)
+
+
+def explain(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
+    **options: Any,
+) -> Explanation:
+    """Which implementation impl="auto" takes for these arguments of `linear_logps`, and every reason against the others. Computes nothing."""
+    hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
+    _check(hidden, weight, targets, bias, low_rank)
+    why_not = {name: ops.why_not(name, hidden, weight) for name in ops.IMPLS}
+    return Explanation(ops.resolve("auto", hidden, weight), why_not)
+
+
+# ------------------------------------------------------------------------------------------------------------- arguments
+
+
+def _options(
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    grad_tol: float,
+    workspace_bytes: int,
+) -> HeadOptions:
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale must be finite; got {logit_scale}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be positive and finite, or None; got {softcap}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite; got {temperature}")
+    if not 0 <= grad_tol < 1:
+        raise ValueError(f"grad_tol must be in [0, 1); got {grad_tol}")
+    if workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes must be positive; got {workspace_bytes}")
+    cap = None if softcap is None else float(softcap)
+    return HeadOptions(float(logit_scale), cap, float(temperature), int(ignore_index), int(workspace_bytes))
+
+
+def _autocast(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """What torch.autocast does to F.linear: floating inputs, float64 excepted, are cast to its dtype. The casts are differentiable."""
+    device_type = hidden.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return hidden, weight, bias, low_rank
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+    pair = None if low_rank is None else (cast(low_rank[0]), cast(low_rank[1]))
+    return cast(hidden), cast(weight), None if bias is None else cast(bias), pair
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> None:
+    if hidden.dtype not in _FLOATING:
+        raise TypeError(f"hidden must be one of {', '.join(map(str, _FLOATING))}; got {hidden.dtype}")
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"targets must be an integer tensor; got {targets.dtype}")
+    if hidden.dim() < 1:
+        raise ValueError("hidden must be (..., D); got a scalar")
+    D = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != D or weight.shape[0] < 1 or D < 1:
+        raise ValueError(f"weight must be (V, D = {D}), the last dimension of hidden {tuple(hidden.shape)}, both at least 1; got {tuple(weight.shape)}")
+    V = weight.shape[0]
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets must have the leading shape of hidden, {tuple(hidden.shape[:-1])}; got {tuple(targets.shape)}")
+    named = {"weight": weight}
+    if bias is not None:
+        named["bias"] = bias
+        if bias.shape != (V,):
+            raise ValueError(f"bias must be (V,) = ({V},); got {tuple(bias.shape)}")
+    if low_rank is not None:
+        x, b = low_rank
+        named |= {"low_rank[0]": x, "low_rank[1]": b}
+        if b.dim() != 2 or b.shape[0] != V or b.shape[1] < 1:
+            raise ValueError(f"low_rank[1] must be (V = {V}, R) with R at least 1; got {tuple(b.shape)}")
+        if x.shape != (*hidden.shape[:-1], b.shape[1]):
+            raise ValueError(f"low_rank[0] must be (..., R) = {(*hidden.shape[:-1], b.shape[1])}; got {tuple(x.shape)}")
+    for name, x in named.items():
+        if x.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype} (mixed dtypes want torch.autocast); got {x.dtype}")
+    for name, x in (*named.items(), ("targets", targets)):
+        if x.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}; got {x.device}")
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+    options: HeadOptions,
+    extra: bool,
+    process_group: Any,
+    impl: str,
+) -> LogpStats:
+    if impl != "auto" and impl not in ops.IMPLS:
+        raise ValueError(f"impl must be 'auto' or one of {ops.IMPLS}; got {impl!r}")
+    hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
+    _check(hidden, weight, targets, bias, low_rank)
+    low_rank_hidden, low_rank_weight = (None, None) if low_rank is None else low_rank
+    return LogpStats(*LinearLogps.apply(hidden, weight, targets.long(), bias, low_rank_hidden, low_rank_weight, options, extra, impl))

@@ -1,0 +1,321 @@
+"""The torch.library ops: schema, fake and the choice of an implementation. Imports torch alone; a kernel is imported when a device function first runs it.
+
+`groupdpo_kernels::linear_logps_forward` and `groupdpo_kernels::linear_logps_backward` carry the name of an implementation as their last argument and resolve
+"auto" on the real tensors, so a traced graph holds one opaque op and tracing never looks at devices or versions. Neither has an autograd formula: the
+Functions in functions.py are the only users that need one, and a double backward raises instead of being silently wrong.
+
+Values inside tensors are checked here for CPU tensors (a wrong target id is a ValueError). On a GPU nothing is read back: there a wrong id gives NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from dataclasses import astuple
+from typing import Any, Callable, Iterator, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import HeadGradients, HeadOptions, LogpStats
+
+IMPLS = ("triton", "cuda", "cpu", "reference")  # in the order "auto" tries them
+
+_LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
+
+# The C++ op (csrc/binding.cpp registers it for the CPU key). Rows are live and ids are valid by the time it is called.
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_rank_hidden, Tensor? low_rank_weight, Tensor targets"
+_MAP = "float logit_scale, float? softcap, float temperature"
+_STATS = "(Tensor token_logps, Tensor lse, Tensor entropy, Tensor mean_logits, Tensor log_sum_sq_probs, Tensor is_top1)"
+_GRADIENTS = "(Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low_rank_hidden, Tensor d_low_rank_weight)"
+_NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight"
+_LIBRARY.define(f"linear_logps_forward_cpu({_HEAD}, {_MAP}, int workspace_bytes, bool stats) -> {_STATS}")
+_LIBRARY.define(
+    f"linear_logps_backward_cpu({_HEAD}, Tensor lse, Tensor d_token_logps, Tensor d_lse, {_MAP}, int workspace_bytes, {_NEEDS})"
+    f" -> {_GRADIENTS}"
+)
+
+
+# ------------------------------------------------------------------------------------------------------- which implementation
+
+
+def extension_why_not() -> list[str]:
+    """Why the C++ extension cannot be used; empty if it can. Loading it registers its ops."""
+    try:
+        importlib.import_module("groupdpo_kernels._C")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "groupdpo_kernels._C":
+            return ["C++ extension is not built: run `pip install --no-build-isolation -e .` with a C++ compiler, cmake, ninja and pybind11"]
+        return [f"C++ extension does not load: {error}"]
+    return []
+
+
+def _triton_why_not(hidden: Tensor, weight: Tensor) -> list[str]:
+    try:
+        launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_forward")
+    except ImportError as error:
+        return [f"triton does not import: {error}; run `pip install 'triton>=3.6,<3.8'`"]
+    return launcher.why_not(hidden, weight)
+
+
+def _cpu_why_not(hidden: Tensor, weight: Tensor) -> list[str]:
+    reasons = extension_why_not()
+    if hidden.device.type != "cpu":
+        reasons.append(f"hidden is on {hidden.device}: the C++ op wants CPU tensors")
+    if hidden.dtype == torch.float64:
+        reasons.append("hidden is float64: only the reference computes in float64")
+    return reasons
+
+
+def why_not(impl: str, hidden: Tensor, weight: Tensor) -> list[str]:
+    """Every reason why `impl` cannot compute linear_logps on these tensors; empty if it can."""
+    if impl == "triton":
+        return _triton_why_not(hidden, weight)
+    if impl == "cuda":
+        return ["linear_logps has no CUDA C++ kernel: its device kernels are in Triton"]
+    if impl == "cpu":
+        return _cpu_why_not(hidden, weight)
+    return []
+
+
+def resolve(impl: str, hidden: Tensor, weight: Tensor) -> str:
+    """The implementation that runs. An explicit choice never falls back: it raises with every reason."""
+    if impl == "auto":
+        return next(name for name in IMPLS if not why_not(name, hidden, weight))
+    reasons = why_not(impl, hidden, weight)
+    if reasons:
+        raise ValueError(f"impl={impl!r} cannot run here: " + "; ".join(reasons))
+    return impl
+
+
+# ----------------------------------------------------------------------------------------------------------- the ops
+
+
+class Head(NamedTuple):
+    """The tensors of an LM head, in the order of the ops' schema."""
+
+    hidden: Tensor  # (..., D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    low_rank_hidden: Tensor | None  # (..., R)
+    low_rank_weight: Tensor | None  # (V, R)
+
+
+@contextlib.contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Inputs have their dtype already: an active autocast must not narrow the float32 arithmetic inside."""
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _check_targets(targets: Tensor, V: int, ignore_index: int) -> Tensor:
+    """The rows that are not ignored; ValueError for an id outside the vocabulary. Reads values: host side only."""
+    live = targets != ignore_index
+    wrong = live & ((targets < 0) | (targets >= V))
+    if wrong.any():
+        at = int(wrong.reshape(-1).nonzero()[0, 0])
+        raise ValueError(
+            f"targets must be in [0, V = {V}) or ignore_index = {ignore_index}; targets.view(-1)[{at}] is {int(targets.reshape(-1)[at])}"
+            f" ({int(wrong.sum())} such rows)"
+        )
+    return live.reshape(-1).nonzero()[:, 0]
+
+
+def _take(x: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Live rows of a (..., n) tensor as (t, n); no copy when all rows live and the leading dimensions collapse."""
+    if x is None:
+        return None
+    x = x.reshape(-1, x.shape[-1])
+    return x if rows.numel() == x.shape[0] else x.index_select(0, rows)
+
+
+def _put(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_take`: ignored rows hold zero."""
+    n = rows.numel()
+    flat = x.new_zeros((shape.numel() // max(1, x.shape[1:].numel()), *x.shape[1:])) if x.shape[1:].numel() else x.new_zeros(shape)
+    if flat.shape[0] == n:
+        return x.reshape(shape)
+    return flat.index_copy_(0, rows, x).reshape(shape)
+
+
+def _live_head(head: Head, rows: Tensor) -> Head:
+    hidden = _take(head.hidden, rows)
+    assert hidden is not None
+    return Head(hidden, head.weight, head.bias, _take(head.low_rank_hidden, rows), head.low_rank_weight)
+
+
+def _host_forward(head: Head, targets: Tensor, options: HeadOptions, stats: bool, impl: str) -> LogpStats:
+    rows = _check_targets(targets, head.weight.shape[0], options.ignore_index)
+    live = _live_head(head, rows)
+    live_targets = targets.reshape(-1)[rows]
+    if impl == "cpu":
+        out = torch.ops.groupdpo_kernels.linear_logps_forward_cpu(
+            *live, live_targets, options.logit_scale, options.softcap, options.temperature, options.workspace_bytes, stats
+        )
+    else:
+        out = reference.forward_in_blocks(*live, live_targets, options)
+    return LogpStats(*(_put(x, rows, targets.shape) if stats or i < 2 else x.new_empty(0) for i, x in enumerate(out)))
+
+
+def _host_backward(
+    head: Head,
+    targets: Tensor,
+    lse: Tensor,
+    d_token_logps: Tensor,
+    d_lse: Tensor,
+    options: HeadOptions,
+    needs: tuple[bool, ...],
+    impl: str,
+) -> HeadGradients:
+    rows = _check_targets(targets, head.weight.shape[0], options.ignore_index)
+    live = _live_head(head, rows)
+    rowwise = (lse, d_token_logps, d_lse)
+    arguments = (*live, *(x.reshape(-1)[rows] for x in (targets, *rowwise)))
+    if impl == "cpu":
+        o = options
+        out = torch.ops.groupdpo_kernels.linear_logps_backward_cpu(
+            *arguments, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes, *needs
+        )
+    else:
+        out = reference.backward_in_blocks(*arguments, options, needs)
+    gradients = [x if needed else None for x, needed in zip(out, needs)]
+    for i in (0, 3):  # by row: back to the shape of the input
+        if (gradient := gradients[i]) is not None:
+            gradients[i] = _put(gradient, rows, head[i].shape)
+    return HeadGradients(*gradients)
+
+
+_OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_index, int workspace_bytes"
+
+
+@torch.library.custom_op(
+    "groupdpo_kernels::linear_logps_forward",
+    mutates_args=(),
+    schema=f"({_HEAD}, {_OPTIONS}, bool stats, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear_logps_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):  # type: ignore[no-untyped-def]
+    *options, stats, impl = rest
+    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    impl = resolve(impl, hidden, weight)
+    with _exact(hidden.device):
+        if impl == "triton":
+            launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_forward")
+            return tuple(launcher.linear_logps_forward(*head, targets, *options, stats))
+        return tuple(_host_forward(head, targets, HeadOptions(*options), stats, impl))
+
+
+@_linear_logps_forward.register_fake
+def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):  # type: ignore[no-untyped-def]
+    stats = rest[-2]
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    row = [torch.empty_like(targets, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2)]
+    shape = targets.shape if stats else (0,)
+    return (*row, *(targets.new_empty(shape, dtype=d) for d in (dtype, dtype, dtype, torch.bool)))
+
+
+@torch.library.custom_op(
+    "groupdpo_kernels::linear_logps_backward",
+    mutates_args=(),
+    schema=f"({_HEAD}, Tensor lse, Tensor d_token_logps, Tensor d_lse, {_OPTIONS}, bool[] needs, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear_logps_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_token_logps, d_lse, *rest):  # type: ignore[no-untyped-def]
+    *options, needs, impl = rest
+    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    impl = resolve(impl, hidden, weight)
+    with _exact(hidden.device):
+        if impl == "triton":
+            launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_backward")
+            out = launcher.linear_logps_backward(*head, targets, lse, d_token_logps, d_lse, *options, tuple(needs))
+        else:
+            out = _host_backward(head, targets, lse, d_token_logps, d_lse, HeadOptions(*options), tuple(needs), impl)
+    return tuple(hidden.new_empty(0) if x is None else x for x in out)
+
+
+@_linear_logps_backward.register_fake
+def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_token_logps, d_lse, *rest):  # type: ignore[no-untyped-def]
+    needs = rest[-2]
+    inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    return tuple(hidden.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs))
+
+
+def not_differentiable(name: str) -> RuntimeError:
+    return RuntimeError(f"{name} is not differentiable: only token_logps and lse are. Use {name}.detach() in the loss, or leave it out.")
+
+
+@torch.library.custom_op("groupdpo_kernels::refuse_gradient", mutates_args=())
+def _refuse_gradient(gradient: Tensor, name: str) -> Tensor:
+    """Zeros pass (a compiled graph feeds them to every unused output); anything else raises, or on a GPU, where values are not read back, becomes NaN."""
+    if gradient.device.type == "cpu" and gradient.count_nonzero():
+        raise not_differentiable(name)
+    return torch.where(gradient == 0, 0.0, torch.nan)
+
+
+@_refuse_gradient.register_fake
+def _(gradient: Tensor, name: str) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+@torch.library.custom_op("groupdpo_kernels::segment_sums", mutates_args=())
+def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """values (T,), offsets (S+1,) integer -> (S,), the dtype of values."""
+    if values.device.type == "cpu":
+        check_offsets("cu_seqlens", offsets, values.shape[0], "the number of tokens")
+    # In float64, each segment in order: deterministic, exact to the last float32 digit for a million tokens, and a NaN stays in its segment.
+    return torch.segment_reduce(values.double(), "sum", offsets=offsets.long(), axis=0, unsafe=True).to(values.dtype)
+
+
+@segment_sums.register_fake
+def _(values: Tensor, offsets: Tensor) -> Tensor:
+    return values.new_empty(offsets.shape[0] - 1)
+
+
+def _segment_sums_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.T = inputs[0].shape[0]
+
+
+def _segment_sums_backward(ctx: Any, d_sums: Tensor) -> tuple[Tensor, None]:
+    (offsets,) = ctx.saved_tensors
+    return torch.repeat_interleave(d_sums, offsets.diff(), output_size=ctx.T), None
+
+
+segment_sums.register_autograd(_segment_sums_backward, setup_context=_segment_sums_context)
+
+
+def check_offsets(name: str, offsets: Tensor, total: int, what: str) -> None:
+    """ValueError unless offsets start at 0, never decrease and end at `total`. Reads values: host side only."""
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] != total:
+        raise ValueError(f"{name} must start at 0 and end at {what}, {total}; got {values[0]} and {values[-1]}")
+    for i, (start, end) in enumerate(zip(values, values[1:])):
+        if end < start:
+            raise ValueError(f"{name} must not decrease; {name}[{i}] is {start} and {name}[{i + 1}] is {end}")
+
+
+# Typed doors to the ops, for functions.py.
+
+
+def linear_logps_forward(head: Head, targets: Tensor, options: HeadOptions, stats: bool, impl: str) -> LogpStats:
+    op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_forward
+    return LogpStats(*op(*head, targets, *astuple(options), stats, impl))
+
+
+def linear_logps_backward(
+    head: Head,
+    targets: Tensor,
+    lse: Tensor,
+    d_token_logps: Tensor,
+    d_lse: Tensor,
+    options: HeadOptions,
+    needs: tuple[bool, ...],
+    impl: str,
+) -> HeadGradients:
+    op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_backward
+    out = op(*head, targets, lse, d_token_logps, d_lse, *astuple(options), list(needs), impl)
+    return HeadGradients(*(x if needed else None for x, needed in zip(out, needs)))
+
+
+def refuse_gradient(gradient: Tensor, name: str) -> Tensor:
+    return torch.ops.groupdpo_kernels.refuse_gradient(gradient, name)
