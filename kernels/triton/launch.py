@@ -1,0 +1,166 @@
+"""Launch shapes by architecture, in one small table, and what a device must have to run them.
+
+The shapes come from compile-only figures (registers, spills, shared memory: tests/test_compile_only.py holds the budgets). Rows of `Launch` never depend on T or V.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Set by testing.py alone: kernels then run on CPU tensors in Triton's interpreter.
+interpreting: Launch | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch shape of a (BLOCK_T x BLOCK_V) tile of logits, reduced over the hidden size in steps of BLOCK_D."""
+
+    BLOCK_T: int
+    BLOCK_V: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False  # load through tensor descriptors; wants 16-byte aligned rows
+    persistent: bool = False  # one program a multiprocessor loops over tiles
+    GROUP_T: int = 16  # token tiles that share a sweep over the vocabulary, for the L2 cache
+
+
+# (architecture, bytes of an element) -> launch shape; the second table is for rows that tensor descriptors cannot load.
+TABLE: dict[tuple[str, int], Launch] = {
+    ("sm_80", 2): Launch(128, 128, 64, 8, 3),
+    ("sm_80", 4): Launch(128, 128, 32, 8, 3),
+    ("sm_86", 2): Launch(128, 128, 32, 8, 3),  # 99 KiB of shared memory: sm_86, sm_89, sm_120
+    ("sm_86", 4): Launch(128, 64, 32, 8, 2),
+    ("sm_90", 2): Launch(128, 256, 64, 8, 4, tma=True, persistent=True),
+    ("sm_90", 4): Launch(128, 128, 32, 8, 3, tma=True, persistent=True),
+    ("sm_100", 2): Launch(128, 256, 64, 8, 4, tma=True, persistent=True),
+    ("sm_100", 4): Launch(128, 128, 32, 8, 3, tma=True, persistent=True),
+    ("gfx942", 2): Launch(128, 128, 64, 8, 2),
+    ("gfx942", 4): Launch(128, 128, 32, 8, 2),
+}
+UNALIGNED: dict[tuple[str, int], Launch] = {
+    ("sm_90", 2): Launch(128, 128, 64, 8, 3),
+    ("sm_90", 4): Launch(128, 128, 32, 8, 3),
+    ("sm_100", 2): Launch(128, 128, 64, 8, 3),
+    ("sm_100", 4): Launch(128, 128, 32, 8, 3),
+}
+
+
+def architecture(device: torch.device) -> str | None:
+    """The table's name for a device; None where no kernel runs."""
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 10:
+        return "sm_100"
+    if (major, minor) in ((8, 0), (9, 0)):
+        return f"sm_{major}{minor}"
+    return "sm_86" if major >= 8 else None
+
+
+def why_not(hidden: Tensor, weight: Tensor) -> list[str]:
+    """Every reason why the Triton kernels of an LM head cannot run on these tensors."""
+    reasons = []
+    if hidden.dtype == torch.float64:
+        reasons.append("hidden is float64: only the reference computes in float64")
+    if interpreting is not None:
+        return reasons
+    if hidden.device.type != "cuda":
+        reasons.append(f"hidden is on {hidden.device}: the Triton kernels want a GPU")
+    elif architecture(hidden.device) is None:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(hidden.device)))
+        reasons.append(f"the GPU has compute capability {capability}: the Triton kernels want 8.0 or later")
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        reasons.append(f"triton is {triton.__version__}: the kernels want 3.6 or later")
+    return reasons
+
+
+def launch_for(weight: Tensor) -> Launch:  # (V, D)
+    """The launch shape for this head on its device."""
+    if interpreting is not None:
+        launch = interpreting
+        return launch if _aligned(weight) else Launch(launch.BLOCK_T, launch.BLOCK_V, launch.BLOCK_D, 4, 1, GROUP_T=launch.GROUP_T)
+    key = (architecture(weight.device) or "", weight.element_size())
+    launch = TABLE[key]
+    return launch if not launch.tma or _aligned(weight) else UNALIGNED[key]
+
+
+def _aligned(weight: Tensor) -> bool:
+    """Tensor descriptors want a contiguous last dimension and 16-byte aligned rows."""
+    row = weight.stride(0) * weight.element_size()
+    return weight.stride(1) == 1 and row % 16 == 0 and weight.data_ptr() % 16 == 0 and weight.shape[1] * weight.element_size() % 16 == 0
+
+
+def programs(launch: Launch, tiles: int, device: torch.device) -> tuple[int]:
+    """The grid for `tiles` tiles."""
+    if not launch.persistent:
+        return (tiles,)
+    processors = 3 if interpreting is not None else torch.cuda.get_device_properties(device).multi_processor_count
+    return (min(tiles, processors),)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """float32 products follow torch's own setting; for 16-bit inputs the word has no effect."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def scale_and_cap(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
+    """(scale, cap) so that logits = scale * x, or cap * tanh(scale * x) under softcap: divisions happen once, here, in float64."""
+    return (logit_scale / temperature, 1.0) if softcap is None else (logit_scale / softcap, softcap / temperature)
+
+
+def low_rank_block(R: int) -> int:
+    """BLOCK_R of the second segment: a tensor-core step at least, 64 at most; 0 without one."""
+    return 0 if R == 0 else min(64, max(16, 2 ** math.ceil(math.log2(R))))
+
+
+class HeadArguments(NamedTuple):
+    """What every kernel over the tiles of an LM head takes."""
+
+    tensors: tuple[object, ...]  # hidden, weight (pointers or descriptors), bias, low_rank_hidden, low_rank_weight
+    strides: tuple[int, ...]
+    constants: dict[str, object]
+
+
+def head_arguments(
+    hidden: Tensor,  # (T, D) contiguous
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    low_rank_hidden: Tensor | None,  # (T, R) contiguous
+    low_rank_weight: Tensor | None,  # (V, R)
+    launch: Launch,
+) -> HeadArguments:
+    R, low_rank_strides = (0, (0, 0)) if low_rank_weight is None else (low_rank_weight.shape[1], low_rank_weight.stride())
+    strides = (hidden.stride(0), *weight.stride(), *low_rank_strides)
+    sources: tuple[object, object] = (hidden, weight)
+    if launch.tma:
+        sources = (
+            TensorDescriptor.from_tensor(hidden, [launch.BLOCK_T, launch.BLOCK_D]),
+            TensorDescriptor.from_tensor(weight, [launch.BLOCK_V, launch.BLOCK_D]),
+        )
+    constants = {
+        "HAS_BIAS": bias is not None,
+        "BLOCK_R": low_rank_block(R),
+        "BLOCK_T": launch.BLOCK_T,
+        "BLOCK_V": launch.BLOCK_V,
+        "BLOCK_D": launch.BLOCK_D,
+        "GROUP_T": launch.GROUP_T,
+        "TMA": launch.tma,
+        "FLATTEN": launch.persistent,
+        "PRECISION": precision(hidden.dtype),
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+    return HeadArguments((*sources, bias, low_rank_hidden, low_rank_weight), strides, constants)
+
+
+def chunk_rows(T: int, bytes_per_row: int, budget: int, launch: Launch) -> int:
+    """How many rows of workspace fit: a multiple of BLOCK_T, one tile at least."""
+    return min(T, max(1, budget // bytes_per_row // launch.BLOCK_T) * launch.BLOCK_T)

@@ -1,0 +1,230 @@
+"""Gradients of token log-probabilities and lse in the LM head's inputs, from tiles of logits rebuilt with the saved lse.
+
+A kernel rebuilds a bounded block of the logits and writes d_logits of it in the input dtype, scaled down to the product; the library's matrix products turn the
+block into d_hidden and d_weight, at the speed of a bare product. Blocks go over the vocabulary: each block of d_weight is finished in one product over all
+rows (accumulated in float32, rounded once), d_hidden is accumulated in one float32 (T, D) buffer. No floating-point atomics, no locks: the same bits every time.
+Cost: 2 T D V FLOP and as many again for each of d_hidden and d_weight; what is not needed is neither computed nor allocated. Never holds (T, V).
+Ignored rows cost no arithmetic here; the library's products run over their zero rows. docs/math.md, section 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, chunk_rows, head_arguments, launch_for, programs, scale_and_cap, why_not
+from .rows import LiveRows, gather_rows, live_rows
+from .tile import add_low_rank, product, squash, tile_position, with_bias
+
+__all__ = ["linear_logps_backward", "why_not"]
+
+
+@triton.jit
+def d_logits_kernel(
+    hidden,  # (T, D) pointer or descriptor, compact
+    weight,  # (V, D) pointer or descriptor
+    bias_ptr,  # (V,)
+    low_rank_hidden_ptr,  # (T, R) compact
+    low_rank_weight_ptr,  # (V, R)
+    targets_ptr,  # (T,) int64, compact, like all rowwise inputs
+    count_ptr,  # (1,) int32: live rows
+    lse_ptr,  # (T,) float32
+    d_target_ptr,  # (T,) float32: coefficient of 1[v = target]
+    d_softmax_ptr,  # (T,) float32: coefficient of softmax
+    d_logits_ptr,  # (rows, columns) input dtype
+    d_bias_ptr,  # (token tiles, columns) float32, or None
+    row0,  # the block is rows row0 : row0 + rows, columns column0 : column0 + columns
+    rows,
+    column0,
+    columns,
+    T,
+    V,
+    D,
+    R,
+    stride_hidden_t,
+    stride_weight_v,
+    stride_weight_d,
+    stride_low_rank_v,
+    stride_low_rank_r,
+    scale,
+    cap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    live = tl.minimum(tl.load(count_ptr), row0 + rows)
+    tiles_t = tl.cdiv(rows, BLOCK_T)
+    live_tiles_t = tl.cdiv(tl.maximum(live - row0, 0), BLOCK_T)
+    tiles_v = tl.cdiv(columns, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), live_tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
+        tile_t, tile_v = tile_position(tile, live_tiles_t, tiles_v, GROUP_T)
+        t0 = row0 + tile_t * BLOCK_T
+        v0 = column0 + tile_v * BLOCK_V
+        acc = product(
+            hidden, weight, t0, v0, T, V, D, stride_hidden_t, stride_weight_v, stride_weight_d, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION
+        )  # fmt: skip
+        if BLOCK_R > 0:
+            acc = add_low_rank(
+                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, R, stride_low_rank_v, stride_low_rank_r, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
+            )  # fmt: skip
+        y = squash(with_bias(acc, bias_ptr, v0, V, HAS_BIAS, BLOCK_V), scale, HAS_SOFTCAP)
+        t = t0 + tl.arange(0, BLOCK_T)
+        v = v0 + tl.arange(0, BLOCK_V)
+        lse = tl.load(lse_ptr + t, mask=t < live, other=0.0)
+        d_target = tl.load(d_target_ptr + t, mask=t < live, other=0.0)
+        d_softmax = tl.load(d_softmax_ptr + t, mask=t < live, other=0.0)
+        target = tl.load(targets_ptr + t, mask=t < live, other=-1)
+        d = d_softmax[:, None] * tl.exp(cap * y - lse[:, None])
+        d += tl.where(v[None, :] == target[:, None], d_target[:, None], 0.0)
+        d *= scale * cap
+        if HAS_SOFTCAP:
+            d *= 1.0 - y * y
+        # Rows past the live ones are zero whatever the bias made of them: library products run over them.
+        d = tl.where((t < live)[:, None] & (v < column0 + columns)[None, :], d, 0.0)
+        at = (t - row0).to(tl.int64)[:, None] * columns + (v - column0)[None, :]
+        mask = (t < row0 + rows)[:, None] & (v < column0 + columns)[None, :]
+        tl.store(d_logits_ptr + at, d.to(d_logits_ptr.dtype.element_ty), mask=mask)
+        if NEEDS_BIAS:
+            tl.store(d_bias_ptr + tile_t.to(tl.int64) * columns + (v - column0), tl.sum(d, 0), mask=v < column0 + columns)
+    # Tiles of ignored rows: zeros, no arithmetic.
+    for tile in tl.range(live_tiles_t * tiles_v + tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0)):
+        t = (tile // tiles_v) * BLOCK_T + tl.arange(0, BLOCK_T)
+        v = (tile % tiles_v) * BLOCK_V + tl.arange(0, BLOCK_V)
+        mask = (t < rows)[:, None] & (v < columns)[None, :]
+        zero = tl.zeros((BLOCK_T, BLOCK_V), d_logits_ptr.dtype.element_ty)
+        tl.store(d_logits_ptr + t.to(tl.int64)[:, None] * columns + v[None, :], zero, mask=mask)
+        if NEEDS_BIAS:
+            tl.store(d_bias_ptr + (tile // tiles_v).to(tl.int64) * columns + v, tl.zeros((BLOCK_V,), tl.float32), mask=v < columns)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b with float32 `out`, without rounding the product to the dtype of a and b first."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif a.device.type == "cuda" and not torch.version.hip:
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+    elif a.device.type == "cuda":
+        out.add_(torch.mm(a, b))  # the ROCm library has no float32 output for 16-bit inputs
+    else:
+        out.addmm_(a.float(), b.float())
+
+
+def block_shape(
+    T: int,
+    D: int,
+    V: int,
+    itemsize: int,
+    workspace_bytes: int,
+    launch: Launch,
+) -> tuple[int, int]:
+    """(rows, columns) of a block of d_logits. Half the budget holds the block, a quarter the float32 rows of d_weight when not all T rows fit in one block;
+    the rest is for the library's own workspace. All T rows if that leaves 4096 columns, enough for the products to run at full speed."""
+    entries = max(launch.BLOCK_T * launch.BLOCK_V, workspace_bytes // 2 // itemsize)
+    tiles = entries // T // launch.BLOCK_V
+    if tiles * launch.BLOCK_V >= min(V, 4096):
+        return T, min(V, tiles * launch.BLOCK_V)
+    columns = max(1, min(4096, workspace_bytes // 4 // (4 * D)) // launch.BLOCK_V) * launch.BLOCK_V
+    return chunk_rows(T, min(V, columns) * itemsize, workspace_bytes // 2, launch), min(V, columns)
+
+
+def linear_logps_backward(
+    hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    low_rank_hidden: Tensor | None,  # (..., R)
+    low_rank_weight: Tensor | None,  # (V, R)
+    targets: Tensor,  # (...) int64
+    lse: Tensor,  # (...) float32, from the forward
+    d_token_logps: Tensor,  # (...) float32
+    d_lse: Tensor,  # (...) float32
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    workspace_bytes: int,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """(d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight) in the input dtype; None where not needed."""
+    V, D = weight.shape
+    T = targets.numel()
+    inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    gradients = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed and x is not None else None for x, needed in zip(inputs, needs)
+    ]
+    if T == 0 or not any(needs):
+        return tuple(None if g is None else g.zero_() for g in gradients)
+    d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = gradients
+
+    live = live_rows(targets.reshape(-1), ignore_index)
+    # d_hidden is written last: until then its memory holds the compact rows.
+    compact = gather_rows(hidden, live.rows, hidden.new_empty((T, D)) if d_hidden is None else d_hidden.view(T, D))
+    low_rank = None if low_rank_hidden is None else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, low_rank_hidden.shape[-1])))
+    compact_targets, compact_lse, d_target, d_softmax = _rowwise(live, targets, lse, d_token_logps, d_lse, V)
+
+    launch = launch_for(weight)
+    rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
+    head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
+    scale, cap = scale_and_cap(logit_scale, softcap, temperature)
+    block = hidden.new_empty(rows * columns)
+    one = {"dtype": torch.float32, "device": hidden.device}
+    by_row = [None if g is None else torch.zeros((T, g.shape[-1]), **one) for g in (d_hidden, d_low_rank_hidden)]
+    by_column = ((d_weight, compact), (d_low_rank_weight, low_rank))
+    for column0 in range(0, V, columns):
+        width = min(columns, V - column0)
+        span = slice(column0, column0 + width)
+        partial = None if d_bias is None else torch.zeros(width, **one)
+        # Over several row blocks a block of d_weight is accumulated in float32; over one, the product writes it straight.
+        accumulated = [None if g is None or rows == T else torch.zeros((width, g.shape[1]), **one) for g, _ in by_column]
+        for row0 in range(0, T, rows):
+            height = min(rows, T - row0)
+            d_logits = block[: height * width].view(height, width)
+            tiles_t = triton.cdiv(height, launch.BLOCK_T)
+            tile_sums = None if d_bias is None else torch.empty((tiles_t, width), **one)
+            d_logits_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
+                *head.tensors, compact_targets, live.count, compact_lse, d_target, d_softmax, d_logits, tile_sums, row0, height, column0, width, T, V, D,
+                0 if low_rank is None else low_rank.shape[1], *head.strides, scale, cap, HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=d_bias is not None,
+                **head.constants,
+            )  # fmt: skip
+            for accumulator, factor in zip(by_row, (weight, low_rank_weight)):
+                if accumulator is not None and factor is not None:
+                    add_product(accumulator[row0 : row0 + height], d_logits, factor[span])
+            for (gradient, factor), accumulator in zip(by_column, accumulated):
+                if accumulator is not None and factor is not None:
+                    add_product(accumulator, d_logits.T, factor[row0 : row0 + height])
+                elif gradient is not None and factor is not None:
+                    torch.mm(d_logits.T, factor, out=gradient[span])
+            if partial is not None and tile_sums is not None:
+                partial += tile_sums.sum(0)
+        for (gradient, _), accumulator in zip(by_column, accumulated):
+            if gradient is not None and accumulator is not None:
+                gradient[span] = accumulator
+        if d_bias is not None and partial is not None:
+            d_bias[span] = partial
+    for gradient, accumulator in zip((d_hidden, d_low_rank_hidden), by_row):
+        if gradient is not None and accumulator is not None:
+            gather_rows(accumulator, live.positions, gradient.view(T, -1))
+    return tuple(gradients)
+
+
+def _rowwise(
+    live: LiveRows,
+    targets: Tensor,  # (...) int64
+    lse: Tensor,  # (...) float32
+    d_token_logps: Tensor,  # (...) float32
+    d_lse: Tensor,  # (...) float32
+    V: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compact targets, lse, and the coefficients of 1[v = target] and of softmax in d_logits. A wrong id makes both NaN."""
+    targets, lse, d_token_logps, d_lse = (x.reshape(-1)[live.rows.clamp(min=0)] for x in (targets, lse, d_token_logps, d_lse))
+    d_target = torch.where((targets >= 0) & (targets < V), d_token_logps, torch.nan)
+    return targets, lse, d_target, d_lse - d_target

@@ -1,0 +1,224 @@
+"""Token log-probabilities and lse from hidden states and the LM head; the logits are never stored.
+
+Each (token x vocabulary) tile of the product is reduced where it stands to a maximum and a sum of exponentials a row; a second, small kernel combines the tiles of
+a row. Tile sums rather than a running row let every tile be an independent program: the order is free (L2), small T still fills the GPU, and the result does
+not depend on the order, so it is deterministic. Cost: 2 T D V FLOP; workspace 8 T V / BLOCK_V bytes (20 with statistics) by token chunks within the byte budget,
+and one compact copy of hidden. Ignored rows are compacted away on the device. docs/math.md, section 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import chunk_rows, head_arguments, launch_for, programs, scale_and_cap, why_not
+from .rows import gather_rows, live_rows
+from .tile import add_low_rank, finite_or_zero, product, squash, tile_position, with_bias
+
+__all__ = ["linear_logps_forward", "why_not"]
+
+
+@triton.jit
+def tiles_kernel(
+    hidden,  # (T, D) pointer or descriptor, compact
+    weight,  # (V, D) pointer or descriptor
+    bias_ptr,  # (V,)
+    low_rank_hidden_ptr,  # (T, R) compact
+    low_rank_weight_ptr,  # (V, R)
+    targets_ptr,  # (T,) int64, compact
+    count_ptr,  # (1,) int32: live rows
+    target_logits_ptr,  # (T,) float32
+    tile_max_ptr,  # (tiles_v, rows) float32, like all tile_*
+    tile_sum_ptr,
+    tile_plain_ptr,
+    tile_weighted_ptr,
+    tile_squares_ptr,
+    target_leads_ptr,  # (T,) int8: the target is the first maximum of its tile
+    row0,  # the chunk is rows row0 : row0 + rows
+    rows,
+    T,
+    V,
+    D,
+    R,
+    stride_hidden_t,
+    stride_weight_v,
+    stride_weight_d,
+    stride_low_rank_v,
+    stride_low_rank_r,
+    scale,
+    cap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    live = tl.minimum(tl.load(count_ptr), row0 + rows)
+    tiles_t = tl.cdiv(tl.maximum(live - row0, 0), BLOCK_T)
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
+        tile_t, tile_v = tile_position(tile, tiles_t, tiles_v, GROUP_T)
+        t0 = row0 + tile_t * BLOCK_T
+        v0 = tile_v * BLOCK_V
+        acc = product(
+            hidden, weight, t0, v0, T, V, D, stride_hidden_t, stride_weight_v, stride_weight_d, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION
+        )  # fmt: skip
+        if BLOCK_R > 0:
+            acc = add_low_rank(
+                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, R, stride_low_rank_v, stride_low_rank_r, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
+            )  # fmt: skip
+        z = cap * squash(with_bias(acc, bias_ptr, v0, V, HAS_BIAS, BLOCK_V), scale, HAS_SOFTCAP)
+        t = t0 + tl.arange(0, BLOCK_T)
+        v = v0 + tl.arange(0, BLOCK_V)
+        # Columns past V would be phantom logits of value 0.
+        z = tl.where((v < V)[None, :], z, -float("inf"))
+        top = tl.max(z, 1)
+        e = tl.exp(z - finite_or_zero(top)[:, None])
+        # The workspace is laid out by vocabulary tile, so that a tile's rows are contiguous.
+        at = tile_v.to(tl.int64) * rows + (t - row0)
+        tl.store(tile_max_ptr + at, top, mask=t < live)
+        tl.store(tile_sum_ptr + at, tl.sum(e, 1), mask=t < live)
+        target = tl.load(targets_ptr + t, mask=t < live, other=-1)
+        inside = (target >= v0) & (target < tl.minimum(v0 + BLOCK_V, V))
+        target_logit = tl.sum(tl.where(v[None, :] == target[:, None], z, 0.0), 1)
+        # One tile at most holds a row's target: no atomics.
+        tl.store(target_logits_ptr + t, target_logit, mask=inside)
+        if STATS:
+            tl.store(tile_plain_ptr + at, tl.sum(tl.where((v < V)[None, :], z, 0.0), 1), mask=t < live)
+            tl.store(tile_weighted_ptr + at, tl.sum(tl.where(e == 0.0, 0.0, e * z), 1), mask=t < live)
+            tl.store(tile_squares_ptr + at, tl.sum(e * e, 1), mask=t < live)
+            before = v[None, :] < target[:, None]
+            beaten = (z > target_logit[:, None]) | (before & (z == target_logit[:, None]))
+            tl.store(target_leads_ptr + t, (tl.sum(beaten.to(tl.int32), 1) == 0).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def combine_kernel(
+    tile_max_ptr,  # (tiles_v, rows) float32, like all tile_*
+    tile_sum_ptr,
+    tile_plain_ptr,
+    tile_weighted_ptr,
+    tile_squares_ptr,
+    target_leads_ptr,  # (T,) int8, compact
+    target_logits_ptr,  # (T,) float32, compact
+    targets_ptr,  # (T,) int64, compact
+    rows_ptr,  # (T,) int32: original row of a compact one
+    count_ptr,  # (1,) int32
+    token_logps_ptr,  # (T,) float32, original order, like all that follow
+    lse_ptr,
+    entropy_ptr,
+    mean_logits_ptr,
+    log_sum_sq_probs_ptr,
+    is_top1_ptr,  # bool
+    row0,
+    rows,
+    V,
+    STATS: tl.constexpr,
+    TILE_V: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    local = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    t = row0 + local
+    inside = (local < rows) & (t < tl.load(count_ptr))
+    tiles_v = tl.cdiv(V, TILE_V)
+    target_logit = tl.load(target_logits_ptr + t, mask=inside, other=0.0)
+    target_tile = tl.load(targets_ptr + t, mask=inside, other=0) // TILE_V
+    top = tl.full((BLOCK_ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    plain = tl.zeros((BLOCK_ROWS,), tl.float32)
+    weighted = tl.zeros((BLOCK_ROWS,), tl.float32)
+    squares = tl.zeros((BLOCK_ROWS,), tl.float32)
+    beaten = tl.zeros((BLOCK_ROWS,), tl.int32)
+    for k0 in range(0, tiles_v, BLOCK_TILES):
+        k = k0 + tl.arange(0, BLOCK_TILES)
+        mask = (k < tiles_v)[:, None] & inside[None, :]
+        at = k[:, None].to(tl.int64) * rows + local[None, :]
+        tile_max = tl.load(tile_max_ptr + at, mask=mask, other=-float("inf"))
+        new_top = tl.maximum(top, tl.max(tile_max, 0))
+        shift = finite_or_zero(new_top)
+        rescale = tl.exp(top - shift)
+        factor = tl.exp(tile_max - shift[None, :])
+        total = total * rescale + tl.sum(tl.load(tile_sum_ptr + at, mask=mask, other=0.0) * factor, 0)
+        if STATS:
+            plain += tl.sum(tl.load(tile_plain_ptr + at, mask=mask, other=0.0), 0)
+            weighted = weighted * rescale + tl.sum(tl.load(tile_weighted_ptr + at, mask=mask, other=0.0) * factor, 0)
+            squares = squares * rescale * rescale + tl.sum(tl.load(tile_squares_ptr + at, mask=mask, other=0.0) * factor * factor, 0)
+            earlier = (k[:, None] < target_tile[None, :]) & (tile_max == target_logit[None, :])
+            beaten += tl.sum((mask & ((tile_max > target_logit[None, :]) | earlier)).to(tl.int32), 0)
+        top = new_top
+    lse = finite_or_zero(top) + tl.log(total)
+    out = tl.load(rows_ptr + t, mask=inside, other=0)
+    tl.store(lse_ptr + out, lse, mask=inside)
+    tl.store(token_logps_ptr + out, target_logit - lse, mask=inside)
+    if STATS:
+        tl.store(entropy_ptr + out, lse - weighted / total, mask=inside)
+        tl.store(mean_logits_ptr + out, plain / V, mask=inside)
+        tl.store(log_sum_sq_probs_ptr + out, tl.log(squares) - 2.0 * tl.log(total), mask=inside)
+        leads = tl.load(target_leads_ptr + t, mask=inside, other=0)
+        tl.store(is_top1_ptr + out, (beaten == 0) & (leads != 0), mask=inside)
+
+
+def linear_logps_forward(
+    hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    low_rank_hidden: Tensor | None,  # (..., R)
+    low_rank_weight: Tensor | None,  # (V, R)
+    targets: Tensor,  # (...) int64
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    workspace_bytes: int,
+    stats: bool,
+) -> tuple[Tensor, ...]:
+    """The six tensors of LogpStats, the last four of size 0 unless `stats`."""
+    V, D = weight.shape
+    T = targets.numel()
+    device = hidden.device
+    # Ignored rows keep these zeros.
+    token_logps, lse = torch.zeros((2, *targets.shape), dtype=torch.float32, device=device).unbind()
+    extra = torch.zeros((3, *targets.shape) if stats else (3, 0), dtype=torch.float32, device=device).unbind()
+    is_top1 = torch.zeros(targets.shape if stats else (0,), dtype=torch.bool, device=device)
+    outputs = (token_logps, lse, *extra, is_top1)
+    if T == 0:
+        return outputs
+
+    live = live_rows(targets.reshape(-1), ignore_index)
+    compact = gather_rows(hidden, live.rows, hidden.new_empty((T, D)))
+    compact_targets = targets.reshape(-1)[live.rows.clamp(min=0)]
+    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
+    low_rank = low_rank_hidden if low_rank_hidden is None else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, R)))
+    # NaN stays where no tile holds the target: a wrong id is never a plausible number.
+    target_logits = torch.full((T,), torch.nan, dtype=torch.float32, device=device)
+    target_leads = torch.empty(T if stats else 0, dtype=torch.int8, device=device)
+
+    launch = launch_for(weight)
+    tiles_v = triton.cdiv(V, launch.BLOCK_V)
+    fields = 5 if stats else 2
+    chunk = chunk_rows(T, 4 * fields * tiles_v, workspace_bytes, launch)
+    tiles = torch.empty((5, tiles_v, chunk) if stats else (2, tiles_v, chunk), dtype=torch.float32, device=device)
+    tile_fields = tuple(tiles[i if i < fields else 0] for i in range(5))
+    scale, cap = scale_and_cap(logit_scale, softcap, temperature)
+    head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
+    for row0 in range(0, T, chunk):
+        rows = min(chunk, T - row0)
+        # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
+        tiles_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, device)](
+            *head.tensors, compact_targets, live.count, target_logits, *tile_fields, target_leads, row0, rows, T, V, D, R, *head.strides, scale, cap,
+            HAS_SOFTCAP=softcap is not None, STATS=stats, **head.constants,
+        )  # fmt: skip
+        combine_kernel[(triton.cdiv(rows, 32),)](
+            *tile_fields, target_leads, target_logits, compact_targets, live.rows, live.count, *outputs, row0, rows, V,
+            STATS=stats, TILE_V=launch.BLOCK_V, BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
+        )  # fmt: skip
+    return outputs

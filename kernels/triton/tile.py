@@ -1,0 +1,121 @@
+"""Pure maths on tiles: the product, the map from product to logits, and the order in which tiles are visited. Shared by all kernels of an LM head.
+
+No kernel and no launcher lives here. A tile is (BLOCK_T tokens x BLOCK_V vocabulary entries), float32 from the product on.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_position(tile, tiles_t, tiles_v, GROUP_T: tl.constexpr):
+    """(token tile, vocabulary tile) of a linear id: groups of GROUP_T token tiles sweep the vocabulary together, so that hidden stays in L2."""
+    per_group = GROUP_T * tiles_v
+    group = tile // per_group
+    first = group * GROUP_T
+    size = tl.minimum(tiles_t - first, GROUP_T)
+    within = tile % per_group
+    return first + within % size, within // size
+
+
+@triton.jit
+def product(
+    hidden,  # (T, D) pointer or descriptor
+    weight,  # (V, D) pointer or descriptor
+    t0,
+    v0,
+    T,
+    V,
+    D,
+    stride_hidden_t,
+    stride_weight_v,
+    stride_weight_d,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """hidden[t0:, :] @ weight[v0:, :].T in float32. Rows past T or V hold finite or zero values that the caller masks."""
+    acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    if TMA:
+        for d0 in range(0, D, BLOCK_D):
+            acc = tl.dot(hidden.load([t0, d0]), weight.load([v0, d0]).T, acc, input_precision=PRECISION)
+    else:
+        # Rows are clamped rather than masked: one mask less in the loop, and the last row is read again instead.
+        t = tl.minimum(t0 + tl.arange(0, BLOCK_T), T - 1).to(tl.int64)
+        v = tl.minimum(v0 + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
+        d = tl.arange(0, BLOCK_D)
+        hidden_ptrs = hidden + t[:, None] * stride_hidden_t + d[None, :]
+        weight_ptrs = weight + v[None, :] * stride_weight_v + d[:, None] * stride_weight_d
+        for d0 in range(0, D, BLOCK_D):
+            inside = d0 + d < D
+            h = tl.load(hidden_ptrs, mask=inside[None, :], other=0.0)
+            w = tl.load(weight_ptrs, mask=inside[:, None], other=0.0)
+            acc = tl.dot(h, w, acc, input_precision=PRECISION)
+            hidden_ptrs += BLOCK_D
+            weight_ptrs += BLOCK_D * stride_weight_d
+    return acc
+
+
+@triton.jit
+def add_low_rank(
+    acc,  # (BLOCK_T, BLOCK_V) float32
+    low_rank_hidden_ptr,  # (T, R) contiguous
+    low_rank_weight_ptr,  # (V, R)
+    t0,
+    v0,
+    T,
+    V,
+    R,
+    stride_low_rank_v,
+    stride_low_rank_r,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc plus the second segment of the product: low_rank_hidden @ low_rank_weight.T."""
+    t = tl.minimum(t0 + tl.arange(0, BLOCK_T), T - 1).to(tl.int64)
+    v = tl.minimum(v0 + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
+    for r0 in range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        x = tl.load(low_rank_hidden_ptr + t[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
+        w = tl.load(low_rank_weight_ptr + v[None, :] * stride_low_rank_v + r[:, None] * stride_low_rank_r, mask=r[:, None] < R, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def tanh(x):
+    """float32 tanh to about 2 ulp without libdevice (which neither the interpreter nor every backend has).
+
+    Near zero 1 - 2 / (e^2x + 1) cancels and would cost softcap * 6e-8 in every small logit, so there an odd polynomial (Cephes tanhf) takes over.
+    """
+    x2 = x * x
+    small = (((-5.70498872745e-3 * x2 + 2.06390887954e-2) * x2 - 5.37397155531e-2) * x2 + 1.33314422036e-1) * x2 - 3.33332819422e-1
+    return tl.where(tl.abs(x) < 0.625, x + x * x2 * small, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
+def with_bias(acc, bias_ptr, v0, V, HAS_BIAS: tl.constexpr, BLOCK_V: tl.constexpr):
+    """acc plus the bias, once a tile."""
+    if HAS_BIAS:
+        v = v0 + tl.arange(0, BLOCK_V)
+        acc += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def squash(x, scale, HAS_SOFTCAP: tl.constexpr):
+    """scale * x, or tanh(scale * x) under softcap: `cap` times this is the logit."""
+    x = x * scale
+    if HAS_SOFTCAP:
+        x = tanh(x)
+    return x
+
+
+@triton.jit
+def finite_or_zero(m):
+    """A maximum that is safe to subtract: a row of -inf so far must not give exp(-inf + inf)."""
+    return tl.where(m == -float("inf"), 0.0, m)

@@ -1,0 +1,310 @@
+"""What tests, benchmarks and self-checks share: the CASES, inputs drawn from them, error budgets, and Triton kernels on CPU tensors.
+
+Never imported by the package itself. Needs torch; `triton_on_cpu` needs triton and numpy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import HeadOptions, LogpStats
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape and set of options of an LM head, and why it is in the table."""
+
+    name: str
+    T: int
+    D: int
+    V: int
+    reason: str
+    dtype: torch.dtype = torch.float32
+    bias: bool = False
+    R: int = 0  # inner dimension of the second segment, 0 without one
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    ignored: str = "some"  # "none", "some", "first", "last", "all", "most"
+    hidden_scale: float = 1.0  # spread of the logits
+    shift: float = 0.0  # added to every logit through the bias
+    leading: tuple[int, ...] = ()  # leading dimensions of hidden, whose product is T; () is (T,)
+    strided: bool = False  # hidden is a slice of a longer sequence: its leading dimensions do not collapse
+    workspace_bytes: int = 2**28
+
+    @property
+    def options(self) -> HeadOptions:
+        return HeadOptions(self.logit_scale, self.softcap, self.temperature, -100, self.workspace_bytes)
+
+
+_BF16, _FP16 = torch.bfloat16, torch.float16
+
+CASES: tuple[Case, ...] = (
+    Case("plain", 37, 64, 512, "nothing special: the first to debug", ignored="none"),
+    Case("one_row", 1, 32, 300, "a single token", ignored="none"),
+    Case("one_column", 5, 16, 1, "a vocabulary of one: log-probability 0, gradient 0"),
+    Case("ragged_all", 61, 67, 507, "T, D and V divide nothing; D rows are not 16-byte aligned"),
+    Case("gpt2_vocab", 9, 24, 50257, "odd vocabulary: phantom columns of the last tile (verl#2656)"),
+    Case("qwen_vocab", 5, 16, 151936, "V % 256 != 0", dtype=_BF16),
+    Case("ragged_bf16", 130, 136, 1031, "ragged tiles through tensor descriptors", dtype=_BF16),
+    Case("unaligned_bf16", 33, 132, 777, "D % 8 != 0: rows that tensor descriptors cannot load (CCE#52)", dtype=_BF16),
+    Case("fp16", 70, 64, 520, "half precision", dtype=_FP16),
+    Case("bias", 40, 80, 600, "bias added once whatever the number of D blocks (CCE#52)", bias=True),
+    Case("bias_bf16", 40, 200, 600, "the same, several D blocks in bf16", dtype=_BF16, bias=True),
+    Case("negative", 33, 48, 507, "all logits far below zero: a phantom zero logit would win", bias=True, shift=-60.0),
+    Case("confident", 48, 64, 640, "peaked rows: p_y near 0 or 1", hidden_scale=8.0),
+    Case("confident_bf16", 48, 64, 640, "the same in bf16", dtype=_BF16, hidden_scale=8.0),
+    Case("softcap", 50, 72, 530, "Gemma 2", softcap=30.0, hidden_scale=4.0),
+    Case("softcap_tight_bf16", 50, 72, 530, "logits deep in the cap", dtype=_BF16, softcap=3.0, hidden_scale=4.0),
+    Case("scale", 34, 40, 300, "Cohere", logit_scale=0.0625, hidden_scale=8.0),
+    Case("temperature_bf16", 34, 40, 300, "sampling temperature", dtype=_BF16, temperature=0.7),
+    Case("everything", 66, 96, 1025, "all options at once", bias=True, R=8, logit_scale=1.3, softcap=12.0, temperature=0.8, hidden_scale=3.0),
+    Case("everything_bf16", 66, 96, 1025, "all options at once", _BF16, True, 8, 1.3, 12.0, 0.8, hidden_scale=3.0),
+    Case("everything_fp16", 66, 96, 1025, "all options at once", _FP16, True, 5, 1.3, 12.0, 0.8, hidden_scale=3.0),
+    Case("low_rank", 30, 64, 400, "LoRA on the head, R not a power of two", R=12),
+    Case("low_rank_wide_bf16", 30, 64, 400, "R over one BLOCK_R", dtype=_BF16, R=72),
+    Case("first_ignored", 20, 32, 200, "the first row is ignored", ignored="first"),
+    Case("last_ignored", 150, 32, 300, "whole token tiles are ignored", ignored="last"),
+    Case("most_ignored_bf16", 300, 32, 300, "prompt tokens outnumber the response", dtype=_BF16, ignored="most"),
+    Case("all_ignored", 20, 32, 200, "no live row: zeros, not NaN", bias=True, ignored="all"),
+    Case("empty", 0, 32, 200, "T = 0", bias=True, ignored="none"),
+    Case("batched", 42, 48, 257, "three leading dimensions", leading=(2, 3, 7)),
+    Case("strided_bf16", 39, 48, 257, "hidden[:, :-1]: leading dimensions that do not collapse", dtype=_BF16, leading=(3, 13), strided=True),
+    Case("tiny_workspace", 90, 48, 900, "several chunks of rows and of columns", bias=True, R=4, workspace_bytes=2**14),
+    Case("tiny_workspace_bf16", 300, 48, 900, "the same in bf16", _BF16, True, 4, workspace_bytes=2**16),
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Leaves that require grad, targets, and upstream gradients that are random and not uniform."""
+
+    hidden: Tensor  # (..., D)
+    weight: Tensor  # (V, D)
+    targets: Tensor  # (...) int64
+    bias: Tensor | None  # (V,)
+    low_rank: tuple[Tensor, Tensor] | None  # (..., R), (V, R)
+    d_token_logps: Tensor  # (...) float64
+    d_lse: Tensor  # (...) float64
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        named: dict[str, Tensor | None] = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
+        if self.low_rank is not None:
+            named |= {"low_rank_hidden": self.low_rank[0], "low_rank_weight": self.low_rank[1]}
+        return {name: x for name, x in named.items() if x is not None}
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same numbers in another dtype, as fresh leaves."""
+
+        def cast(x: Tensor) -> Tensor:
+            return x.detach().to(dtype).requires_grad_()
+
+        pair = None if self.low_rank is None else (cast(self.low_rank[0]), cast(self.low_rank[1]))
+        bias = None if self.bias is None else cast(self.bias)
+        return replace(self, hidden=cast(self.hidden), weight=cast(self.weight), bias=bias, low_rank=pair)
+
+
+def make_inputs(case: Case, device: str | torch.device = "cpu", seed: int = 0) -> Inputs:
+    """Random inputs of a case. Drawn on the CPU, so that they are the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(case.dtype).to(device)
+
+    leading = case.leading or (case.T,)
+    if case.strided:
+        hidden = draw(*leading[:-1], leading[-1] + 1, case.D, scale=case.hidden_scale)[..., :-1, :]
+    else:
+        hidden = draw(*leading, case.D, scale=case.hidden_scale)
+    weight = draw(case.V, case.D, scale=case.D**-0.5)
+    bias = draw(case.V) + case.shift if case.bias else None
+    low_rank = (draw(*leading, case.R), draw(case.V, case.R, scale=0.5 * case.R**-0.5)) if case.R else None
+    targets = torch.randint(0, case.V, (case.T,), generator=generator)
+    row = torch.arange(case.T)
+    masks = {
+        "none": row < 0,
+        "some": torch.rand(case.T, generator=generator) < 0.3,
+        "first": row < 3,
+        "last": row >= case.T // 4,
+        "most": torch.rand(case.T, generator=generator) < 0.9,
+        "all": row >= 0,
+    }
+    targets[masks[case.ignored]] = -100
+    # The last entry of the vocabulary sits in the ragged tile.
+    if case.T > 1 and targets[-1] != -100:
+        targets[-1] = case.V - 1
+    upstream = (torch.randn(*leading, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.detach().requires_grad_()
+
+    return Inputs(
+        leaf(hidden),
+        leaf(weight),
+        targets.view(leading).to(device),
+        None if bias is None else leaf(bias),
+        None if low_rank is None else (leaf(low_rank[0]), leaf(low_rank[1])),
+        *upstream,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the error budget
+
+
+Result = dict[str, Tensor]
+
+
+def run(function: Callable[..., LogpStats], inputs: Inputs, options: HeadOptions) -> Result:
+    """token_logps, lse and all gradients of `function(hidden, weight, targets, bias, low_rank, options) -> LogpStats` under the inputs' upstream gradients."""
+    stats = function(inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.low_rank, options)
+    result = {name: x.detach() for name, x in stats._asdict().items() if x is not None}
+    assert stats.lse is not None
+    loss = (stats.token_logps.double() * inputs.d_token_logps + stats.lse.double() * inputs.d_lse).sum()
+    leaves = inputs.leaves
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return result | {f"d_{name}": g for name, g in zip(leaves, gradients)}
+
+
+def eager(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Any, low_rank: Any, options: HeadOptions) -> LogpStats:
+    """What a trainer writes today at the inputs' precision: F.linear, then log_softmax in float32."""
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    if low_rank is not None:
+        z = z + low_rank[0] @ low_rank[1].T
+    z = options.logit_scale * z
+    if options.softcap is not None:
+        z = options.softcap * torch.tanh(z / options.softcap)
+    z = (z / options.temperature).float()
+    live = targets != options.ignore_index
+    lse = torch.logsumexp(z, -1)
+    picked = z.gather(-1, torch.where(live, targets, 0).unsqueeze(-1)).squeeze(-1)
+    return LogpStats(torch.where(live, picked - lse, 0), torch.where(live, lse, 0))
+
+
+def exact(inputs: Inputs, options: HeadOptions) -> Result:
+    """The truth: the specification in float64."""
+    return run(reference.linear_logp_stats, inputs.to(torch.float64), options)
+
+
+def error(actual: Tensor, truth: Tensor) -> float:
+    """Largest absolute error, in units of the truth's root mean square. NaN where either alone is NaN."""
+    if truth.numel() == 0:
+        return 0.0 if actual.shape == truth.shape else float("nan")
+    scale = truth.double().square().mean().sqrt().clamp(min=1e-30)
+    return float((actual.double() - truth).abs().max() / scale)
+
+
+def check_budget(actual: Result, inputs: Inputs, options: HeadOptions, factor: float = 2.0) -> None:
+    """AssertionError unless every result is within `factor` times eager's own error against float64 at the same precision.
+
+    The floor, 8 units of the result's own precision, is for results on which eager happens to be exact.
+    """
+    truth = exact(inputs, options)
+    peer = run(eager, inputs, options)
+    for name, value in actual.items():
+        if name == "is_top1":
+            wrong = int((value != truth[name]).sum())
+            # In 16 bits the float64 logits of distinct tokens do not tie: any difference is a mistake.
+            if wrong:
+                raise AssertionError(f"is_top1 differs in {wrong} rows")
+            continue
+        floor = 8 * torch.finfo(value.dtype).eps
+        spread = float(truth["lse"].abs().max()) if name in reference.LogpStats._fields and truth["lse"].numel() else 0.0
+        # A statistic is a difference of numbers as large as the logits.
+        floor *= max(1.0, spread / max(1e-30, float(truth[name].double().square().mean().sqrt())) if truth[name].numel() else 1.0)
+        budget = max(factor * error(peer[name], truth[name]) if name in peer else 0.0, floor)
+        found = error(value, truth[name])
+        if not found <= budget:
+            raise AssertionError(f"{name}: error {found:.3e} exceeds the budget {budget:.3e}")
+
+
+# -------------------------------------------------------------------------------------------------- Triton without a GPU
+
+
+@contextlib.contextmanager
+def triton_on_cpu(BLOCK_T: int = 64, BLOCK_V: int = 256, BLOCK_D: int = 64, tma: bool = True) -> Iterator[None]:
+    """Within it `impl="triton"` runs on CPU tensors: the same kernels and launchers, each program interpreted, bf16 rounded as a GPU rounds.
+
+    Needs no TRITON_INTERPRET (which would keep the process from compiling). Cost is per operation, whatever the block: use big blocks.
+    """
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+    from triton.runtime.jit import JITFunction
+
+    from .kernels import launch
+
+    @functools.cache
+    def interpreted(function: Any) -> InterpretedFunction:
+        return InterpretedFunction(function.fn)
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return interpreted(self)[grid](*args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return interpreted(self)(*args, **kwargs)
+
+    patches: list[tuple[Any, str, Any]] = [
+        (JITFunction, "run", run),
+        (JITFunction, "__call__", call),
+        (launch, "interpreting", launch.Launch(BLOCK_T, BLOCK_V, BLOCK_D, 4, 1, tma=tma, persistent=tma, GROUP_T=2)),
+        *((InterpreterBuilder, name, patch) for name, patch in _bf16_patches(InterpreterBuilder).items()),
+    ]
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+    try:
+        for owner, name, value in patches:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+
+
+def _bf16_patches(builder: Any) -> dict[str, Callable[..., Any]]:
+    """Interpreter operations that are right in bf16. The stock ones hold bf16 as uint16 and compute on the bits; these widen to float32, compute, and round
+    to nearest even. tests/test_interpreter.py proves it."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    def widen(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def narrow(data: Any) -> Any:
+        bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
+        rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+        return TensorHandle(np.where(np.isnan(data), np.uint16(0x7FC0), rounded), tl.bfloat16)
+
+    dot, binary, unary, cast = builder.create_dot, builder.binary_op, builder.unary_op, builder.cast_impl
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widen(a), widen(b), *rest)
+
+    def binary_op(self: Any, a: Any, b: Any, op: Any) -> Any:
+        if getattr(a.dtype, "scalar", None) != tl.bfloat16:
+            return binary(self, a, b, op)
+        out = binary(self, widen(a), widen(b), op)
+        return out if out.data.dtype == np.bool_ else narrow(out.data)
+
+    def unary_op(self: Any, a: Any, op: Any) -> Any:
+        if getattr(a.dtype, "scalar", None) != tl.bfloat16:
+            return unary(self, a, op)
+        return narrow(unary(self, widen(a), op).data)
+
+    def cast_impl(self: Any, source: Any, to: Any) -> Any:
+        of, to_scalar = source.dtype.scalar, to.scalar
+        if of == tl.bfloat16 and to_scalar != tl.bfloat16:
+            wide = widen(source)
+            return wide if to_scalar == tl.float32 else cast(self, wide, to)
+        if to_scalar == tl.bfloat16 and of != tl.bfloat16:
+            return narrow(source.data.astype(np.float32))
+        return cast(self, source, to)
+
+    return {"create_dot": create_dot, "binary_op": binary_op, "unary_op": unary_op, "cast_impl": cast_impl}
