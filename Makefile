@@ -1,0 +1,61 @@
+# All targets but `device` create and use .venv here; the first call installs, later ones do not. `make` alone lists them.
+SHELL := bash
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+RUN := .venv/bin/python
+STAMP := .venv/.installed
+SOURCES := Makefile pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: help setup test demo bench lint device clean
+
+help:
+	@echo "make setup    .venv with torch, the package and its C++ extension (TORCH=$(TORCH))"
+	@echo "make demo     train a small causal LM on groups of responses; writes demo/"
+	@echo "make test     every test that needs no GPU"
+	@echo "make bench    time and memory against the alternatives, on this machine"
+	@echo "make lint     ruff and mypy"
+	@echo "make device   on a GPU machine, no network, no .venv: install with PYTHON=$(PYTHON), GPU tests, benchmark"
+	@echo "make clean    remove what make and the tests have written, .venv included"
+
+setup: $(STAMP)
+
+# setup.py says in one line whether the C++ extension was built, and if not, why.
+define install
+	mkdir -p build
+	$(1) -m pip install -v --no-build-isolation $(2) > build/install.log 2>&1 || { cat build/install.log; exit 1; }
+	grep -ho 'groupdpo_kernels: .*' build/install.log
+endef
+
+$(STAMP): $(SOURCES)
+	[ -x $(RUN) ] || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install -q '$(TORCH)' 'setuptools>=77' 'cmake>=3.25' ninja 'pybind11>=2.13'
+	$(call install,$(RUN),'$(TORCH)' -e '.[dev]')
+	touch $@
+
+test: setup
+	$(RUN) -m pytest -m 'not gpu' $(ARGS)
+
+demo: setup
+	$(RUN) examples/group_arithmetic.py $(ARGS)
+
+bench: setup
+	$(RUN) bench/run.py $(ARGS)
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# Figures only after green tests: the benchmark does not start on a failure.
+device:
+	$(call install,$(PYTHON),--no-deps -e .)
+	$(PYTHON) -m pytest -m gpu
+	gpu=$$($(PYTHON) -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')
+	mkdir -p bench/results/$$gpu
+	$(PYTHON) bench/run.py --json bench/results/$$gpu/run.json $(ARGS)
+
+clean:
+	rm -rf .venv build dist python/*.egg-info python/groupdpo_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
