@@ -186,10 +186,8 @@ def linear_logps_forward(
     T = targets.numel()
     device = hidden.device
     # Ignored rows keep these zeros.
-    token_logps, lse = torch.zeros((2, *targets.shape), dtype=torch.float32, device=device).unbind()
-    extra = torch.zeros((3, *targets.shape) if stats else (3, 0), dtype=torch.float32, device=device).unbind()
-    is_top1 = torch.zeros(targets.shape if stats else (0,), dtype=torch.bool, device=device)
-    outputs = (token_logps, lse, *extra, is_top1)
+    shapes = [targets.shape] * 2 + [targets.shape if stats else (0,)] * 4
+    outputs = tuple(torch.zeros(shape, dtype=torch.bool if i == 5 else torch.float32, device=device) for i, shape in enumerate(shapes))
     if T == 0:
         return outputs
 

@@ -6,7 +6,6 @@ Never imported by the package itself. Needs torch; `triton_on_cpu` needs triton 
 from __future__ import annotations
 
 import contextlib
-import functools
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator
 
@@ -239,9 +238,11 @@ def triton_on_cpu(BLOCK_T: int = 64, BLOCK_V: int = 256, BLOCK_D: int = 64, tma:
 
     from .kernels import launch
 
-    @functools.cache
+    # By id: hashing a JITFunction walks its source, which the interpreter's patches to the language confuse.
+    cache: dict[int, InterpretedFunction] = {}
+
     def interpreted(function: Any) -> InterpretedFunction:
-        return InterpretedFunction(function.fn)
+        return cache.setdefault(id(function), InterpretedFunction(function.fn))
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         return interpreted(self)[grid](*args, **kwargs)
