@@ -1,0 +1,159 @@
+"""What a model makes of its output head's result: a scale, a soft cap, a cut of the vocabulary. Measured, not read.
+
+`Probe` runs one forward in which the head returns known values z from -40 to 40, and fits the logits that come out as
+s z or c tanh(s z / c). No config field is read: the same name means different things in different models.
+
+Never: trains, caches, or leaves a flag or the random state changed. Precondition: an input that the model accepts.
+Cost: one forward without gradient. Formulas: docs/math.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .heads import LogitMap, leaf_of, linear_parts, swapped
+
+
+class Probe:
+    """`Probe(head).run(model, inputs)` gives logits, `.fit(logits)` the LogitMap behind them, or why there is none."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head, self.leaf = head, leaf_of(head)
+        self.count, self.vocab, self.reason = 0, 0, ""
+
+    def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (B, L, V)
+        """The model's logits when its head returns the grid; in evaluation mode and without gradient."""
+        training = [m for m in model.modules() if m.training]
+        devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+        device_type = next((d.type for d in devices), "cuda")
+        # DDP would synchronise buffers for nothing; FSDP must be called through its wrapper.
+        called = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        hook = self.head.register_forward_hook(self._leave)
+        try:
+            for m in training:
+                m.training = False  # not eval(), which a model may override with more effects
+            with (
+                torch.random.fork_rng(devices, device_type=device_type),
+                torch.no_grad(),
+                eager(model, self.head, always=True),
+                swapped(self.leaf, self._forward) as self.real,
+            ):
+                return logits_of(called(**inputs))
+        finally:
+            hook.remove()
+            for m in training:
+                m.training = True
+
+    def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.count += 1
+        if (parts := linear_parts(self.leaf)) is not None:
+            # A weight is whole in the call of its own module only.
+            self.vocab = parts.base.weight.shape[0] if parts.base is self.leaf else parts.base.out_features
+        else:
+            logits = self.real(hidden, *args, **kwargs)
+            self.vocab = logits.shape[-1]
+            last = logits.reshape(-1, self.vocab)[-1].float()
+            alone = self.real(hidden.reshape(1, -1, hidden.shape[-1])[:, -1:], *args, **kwargs).reshape(-1).float()
+            # Loose, because a quantised head may choose its scale by what else is in the batch.
+            if not torch.allclose(alone, last, rtol=0.02, atol=0.02 * float(last.abs().max())):
+                self.reason = "its output head does not score each position by itself"
+        *positions, _ = hidden.shape
+        self.mark = torch.linspace(1, 2, math.prod(positions), device=hidden.device).reshape(*positions, 1)
+        return self.mark
+
+    def _leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if output.shape != self.mark.shape or not torch.allclose(output.float(), self.mark, rtol=0.01):
+            self.reason = "a forward hook on its output head changes the result"
+        # With an exact zero, and in float64 so that the model's own arithmetic rounds little.
+        wide = torch.float32 if output.device.type == "mps" else torch.float64
+        half = max(1, self.vocab // 2)
+        self.grid = (torch.arange(self.vocab, device=output.device, dtype=wide) - half) * (40 / half)
+        # For the rest of this forward, so that a parameter which acts on the logits shows. run() restores it.
+        torch.set_grad_enabled(True)
+        return self.grid.expand(*self.mark.shape[:-1], self.vocab).clone()
+
+    def fit(self, logits: Tensor) -> LogitMap | str:
+        """The map from grid to logits, or the reason why there is none."""
+        if self.count == 0:
+            return "its output head is not called in its forward"
+        if self.count > 1:
+            return f"its output head is called {self.count} times in one forward"
+        if self.reason:
+            return self.reason
+        if logits.requires_grad:
+            return "a parameter acts on the logits after the output head"
+        y = logits.detach().reshape(-1, logits.shape[-1]).cpu()
+        if y.shape[1] > self.vocab or not torch.equal(y[0], y[-1]):
+            return "what it makes of its head's result depends on the position, or widens it"
+        eps = torch.finfo(y.dtype).eps
+        fitted = fit_scale_and_cap(
+            y[0].double(),
+            self.grid[: y.shape[1]].cpu().double(),
+            (4 if eps > 1e-4 else 16) * eps,  # bfloat16 and float16 logits: a few roundings, no more
+        )
+        if fitted is None:
+            return "what it makes of its head's result is not a scale, a soft cap or a cut of the vocabulary"
+        return LogitMap(y.shape[1], *fitted)
+
+
+def fit_scale_and_cap(
+    y: Tensor,  # (V,) float64
+    z: Tensor,  # (V,) float64, evenly spaced, one of them zero
+    tol: float,
+) -> tuple[float, float | None] | None:
+    """(s, c) with y = c tanh(s z / c), or (s, None) with y = s z, to a relative error `tol`; None if neither holds."""
+
+    def fits(model: Tensor) -> bool:
+        return bool(((y - model).abs() <= tol * (model.abs() + 0.01 * y.abs().max())).all())
+
+    scale = float(y @ z / (z @ z))
+    if not 0 < scale < math.inf:  # NaN neither
+        return None
+    if fits(scale * z):
+        return (1.0 if abs(scale - 1) < tol else scale), None
+    # tanh(2a) = 2 t / (1 + t^2), t = tanh(a): two points below saturation, one twice the other, give t and so both.
+    y_up, z_up = y[z >= 0], z[z >= 0]
+    k = max((k for k in range(1, (len(y_up) + 1) // 2) if y_up[2 * k] <= 0.9 * y_up.max()), default=0)
+    if k == 0 or not 0 < y_up[k] < y_up[2 * k] < 2 * y_up[k]:
+        return None
+    t = float(2 * y_up[k] / y_up[2 * k] - 1) ** 0.5
+    cap = float(y_up[k]) / t
+    scale = cap * math.atanh(t) / float(z_up[k])
+    for _ in range(8):  # Gauss-Newton over all points takes the rounding of the two out
+        th = torch.tanh(scale * z / cap)
+        slope = (1 - th * th) * z
+        jacobian = torch.stack([slope, th - slope * scale / cap], 1)
+        d_scale, d_cap = torch.linalg.lstsq(jacobian, (y - cap * th)[:, None]).solution[:, 0].tolist()
+        scale, cap = scale + d_scale, cap + d_cap
+    return (scale, cap) if fits(cap * torch.tanh(scale * z / cap)) else None
+
+
+@contextlib.contextmanager
+def eager(model: nn.Module, head: nn.Module, always: bool = False) -> Iterator[None]:
+    """Run eagerly what is compiled around the head: it has baked the head in. Layers compiled by themselves stay so."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled
+        yield
+        return
+    path = next((name for name, m in model.named_modules() if m is head), "").split(".")
+    around = [model, *(model.get_submodule(".".join(path[: i + 1])) for i in range(len(path)))]
+    compiled = any(
+        "_orig_mod" in m._modules
+        or m._compiled_call_impl is not None
+        or hasattr(vars(m).get("forward"), "_torchdynamo_orig_callable")
+        for m in around
+    )
+    with torch.compiler.set_stance("force_eager") if always or compiled else contextlib.nullcontext():
+        yield
+
+
+def logits_of(outputs: Any) -> Tensor:
+    if isinstance(outputs, dict):
+        return outputs["logits"]
+    return outputs[0] if isinstance(outputs, tuple) else outputs.logits
