@@ -43,22 +43,26 @@ def gather_rows_kernel(
     source_ptr,  # (outer, inner, N) any strides
     index_ptr,  # (rows,) int32
     out_ptr,  # (rows, N) contiguous
+    rows,
     inner,
     N,
     stride_source_outer,
     stride_source_inner,
     stride_source_n,
-    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    blocks = tl.cdiv(N, BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    n = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    index = tl.load(index_ptr + row).to(tl.int64)
+    blocks = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    row = (program // blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    n = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    index = tl.load(index_ptr + row, mask=row < rows, other=-1).to(tl.int64)
     at = (index // inner) * stride_source_outer + (index % inner) * stride_source_inner
     # A missing row (-1) is zero: what is multiplied with it later must stay finite.
-    x = tl.load(source_ptr + at + n * stride_source_n, mask=(n < N) & (index >= 0), other=0.0)
-    tl.store(out_ptr + row * N + n, x.to(out_ptr.dtype.element_ty), mask=n < N)
+    mask = (n < N)[None, :] & (index >= 0)[:, None]
+    x = tl.load(source_ptr + at[:, None] + n[None, :] * stride_source_n, mask=mask, other=0.0)
+    out = out_ptr + row.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out, x.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (n < N)[None, :])
 
 
 def gather_rows(
@@ -71,8 +75,9 @@ def gather_rows(
         source = source.flatten(0, -3)  # a view where strides allow, else a copy
     source = source.reshape((1,) * (3 - source.dim()) + source.shape)
     if out.numel():
-        N = out.shape[1]
-        BLOCK = min(1024, triton.next_power_of_2(N))
-        grid = (out.shape[0] * triton.cdiv(N, BLOCK),)
-        gather_rows_kernel[grid](source, index, out, source.shape[1], N, *source.stride(), BLOCK=BLOCK)
+        rows, N = out.shape
+        BLOCK_N = min(1024, triton.next_power_of_2(N))
+        BLOCK_ROWS = 4096 // BLOCK_N
+        grid = (triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(N, BLOCK_N),)
+        gather_rows_kernel[grid](source, index, out, rows, source.shape[1], N, *source.stride(), BLOCK_ROWS=BLOCK_ROWS, BLOCK_N=BLOCK_N)
     return out
