@@ -1,6 +1,5 @@
 # All targets but `device` create and use .venv here; the first call installs, later ones do not. `make` alone lists them.
 SHELL := bash
-.ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -22,11 +21,8 @@ help:
 setup: $(STAMP)
 
 # setup.py says in one line whether the C++ extension was built, and if not, why.
-define install
-	mkdir -p build
-	$(1) -m pip install -v --no-build-isolation $(2) > build/install.log 2>&1 || { cat build/install.log; exit 1; }
-	grep -ho 'groupdpo_kernels: .*' build/install.log
-endef
+install = mkdir -p build && $(1) -m pip install -v --no-build-isolation $(2) > build/install.log 2>&1 \
+	&& grep -ho 'groupdpo_kernels: .*' build/install.log || { cat build/install.log; exit 1; }
 
 $(STAMP): $(SOURCES)
 	[ -x $(RUN) ] || $(PYTHON) -m venv .venv
@@ -52,9 +48,8 @@ lint: setup
 device:
 	$(call install,$(PYTHON),--no-deps -e .)
 	$(PYTHON) -m pytest -m gpu
-	gpu=$$($(PYTHON) -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')
-	mkdir -p bench/results/$$gpu
-	$(PYTHON) bench/run.py --json bench/results/$$gpu/run.json $(ARGS)
+	results=bench/results/$$($(PYTHON) -c 'import torch; print("-".join(torch.cuda.get_device_name().lower().split()))') \
+	&& mkdir -p $$results && $(PYTHON) bench/run.py --json $$results/run.json $(ARGS)
 
 clean:
 	rm -rf .venv build dist python/*.egg-info python/groupdpo_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

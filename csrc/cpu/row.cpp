@@ -1,0 +1,132 @@
+// See row.h. Every loop here is meant to be vectorised: no branch, no call that is not inlined, reductions over a fixed number of lanes, so that the order of
+// additions is the same whatever instruction set is picked at run time.
+#include "cpu/row.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/vector_math.h"
+
+// One copy of a function for each instruction set; the loader picks. A portable build runs at full width.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define EVERY_ISA __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define EVERY_ISA
+#endif
+
+namespace groupdpo_kernels {
+
+static constexpr int64_t LANES = 32;
+
+EVERY_ISA void to_logits(float* z, const float* bias, int64_t n, const LogitMap& map) {
+  const auto [scale, cap, temperature] = map;
+  if (bias) {
+    for (int64_t j = 0; j < n; ++j) z[j] += bias[j];
+  }
+  if (scale != 1) {
+    for (int64_t j = 0; j < n; ++j) z[j] *= scale;
+  }
+  if (cap > 0) {
+    for (int64_t j = 0; j < n; ++j) z[j] = cap * vtanh(z[j] / cap);
+  }
+  if (temperature != 1) {
+    for (int64_t j = 0; j < n; ++j) z[j] /= temperature;
+  }
+}
+
+EVERY_ISA float maximum(const float* z, int64_t n) {
+  float lane[LANES];
+  std::fill(lane, lane + LANES, -std::numeric_limits<float>::infinity());
+  int64_t j = 0;
+  for (; j + LANES <= n; j += LANES) {
+    for (int64_t l = 0; l < LANES; ++l) lane[l] = z[j + l] > lane[l] ? z[j + l] : lane[l];
+  }
+  for (; j < n; ++j) lane[0] = z[j] > lane[0] ? z[j] : lane[0];
+  return *std::max_element(lane, lane + LANES);
+}
+
+int64_t first_index(const float* z, int64_t n, float value) {
+  const float* found = std::isnan(value) ? std::find_if(z, z + n, [](float x) { return std::isnan(x); }) : std::find(z, z + n, value);
+  return found == z + n ? -1 : found - z;
+}
+
+EVERY_ISA RowSums exp_sums(const float* z, int64_t n, float shift, bool stats) {
+  float total[LANES] = {}, squares[LANES] = {}, weighted[LANES] = {}, plain[LANES] = {};
+  int64_t j = 0;
+  if (stats) {
+    for (; j + LANES <= n; j += LANES) {
+      for (int64_t l = 0; l < LANES; ++l) {
+        const float x = z[j + l], e = vexp(x - shift), ex = e * x;
+        total[l] += e;
+        squares[l] += e * e;
+        weighted[l] += e == 0 ? 0.0f : ex;
+        plain[l] += x;
+      }
+    }
+  } else {
+    for (; j + LANES <= n; j += LANES) {
+      for (int64_t l = 0; l < LANES; ++l) total[l] += vexp(z[j + l] - shift);
+    }
+  }
+  for (int64_t l = 0; j < n; ++j, ++l) {
+    const float x = z[j], e = vexp(x - shift);
+    total[l] += e;
+    squares[l] += e * e;
+    weighted[l] += e == 0 ? 0.0f : e * x;
+    plain[l] += x;
+  }
+  RowSums sums{};
+  for (int64_t l = 0; l < LANES; ++l) {
+    sums.total += total[l];
+    sums.squares += squares[l];
+    sums.weighted += weighted[l];
+    sums.plain += plain[l];
+  }
+  return sums;
+}
+
+EVERY_ISA void to_d_products(
+    float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax, float d_target, int64_t target) {
+  const auto [scale, cap, temperature] = map;
+  const float chain = scale / temperature, coefficient = d_softmax * chain;
+  const bool here = target >= 0 && target < n;
+  float at_target = d_target * chain;
+  if (cap > 0) {
+    // tanh itself is kept, not the logit: 1 - tanh^2 from a logit scaled and divided again would lose the digits that are left near the cap.
+    to_logits(z, bias, n, {scale, 0, 1});
+    for (int64_t j = 0; j < n; ++j) z[j] = vtanh(z[j] / cap);
+    if (here) at_target *= 1 - z[target] * z[target];
+    for (int64_t j = 0; j < n; ++j) z[j] = coefficient * vexp(cap * z[j] / temperature - lse) * (1 - z[j] * z[j]);
+  } else {
+    to_logits(z, bias, n, map);
+    for (int64_t j = 0; j < n; ++j) z[j] = coefficient * vexp(z[j] - lse);
+  }
+  if (here) z[target] += at_target;
+}
+
+EVERY_ISA void add_column_sums(double* sums, const float* d, int64_t rows, int64_t n, int64_t stride) {
+  // 32 rows in float32, then in float64: sums over any number of tokens keep their digits.
+  constexpr int64_t few = 32, tile = 256;
+  float part[tile];
+  for (int64_t j = 0; j < n; j += tile) {
+    const int64_t width = std::min(tile, n - j);
+    for (int64_t i0 = 0; i0 < rows; i0 += few) {
+      std::fill(part, part + width, 0.0f);
+      for (int64_t i = i0; i < std::min(rows, i0 + few); ++i) {
+        for (int64_t l = 0; l < width; ++l) part[l] += d[i * stride + j + l];
+      }
+      for (int64_t l = 0; l < width; ++l) sums[j + l] += part[l];
+    }
+  }
+}
+
+const char* cpu_capability() {
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+  return __builtin_cpu_supports("avx512f") ? "avx512" : __builtin_cpu_supports("avx2") ? "avx2" : "default";
+#else
+  return "default";
+#endif
+}
+
+}  // namespace groupdpo_kernels
