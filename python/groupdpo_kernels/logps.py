@@ -93,6 +93,8 @@ def linear_logp_stats(
     for name in outputs:
         if name not in known and name != "token_logps":
             raise ValueError(f"outputs must be taken from {known}; got {name!r}")
+    if process_group is not None and "is_top1" in outputs:
+        raise ValueError("outputs must not hold 'is_top1' with a process_group: a shard does not see the other shards' largest logits")
     options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, workspace_bytes)
     extra = any(name in outputs for name in _EXTRA)
     stats = _run(hidden, weight, targets, bias, low_rank, options, extra, process_group, impl)
@@ -246,4 +248,9 @@ def _run(
     hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
     _check(hidden, weight, targets, bias, low_rank)
     low_rank_hidden, low_rank_weight = (None, None) if low_rank is None else low_rank
-    return LogpStats(*LinearLogps.apply(hidden, weight, targets.long(), bias, low_rank_hidden, low_rank_weight, options, extra, impl))
+    arguments = (hidden, weight, targets.long(), bias, low_rank_hidden, low_rank_weight, options, extra, impl)
+    if process_group is None:
+        return LogpStats(*LinearLogps.apply(*arguments))
+    from .sharded import ShardedLinearLogps  # torch.distributed is optional in a build of torch
+
+    return LogpStats(*ShardedLinearLogps.apply(*arguments, process_group))
