@@ -1,5 +1,6 @@
 """A vocabulary split over two real processes gives the values and gradients of the whole one."""
 
+import dataclasses
 import os
 import tempfile
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
 from groupdpo_kernels import LogpStats, linear_logp_stats, linear_logps
 from groupdpo_kernels.testing import CASES, check_budget, make_inputs, run
 
 OUTPUTS = ("lse", "entropy", "mean_logits", "log_sum_sq_probs")
-SHARDED = [case for case in CASES if case.name in ("everything", "everything_bf16", "negative", "batched", "all_ignored")]
+NAMES = ("everything", "everything_bf16", "negative", "batched", "all_ignored")
+SHARDED = [case for case in CASES if case.name in NAMES]
 
 
 def _worker(rank, world, store, names):
@@ -28,10 +31,11 @@ def _worker(rank, world, store, names):
 
         def sharded(hidden, weight, targets, bias, low_rank, options, span=span):
             pair = None if low_rank is None else (low_rank[0], low_rank[1][span])
+            bias = None if bias is None else bias[span]
+            head = dataclasses.asdict(options)
             return linear_logp_stats(
-                hidden, weight[span], targets, None if bias is None else bias[span], low_rank=pair, outputs=OUTPUTS, process_group=group,
-                logit_scale=options.logit_scale, softcap=options.softcap, temperature=options.temperature, workspace_bytes=options.workspace_bytes,
-            )  # fmt: skip
+                hidden, weight[span], targets, bias, low_rank=pair, outputs=OUTPUTS, process_group=group, **head
+            )
 
         result = run(sharded, inputs, case.options)
         # Gradients in the head's rows are this rank's: their sum is the whole.
@@ -56,14 +60,16 @@ def _worker(rank, world, store, names):
 
 def test_two_shards_equal_one_vocabulary():
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (2, os.path.join(folder, "store"), [case.name for case in SHARDED]), nprocs=2)
+        mp.spawn(_worker, (2, os.path.join(folder, "store"), NAMES), nprocs=2)
 
 
 def test_a_group_of_one_is_the_whole(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         inputs = make_inputs(SHARDED[0])
-        stats: LogpStats = linear_logp_stats(inputs.hidden, inputs.weight, inputs.targets, process_group=dist.group.WORLD)
+        stats: LogpStats = linear_logp_stats(
+            inputs.hidden, inputs.weight, inputs.targets, process_group=dist.group.WORLD
+        )
         whole = linear_logp_stats(inputs.hidden, inputs.weight, inputs.targets)
         torch.testing.assert_close(stats.token_logps, whole.token_logps)
         torch.testing.assert_close(stats.entropy, whole.entropy)

@@ -1,6 +1,7 @@
 """The autograd Functions over the ops: what plugs into any model.
 
-They save their inputs and one lse a row, never anything of size (T, V). First order only: a second backward through them raises.
+They save their inputs and one lse a row, never anything of size (T, V). First order only: a second backward through
+them raises.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from .reference import HeadOptions
 class LinearLogps(torch.autograd.Function):
     """`LinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, stats, impl)`.
 
-    hidden (..., D), weight (V, D), targets (...) int64, bias (V,) or None, low_rank_hidden (..., R) and low_rank_weight (V, R) or None, `options` a HeadOptions,
-    `impl` as in linear_logps. Returns the six tensors of LogpStats in order. token_logps and lse are differentiable; the other four are of size 0 unless
-    `stats`, and carry no gradient (linear_logp_stats makes a gradient into them an error).
+    hidden (..., D), weight (V, D), targets (...) int64, bias (V,) or None, low_rank_hidden (..., R) and low_rank_weight
+    (V, R) or None, `options` a HeadOptions, `impl` as in linear_logps. Returns the six tensors of LogpStats in order.
+    token_logps and lse are differentiable; the other four are of size 0 unless `stats`, and carry no gradient
+    (linear_logp_stats makes a gradient into them an error).
     """
 
     @staticmethod
@@ -36,7 +38,11 @@ class LinearLogps(torch.autograd.Function):
         stats: bool,
         impl: str,
     ) -> tuple[Tensor, ...]:
-        return tuple(ops.linear_logps_forward(Head(hidden, weight, bias, low_rank_hidden, low_rank_weight), targets, options, stats, impl))
+        return tuple(
+            ops.linear_logps_forward(
+                Head(hidden, weight, bias, low_rank_hidden, low_rank_weight), targets, options, stats, impl
+            )
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -55,7 +61,9 @@ class LinearLogps(torch.autograd.Function):
 
 
 class RefuseGradient(torch.autograd.Function):
-    """`RefuseGradient.apply(value, anchor, name)`: `value`, tied to the graph of `anchor` so that a gradient into it raises instead of vanishing."""
+    """`RefuseGradient.apply(value, anchor, name)`: `value`, tied to the graph of `anchor` so that a gradient into it
+    raises instead of vanishing.
+    """
 
     @staticmethod
     def forward(value: Tensor, anchor: Tensor, name: str) -> Tensor:

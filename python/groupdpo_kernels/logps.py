@@ -1,14 +1,15 @@
 """Token log-probabilities straight from hidden states and the LM head: the public functions.
 
-The (T, V) logits never exist. Cost: forward 2 T D V FLOP, backward 2 T D V and as many again for each of d_hidden and d_weight; memory beyond the gradients: one
-float32 (T, D) buffer and `workspace_bytes`. Formulas: docs/math.md.
+The (T, V) logits never exist. Cost: forward 2 T D V FLOP, backward 2 T D V and as many again for each of d_hidden and
+d_weight; memory beyond the gradients: one float32 (T, D) buffer and `workspace_bytes`. Formulas: docs/math.md.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,19 +50,24 @@ def linear_logps(
         logit_scale: multiplies the logits (Cohere; Granite: 1 / logits_scaling).
         softcap: soft-caps the logits, softcap * tanh(logits / softcap) (Gemma 2).
         temperature: divides the logits, after the cap.
-        grad_tol: allowed relative L1 error of the gradient in the logits. 0 asks for the exact gradient; every implementation is exact today, which
-            satisfies any tolerance.
+        grad_tol: allowed relative L1 error of the gradient in the logits. 0 asks for the exact gradient; every
+            implementation is exact today, which satisfies any tolerance.
         workspace_bytes: bound on temporaries, beyond gradients and one float32 (T, D) buffer.
-        process_group: the vocabulary is split over this group in order of rank: weight and bias (and low_rank[1]) are this rank's rows, targets are global ids,
-            hidden is the same on all ranks. Gradients of hidden (and low_rank[0]) are summed over the group.
-        impl: "auto" takes the first of "triton", "cuda", "cpu", "reference" that can run (see `explain`); an explicit choice never falls back.
-        low_rank: (x, B) adds x @ B.T to hidden @ weight.T: LoRA on the head without a merged copy of the weight, with x = scaling * hidden @ A.T.
+        process_group: the vocabulary is split over this group in order of rank: weight and bias (and low_rank[1])
+            are this rank's rows, targets are global ids, hidden is the same on all ranks. Gradients of hidden (and
+            low_rank[0]) are summed over the group.
+        impl: "auto" takes the first of "triton", "cuda", "cpu", "reference" that can run (see `explain`); an
+            explicit choice never falls back.
+        low_rank: (x, B) adds x @ B.T to hidden @ weight.T: LoRA on the head without a merged copy of the weight,
+            with x = scaling * hidden @ A.T.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; the message names it, what is expected, and its value. On a GPU values inside tensors are not read
-            back: a target id outside the vocabulary gives NaN in its row and in the gradients.
+        ValueError, TypeError: an argument is wrong; the message names it, what is expected, and its value. On a GPU
+            values inside tensors are not read back: a target id outside the vocabulary gives NaN in its row and in
+            the gradients.
 
-    Source: DPO (arXiv 2305.18290) needs exactly these; the online log-sum-exp over vocabulary blocks follows cut cross-entropy (arXiv 2411.09009).
+    Source: DPO (arXiv 2305.18290) needs exactly these; the online log-sum-exp over vocabulary blocks follows cut
+    cross-entropy (arXiv 2411.09009).
     """
     options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, workspace_bytes)
     return _run(hidden, weight, targets, bias, low_rank, options, False, process_group, impl).token_logps
@@ -86,15 +92,18 @@ def linear_logp_stats(
 ) -> LogpStats:
     """`linear_logps` with more of each row's distribution, at the same number of matrix products.
 
-    outputs: any of "lse", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1"; the others are None. token_logps is always there. token_logps and lse are
-    differentiable; a gradient into any other field raises a RuntimeError, it is never a silent zero. The other arguments are those of `linear_logps`.
+    outputs: any of "lse", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1"; the others are None. token_logps is
+    always there. token_logps and lse are differentiable; a gradient into any other field raises a RuntimeError, it is
+    never a silent zero. The other arguments are those of `linear_logps`.
     """
     known = ("lse", *_EXTRA)
     for name in outputs:
         if name not in known and name != "token_logps":
             raise ValueError(f"outputs must be taken from {known}; got {name!r}")
     if process_group is not None and "is_top1" in outputs:
-        raise ValueError("outputs must not hold 'is_top1' with a process_group: a shard does not see the other shards' largest logits")
+        raise ValueError(
+            "outputs must not hold 'is_top1' with a process_group: a shard does not see the others' largest logits"
+        )
     options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, workspace_bytes)
     extra = any(name in outputs for name in _EXTRA)
     stats = _run(hidden, weight, targets, bias, low_rank, options, extra, process_group, impl)
@@ -113,20 +122,29 @@ def seq_logps(
 ) -> Tensor:  # (S,) the dtype of token_logps
     """Sums of token_logps by sequence: sequence s owns tokens cu_seqlens[s] : cu_seqlens[s+1]. Differentiable.
 
-    Raises ValueError where offsets do not start at 0, decrease, or do not end at T (on a GPU values are not read back: only shapes are checked).
+    Raises ValueError where offsets do not start at 0, decrease, or do not end at T (on a GPU values are not read back:
+    only shapes are checked).
     """
     if token_logps.dim() != 1 or not token_logps.is_floating_point():
-        raise ValueError(f"token_logps must be a floating (T,) tensor; got {tuple(token_logps.shape)} {token_logps.dtype}")
+        raise ValueError(
+            f"token_logps must be a floating (T,) tensor; got {tuple(token_logps.shape)} {token_logps.dtype}"
+        )
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
-        raise ValueError(f"cu_seqlens must be an integer (S+1,) tensor; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+        raise ValueError(
+            f"cu_seqlens must be an integer (S+1,) tensor; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
     if cu_seqlens.device != token_logps.device:
-        raise ValueError(f"cu_seqlens must be on the device of token_logps, {token_logps.device}; got {cu_seqlens.device}")
+        raise ValueError(
+            f"cu_seqlens must be on the device of token_logps, {token_logps.device}; got {cu_seqlens.device}"
+        )
     return ops.segment_sums(token_logps, cu_seqlens)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What impl="auto" picks, and why not each of the others (an implementation that could run but comes later has no reasons)."""
+    """What impl="auto" picks, and why not each of the others (an implementation that could run but comes later has no
+    reasons).
+    """
 
     impl: str
     why_not: dict[str, list[str]]
@@ -135,7 +153,9 @@ class Explanation:
         lines = [f"auto picks {self.impl!r}"]
         for name, reasons in self.why_not.items():
             if name != self.impl:
-                lines.append(f"  {name}: " + ("; ".join(reasons) if reasons else f"could run; {self.impl!r} comes first"))
+                lines.append(
+                    f"  {name}: " + ("; ".join(reasons) if reasons else f"could run; {self.impl!r} comes first")
+                )
         return "\n".join(lines)
 
 
@@ -148,14 +168,16 @@ def explain(
     low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
     **options: Any,
 ) -> Explanation:
-    """Which implementation impl="auto" takes for these arguments of `linear_logps`, and every reason against the others. Computes nothing."""
+    """Which implementation impl="auto" takes for these arguments of `linear_logps`, and every reason against the
+    others. Computes nothing.
+    """
     hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
     _check(hidden, weight, targets, bias, low_rank)
     why_not = {name: ops.why_not(name, hidden, weight) for name in ops.IMPLS}
     return Explanation(ops.resolve("auto", hidden, weight), why_not)
 
 
-# ------------------------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------------------------------------ arguments
 
 
 def _options(
@@ -186,7 +208,9 @@ def _autocast(
     bias: Tensor | None,
     low_rank: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """What torch.autocast does to F.linear: floating inputs, float64 excepted, are cast to its dtype. The casts are differentiable."""
+    """What torch.autocast does to F.linear: floating inputs, float64 excepted, are cast to its dtype. The casts are
+    differentiable.
+    """
     device_type = hidden.device.type
     if not torch.is_autocast_enabled(device_type):
         return hidden, weight, bias, low_rank
@@ -199,7 +223,9 @@ def _autocast(
     return cast(hidden), cast(weight), None if bias is None else cast(bias), pair
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> None:
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None
+) -> None:
     if hidden.dtype not in _FLOATING:
         raise TypeError(f"hidden must be one of {', '.join(map(str, _FLOATING))}; got {hidden.dtype}")
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
@@ -208,10 +234,15 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
         raise ValueError("hidden must be (..., D); got a scalar")
     D = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != D or weight.shape[0] < 1 or D < 1:
-        raise ValueError(f"weight must be (V, D = {D}), the last dimension of hidden {tuple(hidden.shape)}, both at least 1; got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must be (V, D = {D}), both at least 1, D the last dimension of hidden {tuple(hidden.shape)};"
+            f" got {tuple(weight.shape)}"
+        )
     V = weight.shape[0]
     if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets must have the leading shape of hidden, {tuple(hidden.shape[:-1])}; got {tuple(targets.shape)}")
+        raise ValueError(
+            f"targets must have the leading shape of hidden, {tuple(hidden.shape[:-1])}; got {tuple(targets.shape)}"
+        )
     named = {"weight": weight}
     if bias is not None:
         named["bias"] = bias
@@ -226,7 +257,9 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
             raise ValueError(f"low_rank[0] must be (..., R) = {(*hidden.shape[:-1], b.shape[1])}; got {tuple(x.shape)}")
     for name, x in named.items():
         if x.dtype != hidden.dtype:
-            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype} (mixed dtypes want torch.autocast); got {x.dtype}")
+            raise TypeError(
+                f"{name} must have the dtype of hidden, {hidden.dtype} (torch.autocast mixes dtypes); got {x.dtype}"
+            )
     for name, x in (*named.items(), ("targets", targets)):
         if x.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}; got {x.device}")

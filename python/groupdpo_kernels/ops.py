@@ -1,18 +1,23 @@
-"""The torch.library ops: schema, fake and the choice of an implementation. Imports torch alone; a kernel is imported when a device function first runs it.
+"""The torch.library ops: schema, fake and the choice of an implementation. Imports torch alone; a kernel is imported
+when a device function first runs it.
 
-`groupdpo_kernels::linear_logps_forward` and `groupdpo_kernels::linear_logps_backward` carry the name of an implementation as their last argument and resolve
-"auto" on the real tensors, so a traced graph holds one opaque op and tracing never looks at devices or versions. Neither has an autograd formula: the
-Functions in functions.py are the only users that need one, and a double backward raises instead of being silently wrong.
+`groupdpo_kernels::linear_logps_forward` and `groupdpo_kernels::linear_logps_backward` carry the name of an
+implementation as their last argument and resolve "auto" on the real tensors, so a traced graph holds one opaque op and
+tracing never looks at devices or versions. Neither has an autograd formula: the Functions in functions.py are the only
+users that need one, and a double backward raises instead of being silently wrong.
 
-Values inside tensors are checked here for CPU tensors (a wrong target id is a ValueError). On a GPU nothing is read back: there a wrong id gives NaN.
+Values inside tensors are checked here for CPU tensors (a wrong target id is a ValueError). On a GPU nothing is read
+back: there a wrong id gives NaN.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +37,13 @@ _GRADIENTS = "(Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low_ran
 _NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight"
 _LIBRARY.define(f"linear_logps_forward_cpu({_HEAD}, {_MAP}, int workspace_bytes, bool stats) -> {_STATS}")
 _LIBRARY.define(
-    f"linear_logps_backward_cpu({_HEAD}, Tensor lse, Tensor d_token_logps, Tensor d_lse, {_MAP}, int workspace_bytes, {_NEEDS})"
-    f" -> {_GRADIENTS}"
+    f"linear_logps_backward_cpu({_HEAD}, Tensor lse, Tensor d_token_logps, Tensor d_lse, {_MAP},"
+    f" int workspace_bytes, {_NEEDS}) -> {_GRADIENTS}"
 )
 
 
-# ------------------------------------------------------------------------------------------------------- which implementation
+# ---------------------------------------------------------------------------------------------------------------- which
+# implementation
 
 
 def extension_why_not() -> list[str]:
@@ -46,7 +52,10 @@ def extension_why_not() -> list[str]:
         importlib.import_module("groupdpo_kernels._C")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "groupdpo_kernels._C":
-            return ["C++ extension is not built: run `pip install --no-build-isolation -e .` with a C++ compiler, cmake, ninja and pybind11"]
+            return [
+                "C++ extension is not built: run `pip install --no-build-isolation -e .`"
+                " with a C++ compiler, cmake, ninja and pybind11"
+            ]
         return [f"C++ extension does not load: {error}"]
     return []
 
@@ -89,7 +98,7 @@ def resolve(impl: str, hidden: Tensor, weight: Tensor) -> str:
     return impl
 
 
-# ----------------------------------------------------------------------------------------------------------- the ops
+# -------------------------------------------------------------------------------------------------------------- the ops
 
 
 class Head(NamedTuple):
@@ -116,8 +125,8 @@ def _check_targets(targets: Tensor, V: int, ignore_index: int) -> Tensor:
     if wrong.any():
         at = int(wrong.reshape(-1).nonzero()[0, 0])
         raise ValueError(
-            f"targets must be in [0, V = {V}) or ignore_index = {ignore_index}; targets.view(-1)[{at}] is {int(targets.reshape(-1)[at])}"
-            f" ({int(wrong.sum())} such rows)"
+            f"targets must be in [0, V = {V}) or ignore_index = {ignore_index}; targets.view(-1)[{at}] is"
+            f" {int(targets.reshape(-1)[at])} ({int(wrong.sum())} such rows)"
         )
     return live.reshape(-1).nonzero()[:, 0]
 
@@ -133,7 +142,11 @@ def _take(x: Tensor | None, rows: Tensor) -> Tensor | None:
 def _put(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
     """The inverse of `_take`: ignored rows hold zero."""
     n = rows.numel()
-    flat = x.new_zeros((shape.numel() // max(1, x.shape[1:].numel()), *x.shape[1:])) if x.shape[1:].numel() else x.new_zeros(shape)
+    flat = (
+        x.new_zeros((shape.numel() // max(1, x.shape[1:].numel()), *x.shape[1:]))
+        if x.shape[1:].numel()
+        else x.new_zeros(shape)
+    )
     if flat.shape[0] == n:
         return x.reshape(shape)
     return flat.index_copy_(0, rows, x).reshape(shape)
@@ -151,7 +164,13 @@ def _host_forward(head: Head, targets: Tensor, options: HeadOptions, stats: bool
     live_targets = targets.reshape(-1)[rows]
     if impl == "cpu":
         out = torch.ops.groupdpo_kernels.linear_logps_forward_cpu(
-            *live, live_targets, options.logit_scale, options.softcap, options.temperature, options.workspace_bytes, stats
+            *live,
+            live_targets,
+            options.logit_scale,
+            options.softcap,
+            options.temperature,
+            options.workspace_bytes,
+            stats,
         )
     else:
         out = reference.forward_in_blocks(*live, live_targets, options)
@@ -220,7 +239,9 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):  
     schema=f"({_HEAD}, Tensor lse, Tensor d_token_logps, Tensor d_lse, {_OPTIONS}, bool[] needs, str impl)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _linear_logps_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_token_logps, d_lse, *rest):  # type: ignore[no-untyped-def]
+def _linear_logps_backward(
+    hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_token_logps, d_lse, *rest
+):  # type: ignore[no-untyped-def]
     *options, needs, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
@@ -241,12 +262,16 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_to
 
 
 def not_differentiable(name: str) -> RuntimeError:
-    return RuntimeError(f"{name} is not differentiable: only token_logps and lse are. Use {name}.detach() in the loss, or leave it out.")
+    return RuntimeError(
+        f"{name} is not differentiable: only token_logps and lse are. Use {name}.detach() in the loss, or leave it out."
+    )
 
 
 @torch.library.custom_op("groupdpo_kernels::refuse_gradient", mutates_args=())
 def _refuse_gradient(gradient: Tensor, name: str) -> Tensor:
-    """Zeros pass (a compiled graph feeds them to every unused output); anything else raises, or on a GPU, where values are not read back, becomes NaN."""
+    """Zeros pass (a compiled graph feeds them to every unused output); anything else raises, or on a GPU, where values
+    are not read back, becomes NaN.
+    """
     if gradient.device.type == "cpu" and gradient.count_nonzero():
         raise not_differentiable(name)
     return torch.where(gradient == 0, 0.0, torch.nan)
@@ -262,7 +287,8 @@ def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
     """values (T,), offsets (S+1,) integer -> (S,), the dtype of values."""
     if values.device.type == "cpu":
         check_offsets("cu_seqlens", offsets, values.shape[0], "the number of tokens")
-    # In float64, each segment in order: deterministic, exact to the last float32 digit for a million tokens, and a NaN stays in its segment.
+    # In float64, each segment in order: deterministic, exact to the last float32 digit for a million tokens, and a NaN
+    # stays in its segment.
     return torch.segment_reduce(values.double(), "sum", offsets=offsets.long(), axis=0, unsafe=True).to(values.dtype)
 
 
@@ -289,7 +315,7 @@ def check_offsets(name: str, offsets: Tensor, total: int, what: str) -> None:
     values = offsets.tolist()
     if values[0] != 0 or values[-1] != total:
         raise ValueError(f"{name} must start at 0 and end at {what}, {total}; got {values[0]} and {values[-1]}")
-    for i, (start, end) in enumerate(zip(values, values[1:])):
+    for i, (start, end) in enumerate(itertools.pairwise(values)):
         if end < start:
             raise ValueError(f"{name} must not decrease; {name}[{i}] is {start} and {name}[{i + 1}] is {end}")
 

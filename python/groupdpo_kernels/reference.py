@@ -7,7 +7,7 @@ The vocabulary of the whole package (docs/math.md derives the formulas):
 | T, D, V, S, G   |            | tokens (packed), hidden size, vocabulary, sequences (responses), groups       |
 | hidden          | (..., D)   | last hidden states, the input of the LM head                                 |
 | weight, bias    | (V, D), (V,) | the LM head                                                                |
-| low_rank        | (..., R), (V, R) | a second segment of the product: `low_rank[0] @ low_rank[1].T`, LoRA on the head |
+| low_rank        | (..., R), (V, R) | a second segment of the product, low_rank[0] @ low_rank[1].T: LoRA on the head |
 | targets         | (...)      | the token id each row predicts; `ignore_index` rows give 0 and no gradient   |
 | logits          | (..., V)   | never stored outside this file                                               |
 | lse             | (...)      | log-sum-exp of a row's logits                                                |
@@ -20,16 +20,19 @@ The vocabulary of the whole package (docs/math.md derives the formulas):
     product = hidden @ weight.T + low_rank[0] @ low_rank[1].T
     logits  = cap(logit_scale * (product + bias)) / temperature,   cap(x) = softcap * tanh(x / softcap)
 
-The functions over whole rows (`logits`, `linear_logps`, `linear_logp_stats`, `seq_logps`) are differentiable and hold the (T, V) logits: they are the
-specification, and the oracle of the tests. `forward_in_blocks` and `backward_in_blocks` are the same maths with a bounded workspace and a closed-form
-gradient: they are what `impl="reference"` runs. Everything past the inputs is float32, or float64 for float64 inputs. Nothing here is fast.
+The functions over whole rows (`logits`, `linear_logps`, `linear_logp_stats`, `seq_logps`) are differentiable and hold
+the (T, V) logits: they are the specification, and the oracle of the tests. `forward_in_blocks` and `backward_in_blocks`
+are the same maths with a bounded workspace and a closed-form gradient: they are what `impl="reference"` runs.
+Everything past the inputs is float32, or float64 for float64 inputs. Nothing here is fast.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +42,9 @@ from torch import Tensor
 class HeadOptions:
     """What lies between the head's product and a log-probability, and the memory the work may take.
 
-    logit_scale multiplies the logits (Cohere; Granite divides: pass 1 / logits_scaling). softcap bounds them (Gemma 2: 30). temperature divides them last.
-    workspace_bytes bounds all temporaries beyond gradients and one float32 (T, D) buffer.
+    logit_scale multiplies the logits (Cohere; Granite divides: pass 1 / logits_scaling). softcap bounds them (Gemma 2:
+    30). temperature divides them last. workspace_bytes bounds all temporaries beyond gradients and one float32 (T, D)
+    buffer.
     """
 
     logit_scale: float = 1.0
@@ -51,7 +55,9 @@ class HeadOptions:
 
 
 class LogpStats(NamedTuple):
-    """Per-row results, each of the shape of `targets`; None where not asked for. Rows with `ignore_index` hold 0 (False)."""
+    """Per-row results, each of the shape of `targets`; None where not asked for. Rows with `ignore_index` hold 0
+    (False).
+    """
 
     token_logps: Tensor
     lse: Tensor | None = None
@@ -106,7 +112,8 @@ def linear_logp_stats(
     """All per-row results from materialised logits; token_logps and lse are differentiable by autograd."""
     live = targets != options.ignore_index
     z = logits(hidden, weight, bias, low_rank, options)
-    # Ignored rows leave through `where` on the inputs of every reduction, so that a NaN in such a row reaches neither result nor gradient.
+    # Ignored rows leave through `where` on the inputs of every reduction, so that a NaN in such a row reaches neither
+    # result nor gradient.
     z = torch.where(live.unsqueeze(-1), z, torch.zeros((), dtype=z.dtype, device=z.device))
     lse = torch.logsumexp(z, -1)
     target_logits = z.gather(-1, torch.where(live, targets, 0).unsqueeze(-1).long()).squeeze(-1)
@@ -142,11 +149,12 @@ def seq_logps(
 ) -> Tensor:  # (S,)
     """Sum of token_logps by sequence, one Python slice a sequence."""
     bounds = cu_seqlens.tolist()
-    sums = [token_logps[start:end].sum() for start, end in zip(bounds, bounds[1:])]
+    sums = [token_logps[start:end].sum() for start, end in itertools.pairwise(bounds)]
     return torch.stack(sums) if sums else token_logps.new_zeros(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------- in blocks
+# ------------------------------------------------------------------------------------------------------------------- in
+# blocks
 
 
 def block_shape(
@@ -156,8 +164,10 @@ def block_shape(
     workspace_bytes: int,
     itemsize: int,
 ) -> tuple[int, int]:
-    """(token rows, vocabulary columns) of one block, so that about four blocks of logits, one widened slice of the weight with its gradient and one of
-    hidden stay within the budget. A block has at least 16 x 16 entries, whatever the budget."""
+    """(token rows, vocabulary columns) of one block, so that about four blocks of logits, one widened slice of the
+    weight with its gradient and one of hidden stay within the budget. A block has at least 16 x 16 entries, whatever
+    the budget.
+    """
     budget = workspace_bytes // itemsize
     rows = max(16, min(T, 1024, budget // (4 * max(D, 64))))
     columns = max(16, min(V, (budget - rows * D) // (2 * D + 4 * rows)))
@@ -234,7 +244,14 @@ def forward_in_blocks(
             top = new_top
         shift = torch.where(top == -math.inf, 0, top)
         lse = shift + total.log()
-        values = (target_logits - lse, lse, lse - weighted / total, plain / V, squares.log() - 2 * total.log(), top_id == y)
+        values = (
+            target_logits - lse,
+            lse,
+            lse - weighted / total,
+            plain / V,
+            squares.log() - 2 * total.log(),
+            top_id == y,
+        )
         for out, value in zip(results, values):
             out[t] = value
     return LogpStats(*results)
@@ -259,9 +276,11 @@ def backward_in_blocks(
     options: HeadOptions,
     needs: tuple[bool, ...],  # which of HeadGradients
 ) -> HeadGradients:
-    """The needed gradients from logits rebuilt block by block: 2 T D V FLOP and as many again for each of d_hidden and d_weight.
+    """The needed gradients from logits rebuilt block by block: 2 T D V FLOP and as many again for each of d_hidden and
+    d_weight.
 
-    Vocabulary blocks outside: a block of d_weight is accumulated over all rows and rounded once; d_hidden is accumulated in one float32 (T, D) buffer.
+    Vocabulary blocks outside: a block of d_weight is accumulated over all rows and rounded once; d_hidden is
+    accumulated in one float32 (T, D) buffer.
     """
     dtype = _accumulator(hidden.dtype)
     (T, D), V = hidden.shape, weight.shape[0]

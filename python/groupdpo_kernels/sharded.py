@@ -1,7 +1,9 @@
-"""A vocabulary split over a process group: each rank holds some rows of the head, all ranks hold the same hidden states and targets.
+"""A vocabulary split over a process group: each rank holds some rows of the head, all ranks hold the same hidden states
+and targets.
 
-Each rank runs the ordinary ops on its rows; two all-reduces of a few floats a token join the results, and one of (T, D) sums the gradient of hidden. Shards may be of any
-size and follow the order of ranks. Never gathers the weight or the logits. Every rank of the group must call, forward and backward.
+Each rank runs the ordinary ops on its rows; two all-reduces of a few floats a token join the results, and one of (T, D)
+sums the gradient of hidden. Shards may be of any size and follow the order of ranks. Never gathers the weight or the
+logits. Every rank of the group must call, forward and backward.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ _IGNORED = -100  # in the ids of a shard, whatever the caller's ignore_index: th
 
 
 class ShardedLinearLogps(torch.autograd.Function):
-    """`LinearLogps` over a group: the same arguments and the group; weight, bias and low_rank_weight are this rank's rows. is_top1 is of size 0."""
+    """`LinearLogps` over a group: the same arguments and the group; weight, bias and low_rank_weight are this rank's
+    rows. is_top1 is of size 0.
+    """
 
     @staticmethod
     def forward(
@@ -42,7 +46,10 @@ class ShardedLinearLogps(torch.autograd.Function):
         live = targets != options.ignore_index
         wrong = live & ((targets < 0) | (targets >= V))
         if targets.device.type == "cpu" and wrong.any():
-            raise ValueError(f"targets must be in [0, V = {int(V)}) or ignore_index = {options.ignore_index}; got {int(targets[wrong][0])}")
+            raise ValueError(
+                f"targets must be in [0, V = {int(V)}) or ignore_index = {options.ignore_index};"
+                f" got {int(targets[wrong][0])}"
+            )
         local = targets - start
         inside = live & (local >= 0) & (local < weight.shape[0])
         ids = torch.where(live, torch.where(inside, local, 0), _IGNORED)
@@ -59,7 +66,11 @@ class ShardedLinearLogps(torch.autograd.Function):
         sums = [target_logits, mass]
         if stats and out.entropy is not None and out.mean_logits is not None and out.log_sum_sq_probs is not None:
             expected_logit = torch.where(mass == 0, 0, mass * (out.lse - out.entropy))
-            sums += [expected_logit, out.mean_logits * weight.shape[0], torch.exp(out.log_sum_sq_probs + 2 * (out.lse - shift))]
+            sums += [
+                expected_logit,
+                out.mean_logits * weight.shape[0],
+                torch.exp(out.log_sum_sq_probs + 2 * (out.lse - shift)),
+            ]
         joined = torch.stack(sums)
         dist.all_reduce(joined, dist.ReduceOp.SUM, process_group)
         target_logits, mass, *rest = joined.unbind()
@@ -83,10 +94,13 @@ class ShardedLinearLogps(torch.autograd.Function):
         *head, ids, inside, wrong, lse = ctx.saved_tensors
         need = ctx.needs_input_grad
         needs = (need[0], need[1], need[3], need[4], need[5])
-        # A row whose target lives elsewhere has no 1[v = target] here, and its softmax keeps the coefficient d_lse - d_token_logps.
+        # A row whose target lives elsewhere has no 1[v = target] here, and its softmax keeps the coefficient d_lse -
+        # d_token_logps.
         d_target = torch.where(inside, d_token_logps, 0)
         d_rest = torch.where(wrong, torch.nan, d_lse - d_token_logps + d_target)
-        gradients = list(ops.linear_logps_backward(Head(*head), ids, lse, d_target, d_rest, ctx.options, needs, ctx.impl))
+        gradients = list(
+            ops.linear_logps_backward(Head(*head), ids, lse, d_target, d_rest, ctx.options, needs, ctx.impl)
+        )
         for i in (0, 3):
             if (partial := gradients[i]) is not None:
                 total = partial.float() if partial.dtype.itemsize == 2 else partial
