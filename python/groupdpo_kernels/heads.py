@@ -83,6 +83,7 @@ class HeadCall:
     def installed(self) -> Iterator[None]:
         self.rows = (self.targets != self.options.ignore_index).reshape(-1).nonzero()[:, 0]
         self.leaf = leaf_of(self.head)
+        self.parts = linear_parts(self.leaf)  # before the swap, which would hide them
         hook = self.head.register_forward_hook(self._leave)  # the last hook: after those of FSDP and ZeRO-3
         try:
             with swapped(self.leaf, self._forward) as self.real:
@@ -130,14 +131,14 @@ class HeadCall:
     def _score(self, hidden: Tensor) -> Tensor:
         """(t,) log-probabilities of the live rows."""
         targets = self._live(self.targets.unsqueeze(-1))[:, 0].long()
-        parts = linear_parts(self.leaf)
-        if parts is None:
+        if self.parts is None:
+            real = self.real  # the graph keeps what rebuilds logits: not self, which would keep the graph in turn
 
             def logits_of(x: Tensor) -> Tensor:
-                return self.real(x.unsqueeze(0))[0]  # a custom head may insist on three dimensions
+                return real(x.unsqueeze(0))[0]  # a custom head may insist on three dimensions
 
             return logps_in_chunks(logits_of, self._live(hidden), targets, self.logit_map, self.options)
-        base, adapters = parts
+        base, adapters = self.parts
         if base is self.leaf:
             return self._linear(targets, base.bias, self._live(hidden), base.weight)
         calls: list[tuple[nn.Module, Tensor]] = [(base, self._live(hidden))]

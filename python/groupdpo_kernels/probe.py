@@ -26,6 +26,7 @@ class Probe:
 
     def __init__(self, head: nn.Module) -> None:
         self.head, self.leaf = head, leaf_of(head)
+        self.parts = linear_parts(self.leaf)
         self.count, self.vocab, self.reason = 0, 0, ""
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (B, L, V)
@@ -53,9 +54,10 @@ class Probe:
 
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.count += 1
-        if (parts := linear_parts(self.leaf)) is not None:
+        if self.parts is not None:
             # A weight is whole in the call of its own module only.
-            self.vocab = parts.base.weight.shape[0] if parts.base is self.leaf else parts.base.out_features
+            base = self.parts.base
+            self.vocab = base.weight.shape[0] if base is self.leaf else base.out_features
         else:
             logits = self.real(hidden, *args, **kwargs)
             self.vocab = logits.shape[-1]
