@@ -1,0 +1,493 @@
+"""Every objective against a loop over groups, written from the formulas: in float64, and by error budget in float32."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from groupdpo_kernels.groups import PreferenceGroups
+from groupdpo_kernels.losses import LOSSES
+from groupdpo_kernels.objectives import AdaBalance, Objective, PreferenceLoss, preference_loss
+
+PAIRWISE = [name for name, row in LOSSES.items() if row.pair is not None and not row.every_pair]
+GROUPWISE = [name for name in LOSSES if name not in PAIRWISE]
+
+
+# ----------------------------------------------------------------------------------------------------------- the oracle
+
+
+def oracle(token_logps: Tensor, cu: list[int], lists: list[list[bool]], o: Objective, ref: Tensor) -> dict[str, Tensor]:
+    """The formulas one group at a time, in the precision of token_logps, differentiated by autograd."""
+    bounds = list(itertools.pairwise(cu))
+    s = [token_logps[a:b].sum() for a, b in bounds]
+    r = [ref[a:b].sum() for a, b in bounds] if ref.shape == token_logps.shape else list(ref)
+    n = [b - a for a, b in bounds]
+    m = [x / k for x, k in zip(s, n)]
+    average = {"simpo": True, "ipo": True}.get(o.loss, False) if o.average is None else o.average
+    free = o.loss in ("simpo", "cpo", "orpo") if o.reference_free is None else o.reference_free
+    u = [o.beta * (x - (0 if free else y)) / (k if average else 1) for x, y, k in zip(s, r, n)]
+
+    def level(i: int) -> Tensor:
+        assert o.balance is not None
+        b = s[i] - r[i] if o.balance.space == "reference" else s[i]
+        b = b / n[i] if o.balance.normalize else b
+        if o.loss == "orpo":
+            b = b + torch.log(1 - torch.exp(m[i]))
+        return b.detach()
+
+    def weight(b_positive: Tensor, b_negative: Tensor) -> float:
+        return 1.0 if o.balance is None else min(math.exp(min(b_positive - b_negative, 50.0)), o.balance.ceiling)
+
+    def softplus(x: Tensor) -> Tensor:
+        return torch.logaddexp(x, torch.zeros_like(x))
+
+    def odds(i: int) -> Tensor:
+        return m[i] - torch.log(-torch.expm1(m[i]))
+
+    losses, weights, start = [], [1.0] * len(s), 0
+    for labels in lists:
+        members = range(start, start + len(labels))
+        P, N = ([i for i, label in zip(members, labels) if label is side] for side in (True, False))
+        start += len(labels)
+        if o.balance is not None:
+            b = [level(i) for i in range(len(s))]
+            negative = sum(b[j] for j in N) / len(N)
+            for i in P:
+                ws = [weight(b[i], b[j]) for j in N] if o.loss == "all_pairs" else [weight(b[i], negative)]
+                weights[i] = sum(ws) / len(ws)
+        v = {i: weights[i] * u[i] for i in members}
+        w, l = P[0], N[0]  # noqa: E741
+        d = v[w] - v[l]
+        if o.loss == "sigmoid":
+            loss = (1 - o.label_smoothing) * softplus(-d) + o.label_smoothing * softplus(d)
+        elif o.loss == "hinge":
+            loss = torch.relu(1 - d)
+        elif o.loss == "ipo":
+            loss = (d / o.beta - 1 / (2 * o.beta)) ** 2
+        elif o.loss == "rdpo":
+            loss = softplus(-(d + o.alpha * (n[w] - n[l])))
+        elif o.loss == "simpo":
+            loss = softplus(-(d - o.gamma))
+        elif o.loss == "cpo":
+            loss = softplus(-d)
+        elif o.loss == "orpo":
+            loss = -m[w] + o.beta * softplus(-(weights[w] * odds(w) - odds(l)))
+        elif o.loss == "margin":
+            loss = softplus(-(sum(v[i] for i in P) / len(P) - sum(v[j] for j in N) / len(N)))
+        elif o.loss == "mpo":
+            everyone = torch.logsumexp(torch.stack([v[i] for i in members]), 0)
+            loss = everyone - torch.logsumexp(torch.stack([v[i] for i in P]), 0)
+        elif o.loss == "all_pairs":
+            terms = []
+            for i, j in itertools.product(P, N):
+                pair_weight = weight(b[i], b[j]) if o.balance is not None else 1.0
+                terms.append(softplus(-(pair_weight * u[i] - u[j])))
+            loss = sum(terms) / len(terms)
+        elif o.loss == "softmax":
+            terms = [torch.logsumexp(torch.stack([v[i], *(v[j] for j in N)]), 0) - v[i] for i in P]
+            loss = sum(terms) / len(P)
+        else:
+            assert o.loss == "plackett_luce"
+            rest = [torch.stack([v[j] for j in members if j >= k]) for k in members]
+            loss = sum(torch.logsumexp(x, 0) - x[0] for x in rest)
+        losses.append(loss + o.nll_weight * sum(-m[i] for i in P) / len(P))
+    group_losses = torch.stack(losses)
+    return {
+        "loss": group_losses.mean(),
+        "seq_logps": torch.stack(s),
+        "rewards": torch.stack(u),
+        "group_losses": group_losses,
+        "balance_weights": torch.tensor(weights, dtype=token_logps.dtype),
+    }
+
+
+def draw(lists: list[list[bool]], seed: int, spread: float = 1.0) -> tuple[Tensor, list[int], Tensor]:
+    """(token_logps, cu_seqlens, ref_logps by token), float64; lengths 1 to 6."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    lengths = [rng.randint(1, 6) for group in lists for _ in group]
+    cu = [0, *itertools.accumulate(lengths)]
+    values = -spread * torch.rand(2, cu[-1], generator=generator, dtype=torch.float64) - 0.01
+    return values[0], cu, values[1]
+
+
+def run(
+    token_logps: Tensor, cu: list[int], lists: list[list[bool]], o: Objective, ref: Tensor | None
+) -> tuple[PreferenceLoss, Tensor]:
+    token_logps = token_logps.clone().requires_grad_()
+    result = preference_loss(token_logps, torch.tensor(cu), PreferenceGroups.from_lists(lists), o, ref)
+    (gradient,) = torch.autograd.grad(result.loss, token_logps)
+    return result, gradient
+
+
+def check(lists: list[list[bool]], o: Objective, seed: int, spread: float = 1.0, ref_by_token: bool = True) -> None:
+    token_logps, cu, ref = draw(lists, seed, spread)
+    if not ref_by_token:
+        ref = torch.stack([ref[a:b].sum() for a, b in itertools.pairwise(cu)])
+    truth = {}
+    for dtype in (torch.float64, torch.float32):
+        x = token_logps.to(dtype).requires_grad_()
+        expected = oracle(x, cu, lists, o, ref.to(dtype))
+        expected["gradient"] = torch.autograd.grad(expected["loss"], x)[0]
+        result, gradient = run(token_logps.to(dtype), cu, lists, o, ref.to(dtype))
+        found = {**result._asdict(), "gradient": gradient}
+        for name, value in found.items():
+            assert value.dtype == dtype, name
+            if dtype == torch.float64:
+                truth[name] = expected[name].detach()
+                torch.testing.assert_close(
+                    value, truth[name], rtol=1e-10, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}"
+                )
+            else:
+                scale = truth[name].abs().max().clamp(min=1.0)
+                budget = 2 * (expected[name].detach().double() - truth[name]).abs().max()
+                error = (value.double() - truth[name]).abs().max()
+                assert error <= budget + 8 * torch.finfo(dtype).eps * scale, name
+
+
+PAIRS = [[True, False], [False, True], [True, False]]
+RAGGED = [[True, False, False], [False, True], [False, False, True, True, False], [True] * 3 + [False] * 6]
+RANKED = [sorted(group, reverse=True) for group in RAGGED]
+OPTIONS: list[dict[str, object]] = [
+    {},
+    {"beta": 2.0, "average": True, "nll_weight": 1.0, "label_smoothing": 0.1, "gamma": 0.7, "alpha": 0.3},
+    {"average": False, "reference_free": True},
+    {"average": True, "reference_free": False, "nll_weight": 0.5},
+]
+BALANCES = [
+    AdaBalance(),
+    AdaBalance(ceiling=1.05, normalize=False),
+    AdaBalance(ceiling=30.0, space="reference"),
+    AdaBalance(ceiling=0.5, space="reference", normalize=False),
+]
+
+
+def shape_for(loss: str) -> list[list[bool]]:
+    return PAIRS if loss in PAIRWISE else RANKED if loss == "plackett_luce" else RAGGED
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_value_and_gradient(loss: str, options: dict) -> None:
+    for balance in (None, *(BALANCES if loss != "plackett_luce" and len(options) != 2 else ())):
+        check(shape_for(loss), Objective(loss, balance=balance, **options), seed=3)
+
+
+def draw_lists(data: st.DataObject, loss: str) -> list[list[bool]]:
+    def group() -> list[bool]:
+        labels = [True] * data.draw(st.integers(1, 4)) + [False] * data.draw(st.integers(1, 5))
+        return labels if loss == "plackett_luce" else data.draw(st.permutations(labels))
+
+    if loss in PAIRWISE:
+        return [data.draw(st.permutations([True, False])) for _ in range(data.draw(st.integers(1, 6)))]
+    return [group() for _ in range(data.draw(st.integers(1, 6)))]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_random_ragged_groups(data: st.DataObject) -> None:
+    loss = data.draw(st.sampled_from(list(LOSSES)))
+    objective = Objective(
+        loss,
+        beta=data.draw(st.sampled_from([0.1, 1.0, 7.5])),
+        average=data.draw(st.sampled_from([None, True, False])),
+        reference_free=data.draw(st.sampled_from([None, True, False])),
+        nll_weight=data.draw(st.sampled_from([0.0, 1.0])),
+        balance=None if loss == "plackett_luce" else data.draw(st.sampled_from([None, *BALANCES])),
+    )
+    spread = data.draw(st.sampled_from([0.1, 1.0, 3.0]))
+    check(draw_lists(data, loss), objective, data.draw(st.integers(0, 999)), spread, data.draw(st.booleans()))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_finite_differences(loss: str) -> None:
+    lists = shape_for(loss)[:3]
+    token_logps, cu, ref = draw(lists, seed=1)
+    groups, offsets = PreferenceGroups.from_lists(lists), torch.tensor(cu)
+    objective = Objective(loss, beta=1.3, nll_weight=0.5, label_smoothing=0.2, gamma=0.1, alpha=0.1)
+    token_logps.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: preference_loss(x, offsets, groups, objective, ref).loss, token_logps)
+
+
+@pytest.mark.parametrize("loss", ["margin", "mpo", "all_pairs", "softmax", "plackett_luce"])
+def test_a_group_of_two_is_a_pair(loss: str) -> None:
+    token_logps, cu, ref = draw([[True, False]] * 3, seed=2)
+    pair, d_pair = run(token_logps, cu, [[True, False]] * 3, Objective("sigmoid", beta=0.7), ref)
+    group, d_group = run(token_logps, cu, [[True, False]] * 3, Objective(loss, beta=0.7), ref)
+    torch.testing.assert_close(group.group_losses, pair.group_losses, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(d_group, d_pair, rtol=1e-13, atol=1e-14)
+
+
+def test_coefficients_in_closed_form() -> None:
+    """dL/du of the group losses, term by term."""
+    u = torch.tensor([0.3, -1.2, 0.8, 0.1, -0.4], dtype=torch.float64)
+    positive = torch.tensor([False, True, False, True, False])
+    P, N = positive.nonzero()[:, 0], (~positive).nonzero()[:, 0]
+    sigma = torch.sigmoid
+    d = u[P].mean() - u[N].mean()
+    expected = {name: torch.empty_like(u) for name in ("margin", "mpo", "all_pairs", "softmax")}
+    expected["margin"][P], expected["margin"][N] = -sigma(-d) / len(P), sigma(-d) / len(N)
+    expected["mpo"][:] = u.softmax(0)
+    expected["mpo"][P] -= u[P].softmax(0)
+    g = sigma(u[N][None] - u[P][:, None]) / (len(P) * len(N))
+    expected["all_pairs"][P], expected["all_pairs"][N] = -g.sum(1), g.sum(0)
+    q = 1 - sigma(u[P] - u[N].logsumexp(0))
+    expected["softmax"][P], expected["softmax"][N] = -q / len(P), q.mean() * u[N].softmax(0)
+    for name, coefficients in expected.items():
+        objective = Objective(name, beta=1.0, reference_free=True)
+        _, gradient = run(u, list(range(6)), [positive.tolist()], objective, None)
+        torch.testing.assert_close(gradient, coefficients, rtol=1e-12, atol=1e-14)
+
+
+# --------------------------------------------------------------------------------------------------------------- AdaDPO
+
+
+BALANCED = [*itertools.product(set(LOSSES) - {"orpo", "plackett_luce"}, ["policy", "reference"], [True, False])]
+
+
+# orpo's odds are those of the policy's mean probability, whatever the options.
+@pytest.mark.parametrize(("loss", "space", "normalize"), [*sorted(BALANCED), ("orpo", "policy", True)])
+def test_balance_makes_the_two_sides_equal(loss: str, space: str, normalize: bool) -> None:
+    """Gradients in exp(s / n) with averaged scores and normalize, in exp(s) with sums and without."""
+    token_logps, cu, ref = draw([[True, False]], seed=5, spread=0.4)
+    balance = AdaBalance(ceiling=100.0, space=space, normalize=normalize)
+    objective = Objective(loss, beta=0.5, average=normalize, reference_free=False, alpha=0.01, balance=balance)
+    _, gradient = run(token_logps, cu, [[True, False]], objective, ref)
+    s, r = (torch.stack([x[a:b].sum() for a, b in itertools.pairwise(cu)]) for x in (token_logps, ref))
+    n = torch.tensor(cu).diff()
+    d_score = gradient[torch.tensor(cu[:-1])] * (n if normalize else 1)
+    if loss == "orpo":
+        d_score[0] += 1  # the term -m_w of the loss
+    level = s if space == "policy" else s - r
+    by_probability = d_score / torch.exp(level / n if normalize else level)
+    assert by_probability[0] != 0
+    torch.testing.assert_close(-by_probability[0], by_probability[1], rtol=1e-10, atol=0)
+
+
+def test_ceiling_binds_exactly_and_negatives_weigh_one() -> None:
+    token_logps = torch.tensor([-0.1, -9.0, -0.2, -9.0])
+    result, _ = run(token_logps, [0, 1, 2, 3, 4], [[True, False]] * 2, Objective(balance=AdaBalance(1.7)), token_logps)
+    assert result.balance_weights.tolist() == torch.tensor([1.7, 1, 1.7, 1]).tolist()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_extreme_scores_stay_finite(loss: str) -> None:
+    lists = shape_for(loss)
+    for sign in (1, -1):
+        labels = torch.tensor([x for group in lists for x in group])
+        token_logps = torch.where(labels, -2e4 if sign > 0 else -0.0, -0.0 if sign > 0 else -2e4)
+        for balance in (None, AdaBalance()) if loss != "plackett_luce" else (None,):
+            objective = Objective(loss, beta=1.0, nll_weight=1.0, balance=balance)
+            result, gradient = run(
+                token_logps, list(range(len(labels) + 1)), lists, objective, -1e4 * torch.ones(len(labels))
+            )
+            assert all(x.isfinite().all() for x in (*result, gradient))
+
+
+# ------------------------------------------------------------------------------------------ what is and is not promised
+
+
+def test_only_loss_is_differentiable() -> None:
+    token_logps, cu, ref = draw(RAGGED, seed=0)
+    ref.requires_grad_()
+    result = preference_loss(
+        token_logps.requires_grad_(), torch.tensor(cu), PreferenceGroups.from_lists(RAGGED), Objective("mpo"), ref
+    )
+    assert [x.requires_grad for x in result] == [True, False, False, False, False]
+    result.loss.backward()
+    assert ref.grad is None
+
+
+def test_loss_may_be_a_callable_on_the_scores() -> None:
+    def spread(scores: Tensor, groups: PreferenceGroups) -> Tensor:
+        sign = torch.where(groups.positive, -1.0, 1.0)
+        return scores.new_zeros(groups.num_groups).index_add(0, groups.ids, sign * scores)
+
+    token_logps, cu, ref = draw(RAGGED, seed=0)
+    result, gradient = run(token_logps, cu, RAGGED, Objective(spread, beta=2.0), ref)
+    labels = torch.tensor([x for group in RAGGED for x in group])
+    torch.testing.assert_close(result.loss, (result.rewards * torch.where(labels, -1.0, 1.0)).sum() / 4)
+    assert set(gradient.tolist()) == {-0.5, 0.5}
+    with pytest.raises(ValueError, match=r"one value a group, \(4,\); got \(\)"):
+        run(token_logps, cu, RAGGED, Objective(lambda scores, groups: scores.sum()), ref)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_bad_policy_is_not_hidden_and_stays_in_its_group(loss: str) -> None:
+    lists = shape_for(loss)
+    token_logps, cu, ref = draw(lists, seed=0)
+    token_logps[0] = math.nan
+    result, gradient = run(token_logps, cu, lists, Objective(loss), ref)
+    assert result.loss.isnan() and result.group_losses.isnan().tolist() == [True] + [False] * (len(lists) - 1)
+    rest = cu[len(lists[0])]
+    assert gradient[: cu[1]].isnan().all() and gradient[rest:].isfinite().all()
+
+
+@pytest.mark.parametrize("loss", ["orpo", "mpo", "all_pairs", "plackett_luce"])  # one of each kind of row
+def test_compiles_without_a_graph_break(loss: str) -> None:
+    torch.compiler.reset()  # each test compiles another function
+    lists = shape_for(loss)
+    token_logps, cu, ref = draw(lists, seed=4)
+    groups, offsets = PreferenceGroups.from_lists(lists), torch.tensor(cu)
+    balance = None if loss == "plackett_luce" else AdaBalance()
+    objective = Objective(loss, nll_weight=1.0, balance=balance)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x: Tensor, ref: Tensor) -> PreferenceLoss:
+        return preference_loss(x, offsets, groups, objective, ref)
+
+    expected, d_expected = run(token_logps, cu, lists, objective, ref)
+    leaf = token_logps.clone().requires_grad_()
+    found = compiled(leaf, ref)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(torch.autograd.grad(found.loss, leaf)[0], d_expected)
+    # Values are not read there: a bad one is NaN, in the gradient too.
+    ref[0] = math.inf
+    bad = compiled(leaf, ref)
+    assert bad.loss.isnan() != LOSSES[loss].reference_free
+    assert torch.autograd.grad(bad.loss, leaf)[0].isnan().any() != LOSSES[loss].reference_free
+
+
+def test_wrong_groups_are_nan_where_values_are_not_read() -> None:
+    """Groups made in compiled code, which reads values no more than a GPU does: NaN, and nothing out of bounds."""
+    torch.compiler.reset()
+    token_logps, cu, _ = draw(RAGGED, seed=4)
+    good, offsets = PreferenceGroups.from_lists(RAGGED), torch.tensor(cu)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x: Tensor, cu_groups: Tensor, positive: Tensor) -> Tensor:
+        return preference_loss(
+            x, offsets, PreferenceGroups(cu_groups, positive), Objective("mpo", average=True, reference_free=True)
+        ).loss
+
+    assert compiled(token_logps, good.cu_groups, good.positive).isfinite()
+    for cu_groups, positive in (
+        (good.cu_groups, torch.ones_like(good.positive)),
+        (good.cu_groups * 1000 - 5, good.positive),
+        (good.cu_groups.flip(0), good.positive),
+    ):
+        leaf = token_logps.clone().requires_grad_()
+        loss = compiled(leaf, cu_groups, positive)
+        assert loss.isnan() and torch.autograd.grad(loss, leaf)[0].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", LOSSES)
+def test_on_a_device(loss: str) -> None:
+    lists = shape_for(loss)
+    token_logps, cu, ref = draw(lists, seed=4)
+    objective = Objective(loss, nll_weight=1.0, balance=None if loss == "plackett_luce" else AdaBalance())
+    expected, d_expected = run(token_logps, cu, lists, objective, ref)
+    groups, offsets, ref = PreferenceGroups.from_lists(lists).to("cuda"), torch.tensor(cu).cuda(), ref.cuda()
+    leaf = token_logps.cuda().requires_grad_()
+
+    def loss_of(offsets: Tensor, groups: PreferenceGroups, ref: Tensor) -> tuple[PreferenceLoss, Tensor]:
+        result = preference_loss(leaf, offsets, groups, objective, ref)
+        return result, torch.autograd.grad(result.loss, leaf)[0]
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result, gradient = loss_of(offsets, groups, ref)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip((*result, gradient), (*expected, d_expected)):
+        torch.testing.assert_close(a.cpu(), b)
+
+    empty, outside = offsets.clone(), offsets.clone()
+    empty[1] = 0
+    outside[2], outside[-1] = -7, 10**6
+    mute = PreferenceGroups(groups.cu_groups, torch.zeros_like(groups.positive))
+    wild = PreferenceGroups(groups.cu_groups * 1000 - 5, groups.positive)
+    hole = torch.where(torch.arange(ref.shape[0], device="cuda") == 0, math.nan, ref)
+    for bad in (
+        (empty, groups, ref),
+        (outside, groups, ref),
+        (offsets, mute, ref),
+        (offsets, wild, ref),
+        (offsets, groups, hole),
+    ):
+        result, gradient = loss_of(*bad)
+        if bad[2] is not hole or not LOSSES[loss].reference_free:
+            assert result.loss.isnan() and gradient.isnan().any()
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+GROUPS = PreferenceGroups.from_lists([[True, False, False], [False, True]])
+TOKENS = -torch.ones(10)
+OFFSETS = torch.tensor([0, 2, 4, 6, 8, 10])
+MPO = Objective("mpo")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "dpo"}, r"loss must be a callable or one of sigmoid, .*plackett_luce; got 'dpo'"),
+        ({"beta": 0.0}, "beta must be positive and finite; got 0.0"),
+        ({"beta": math.nan}, "beta must be positive and finite; got nan"),
+        ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\); got 0.5"),
+        ({"label_smoothing": -0.1}, "label_smoothing must be in"),
+        ({"nll_weight": -1.0}, "nll_weight must be at least 0 and finite; got -1.0"),
+        ({"gamma": math.inf}, "gamma must be finite; got inf"),
+        ({"alpha": math.nan}, "alpha must be finite; got nan"),
+        ({"average": "yes"}, "average must be True, False or None; got 'yes'"),
+        ({"balance": 2.0}, "balance must be an AdaBalance or None; got 2.0"),
+        ({"loss": "plackett_luce", "balance": AdaBalance()}, "balance must be None with plackett_luce"),
+    ],
+)
+def test_bad_objectives(options: dict, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Objective(**options)
+
+
+@pytest.mark.parametrize("options", [{"ceiling": 0.0}, {"ceiling": math.inf}, {"space": "log"}], ids=str)
+def test_bad_balances(options: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be .*; got {next(iter(options.values()))!r}"):
+        AdaBalance(**options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((TOKENS[None], OFFSETS, GROUPS, MPO, TOKENS), r"token_logps must be a floating \(T,\) tensor; got \(1, 10\)"),
+        ((TOKENS.int(), OFFSETS, GROUPS, MPO, TOKENS), r"token_logps must be a floating .* torch.int32"),
+        ((TOKENS, OFFSETS[:-1], GROUPS, MPO, TOKENS), r"cu_seqlens must be .* S \+ 1 = 6 offsets.*got \(5,\)"),
+        ((TOKENS, OFFSETS.float(), GROUPS, MPO, TOKENS), "cu_seqlens must be .*float32"),
+        ((TOKENS, OFFSETS + 1, GROUPS, MPO, TOKENS), "cu_seqlens must start at 0 and end at the number of tokens, 10"),
+        ((TOKENS, torch.tensor([0, 4, 2, 6, 8, 10]), GROUPS, MPO, TOKENS), r"must not decrease; cu_seqlens\[1\] is 4"),
+        (
+            (TOKENS, torch.tensor([0, 2, 2, 6, 8, 10]), GROUPS, MPO, TOKENS),
+            "each sequence a token; sequence 1 has none",
+        ),
+        ((TOKENS, OFFSETS, GROUPS, MPO), r"ref_logps must be given: Objective\(loss='mpo'"),
+        ((TOKENS, OFFSETS, GROUPS, MPO, TOKENS[:4]), r"ref_logps must be .*\(5,\) or \(T,\) = \(10,\); got \(4,\)"),
+        ((TOKENS, OFFSETS, GROUPS, MPO, TOKENS * math.inf), r"ref_logps must be finite; ref_logps\[0\] is -inf"),
+        (
+            (TOKENS, OFFSETS, GROUPS, MPO, TOKENS.to("meta")),
+            "ref_logps must be on the device of token_logps, cpu; got meta",
+        ),
+        ((TOKENS, OFFSETS, GROUPS, Objective(), TOKENS), "must be pairs for loss 'sigmoid'.*5 sequences in 2 groups"),
+        ((TOKENS, OFFSETS, GROUPS, Objective("plackett_luce"), TOKENS), "positives must come first"),
+        ((TOKENS, OFFSETS, GROUPS, "mpo", TOKENS), "objective must be an Objective; got 'mpo'"),
+        (
+            (TOKENS, OFFSETS, GROUPS, Objective("simpo", balance=AdaBalance(space="reference"))),
+            "must be pairs|be given",
+        ),
+    ],
+)
+def test_bad_arguments(arguments: tuple, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        preference_loss(*arguments)
+
+
+@pytest.mark.parametrize("impl", ["triton", "cuda", "cpu", "fast"])
+def test_an_explicit_impl_never_falls_back(impl: str) -> None:
+    message = "impl must be one of" if impl == "fast" else f"impl='{impl}' cannot run here"
+    with pytest.raises(ValueError, match=message):
+        preference_loss(TOKENS, OFFSETS, GROUPS, MPO, TOKENS, impl=impl)
