@@ -1,0 +1,167 @@
+"""The benchmark: it runs, its gate tells wrong from right, its memory figures are true, a killed run keeps its rows."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from bench import memory  # noqa: E402
+from bench.measure import Differentiated, Gate, draw  # noqa: E402
+from bench.peers import PEERS, Unavailable, load_peer, maker  # noqa: E402
+from bench.report import directory  # noqa: E402
+from groupdpo_kernels.testing import Case  # noqa: E402
+
+CPU = torch.device("cpu")
+CASE = Case("test", 48, 32, 300, "small", softcap=5.0)
+
+
+def load(path):
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def quick(path, *more):
+    return [
+        sys.executable,
+        "bench/run.py",
+        "--quick",
+        "--device",
+        "cpu",
+        "--impl",
+        "reference",
+        "--json",
+        str(path),
+        *more,
+    ]
+
+
+def test_quick_run(tmp_path):
+    path = tmp_path / "run.json"
+    done = subprocess.run(quick(path), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    run = load(path)
+    assert (
+        run["complete"]
+        and run["versions"]["torch"]
+        and run["date"]
+        and run["command"].startswith("python bench/run.py")
+    )
+    rows = {(r["mode"], r["implementation"]): r for r in run["rows"]}
+    assert rows.keys() == {
+        (m, i) for m in ("forward", "trained", "frozen") for i in ("matrix products", "ours/reference", "eager")
+    }
+    for (mode, name), row in rows.items():
+        assert row["status"] == "ok" and row["rounds"] == 3
+        assert (
+            row["forward_ms"]["median"] > 0
+            and row["both_ms"]["q25"] <= row["both_ms"]["median"] <= row["both_ms"]["q75"]
+        )
+        if name == "matrix products":
+            assert row["ratio"]["median"] == 1
+        else:
+            gated = {"forward": {"token_logps"}, "frozen": {"token_logps", "d_hidden"}}
+            assert row["error"].keys() == gated.get(mode, {"token_logps", "d_hidden", "d_weight"})
+            assert all(e <= row["error_budget"][k] for k, e in row["error"].items())
+    assert "| ours/reference |" in done.stdout
+
+
+def test_killed_run_keeps_its_rows(tmp_path):
+    path = tmp_path / "run.json"
+    process = subprocess.Popen(quick(path, "--rounds", "1000000"), cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 100
+        while not (path.exists() and load(path)["rows"][-1]["status"] == "ok"):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    run = load(path)
+    assert not run["complete"]
+    assert [r["status"] for r in run["rows"]] == ["ok"] * 3
+
+
+class UniformUpstream(torch.autograd.Function):
+    """A kernel that is right in every test with a uniform upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, logps):
+        return logps.clone()
+
+    @staticmethod
+    def backward(ctx, d_logps):
+        return d_logps.mean().expand_as(d_logps)
+
+
+def verdict(function, mode="trained", case=CASE):
+    inputs = draw(case, CPU)
+    step = Differentiated(function, inputs, mode)
+    out = step.forward()
+    return Gate(case, inputs).check(out, step.backward(out))[1]
+
+
+@pytest.mark.parametrize("mode", ["forward", "trained", "frozen"])
+def test_gate_passes_the_right(mode):
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case("test", 48, 32, 300, "small", softcap=5.0, dtype=dtype)
+        for name in ("ours/reference", "eager"):
+            assert not verdict(maker(name)(case, CPU), mode, case)
+
+
+def test_gate_stops_the_wrong():
+    right = maker("eager")(CASE, CPU)
+    complaints = verdict(lambda h, w, y: UniformUpstream.apply(right(h, w, y)))
+    assert [c.split()[0] for c in complaints] == ["d_hidden", "d_weight"]
+    assert verdict(lambda h, w, y: right(h, w, y).bfloat16())
+    assert verdict(lambda h, w, y: right(h, w.detach() * 1.001, y), "forward")
+    no_cap = maker("eager")(Case("test", 48, 32, 300, "small"), CPU)
+    assert verdict(no_cap, "forward")
+    nan = verdict(lambda h, w, y: torch.cat([right(h, w, y)[:-1], torch.full((1,), torch.nan)]), "forward")
+    assert any("not finite" in c for c in nan)
+
+
+def test_memory_is_what_was_allocated():
+    """Eager without a graph holds the logits and their log-softmax: 2 x 64 MiB."""
+    figures = memory.on_cpu(Case("test", 1024, 64, 16384, "64 MiB of logits"), "eager", "forward")
+    assert abs(figures["allocator_extra_mib"] - 128) < 2
+    # Resident memory also has the buffers of the matrix library.
+    assert 124 < figures["extra_mib"] < 128 + 48
+    assert figures["extra_mib"] == figures["peak_mib"]
+
+
+def test_memory_excludes_gradients():
+    """Bounded memory: gradients of 32 MiB and a smaller workspace."""
+    case = Case("test", 64, 512, 16384, "a gradient of 32 MiB", workspace_bytes=2**24)
+    figures = memory.on_cpu(case, "ours/reference", "trained")
+    assert figures["peak_mib"] - figures["extra_mib"] == pytest.approx(32 + 0.125, abs=0.2)
+    assert figures["extra_mib"] < 32
+
+
+def test_unavailable_peers_say_why():
+    with pytest.raises(Unavailable, match="not installed"):
+        load_peer("no_such_project.part")
+    with pytest.raises(Unavailable, match="needs a GPU"):
+        PEERS["cce-exact"](CASE, CPU)
+    with pytest.raises(Unavailable, match="no softcap"):
+        PEERS["liger-scaled"](CASE, CPU)
+    with pytest.raises(Unavailable, match="GiB"):
+        PEERS["eager"](Case("test", 2**20, 8, 2**20, "16 TiB of logits"), CPU)
+    with pytest.raises(Unavailable, match="hidden"):
+        maker("ours/triton")(CASE, CPU)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb"), ("AMD Instinct MI300X", "instinct-mi300x")],
+)
+def test_directory_of_a_device(name, expected):
+    assert directory(name) == expected
