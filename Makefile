@@ -1,4 +1,4 @@
-# All targets but `device` create and use .venv here; the first call installs, later ones do not. `make` alone lists them.
+# All targets but `device` create and use .venv here: the first call installs, later ones do not. `make` lists them.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -52,5 +52,6 @@ device:
 	&& mkdir -p $$results && $(PYTHON) bench/run.py --json $$results/run.json $(ARGS)
 
 clean:
-	rm -rf .venv build dist python/*.egg-info python/groupdpo_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist python/*.egg-info python/groupdpo_kernels/_C*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

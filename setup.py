@@ -1,7 +1,8 @@
 """Builds the Python packages always, and the C++ extension `groupdpo_kernels._C` where it can be built.
 
-What is missing is said in one line and the install goes on as pure Python. GROUPDPO_KERNELS_BUILD=1 makes the extension required (a missing tool or a
-compiler error fails the install); GROUPDPO_KERNELS_BUILD=0 leaves it out. CMakeLists.txt owns the list of sources; this file only calls cmake.
+What is missing is said in one line and the install goes on as pure Python. GROUPDPO_KERNELS_BUILD=1 makes the
+extension required (a missing tool or a compiler error fails the install); GROUPDPO_KERNELS_BUILD=0 leaves it out.
+CMakeLists.txt owns the list of sources; this file only calls cmake.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def tool(name: str) -> str | None:
 def missing() -> list[str]:
     """What the extension needs and this machine lacks; empty if it can be built."""
     out = [f"no {name} (pip install {name})" for name in ("cmake", "ninja") if tool(name) is None]
-    out += [f"no {name} in this Python (pip install {name})" for name in ("pybind11", "torch") if importlib.util.find_spec(name) is None]
-    if out and "torch" in out[-1]:
-        out[-1] = "no torch in the build environment (use --no-build-isolation)"
+    if importlib.util.find_spec("pybind11") is None:
+        out.append("no pybind11 (pip install pybind11)")
+    if importlib.util.find_spec("torch") is None:
+        out.append("no torch in the build environment (install it first, then use --no-build-isolation)")
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         out.append("no C++ compiler")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -47,7 +49,7 @@ def missing() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """Runs cmake and ninja; the extension's path is the one setuptools wants, in the source tree for an editable install."""
+    """Runs cmake and ninja; the file goes where setuptools wants it: into the source tree for an editable install."""
 
     def run(self) -> None:
         try:
@@ -64,15 +66,20 @@ class CMakeBuild(build_ext):
         cmake, ninja = tool("cmake"), tool("ninja")
         assert cmake and ninja  # `missing` has looked
         began = time.perf_counter()
-        configure = [
-            *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
-            *("-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}"),
-            *(f"-DGROUPDPO_KERNELS_VERSION={self.distribution.get_version()}", f"-DGROUPDPO_KERNELS_MODULE={target.name}"),
-        ]
-        subprocess.run(configure, check=True)
+        variables = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "Python_EXECUTABLE": sys.executable,
+            "GROUPDPO_KERNELS_VERSION": self.distribution.get_version(),
+            "GROUPDPO_KERNELS_MODULE": target.name,
+        }
+        options = [f"-D{name}={value}" for name, value in variables.items()]
+        subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True)
         subprocess.run([cmake, "--build", str(build)], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(build / target.name, target)
+        # By rename: overwritten in place, the file would change under a process that has it mapped.
+        shutil.copyfile(build / target.name, target.with_suffix(".new"))
+        target.with_suffix(".new").replace(target)
         say(f"C++ extension built in {time.perf_counter() - began:.1f} s, {target.stat().st_size / 1024:.0f} KiB")
 
 
@@ -82,14 +89,14 @@ def extensions() -> list[Extension]:
         return []
     if reasons := missing():
         if WISH == "1":
-            raise SystemExit("groupdpo_kernels: GROUPDPO_KERNELS_BUILD=1, but the C++ extension cannot be built: " + "; ".join(reasons))
+            raise SystemExit(f"groupdpo_kernels: GROUPDPO_KERNELS_BUILD=1, but there is {'; '.join(reasons)}")
         say("without the C++ extension: " + "; ".join(reasons))
         return []
     return [Extension("groupdpo_kernels._C", sources=[])]
 
 
 setup(
-    # kernels/triton holds the device code under its own roof; there is no kernels/__init__.py, which would shadow Hugging Face's `kernels` package.
+    # There is no kernels/__init__.py: it would shadow Hugging Face's `kernels` package from the repository root.
     package_dir={"": "python", "groupdpo_kernels.kernels": "kernels/triton"},
     packages=[*find_packages("python"), "groupdpo_kernels.kernels"],
     ext_modules=extensions(),

@@ -1,4 +1,5 @@
-// Registration only: the module object `groupdpo_kernels._C` and the CPU implementations of the ops. No schema (ops.py has them), no maths (cpu/ has it).
+// Registration only: the module object `groupdpo_kernels._C` and the CPU implementations of the ops. No schema (ops.py
+// has them), no maths (cpu/ has it).
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
@@ -14,48 +15,21 @@ namespace py = pybind11;
 // The argument lists of the schemas.
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
-    Tensor hidden,
-    Tensor weight,
-    std::optional<Tensor> bias,
-    std::optional<Tensor> low_rank_hidden,
-    std::optional<Tensor> low_rank_weight,
-    Tensor targets,
-    double logit_scale,
-    std::optional<double> softcap,
-    double temperature,
-    int64_t workspace_bytes,
-    bool stats) {
-  return linear_logps_forward(
-      {hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, {logit_scale, softcap, temperature, workspace_bytes}, stats);
+    Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
+    std::optional<Tensor> low_rank_weight, Tensor targets, double logit_scale, std::optional<double> softcap,
+    double temperature, int64_t workspace_bytes, bool stats) {
+  return linear_logps_forward({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets,
+                              {logit_scale, softcap, temperature, workspace_bytes}, stats);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
-    Tensor hidden,
-    Tensor weight,
-    std::optional<Tensor> bias,
-    std::optional<Tensor> low_rank_hidden,
-    std::optional<Tensor> low_rank_weight,
-    Tensor targets,
-    Tensor lse,
-    Tensor d_token_logps,
-    Tensor d_lse,
-    double logit_scale,
-    std::optional<double> softcap,
-    double temperature,
-    int64_t workspace_bytes,
-    bool needs_hidden,
-    bool needs_weight,
-    bool needs_bias,
-    bool needs_low_rank_hidden,
-    bool needs_low_rank_weight) {
-  return linear_logps_backward(
-      {hidden, weight, bias, low_rank_hidden, low_rank_weight},
-      targets,
-      lse,
-      d_token_logps,
-      d_lse,
-      {logit_scale, softcap, temperature, workspace_bytes},
-      {needs_hidden, needs_weight, needs_bias, needs_low_rank_hidden, needs_low_rank_weight});
+    Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
+    std::optional<Tensor> low_rank_weight, Tensor targets, Tensor lse, Tensor d_token_logps, Tensor d_lse,
+    double logit_scale, std::optional<double> softcap, double temperature, int64_t workspace_bytes, bool needs_hidden,
+    bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight) {
+  return linear_logps_backward({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, lse, d_token_logps,
+                               d_lse, {logit_scale, softcap, temperature, workspace_bytes},
+                               {needs_hidden, needs_weight, needs_bias, needs_low_rank_hidden, needs_low_rank_weight});
 }
 
 py::dict build_info() {
@@ -65,14 +39,9 @@ py::dict build_info() {
 #else
   constexpr bool openmp = false;  // threads are torch's own, through its stable parallel_for
 #endif
-  return py::dict(
-      "version"_a = GROUPDPO_KERNELS_VERSION,
-      "torch"_a = GROUPDPO_KERNELS_TORCH_VERSION,
-      "compiler"_a = GROUPDPO_KERNELS_COMPILER,
-      "abi"_a = "stable",
-      "openmp"_a = openmp,
-      "cpu_capability"_a = cpu_capability(),
-      "cuda_architectures"_a = py::tuple());
+  return py::dict("version"_a = GROUPDPO_KERNELS_VERSION, "torch"_a = GROUPDPO_KERNELS_TORCH_VERSION,
+                  "compiler"_a = GROUPDPO_KERNELS_COMPILER, "abi"_a = "stable", "openmp"_a = openmp,
+                  "cpu_capability"_a = cpu_capability(), "cuda_architectures"_a = py::tuple());
 }
 
 }  // namespace

@@ -11,9 +11,12 @@ namespace {
 
 const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
 
-int64_t columns_of(const Tensor& x) { return x.dim() == 2 ? x.size(1) : 1; }
+int64_t columns_of(const Tensor& x) {
+  return x.dim() == 2 ? x.size(1) : 1;
+}
 
-// Whether the matrix product and the row functions can read x as it is: float32, columns side by side, rows apart and not expanded.
+// Whether the matrix product and the row functions can read x as it is: float32, columns side by side, rows apart and
+// not expanded.
 bool is_plain(const Tensor& x) {
   if (x.scalar_type() != ScalarType::Float) return false;
   if (x.dim() == 1) return x.stride(0) == 1;
@@ -30,10 +33,14 @@ Tensor narrowed(const Tensor& x, int64_t begin, int64_t count) {
   return torch::stable::narrow(all, 0, begin, count);
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // `size` cut into blocks of at most `most`, as even as can be: no last block of one row.
-int64_t even(int64_t size, int64_t most) { return size == 0 ? 1 : ceil_div(size, ceil_div(size, most)); }
+int64_t even(int64_t size, int64_t most) {
+  return size == 0 ? 1 : ceil_div(size, ceil_div(size, most));
+}
 
 }  // namespace
 
@@ -48,9 +55,13 @@ void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool accumula
 
 Scratch::Scratch(int64_t floats) : floats_(torch::stable::empty({floats}, ScalarType::Float, std::nullopt, cpu)) {}
 
-Matrix Scratch::matrix(int64_t rows, int64_t columns) const { return {floats_.mutable_data_ptr<float>(), rows, columns, columns}; }
+Matrix Scratch::matrix(int64_t rows, int64_t columns) const {
+  return {floats_.mutable_data_ptr<float>(), rows, columns, columns};
+}
 
-int64_t Widened::scratch_per_row(const std::optional<Tensor>& source) { return source && !is_plain(*source) ? columns_of(*source) : 0; }
+int64_t Widened::scratch_per_row(const std::optional<Tensor>& source) {
+  return source && !is_plain(*source) ? columns_of(*source) : 0;
+}
 
 Widened::Widened(const std::optional<Tensor>& source, int64_t block_rows)
     : source_(source), scratch_(block_rows * scratch_per_row(source)) {}
@@ -74,8 +85,8 @@ int64_t Gradient::scratch_per_row(const std::optional<Tensor>& input, bool neede
 Gradient::Gradient(const Head& head, const std::optional<Tensor>& input, bool needed, int64_t block_rows)
     : needed_(needed && input),
       block_rows_(block_rows),
-      result_(
-          needed_ ? torch::stable::new_empty(head.hidden, input->sizes()) : torch::stable::new_empty(head.hidden, {0})) {
+      result_(needed_ ? torch::stable::new_empty(head.hidden, input->sizes())
+                      : torch::stable::new_empty(head.hidden, {0})) {
   const int64_t per_row = scratch_per_row(input, needed);
   if (per_row > 0) scratch_.emplace(block_rows * per_row);
   // Nothing is accumulated without tokens or without a vocabulary.
@@ -98,8 +109,8 @@ void Gradient::round(int64_t begin, int64_t count) const {
 BlockShape block_shape(int64_t T, int64_t V, int64_t per_row, int64_t per_column, int64_t workspace_bytes) {
   constexpr int64_t least = 16, most_rows = 1024, most_columns = 2048;
   const int64_t budget = workspace_bytes / static_cast<int64_t>(sizeof(float));
-  // A quarter for what grows with the tokens alone: the vocabulary side has the gradient of the weight besides.
-  const int64_t rows = even(T, std::clamp(budget / 4 / std::max<int64_t>(1, per_row), least, most_rows));
+  // A quarter for the tokens and the least of columns: the vocabulary side has the gradient of the weight besides.
+  const int64_t rows = even(T, std::clamp(budget / 4 / (per_row + least), least, most_rows));
   const int64_t columns = even(V, std::clamp((budget - rows * per_row) / (per_column + rows), least, most_columns));
   return {rows, columns};
 }
@@ -109,7 +120,8 @@ int64_t HeadBlocks::scratch_per_row(const Head& head) {
 }
 
 int64_t HeadBlocks::scratch_per_column(const Head& head) {
-  return Widened::scratch_per_row(head.weight) + Widened::scratch_per_row(head.low_rank_weight) + Widened::scratch_per_row(head.bias);
+  return Widened::scratch_per_row(head.weight) + Widened::scratch_per_row(head.low_rank_weight) +
+         Widened::scratch_per_row(head.bias);
 }
 
 HeadBlocks::HeadBlocks(const Head& head, BlockShape shape)
@@ -141,32 +153,35 @@ Matrix HeadBlocks::products() const {
 void check(const Head& head, const Tensor& targets) {
   const auto& [hidden, weight, bias, low_rank_hidden, low_rank_weight] = head;
   const ScalarType dtype = hidden.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-      "hidden must be float32, bfloat16 or float16; got ",
-      torch::headeronly::toString(dtype));
-  STD_TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2, "hidden and weight must have 2 dimensions; got ", hidden.dim(), " and ", weight.dim());
-  STD_TORCH_CHECK(hidden.size(1) == weight.size(1), "hidden and weight must agree in D; got ", hidden.size(1), " and ", weight.size(1));
-  STD_TORCH_CHECK(
-      targets.scalar_type() == ScalarType::Long && targets.dim() == 1 && targets.size(0) == hidden.size(0) && targets.is_contiguous(),
-      "targets must be contiguous int64 (T,) with T = ",
-      hidden.size(0));
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "bias must be (V,) with V = ", weight.size(0));
-  STD_TORCH_CHECK(low_rank_hidden.has_value() == low_rank_weight.has_value(), "low_rank_hidden and low_rank_weight must come together");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "hidden must be float32, bfloat16 or float16; got ", torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2, "hidden and weight must have 2 dimensions; got ",
+                  hidden.dim(), " and ", weight.dim());
+  STD_TORCH_CHECK(hidden.size(1) == weight.size(1), "hidden and weight must agree in D; got ", hidden.size(1), " and ",
+                  weight.size(1));
+  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.dim() == 1 &&
+                      targets.size(0) == hidden.size(0) && targets.is_contiguous(),
+                  "targets must be contiguous int64 (T,) with T = ", hidden.size(0));
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)),
+                  "bias must be (V,) with V = ", weight.size(0));
+  STD_TORCH_CHECK(low_rank_hidden.has_value() == low_rank_weight.has_value(),
+                  "low_rank_hidden and low_rank_weight must come together");
   STD_TORCH_CHECK(
       !low_rank_weight ||
           (low_rank_hidden->dim() == 2 && low_rank_weight->dim() == 2 && low_rank_hidden->size(0) == hidden.size(0) &&
            low_rank_weight->size(0) == weight.size(0) && low_rank_hidden->size(1) == low_rank_weight->size(1)),
       "low_rank_hidden must be (T, R) and low_rank_weight (V, R)");
   for (const auto* x : {&bias, &low_rank_hidden, &low_rank_weight}) {
-    STD_TORCH_CHECK(!*x || (*x)->scalar_type() == dtype, "all inputs must have the dtype of hidden, ", torch::headeronly::toString(dtype));
+    STD_TORCH_CHECK(!*x || (*x)->scalar_type() == dtype, "all inputs must have the dtype of hidden, ",
+                    torch::headeronly::toString(dtype));
   }
-  STD_TORCH_CHECK(weight.scalar_type() == dtype, "weight must have the dtype of hidden, ", torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(weight.scalar_type() == dtype, "weight must have the dtype of hidden, ",
+                  torch::headeronly::toString(dtype));
 }
 
 LogitMap logit_map(const HeadOptions& options) {
-  return {
-      static_cast<float>(options.logit_scale), static_cast<float>(options.softcap.value_or(0)), static_cast<float>(options.temperature)};
+  return {static_cast<float>(options.logit_scale), static_cast<float>(options.softcap.value_or(0)),
+          static_cast<float>(options.temperature)};
 }
 
 }  // namespace groupdpo_kernels

@@ -1,5 +1,5 @@
-// Blocks of the head's matrices as float32, their products, and how large a block may be: what forward and backward share.
-// torch is used through its stable ABI alone, so one build runs on 2.11 and later.
+// Blocks of the head's matrices as float32, their products, and how large a block may be: what forward and backward
+// share. torch is used through its stable ABI alone, so one build runs on 2.11 and later.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -37,7 +37,8 @@ class Scratch {
   Tensor floats_;
 };
 
-// Rows of an (n, k) or (n,) input of any floating dtype and strides as float32, a block at a time: a view where the memory can be read as it is, else a copy.
+// Rows of an (n, k) or (n,) input of any floating dtype and strides as float32, a block at a time: a view where the
+// memory can be read as it is, else a copy.
 class Widened {
  public:
   static int64_t scratch_per_row(const std::optional<Tensor>& source);  // in floats
@@ -49,15 +50,16 @@ class Widened {
   Scratch scratch_;
 };
 
-// The gradient of an (n, k) or (n,) input: accumulated in float32 by blocks of rows, rounded to the input's dtype once. A float32 gradient is its own accumulator, any
-// other has one block of them. Not needed: the result is (0,), and nothing else is allocated.
+// The gradient of an (n, k) or (n,) input: accumulated in float32 by blocks of rows, rounded to the input's dtype once.
+// A float32 gradient is its own accumulator, any other has one block of them. Not needed: the result is (0,), and
+// nothing else is allocated.
 class Gradient {
  public:
   static int64_t scratch_per_row(const std::optional<Tensor>& input, bool needed);  // in floats
   Gradient(const Head& head, const std::optional<Tensor>& input, bool needed, int64_t block_rows);
   explicit operator bool() const { return needed_; }
   Matrix accumulators(int64_t begin, int64_t count) const;  // of these rows of the input; begin within its block
-  void round(int64_t begin, int64_t count) const;           // the accumulators of these rows -> the result; begin at the start of a block
+  void round(int64_t begin, int64_t count) const;           // them -> the result; begin at the start of a block
   const Tensor& result() const { return result_; }
 
  private:
@@ -71,8 +73,8 @@ struct BlockShape {
   int64_t rows, columns;  // tokens, vocabulary
 };
 
-// The largest block such that rows * per_row + columns * per_column + rows * columns floats fit in workspace_bytes; never below 16 x 16 (a smaller budget is exceeded),
-// never so large that the block of logits leaves the cache.
+// The largest block such that rows * per_row + columns * per_column + rows * columns floats fit in workspace_bytes;
+// never below 16 x 16 (a smaller budget is exceeded), never so large that the block of logits leaves the cache.
 BlockShape block_shape(int64_t T, int64_t V, int64_t per_row, int64_t per_column, int64_t workspace_bytes);
 
 // The blocks of a head that are at hand.
@@ -83,7 +85,9 @@ class HeadBlocks {
   HeadBlocks(const Head& head, BlockShape shape);
   void take_tokens(int64_t begin, int64_t count);
   void take_vocabulary(int64_t begin, int64_t count);
-  Matrix products() const;  // hidden @ weight^T + low_rank_hidden @ low_rank_weight^T of the blocks taken, without bias; valid until the next call
+  // hidden @ weight^T + low_rank_hidden @ low_rank_weight^T of the blocks taken, without bias. Valid until the next
+  // call.
+  Matrix products() const;
 
   Matrix hidden, low_rank_hidden;        // tokens taken
   Matrix weight, low_rank_weight, bias;  // vocabulary taken; bias (n, 1)
@@ -93,13 +97,16 @@ class HeadBlocks {
   Scratch products_;
 };
 
-// A message that names the first thing wrong with shapes and dtypes, by exception. Users meet the checks of logps.py; these are for callers of the raw ops.
+// A message that names the first thing wrong with shapes and dtypes, by exception. Users meet the checks of logps.py;
+// these are for callers of the raw ops.
 void check(const Head& head, const Tensor& targets);
 
 LogitMap logit_map(const HeadOptions& options);
 
 // How many rows of a block make a task worth its start.
-inline int64_t grain(int64_t columns) { return 1 + 16384 / (columns + 1); }
+inline int64_t grain(int64_t columns) {
+  return 1 + 16384 / (columns + 1);
+}
 
 // Gradients are written by hand here: torch must not record block products of inputs that require grad.
 class NoGrad {

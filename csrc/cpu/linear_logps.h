@@ -1,5 +1,6 @@
-// The CPU implementations of the head's two ops, as binding.cpp registers them. What inputs and outputs mean: ops.py, reference.py; formulas: docs/math.md.
-// Arithmetic and row results are float32. Ids are checked by the caller; one outside [0, V) gives NaN in the forward, never a plausible number.
+// The CPU implementations of the head's two ops, as binding.cpp registers them. What inputs and outputs mean: ops.py,
+// reference.py; formulas: docs/math.md. Arithmetic and row results are float32. Ids are checked by the caller; one
+// outside [0, V) gives NaN in the forward, never a plausible number.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -24,31 +25,31 @@ struct HeadOptions {
   double logit_scale;
   std::optional<double> softcap;
   double temperature;
-  // Bound on everything allocated beyond the results and one float32 accumulator for each of d_hidden and d_low_rank_hidden.
+  // Bound on everything allocated beyond the results and one float32 accumulator for each of d_hidden and
+  // d_low_rank_hidden.
   int64_t workspace_bytes;
 };
 
-// token_logps, lse, entropy, mean_logits, log_sum_sq_probs (T,) float32, is_top1 (T,) bool; the last four are (0,) without stats. 2 T D V FLOP.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
-    const Head& head,
-    const Tensor& targets,  // (T,) int64
-    const HeadOptions& options,
-    bool stats);
+// token_logps, lse, entropy, mean_logits, log_sum_sq_probs (T,) float32, is_top1 (T,) bool; the last four are (0,)
+// without stats. 2 T D V FLOP.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(const Head& head,
+                                                                                const Tensor& targets,  // (T,) int64
+                                                                                const HeadOptions& options, bool stats);
 
 // Which of the five tensors of Head need a gradient.
 struct Needs {
   bool hidden, weight, bias, low_rank_hidden, low_rank_weight;
 };
 
-// d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight in the dtype of the inputs; (0,) where not needed. 2 T D V FLOP for the logits again, and as many
-// for each of d_hidden and d_weight. Deterministic: every sum has one order.
+// d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight in the dtype of the inputs; (0,) where not needed. 2
+// T D V FLOP for the logits again, and as many for each of d_hidden and d_weight. Deterministic: every sum has one
+// order.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
     const Head& head,
     const Tensor& targets,        // (T,) int64
     const Tensor& lse,            // (T,) float32, from the forward
     const Tensor& d_token_logps,  // (T,) float32
     const Tensor& d_lse,          // (T,) float32
-    const HeadOptions& options,
-    const Needs& needs);
+    const HeadOptions& options, const Needs& needs);
 
 }  // namespace groupdpo_kernels

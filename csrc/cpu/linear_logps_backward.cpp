@@ -1,5 +1,6 @@
-// Rebuilds blocks of the logits from the saved lse and turns them into gradients. Vocabulary blocks outside, token blocks inside: a block of d_weight gathers all tokens in
-// float32 and is rounded once, so there is no float32 copy of (V, D); d_hidden gathers all of the vocabulary in one float32 (T, D) buffer.
+// Rebuilds blocks of the logits from the saved lse and turns them into gradients. Vocabulary blocks outside, token
+// blocks inside: a block of d_weight gathers all tokens in float32 and is rounded once, so there is no float32 copy of
+// (V, D); d_hidden gathers all of the vocabulary in one float32 (T, D) buffer.
 #include <algorithm>
 #include <vector>
 
@@ -10,20 +11,17 @@ namespace groupdpo_kernels {
 namespace {
 
 void check_row_vector(const Tensor& x, const char* name, int64_t T) {
-  STD_TORCH_CHECK(
-      x.scalar_type() == ScalarType::Float && x.dim() == 1 && x.size(0) == T && x.is_contiguous(), name, " must be contiguous float32 (T,) with T = ", T);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() == 1 && x.size(0) == T && x.is_contiguous(), name,
+                  " must be contiguous float32 (T,) with T = ", T);
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
-    const Head& head,
-    const Tensor& targets,
-    const Tensor& lse,
-    const Tensor& d_token_logps,
-    const Tensor& d_lse,
-    const HeadOptions& options,
-    const Needs& needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(const Head& head, const Tensor& targets,
+                                                                         const Tensor& lse, const Tensor& d_token_logps,
+                                                                         const Tensor& d_lse,
+                                                                         const HeadOptions& options,
+                                                                         const Needs& needs) {
   const NoGrad no_grad;
   check(head, targets);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
@@ -31,14 +29,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
   check_row_vector(d_token_logps, "d_token_logps", T);
   check_row_vector(d_lse, "d_lse", T);
 
-  const int64_t per_column = HeadBlocks::scratch_per_column(head) + Gradient::scratch_per_row(head.weight, needs.weight) +
-      Gradient::scratch_per_row(head.low_rank_weight, needs.low_rank_weight) + Gradient::scratch_per_row(head.bias, needs.bias) +
-      static_cast<int64_t>(sizeof(double) / sizeof(float));  // column_sums
+  const int64_t per_column = HeadBlocks::scratch_per_column(head) +
+                             Gradient::scratch_per_row(head.weight, needs.weight) +
+                             Gradient::scratch_per_row(head.low_rank_weight, needs.low_rank_weight) +
+                             Gradient::scratch_per_row(head.bias, needs.bias) +
+                             static_cast<int64_t>(sizeof(double) / sizeof(float));  // column_sums
   const BlockShape shape = block_shape(T, V, HeadBlocks::scratch_per_row(head), per_column, options.workspace_bytes);
   const LogitMap map = logit_map(options);
   HeadBlocks blocks(head, shape);
-  const Gradient d_hidden(head, head.hidden, needs.hidden, T), d_low_rank_hidden(head, head.low_rank_hidden, needs.low_rank_hidden, T);
-  const Gradient d_weight(head, head.weight, needs.weight, shape.columns), d_bias(head, head.bias, needs.bias, shape.columns);
+  const Gradient d_hidden(head, head.hidden, needs.hidden, T);
+  const Gradient d_low_rank_hidden(head, head.low_rank_hidden, needs.low_rank_hidden, T);
+  const Gradient d_weight(head, head.weight, needs.weight, shape.columns);
+  const Gradient d_bias(head, head.bias, needs.bias, shape.columns);
   const Gradient d_low_rank_weight(head, head.low_rank_weight, needs.low_rank_weight, shape.columns);
   std::vector<double> column_sums(d_bias ? shape.columns : 0);
 
@@ -58,13 +60,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
       torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t t = t0 + i;
-          to_d_products(d.row(i), blocks.bias.data, columns, map, row_lse[t], d_row_lse[t] - d_target[t], d_target[t], target[t] - v0);
+          to_d_products(d.row(i), blocks.bias.data, columns, map, row_lse[t], d_row_lse[t] - d_target[t], d_target[t],
+                        target[t] - v0);
         }
       });
       if (d_hidden) multiply(d_hidden.accumulators(t0, rows), d, blocks.weight, v0 > 0);
       if (d_low_rank_hidden) multiply(d_low_rank_hidden.accumulators(t0, rows), d, blocks.low_rank_weight, v0 > 0);
       if (d_weight) multiply(d_weight.accumulators(v0, columns), d.transposed(), blocks.hidden, t0 > 0);
-      if (d_low_rank_weight) multiply(d_low_rank_weight.accumulators(v0, columns), d.transposed(), blocks.low_rank_hidden, t0 > 0);
+      if (d_low_rank_weight)
+        multiply(d_low_rank_weight.accumulators(v0, columns), d.transposed(), blocks.low_rank_hidden, t0 > 0);
       if (d_bias) {
         torch::stable::parallel_for(0, columns, grain(rows), [&](int64_t begin, int64_t end) {
           add_column_sums(column_sums.data() + begin, d.data + begin, rows, end - begin, d.row_stride);
@@ -79,7 +83,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
   for (const Gradient* gradient : {&d_hidden, &d_low_rank_hidden}) {
     if (*gradient && T > 0 && V > 0) gradient->round(0, T);
   }
-  return {d_hidden.result(), d_weight.result(), d_bias.result(), d_low_rank_hidden.result(), d_low_rank_weight.result()};
+  return {d_hidden.result(), d_weight.result(), d_bias.result(), d_low_rank_hidden.result(),
+          d_low_rank_weight.result()};
 }
 
 }  // namespace groupdpo_kernels

@@ -1,5 +1,5 @@
-// Streams blocks of the vocabulary past blocks of tokens: log-sum-exp, the target's logit and the statistics of every row, one pass, logits never stored.
-// Token blocks outside: what a row has gathered so far lives for one block only.
+// Streams blocks of the vocabulary past blocks of tokens: log-sum-exp, the target's logit and the statistics of every
+// row, one pass, logits never stored. Token blocks outside: what a row has gathered so far lives for one block only.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -10,7 +10,8 @@ namespace groupdpo_kernels {
 
 namespace {
 
-// What a row has gathered from the blocks seen so far. Sums are relative to exp(shift) and in float64: thousands of blocks lose nothing.
+// What a row has gathered from the blocks seen so far. Sums are relative to exp(shift) and in float64: thousands of
+// blocks lose nothing.
 struct RowState {
   RowSums sums{};
   float top = -std::numeric_limits<float>::infinity();
@@ -45,8 +46,9 @@ void add(RowState& state, const float* z, int64_t n, int64_t column0, int64_t ta
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
-    const Head& head, const Tensor& targets, const HeadOptions& options, bool stats) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(const Head& head, const Tensor& targets,
+                                                                                const HeadOptions& options,
+                                                                                bool stats) {
   const NoGrad no_grad;
   check(head, targets);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
@@ -55,7 +57,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
   const LogitMap map = logit_map(options);
   HeadBlocks blocks(head, shape);
 
-  const auto row_result = [&](bool wanted, ScalarType dtype) { return torch::stable::new_empty(head.hidden, {wanted ? T : 0}, dtype); };
+  const auto row_result = [&](bool wanted, ScalarType dtype) {
+    return torch::stable::new_empty(head.hidden, {wanted ? T : 0}, dtype);
+  };
   const Tensor token_logps = row_result(true, ScalarType::Float), lse = row_result(true, ScalarType::Float);
   const Tensor entropy = row_result(stats, ScalarType::Float), mean_logits = row_result(stats, ScalarType::Float);
   const Tensor log_sum_sq_probs = row_result(stats, ScalarType::Float), is_top1 = row_result(stats, ScalarType::Bool);
@@ -84,7 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
       if (stats) {
         entropy.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(row_lse - sums.weighted / sums.total);
         mean_logits.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(sums.plain / static_cast<double>(V));
-        log_sum_sq_probs.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(std::log(sums.squares) - 2 * std::log(sums.total));
+        log_sum_sq_probs.mutable_data_ptr<float>()[t0 + i] =
+            static_cast<float>(std::log(sums.squares) - 2 * std::log(sums.total));
         is_top1.mutable_data_ptr<bool>()[t0 + i] = top_index == target[t0 + i];
       }
     }

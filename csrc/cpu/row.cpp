@@ -1,5 +1,5 @@
-// See row.h. Every loop here is meant to be vectorised: no branch, no call that is not inlined, reductions over a fixed number of lanes, so that the order of
-// additions is the same whatever instruction set is picked at run time.
+// See row.h. Every loop here is meant to be vectorised: no branch, no call that is not inlined, reductions over a fixed
+// number of lanes, so that the order of additions is the same whatever instruction set is picked at run time.
 #include "cpu/row.h"
 
 #include <algorithm>
@@ -47,7 +47,8 @@ EVERY_ISA float maximum(const float* z, int64_t n) {
 }
 
 int64_t first_index(const float* z, int64_t n, float value) {
-  const float* found = std::isnan(value) ? std::find_if(z, z + n, [](float x) { return std::isnan(x); }) : std::find(z, z + n, value);
+  const float* found =
+      std::isnan(value) ? std::find_if(z, z + n, [](float x) { return std::isnan(x); }) : std::find(z, z + n, value);
   return found == z + n ? -1 : found - z;
 }
 
@@ -86,14 +87,15 @@ EVERY_ISA RowSums exp_sums(const float* z, int64_t n, float shift, bool stats) {
   return sums;
 }
 
-EVERY_ISA void to_d_products(
-    float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax, float d_target, int64_t target) {
+EVERY_ISA void to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,
+                             float d_target, int64_t target) {
   const auto [scale, cap, temperature] = map;
   const float chain = scale / temperature, coefficient = d_softmax * chain;
   const bool here = target >= 0 && target < n;
   float at_target = d_target * chain;
   if (cap > 0) {
-    // tanh itself is kept, not the logit: 1 - tanh^2 from a logit scaled and divided again would lose the digits that are left near the cap.
+    // tanh itself is kept, not the logit: 1 - tanh^2 from a logit scaled and divided again would lose the digits that
+    // are left near the cap.
     to_logits(z, bias, n, {scale, 0, 1});
     for (int64_t j = 0; j < n; ++j) z[j] = vtanh(z[j] / cap);
     if (here) at_target *= 1 - z[target] * z[target];

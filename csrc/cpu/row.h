@@ -1,11 +1,12 @@
-// One row of a block of logits: the elementwise maths and the reductions, in float32, on one thread. Knows nothing of tensors, blocks or threads.
-// Formulas: docs/math.md. Cost: one exponential a logit (and one tanh under softcap).
+// One row of a block of logits: the elementwise maths and the reductions, in float32, on one thread. Knows nothing of
+// tensors, blocks or threads. Formulas: docs/math.md. Cost: one exponential a logit (and one tanh under softcap).
 #pragma once
 #include <cstdint>
 
 namespace groupdpo_kernels {
 
-// From the head's product to a logit: logits = cap(logit_scale * (product + bias)) / temperature, cap(x) = softcap * tanh(x / softcap).
+// From the head's product to a logit: logits = cap(logit_scale * (product + bias)) / temperature, cap(x) = softcap *
+// tanh(x / softcap).
 struct LogitMap {
   float logit_scale;
   float softcap;  // 0: no cap
@@ -32,9 +33,10 @@ int64_t first_index(const float* z, int64_t n, float value);
 // With stats, all of RowSums; else total alone.
 RowSums exp_sums(const float* z, int64_t n, float shift, bool stats);
 
-// products (n,) -> d_products, in place: the derivative of d_softmax * lse + d_target * logits[target]. target is an index into the row; outside [0, n): none here.
-void to_d_products(
-    float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax, float d_target, int64_t target);
+// products (n,) -> d_products, in place: the derivative of d_softmax * lse + d_target * logits[target]. target is an
+// index into the row; outside [0, n): none here.
+void to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,
+                   float d_target, int64_t target);
 
 // sums (n,) += column sums of d (rows, n) with rows `stride` apart.
 void add_column_sums(double* sums, const float* d, int64_t rows, int64_t n, int64_t stride);

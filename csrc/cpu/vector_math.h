@@ -1,5 +1,6 @@
-// exp and tanh as straight-line code, so that the compiler vectorises the loops around them; libm's are calls, one element at a time.
-// Within 2 ulp of the true value (tests/test_csrc.py). NaN stays NaN. exp flushes below the least normal number to 0.
+// exp and tanh as straight-line code, so that the compiler vectorises the loops around them; libm's are calls, one
+// element at a time. Within 2 ulp of the true value (tests/test_csrc.py). NaN stays NaN. exp flushes below the least
+// normal number to 0.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -11,10 +12,10 @@ namespace groupdpo_kernels {
 
 // Cephes expf: x = n ln 2 + r, a polynomial in r, times 2^n.
 ALWAYS_INLINE float vexp(float x) {
-  constexpr float least = -87.33654f;  // ln of the least normal float32
-  constexpr float largest = 88.0f;     // 2^n stays finite up to here; beyond is inf
+  constexpr float least = -87.33654f;   // ln of the least normal float32
+  constexpr float largest = 88.0f;      // 2^n stays finite up to here; beyond is inf
   constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
-  float y = x > least ? x : least;  // NaN too: the conversion to an integer below is defined for every x
+  float y = x > least ? x : least;      // NaN too: the conversion to an integer below is defined for every x
   y = y > largest ? largest : y;
   const float n = (y * 1.44269504088896341f + round) - round;
   const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: the first product is exact
