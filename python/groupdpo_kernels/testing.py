@@ -209,8 +209,8 @@ def error(actual: Tensor, truth: Tensor) -> float:
 
 
 def _views(actual: Tensor, truth: Tensor) -> dict[str, float]:
-    """One error seen three ways: the largest catches a wrong entry, the overall norm a bias too small for any entry, and
-    the worst row a wrong gradient of a token, or of a vocabulary id, that is small beside the others."""
+    """One error seen three ways: the largest catches a wrong entry, the overall norm a bias too small for any entry,
+    and the worst row a wrong gradient of a token, or of a vocabulary id, that is small beside the others."""
     difference, truth = actual.double() - truth, truth.double()
     views = {"largest": error(actual, truth), "overall": float(difference.norm() / truth.norm().clamp(min=1e-30))}
     if truth.dim() > 1:
@@ -219,7 +219,7 @@ def _views(actual: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def _magnitude(inputs: Inputs, options: HeadOptions) -> float:
-    """The largest sum of magnitudes behind one logit. Float32 arithmetic errs by a few eps of it, however small the sum."""
+    """The largest sum of magnitudes behind one logit. Float32 arithmetic errs by a few eps of it, whatever the sum."""
     if inputs.targets.numel() == 0:
         return 1.0
     wide = {name: x.detach().double().abs() for name, x in inputs.leaves.items()}
@@ -234,9 +234,9 @@ def _magnitude(inputs: Inputs, options: HeadOptions) -> float:
 def check_budget(actual: Result, inputs: Inputs, options: HeadOptions, factor: float = 2.0) -> None:
     """AssertionError unless each result is within `factor` times eager PyTorch's error against float64, in three views.
 
-    Gradients have the precision of the inputs, and so has their peer. Values are float32 whatever the inputs: their peer
-    is eager on inputs widened to float32, so logits rounded to 16 bits do not pass. Where eager happens to be exact, the
-    budget is `factor` times one rounding of the truth, or 4 eps of float32 of the magnitudes behind a logit.
+    Gradients have the precision of the inputs, and so has their peer. Values are float32 whatever the inputs: their
+    peer is eager on inputs widened to float32, so logits rounded to 16 bits do not pass. Where eager is exact by luck,
+    the budget is `factor` times one rounding of the truth, or 4 eps of float32 of the magnitudes behind a logit.
     """
     truth = exact(inputs, options)
     peers = run(eager, inputs, options)
@@ -290,8 +290,8 @@ def triton_on_cpu(BLOCK_T: int = 64, BLOCK_V: int = 256, BLOCK_D: int = 64, tma:
         return cache.setdefault(id(function), InterpretedFunction(function.fn))
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        # A launch patches the language as its kernel sees it, and restores it. Each nested call would patch again, for the
-        # standard library triton.language.core too, and never restore: patch that one here, once.
+        # A launch patches the language as its kernel sees it, and restores it. Each nested call would patch again, for
+        # the standard library triton.language.core too, and never restore: patch that one here, once.
         scope = interpreter._patch_lang(tl.max.fn)
         try:
             return interpreted(self)[grid](*args, **kwargs)
