@@ -1,4 +1,4 @@
-"""model_logps on whole models: architectures, values and gradients against their own logits, and what must stay untouched."""
+"""model_logps on whole models: architectures against their own logits, and what must stay untouched."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_architecture(name: str) -> None:
 
 def vision(name: str) -> nn.Module:
     text = BASE
-    tower = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    tower |= dict(image_size=8, patch_size=4)
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower |= {"image_size": 8, "patch_size": 4}
     torch.manual_seed(0)
     if name == "llava":
         config = transformers.LlavaConfig(
@@ -75,7 +75,7 @@ def test_multimodal_with_image() -> None:
     model, inputs = vision("llava"), batch()
     inputs["input_ids"][:, :4] = VOCAB - 1  # 4 patches an image, in the prompt
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-    check_model(model, ours, inputs | dict(pixel_values=pixels))
+    check_model(model, ours, inputs | {"pixel_values": pixels})
 
 
 def test_the_inputs_of_the_model_itself_are_probed_where_four_tokens_do_not_do() -> None:
@@ -85,7 +85,7 @@ def test_the_inputs_of_the_model_itself_are_probed_where_four_tokens_do_not_do()
 
     torch.manual_seed(0)
     model = spread(Picky(transformers.LlamaConfig(**BASE)))
-    check_model(model, ours, batch() | dict(context=torch.zeros(1)))
+    check_model(model, ours, batch() | {"context": torch.zeros(1)})
 
 
 def test_padded_vocabulary_is_cut() -> None:
@@ -252,7 +252,7 @@ def test_bad_input() -> None:
         model_logps(model, inputs["input_ids"], inputs["targets"].float())
     with pytest.raises(ValueError, match=rf"targets must be in \[0, V = {VOCAB}\)"):
         model_logps(model, inputs["input_ids"], inputs["targets"].clamp(min=VOCAB))
-    with pytest.raises(ValueError, match="must not be a torch.nn.DataParallel"):
+    with pytest.raises(ValueError, match=r"must not be a torch\.nn\.DataParallel"):
         attach(nn.DataParallel(model))
 
 

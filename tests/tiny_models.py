@@ -1,4 +1,4 @@
-"""Tiny random transformers models, batches for them, and the error budget that a model's log-probabilities must meet."""
+"""Tiny random transformers models, batches for them, and the error budget of a model's log-probabilities."""
 
 from __future__ import annotations
 
@@ -16,58 +16,66 @@ from torch import Tensor, nn
 from groupdpo_kernels.heads import LogitMap
 
 VOCAB = 509
-BASE = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-GPT2 = dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
-MINICPM3 = dict(
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=8,
-    num_key_value_heads=4,
-    scale_emb=12,
-    dim_model_base=16,
-)
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MINICPM3 = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "scale_emb": 12,
+    "dim_model_base": 16,
+}
 # name: (model class, config class, config, what the probe must find, why it is here)
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], LogitMap, str]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", BASE, LogitMap(VOCAB), "the plain case, head untied"),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", BASE | dict(head_dim=8), LogitMap(VOCAB), "tied head by default"),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", BASE | {"head_dim": 8}, LogitMap(VOCAB), "tied head by default"),
     "gemma2": (
         "Gemma2ForCausalLM",
         "Gemma2Config",
-        BASE | dict(head_dim=8, final_logit_softcapping=3.0),
+        BASE | {"head_dim": 8, "final_logit_softcapping": 3.0},
         LogitMap(VOCAB, softcap=3.0),
         "soft cap, tied",
     ),
     "gemma3": (
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
-        BASE | dict(head_dim=8, final_logit_softcapping=50.0),
+        BASE | {"head_dim": 8, "final_logit_softcapping": 50.0},
         LogitMap(VOCAB, softcap=50.0),
         "a soft cap that the logits hardly feel",
     ),
     "cohere": (
         "CohereForCausalLM",
         "CohereConfig",
-        BASE | dict(logit_scale=0.25),
+        BASE | {"logit_scale": 0.25},
         LogitMap(VOCAB, logit_scale=0.25),
         "logit_scale multiplies",
     ),
     "granite": (
         "GraniteForCausalLM",
         "GraniteConfig",
-        BASE | dict(logits_scaling=3.0, embedding_multiplier=2.0),
+        BASE | {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
         LogitMap(VOCAB, logit_scale=1 / 3),
         "logits_scaling divides",
     ),
@@ -82,21 +90,21 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], LogitMap, str]] = {
     "gpt2": (
         "GPT2LMHeadModel",
         "GPT2Config",
-        GPT2 | dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
+        GPT2 | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
         LogitMap(VOCAB),
         "tied head, older code",
     ),
     "recurrent_gemma": (
         "RecurrentGemmaForCausalLM",
         "RecurrentGemmaConfig",
-        BASE | dict(num_hidden_layers=3, logits_soft_cap=3.0, lru_width=32, attention_window_size=16),
+        BASE | {"num_hidden_layers": 3, "logits_soft_cap": 3.0, "lru_width": 32, "attention_window_size": 16},
         LogitMap(VOCAB, softcap=3.0),
         "its soft cap has a name of its own; no attention in the first layers",
     ),
     "mixtral": (
         "MixtralForCausalLM",
         "MixtralConfig",
-        BASE | dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"),
+        BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"},
         LogitMap(VOCAB),
         "mixture of experts",
     ),
@@ -130,7 +138,7 @@ def batch(B: int = 2, L: int = 13, prompt: int = 4, pad: int = 3, seed: int = 1)
         ids[-1, -pad:], mask[-1, -pad:] = 0, 0
     targets = torch.full_like(ids, -100)
     targets[:, prompt - 1 : -1] = ids[:, prompt:].where(mask[:, prompt:] == 1, -100)
-    return dict(input_ids=ids, attention_mask=mask, targets=targets)
+    return {"input_ids": ids, "attention_mask": mask, "targets": targets}
 
 
 def from_logits(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -140,7 +148,9 @@ def from_logits(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Te
     return torch.where(targets == -100, 0.0, picked)
 
 
-def eager_logps(model: nn.Module, input_ids: Tensor, targets: Tensor, temperature: float = 1.0, **inputs: Any) -> Tensor:
+def eager_logps(
+    model: nn.Module, input_ids: Tensor, targets: Tensor, temperature: float = 1.0, **inputs: Any
+) -> Tensor:
     return from_logits(model(input_ids=input_ids, **inputs).logits, targets, temperature)
 
 
@@ -166,8 +176,8 @@ def widened(inputs: dict[str, Any]) -> dict[str, Any]:
 def check_budget(ours: Scored, eager: Scored, truth: Scored, eps: float) -> None:
     """Each result within twice eager's error against float64, or 8 roundings where eager happens to be exact.
 
-    Errors are L2 norms over a tensor. A gradient that is noise (attention keys at tiny sizes) is measured on the scale of
-    the others: 1/100 of the root mean square of all.
+    Errors are L2 norms over a tensor. A gradient that is noise (attention keys at tiny sizes) is measured on the scale
+    of the others: 1/100 of the root mean square of all.
     """
     values = {"token_logps": (ours[0], eager[0], truth[0])}
     assert ours[1].keys() == eager[1].keys() == truth[1].keys()
@@ -177,12 +187,16 @@ def check_budget(ours: Scored, eager: Scored, truth: Scored, eps: float) -> None
         assert len({g is None for g in triple}) == 1, f"{name}: only some of the gradients are None: {triple}"
         if triple[0] is not None:
             values[name] = triple
-    typical = torch.cat([g.flatten() for g in present]).double().square().mean().sqrt() if present else torch.tensor(0.0)
+    typical = (
+        torch.cat([g.flatten() for g in present]).double().square().mean().sqrt() if present else torch.tensor(0.0)
+    )
     for name, (found, peer, exact) in values.items():
         assert found.shape == exact.shape, name
         scale = exact.double().norm() + (0.01 * typical * exact.numel() ** 0.5 if name != "token_logps" else 0)
         error, allowed = (found.double() - exact).norm(), (peer.double() - exact).norm()
-        assert error <= torch.maximum(2 * allowed, 8 * eps * scale), f"{name}: {error:.3e}; eager {allowed:.3e}, scale {scale:.3e}"
+        assert error <= torch.maximum(2 * allowed, 8 * eps * scale), (
+            f"{name}: {error:.3e}; eager {allowed:.3e}, scale {scale:.3e}"
+        )
 
 
 def check_model(model: nn.Module, logps: Callable[..., Tensor], inputs: dict[str, Any], **eager_only: Any) -> None:

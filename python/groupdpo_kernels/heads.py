@@ -110,7 +110,8 @@ class HeadCall:
         token_logps = self._score(hidden)
         if token_logps.numel() < total:
             token_logps = token_logps.new_zeros(total).index_copy(0, self.rows, token_logps)
-        self.produced, self.logits_dtype = token_logps.reshape(*hidden.shape[:-1], 1), hidden.dtype
+        # FSDP2 wants no view: an operation in place on one would drop its hooks.
+        self.produced, self.logits_dtype = token_logps.reshape(*hidden.shape[:-1], 1).clone(), hidden.dtype
         return self.produced
 
     def _leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -246,7 +247,7 @@ def inside(calls: list[tuple[nn.Module, Tensor]], compute: Callable[..., Tensor]
     """compute(*inputs), run inside the calls of all the modules at once, when each has its weight gathered; the result
     leaves through the outputs of all."""
     if not calls:
-        return compute()
+        return compute().clone()  # FSDP2 wants no view
     (module, x), *rest = calls
     with swapped(module, lambda y: inside(rest, functools.partial(compute, y))):
         return module(x)

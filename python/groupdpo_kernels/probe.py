@@ -143,16 +143,25 @@ def eager(model: nn.Module, head: nn.Module, always: bool = False) -> Iterator[N
     if "torch._dynamo" not in sys.modules:  # then nothing is compiled
         yield
         return
-    path = next((name for name, m in model.named_modules() if m is head), "").split(".")
-    around = [model, *(model.get_submodule(".".join(path[: i + 1])) for i in range(len(path)))]
     compiled = any(
         "_orig_mod" in m._modules
         or m._compiled_call_impl is not None
         or hasattr(vars(m).get("forward"), "_torchdynamo_orig_callable")
-        for m in around
+        for m in _path(model, head)
     )
     with torch.compiler.set_stance("force_eager") if always or compiled else contextlib.nullcontext():
         yield
+
+
+def _path(model: nn.Module, head: nn.Module) -> tuple[nn.Module, ...]:
+    """From the model down to its head, breadth first: the head hangs high, and the layers below it are thousands."""
+    paths: list[tuple[nn.Module, ...]] = [(model,)]
+    for path in paths:
+        for child in path[-1].children():
+            if child is head:
+                return (*path, head)
+            paths.append((*path, child))
+    return (model, head)
 
 
 def logits_of(outputs: Any) -> Tensor:

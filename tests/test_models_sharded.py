@@ -1,0 +1,223 @@
+"""model_logps under FSDP2 and DistributedDataParallel: two gloo processes with half of the batch each, against one.
+
+A sharded weight is whole only inside the call of its own module, and its gradient is reduced only if it comes by the
+outputs of the wrapped modules. Each case runs on the same two processes; a test reads what its case reported.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny_models import batch, eager_logps, make
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from groupdpo_kernels.models import attach, model_logps
+
+WORLD = 2
+
+
+def lora(**config: object) -> nn.Module:
+    import peft
+
+    options = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "lm_head"], **config)
+    model = peft.get_peft_model(make("llama"), options)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+class Int8Linear(nn.Linear):
+    """A head with a forward of its own: called in chunks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def custom() -> nn.Module:
+    model = make("llama")
+    model.lm_head.__class__ = Int8Linear
+    return model
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    return next(m for name, m in model.named_modules() if name.endswith("layers"))
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    return model.get_output_embeddings()
+
+
+def shard(model: nn.Module, *alone: nn.Module, **options: object) -> nn.Module:
+    """FSDP2 on every layer, on the modules of `alone`, and on the rest."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for module in (*layers_of(model), *alone):
+        fully_shard(module, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def fsdp_head_alone() -> tuple[nn.Module, nn.Module]:
+    model = make("llama")
+    single = copy.deepcopy(model)
+    return shard(model, model.lm_head), single
+
+
+def fsdp_head_in_the_root() -> tuple[nn.Module, nn.Module]:
+    model = make("gemma2")  # tied, with a soft cap
+    single = copy.deepcopy(model)
+    return shard(model), single
+
+
+def fsdp_one_unit_resharded() -> tuple[nn.Module, nn.Module]:
+    """Nothing but the root: only its own output tells it that a backward begins."""
+    model = make("llama")
+    single = copy.deepcopy(model)
+    return fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)), reshard_after_forward=True), single
+
+
+def fsdp_output_in_bfloat16() -> tuple[nn.Module, nn.Module]:
+    """accelerate's policy casts what leaves each unit; log-probabilities must keep their digits."""
+    model = make("llama")
+    single = copy.deepcopy(model)
+    policy = MixedPrecisionPolicy(output_dtype=torch.bfloat16)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    fully_shard(model.lm_head, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh), single
+
+
+def fsdp_lora_head_in_pieces() -> tuple[nn.Module, nn.Module]:
+    """Base layer and adapter are units of their own: each is whole in its own call only."""
+    model = lora()
+    single = copy.deepcopy(model)
+    head = head_of(model)
+    return shard(model, head.base_layer, head.lora_A["default"], head.lora_B["default"]), single
+
+
+def fsdp_custom_head() -> tuple[nn.Module, nn.Module]:
+    model = custom()
+    single = copy.deepcopy(model)
+    return shard(model, model.lm_head), single
+
+
+def fsdp_dora_head() -> tuple[nn.Module, nn.Module]:
+    model = lora(use_dora=True)
+    single = copy.deepcopy(model)
+    return shard(model, head_of(model)), single
+
+
+def ddp() -> tuple[nn.Module, nn.Module]:
+    model = make("cohere")
+    return DistributedDataParallel(model), copy.deepcopy(model)
+
+
+def ddp_unused_parameters() -> tuple[nn.Module, nn.Module]:
+    model = make("llama")
+    model.unused = nn.Parameter(torch.zeros(3))
+    return DistributedDataParallel(model, find_unused_parameters=True), copy.deepcopy(model)
+
+
+def ddp_static_graph() -> tuple[nn.Module, nn.Module]:
+    model = make("llama")
+    return DistributedDataParallel(model, static_graph=True), copy.deepcopy(model)
+
+
+CASES: list[Callable[[], tuple[nn.Module, nn.Module]]] = [
+    fsdp_head_alone,
+    fsdp_head_in_the_root,
+    fsdp_one_unit_resharded,
+    fsdp_output_in_bfloat16,
+    fsdp_lora_head_in_pieces,
+    fsdp_custom_head,
+    fsdp_dora_head,
+    ddp,
+    ddp_unused_parameters,
+    ddp_static_graph,
+]
+
+
+def step(model: nn.Module, logps: Callable[..., Tensor], inputs: dict[str, Tensor], weights: Tensor) -> Tensor:
+    token_logps = logps(model, **inputs)
+    (token_logps * weights).sum().backward()
+    return token_logps.detach()
+
+
+def check(build: Callable[[], tuple[nn.Module, nn.Module]], rank: int) -> None:
+    wrapped, single = build()
+    inputs = batch(B=4, L=17)
+    weights = torch.randn(4, 17, generator=torch.Generator().manual_seed(9))
+    rows = slice(2 * rank, 2 * rank + 2)
+    mine = {k: v[rows] for k, v in inputs.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        scored = attach(wrapped, strict=True, workspace_bytes=2**15)
+        for _ in range(2):  # the second step runs on what the first has left
+            expected = step(single, eager_logps, inputs, weights)
+            found = step(wrapped, lambda _, **x: scored(**x), mine, weights[rows])
+            torch.testing.assert_close(found, expected[rows], rtol=1e-5, atol=2e-5)
+    gradients = {n.removeprefix("module."): p.grad for n, p in wrapped.named_parameters()}
+    for name, parameter in single.named_parameters():
+        gradient = gradients[name]
+        if parameter.grad is None:
+            assert gradient is None or not gradient.any(), name
+            continue
+        assert gradient is not None, f"{name} has no gradient"
+        whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        # Both wrappers average over the ranks.
+        torch.testing.assert_close(
+            WORLD * whole, parameter.grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    if isinstance(wrapped, FSDPModule):
+        assert all(hasattr(p, "full_tensor") for p in wrapped.parameters()), "a unit was left unsharded"
+    with torch.no_grad():
+        torch.testing.assert_close(model_logps(wrapped, **mine), expected[rows], rtol=1e-5, atol=2e-5)
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    for build in CASES:
+        report = Path(folder, f"{build.__name__}.{rank}")
+        try:
+            check(build, rank)
+            report.write_text("passed")
+        except Exception:
+            # The ranks are out of step after an error: the cases that follow are not run.
+            report.write_text(traceback.format_exc())
+            raise
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sharded")
+    context = mp.start_processes(worker, (str(path),), nprocs=WORLD, join=False, start_method="spawn")
+    try:
+        while not context.join(timeout=240):
+            pass
+    except mp.ProcessRaisedException:
+        pass  # the reports say where
+    return path
+
+
+@pytest.mark.parametrize("case", [c.__name__ for c in CASES])
+def test_two_processes_give_the_gradients_of_one(case: str, folder: Path) -> None:
+    for rank in range(WORLD):
+        report = folder / f"{case}.{rank}"
+        assert report.exists(), f"rank {rank} did not finish this case; the first failure is in another"
+        assert report.read_text() == "passed", f"rank {rank}\n{report.read_text()}"
