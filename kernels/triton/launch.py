@@ -1,6 +1,7 @@
 """Launch shapes by architecture, in one small table, and what a device must have to run them.
 
-The shapes come from compile-only figures (registers, spills, shared memory: tests/test_compile_only.py holds the budgets). Rows of `Launch` never depend on T or V.
+The shapes come from compile-only figures (registers, spills, shared memory: tests/test_compile_only.py holds the
+budgets). Rows of `Launch` never depend on T or V.
 """
 
 from __future__ import annotations
@@ -65,20 +66,26 @@ def architecture(device: torch.device) -> str | None:
     return "sm_86" if major >= 8 else None
 
 
-def why_not(hidden: Tensor, weight: Tensor) -> list[str]:
-    """Every reason why the Triton kernels of an LM head cannot run on these tensors."""
+def device_why_not(name: str, x: Tensor) -> list[str]:
+    """Every reason why no Triton kernel runs on the device of `x`."""
     reasons = []
-    if hidden.dtype == torch.float64:
-        reasons.append("hidden is float64: only the reference computes in float64")
     if interpreting is not None:
         return reasons
-    if hidden.device.type != "cuda":
-        reasons.append(f"hidden is on {hidden.device}: the Triton kernels want a GPU")
-    elif architecture(hidden.device) is None:
-        capability = ".".join(map(str, torch.cuda.get_device_capability(hidden.device)))
+    if x.device.type != "cuda":
+        reasons.append(f"{name} is on {x.device}: the Triton kernels want a GPU")
+    elif architecture(x.device) is None:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(x.device)))
         reasons.append(f"the GPU has compute capability {capability}: the Triton kernels want 8.0 or later")
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         reasons.append(f"triton is {triton.__version__}: the kernels want 3.6 or later")
+    return reasons
+
+
+def why_not(hidden: Tensor, weight: Tensor) -> list[str]:
+    """Every reason why the Triton kernels of an LM head cannot run on these tensors."""
+    reasons = device_why_not("hidden", hidden)
+    if hidden.dtype == torch.float64:
+        reasons.append("hidden is float64: only the reference computes in float64")
     return reasons
 
 
@@ -86,7 +93,11 @@ def launch_for(weight: Tensor) -> Launch:  # (V, D)
     """The launch shape for this head on its device."""
     if interpreting is not None:
         launch = interpreting
-        return launch if _aligned(weight) else Launch(launch.BLOCK_T, launch.BLOCK_V, launch.BLOCK_D, 4, 1, GROUP_T=launch.GROUP_T)
+        return (
+            launch
+            if _aligned(weight)
+            else Launch(launch.BLOCK_T, launch.BLOCK_V, launch.BLOCK_D, 4, 1, GROUP_T=launch.GROUP_T)
+        )
     key = (architecture(weight.device) or "", weight.element_size())
     launch = TABLE[key]
     return launch if not launch.tma or _aligned(weight) else UNALIGNED[key]
@@ -95,7 +106,12 @@ def launch_for(weight: Tensor) -> Launch:  # (V, D)
 def _aligned(weight: Tensor) -> bool:
     """Tensor descriptors want a contiguous last dimension and 16-byte aligned rows."""
     row = weight.stride(0) * weight.element_size()
-    return weight.stride(1) == 1 and row % 16 == 0 and weight.data_ptr() % 16 == 0 and weight.shape[1] * weight.element_size() % 16 == 0
+    return (
+        weight.stride(1) == 1
+        and row % 16 == 0
+        and weight.data_ptr() % 16 == 0
+        and weight.shape[1] * weight.element_size() % 16 == 0
+    )
 
 
 def programs(launch: Launch, tiles: int, device: torch.device) -> tuple[int]:
@@ -112,7 +128,9 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def scale_and_cap(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
-    """(scale, cap) so that logits = scale * x, or cap * tanh(scale * x) under softcap: divisions happen once, here, in float64."""
+    """(scale, cap) so that logits = scale * x, or cap * tanh(scale * x) under softcap: divisions happen once, here, in
+    float64.
+    """
     return (logit_scale / temperature, 1.0) if softcap is None else (logit_scale / softcap, softcap / temperature)
 
 
@@ -137,7 +155,9 @@ def head_arguments(
     low_rank_weight: Tensor | None,  # (V, R)
     launch: Launch,
 ) -> HeadArguments:
-    R, low_rank_strides = (0, (0, 0)) if low_rank_weight is None else (low_rank_weight.shape[1], low_rank_weight.stride())
+    R, low_rank_strides = (
+        (0, (0, 0)) if low_rank_weight is None else (low_rank_weight.shape[1], low_rank_weight.stride())
+    )
     strides = (hidden.stride(0), *weight.stride(), *low_rank_strides)
     sources: tuple[object, object] = (hidden, weight)
     if launch.tma:

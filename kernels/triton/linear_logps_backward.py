@@ -1,10 +1,13 @@
-"""Gradients of token log-probabilities and lse in the LM head's inputs, from tiles of logits rebuilt with the saved lse.
+"""Gradients of token log-probabilities and lse in the LM head's inputs, from tiles of logits rebuilt with the saved
+lse.
 
-A kernel rebuilds a bounded block of the logits and writes d_logits of it in the input dtype, scaled down to the product; the library's matrix products turn the
-block into d_hidden and d_weight, at the speed of a bare product. Blocks go over the vocabulary: each block of d_weight is finished in one product over all
-rows (accumulated in float32, rounded once), d_hidden is accumulated in one float32 (T, D) buffer. No floating-point atomics, no locks: the same bits every time.
-Cost: 2 T D V FLOP and as many again for each of d_hidden and d_weight; what is not needed is neither computed nor allocated. Never holds (T, V).
-Ignored rows cost no arithmetic here; the library's products run over their zero rows. docs/math.md, section 1.
+A kernel rebuilds a bounded block of the logits and writes d_logits of it in the input dtype, scaled down to the
+product; the library's matrix products turn the block into d_hidden and d_weight, at the speed of a bare product. Blocks
+go over the vocabulary: each block of d_weight is finished in one product over all rows (accumulated in float32, rounded
+once), d_hidden is accumulated in one float32 (T, D) buffer. No floating-point atomics, no locks: the same bits every
+time. Cost: 2 T D V FLOP and as many again for each of d_hidden and d_weight; what is not needed is neither computed nor
+allocated. Never holds (T, V). Ignored rows cost no arithmetic here; the library's products run over their zero rows.
+docs/math.md, section 1.
 """
 
 from __future__ import annotations
@@ -71,11 +74,13 @@ def d_logits_kernel(
         t0 = row0 + tile_t * BLOCK_T
         v0 = column0 + tile_v * BLOCK_V
         acc = product(
-            hidden, weight, t0, v0, T, V, D, stride_hidden_t, stride_weight_v, stride_weight_d, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION
+            hidden, weight, t0, v0, T, V, D, stride_hidden_t, stride_weight_v, stride_weight_d, BLOCK_T, BLOCK_V,
+            BLOCK_D, TMA, PRECISION
         )  # fmt: skip
         if BLOCK_R > 0:
             acc = add_low_rank(
-                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, R, stride_low_rank_v, stride_low_rank_r, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
+                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, R, stride_low_rank_v, stride_low_rank_r,
+                BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
             )  # fmt: skip
         y = squash(with_bias(acc, bias_ptr, v0, V, HAS_BIAS, BLOCK_V), scale, HAS_SOFTCAP)
         t = t0 + tl.arange(0, BLOCK_T)
@@ -95,7 +100,9 @@ def d_logits_kernel(
         mask = (t < row0 + rows)[:, None] & (v < column0 + columns)[None, :]
         tl.store(d_logits_ptr + at, d.to(d_logits_ptr.dtype.element_ty), mask=mask)
         if NEEDS_BIAS:
-            tl.store(d_bias_ptr + tile_t.to(tl.int64) * columns + (v - column0), tl.sum(d, 0), mask=v < column0 + columns)
+            tl.store(
+                d_bias_ptr + tile_t.to(tl.int64) * columns + (v - column0), tl.sum(d, 0), mask=v < column0 + columns
+            )
     # Tiles of ignored rows: zeros, no arithmetic.
     for tile in tl.range(live_tiles_t * tiles_v + tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0)):
         t = (tile // tiles_v) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -104,7 +111,11 @@ def d_logits_kernel(
         zero = tl.zeros((BLOCK_T, BLOCK_V), d_logits_ptr.dtype.element_ty)
         tl.store(d_logits_ptr + t.to(tl.int64)[:, None] * columns + v[None, :], zero, mask=mask)
         if NEEDS_BIAS:
-            tl.store(d_bias_ptr + (tile // tiles_v).to(tl.int64) * columns + v, tl.zeros((BLOCK_V,), tl.float32), mask=v < columns)
+            tl.store(
+                d_bias_ptr + (tile // tiles_v).to(tl.int64) * columns + v,
+                tl.zeros((BLOCK_V,), tl.float32),
+                mask=v < columns,
+            )
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -127,8 +138,10 @@ def block_shape(
     workspace_bytes: int,
     launch: Launch,
 ) -> tuple[int, int]:
-    """(rows, columns) of a block of d_logits. Half the budget holds the block, a quarter the float32 rows of d_weight when not all T rows fit in one block;
-    the rest is for the library's own workspace. All T rows if that leaves 4096 columns, enough for the products to run at full speed."""
+    """(rows, columns) of a block of d_logits. Half the budget holds the block, a quarter the float32 rows of d_weight
+    when not all T rows fit in one block; the rest is for the library's own workspace. All T rows if that leaves 4096
+    columns, enough for the products to run at full speed.
+    """
     entries = max(launch.BLOCK_T * launch.BLOCK_V, workspace_bytes // 2 // itemsize)
     tiles = entries // T // launch.BLOCK_V
     if tiles * launch.BLOCK_V >= min(V, 4096):
@@ -159,7 +172,8 @@ def linear_logps_backward(
     T = targets.numel()
     inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
     gradients = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if needed and x is not None else None for x, needed in zip(inputs, needs)
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed and x is not None else None
+        for x, needed in zip(inputs, needs)
     ]
     if T == 0 or not any(needs):
         return tuple(None if g is None else g.zero_() for g in gradients)
@@ -168,7 +182,11 @@ def linear_logps_backward(
     live = live_rows(targets.reshape(-1), ignore_index)
     # d_hidden is written last: until then its memory holds the compact rows.
     compact = gather_rows(hidden, live.rows, hidden.new_empty((T, D)) if d_hidden is None else d_hidden.view(T, D))
-    low_rank = None if low_rank_hidden is None else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, low_rank_hidden.shape[-1])))
+    low_rank = (
+        None
+        if low_rank_hidden is None
+        else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, low_rank_hidden.shape[-1])))
+    )
     compact_targets, compact_lse, d_target, d_softmax = _rowwise(live, targets, lse, d_token_logps, d_lse, V)
 
     launch = launch_for(weight)
@@ -183,16 +201,21 @@ def linear_logps_backward(
         width = min(columns, V - column0)
         span = slice(column0, column0 + width)
         partial = None if d_bias is None else torch.zeros(width, **one)
-        # Over several row blocks a block of d_weight is accumulated in float32; over one, the product writes it straight.
-        accumulated = [None if g is None or rows == T else torch.zeros((width, g.shape[1]), **one) for g, _ in by_column]
+        # Over several row blocks a block of d_weight is accumulated in float32; over one, the product writes it
+        # straight.
+        accumulated = [
+            None if g is None or rows == T else torch.zeros((width, g.shape[1]), **one) for g, _ in by_column
+        ]
         for row0 in range(0, T, rows):
             height = min(rows, T - row0)
             d_logits = block[: height * width].view(height, width)
             tiles_t = triton.cdiv(height, launch.BLOCK_T)
             tile_sums = None if d_bias is None else torch.empty((tiles_t, width), **one)
             d_logits_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
-                *head.tensors, compact_targets, live.count, compact_lse, d_target, d_softmax, d_logits, tile_sums, row0, height, column0, width, T, V, D,
-                0 if low_rank is None else low_rank.shape[1], *head.strides, scale, cap, HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=d_bias is not None,
+                *head.tensors, compact_targets, live.count, compact_lse, d_target, d_softmax, d_logits, tile_sums,
+                row0, height, column0, width, T, V, D,
+                0 if low_rank is None else low_rank.shape[1], *head.strides, scale, cap, HAS_SOFTCAP=softcap is not
+                None, NEEDS_BIAS=d_bias is not None,
                 **head.constants,
             )  # fmt: skip
             for accumulator, factor in zip(by_row, (weight, low_rank_weight)):
@@ -224,7 +247,11 @@ def _rowwise(
     d_lse: Tensor,  # (...) float32
     V: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compact targets, lse, and the coefficients of 1[v = target] and of softmax in d_logits. A wrong id makes both NaN."""
-    targets, lse, d_token_logps, d_lse = (x.reshape(-1)[live.rows.clamp(min=0)] for x in (targets, lse, d_token_logps, d_lse))
+    """Compact targets, lse, and the coefficients of 1[v = target] and of softmax in d_logits. A wrong id makes both
+    NaN.
+    """
+    targets, lse, d_token_logps, d_lse = (
+        x.reshape(-1)[live.rows.clamp(min=0)] for x in (targets, lse, d_token_logps, d_lse)
+    )
     d_target = torch.where((targets >= 0) & (targets < V), d_token_logps, torch.nan)
     return targets, lse, d_target, d_lse - d_target

@@ -1,9 +1,10 @@
 """Token log-probabilities and lse from hidden states and the LM head; the logits are never stored.
 
-Each (token x vocabulary) tile of the product is reduced where it stands to a maximum and a sum of exponentials a row; a second, small kernel combines the tiles of
-a row. Tile sums rather than a running row let every tile be an independent program: the order is free (L2), small T still fills the GPU, and the result does
-not depend on the order, so it is deterministic. Cost: 2 T D V FLOP; workspace 8 T V / BLOCK_V bytes (20 with statistics) by token chunks within the byte budget,
-and one compact copy of hidden. Ignored rows are compacted away on the device. docs/math.md, section 1.
+Each (token x vocabulary) tile of the product is reduced where it stands to a maximum and a sum of exponentials a row; a
+second, small kernel combines the tiles of a row. Tile sums rather than a running row let every tile be an independent
+program: the order is free (L2), small T still fills the GPU, and the result does not depend on the order, so it is
+deterministic. Cost: 2 T D V FLOP; workspace 8 T V / BLOCK_V bytes (20 with statistics) by token chunks within the byte
+budget, and one compact copy of hidden. Ignored rows are compacted away on the device. docs/math.md, section 1.
 """
 
 from __future__ import annotations
@@ -69,11 +70,13 @@ def tiles_kernel(
         t0 = row0 + tile_t * BLOCK_T
         v0 = tile_v * BLOCK_V
         acc = product(
-            hidden, weight, t0, v0, T, V, D, stride_hidden_t, stride_weight_v, stride_weight_d, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION
+            hidden, weight, t0, v0, T, V, D, stride_hidden_t, stride_weight_v, stride_weight_d, BLOCK_T, BLOCK_V,
+            BLOCK_D, TMA, PRECISION
         )  # fmt: skip
         if BLOCK_R > 0:
             acc = add_low_rank(
-                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, R, stride_low_rank_v, stride_low_rank_r, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
+                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, R, stride_low_rank_v, stride_low_rank_r,
+                BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
             )  # fmt: skip
         z = cap * squash(with_bias(acc, bias_ptr, v0, V, HAS_BIAS, BLOCK_V), scale, HAS_SOFTCAP)
         t = t0 + tl.arange(0, BLOCK_T)
@@ -151,7 +154,9 @@ def combine_kernel(
         if STATS:
             plain += tl.sum(tl.load(tile_plain_ptr + at, mask=mask, other=0.0), 0)
             weighted = weighted * rescale + tl.sum(tl.load(tile_weighted_ptr + at, mask=mask, other=0.0) * factor, 0)
-            squares = squares * rescale * rescale + tl.sum(tl.load(tile_squares_ptr + at, mask=mask, other=0.0) * factor * factor, 0)
+            squares = squares * rescale * rescale + tl.sum(
+                tl.load(tile_squares_ptr + at, mask=mask, other=0.0) * factor * factor, 0
+            )
             earlier = (k[:, None] < target_tile[None, :]) & (tile_max == target_logit[None, :])
             beaten += tl.sum((mask & ((tile_max > target_logit[None, :]) | earlier)).to(tl.int32), 0)
         top = new_top
@@ -187,7 +192,10 @@ def linear_logps_forward(
     device = hidden.device
     # Ignored rows keep these zeros.
     shapes = [targets.shape] * 2 + [targets.shape if stats else (0,)] * 4
-    outputs = tuple(torch.zeros(shape, dtype=torch.bool if i == 5 else torch.float32, device=device) for i, shape in enumerate(shapes))
+    outputs = tuple(
+        torch.zeros(shape, dtype=torch.bool if i == 5 else torch.float32, device=device)
+        for i, shape in enumerate(shapes)
+    )
     if T == 0:
         return outputs
 
@@ -195,7 +203,11 @@ def linear_logps_forward(
     compact = gather_rows(hidden, live.rows, hidden.new_empty((T, D)))
     compact_targets = targets.reshape(-1)[live.rows.clamp(min=0)]
     R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
-    low_rank = low_rank_hidden if low_rank_hidden is None else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, R)))
+    low_rank = (
+        low_rank_hidden
+        if low_rank_hidden is None
+        else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, R)))
+    )
     # NaN stays where no tile holds the target: a wrong id is never a plausible number.
     target_logits = torch.full((T,), torch.nan, dtype=torch.float32, device=device)
     target_leads = torch.empty(T if stats else 0, dtype=torch.int8, device=device)
@@ -212,7 +224,8 @@ def linear_logps_forward(
         rows = min(chunk, T - row0)
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
         tiles_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, device)](
-            *head.tensors, compact_targets, live.count, target_logits, *tile_fields, target_leads, row0, rows, T, V, D, R, *head.strides, scale, cap,
+            *head.tensors, compact_targets, live.count, target_logits, *tile_fields, target_leads, row0, rows, T, V,
+            D, R, *head.strides, scale, cap,
             HAS_SOFTCAP=softcap is not None, STATS=stats, **head.constants,
         )  # fmt: skip
         combine_kernel[(triton.cdiv(rows, 32),)](

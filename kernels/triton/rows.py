@@ -1,7 +1,8 @@
 """Compaction of live rows on the device: ignored rows cost no arithmetic, and nothing is read back to the host.
 
-The number of live rows stays on the GPU; kernels read it and stop there, grids are sized for all T rows. A gather of T x D elements costs T D reads and writes,
-about 0.5 % of one head product at V = 128256, and also straightens non-contiguous leading dimensions.
+The number of live rows stays on the GPU; kernels read it and stop there, grids are sized for all T rows. A gather of T
+x D elements costs T D reads and writes, about 0.5 % of one head product at V = 128256, and also straightens
+non-contiguous leading dimensions.
 """
 
 from __future__ import annotations
@@ -79,5 +80,7 @@ def gather_rows(
         BLOCK_N = min(1024, triton.next_power_of_2(N))
         BLOCK_ROWS = 4096 // BLOCK_N
         grid = (triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(N, BLOCK_N),)
-        gather_rows_kernel[grid](source, index, out, rows, source.shape[1], N, *source.stride(), BLOCK_ROWS=BLOCK_ROWS, BLOCK_N=BLOCK_N)
+        gather_rows_kernel[grid](
+            source, index, out, rows, source.shape[1], N, *source.stride(), BLOCK_ROWS=BLOCK_ROWS, BLOCK_N=BLOCK_N
+        )
     return out

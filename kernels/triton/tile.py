@@ -1,6 +1,8 @@
-"""Pure maths on tiles: the product, the map from product to logits, and the order in which tiles are visited. Shared by all kernels of an LM head.
+"""Pure maths on tiles: the product, the map from product to logits, and the order in which tiles are visited. Shared by
+all kernels of an LM head.
 
-No kernel and no launcher lives here. A tile is (BLOCK_T tokens x BLOCK_V vocabulary entries), float32 from the product on.
+No kernel and no launcher lives here. A tile is (BLOCK_T tokens x BLOCK_V vocabulary entries), float32 from the product
+on.
 """
 
 import triton
@@ -9,7 +11,9 @@ import triton.language as tl
 
 @triton.jit
 def tile_position(tile, tiles_t, tiles_v, GROUP_T: tl.constexpr):
-    """(token tile, vocabulary tile) of a linear id: groups of GROUP_T token tiles sweep the vocabulary together, so that hidden stays in L2."""
+    """(token tile, vocabulary tile) of a linear id: groups of GROUP_T token tiles sweep the vocabulary together, so
+    that hidden stays in L2.
+    """
     per_group = GROUP_T * tiles_v
     group = tile // per_group
     first = group * GROUP_T
@@ -36,7 +40,7 @@ def product(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """hidden[t0:, :] @ weight[v0:, :].T in float32. Rows past T or V hold finite or zero values that the caller masks."""
+    """hidden[t0:, :] @ weight[v0:, :].T in float32. What lies past T or V is finite; the caller masks it."""
     acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     if TMA:
         for d0 in range(0, D, BLOCK_D):
@@ -81,7 +85,11 @@ def add_low_rank(
     for r0 in range(0, R, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         x = tl.load(low_rank_hidden_ptr + t[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
-        w = tl.load(low_rank_weight_ptr + v[None, :] * stride_low_rank_v + r[:, None] * stride_low_rank_r, mask=r[:, None] < R, other=0.0)
+        w = tl.load(
+            low_rank_weight_ptr + v[None, :] * stride_low_rank_v + r[:, None] * stride_low_rank_r,
+            mask=r[:, None] < R,
+            other=0.0,
+        )
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     return acc
 
@@ -90,10 +98,13 @@ def add_low_rank(
 def tanh(x):
     """float32 tanh to about 2 ulp without libdevice (which neither the interpreter nor every backend has).
 
-    Near zero 1 - 2 / (e^2x + 1) cancels and would cost softcap * 6e-8 in every small logit, so there an odd polynomial (Cephes tanhf) takes over.
+    Near zero 1 - 2 / (e^2x + 1) cancels and would cost softcap * 6e-8 in every small logit, so there an odd polynomial
+    (Cephes tanhf) takes over.
     """
     x2 = x * x
-    small = (((-5.70498872745e-3 * x2 + 2.06390887954e-2) * x2 - 5.37397155531e-2) * x2 + 1.33314422036e-1) * x2 - 3.33332819422e-1
+    small = (
+        ((-5.70498872745e-3 * x2 + 2.06390887954e-2) * x2 - 5.37397155531e-2) * x2 + 1.33314422036e-1
+    ) * x2 - 3.33332819422e-1
     return tl.where(tl.abs(x) < 0.625, x + x * x2 * small, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
 
 
@@ -119,3 +130,44 @@ def squash(x, scale, HAS_SOFTCAP: tl.constexpr):
 def finite_or_zero(m):
     """A maximum that is safe to subtract: a row of -inf so far must not give exp(-inf + inf)."""
     return tl.where(m == -float("inf"), 0.0, m)
+
+
+@triton.jit
+def log_one_plus(e):
+    """log(1 + e) for e in [0, 1], to full relative precision: 2 atanh(e / (2 + e))."""
+    t = e / (2.0 + e)
+    t2 = t * t
+    return 2.0 * t * (1.0 + t2 * (1 / 3 + t2 * (1 / 5 + t2 * (1 / 7 + t2 * (1 / 9 + t2 * (1 / 11 + t2 * (1 / 13)))))))
+
+
+@triton.jit
+def neg_log_sigmoid(x):
+    """-log sigma(x) without overflow, and without losing the small values of a large x."""
+    return tl.maximum(-x, 0.0) + log_one_plus(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x), also in the tail where e^-x overflows."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def exp_minus_one(m):
+    """e^m - 1 for m <= 0, to full relative precision."""
+    series = m * (1.0 + m / 2 * (1.0 + m / 3 * (1.0 + m / 4 * (1.0 + m / 5 * (1.0 + m / 6 * (1.0 + m / 7))))))
+    return tl.where(m > -0.35, series, tl.exp(m) - 1.0)
+
+
+@triton.jit
+def log1mexp(m):
+    """log(1 - e^m) for m <= 0; closer to 0 than one unit of precision m counts as that unit. NaN stays."""
+    return tl.log(-exp_minus_one(tl.where(m > -1.1920928955078125e-7, -1.1920928955078125e-7, m)))
+
+
+@triton.jit
+def log_add_exp(a, b):
+    """log(e^a + e^b); -inf for none."""
+    nothing = (a == -float("inf")) & (b == -float("inf"))
+    return tl.where(nothing, a, tl.maximum(a, b) + log_one_plus(tl.exp(-tl.abs(a - b))))
