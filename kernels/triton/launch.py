@@ -66,15 +66,15 @@ def architecture(device: torch.device) -> str | None:
     return "sm_86" if major >= 8 else None
 
 
-def device_why_not(name: str, x: Tensor) -> list[str]:
-    """Every reason why no Triton kernel runs on the device of `x`."""
+def device_why_not(name: str, device: torch.device) -> list[str]:
+    """Every reason why no Triton kernel runs on `device`, where the tensor `name` is."""
     reasons = []
     if interpreting is not None:
         return reasons
-    if x.device.type != "cuda":
-        reasons.append(f"{name} is on {x.device}: the Triton kernels want a GPU")
-    elif architecture(x.device) is None:
-        capability = ".".join(map(str, torch.cuda.get_device_capability(x.device)))
+    if device.type != "cuda":
+        reasons.append(f"{name} is on {device}: the Triton kernels want a GPU")
+    elif architecture(device) is None:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         reasons.append(f"the GPU has compute capability {capability}: the Triton kernels want 8.0 or later")
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         reasons.append(f"triton is {triton.__version__}: the kernels want 3.6 or later")
@@ -83,7 +83,7 @@ def device_why_not(name: str, x: Tensor) -> list[str]:
 
 def why_not(hidden: Tensor, weight: Tensor) -> list[str]:
     """Every reason why the Triton kernels of an LM head cannot run on these tensors."""
-    reasons = device_why_not("hidden", hidden)
+    reasons = device_why_not("hidden", hidden.device)
     if hidden.dtype == torch.float64:
         reasons.append("hidden is float64: only the reference computes in float64")
     return reasons

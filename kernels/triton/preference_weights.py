@@ -290,12 +290,12 @@ def spread_kernel(
         tl.store(d_token_logps_ptr + t, tl.zeros((BLOCK,), tl.float32) + d, mask=t < end)
 
 
-def why_not(token_logps: Tensor, loss: object, max_group: int) -> list[str]:
+def why_not(device: torch.device, dtype: torch.dtype, loss: object, max_group: int) -> list[str]:
     """Every reason why the kernels cannot compute a preference loss."""
-    reasons = launch.device_why_not("token_logps", token_logps)
+    reasons = launch.device_why_not("token_logps", device)
     if loss not in LOSSES:
         reasons.append(f"loss {loss!r} is not in the kernel; it has {', '.join(LOSSES)}")
-    if token_logps.dtype == torch.float64:
+    if dtype == torch.float64:
         reasons.append("token_logps is float64: only the reference computes in float64")
     if max_group > MAX_GROUP:
         reasons.append(f"a group has {max_group} responses: the kernel holds up to {MAX_GROUP}")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import ops, preference_ops
 from .ops import Head
+from .preference_ops import LossSpec
 from .reference import HeadOptions
 
 
@@ -80,3 +81,40 @@ class RefuseGradient(torch.autograd.Function):
             raise ops.not_differentiable(ctx.name)
         # An op, so that a compiled backward raises when it runs, not when it is traced.
         return None, ops.refuse_gradient(gradient, ctx.name), None
+
+
+class PreferenceWeights(torch.autograd.Function):
+    """`PreferenceWeights.apply(token_logps, ref_logps, cu_seqlens, cu_groups, positive, spec, max_group, impl)`.
+
+    token_logps (T,) float32, ref_logps (S,), (T,) or None, cu_seqlens (S+1,), cu_groups (G+1,), positive (S,) bool,
+    `spec` a LossSpec, `max_group` a bound on the responses of a group, `impl` "triton" or "cpu". Returns the five
+    tensors of PreferenceLoss in order; only loss is differentiable, in token_logps.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token_logps: Tensor,  # (T,) float32
+        ref_logps: Tensor | None,  # (S,) or (T,) float32
+        cu_seqlens: Tensor,  # (S+1,) int32 | int64
+        cu_groups: Tensor,  # (G+1,) int32 | int64
+        positive: Tensor,  # (S,) bool
+        spec: LossSpec,
+        max_group: int,
+        impl: str,
+    ) -> tuple[Tensor, ...]:
+        *outputs, coefficients = preference_ops.preference_weights_forward(
+            token_logps, ref_logps, cu_seqlens, cu_groups, positive, spec, max_group, impl
+        )
+        # d loss / d seq_logps is known in closed form by now: nothing of the forward is kept but these S numbers.
+        ctx.save_for_backward(coefficients, cu_seqlens)
+        ctx.T, ctx.impl = token_logps.shape[0], impl
+        ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        coefficients, cu_seqlens = ctx.saved_tensors
+        d_token_logps = preference_ops.preference_weights_backward(d_loss, coefficients, cu_seqlens, ctx.T, ctx.impl)
+        return d_token_logps, *[None] * 7

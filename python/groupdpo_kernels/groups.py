@@ -28,6 +28,7 @@ class PreferenceGroups:
     positive: Tensor  # (S,) bool
     ids: Tensor = field(init=False, repr=False)  # (S,) int64, the group of each sequence
     valid: Tensor = field(init=False, repr=False)  # () bool, can be False only where values were not read
+    max_size: int = field(init=False, repr=False)  # a bound on the responses of a group: S where sizes were not read
     _num_pairs: int | None = field(init=False, repr=False)  # None where it was not read
 
     def __post_init__(self) -> None:
@@ -55,6 +56,7 @@ class PreferenceGroups:
         object.__setattr__(self, "ids", ids.clamp(max=cu.shape[0] - 2))
         positives, negatives = self.counts()
         object.__setattr__(self, "valid", covered & ((positives > 0) & (negatives > 0)).all())
+        object.__setattr__(self, "max_size", int(cu.diff().max()) if readable else S)
         object.__setattr__(self, "_num_pairs", int((positives * negatives).sum()) if readable else None)
 
     @classmethod
@@ -90,7 +92,7 @@ class PreferenceGroups:
     def num_pairs(self) -> int:
         """Pairs of a positive and a negative of the same group. Reads back once if the groups were made on a device."""
         if self._num_pairs is None:
-            object.__setattr__(self, "_num_pairs", int(self.pair_offsets()[-1]))
+        object.__setattr__(self, "_num_pairs", int(self.pair_offsets()[-1]))
         assert self._num_pairs is not None
         return self._num_pairs
 

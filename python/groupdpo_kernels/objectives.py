@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from . import preference_ops
+from .functions import PreferenceWeights
 from .logps import seq_logps
 from .losses import LOSSES, Loss, Side, log1mexp, mean
-from .ops import IMPLS
+from .ops import IMPLS, check_offsets
 
 if TYPE_CHECKING:
     from .groups import PreferenceGroups
@@ -154,13 +156,17 @@ def preference_loss(
         groups: which sequences belong together, and which of them are positive.
         objective: see `Objective`.
         ref_logps: the reference's log-probabilities, of sequences or of tokens. No gradient flows into them.
-        impl: "auto" or "reference": no kernel computes the losses.
+        impl: "auto" takes the first of "triton", "cpu", "reference" that can run; an explicit choice never falls back.
 
     Raises ValueError or TypeError for shapes that do not fit, a pairwise loss on larger groups, a missing reference;
     and, on a CPU, for values: offsets that do not cover the tokens or decrease, an empty response, a reference that
     is not finite, a ranking whose positives do not come first.
     """
     _check_shapes(token_logps, cu_seqlens, groups, objective, ref_logps, impl)
+    device, dtype = token_logps.device, token_logps.dtype
+    impl = preference_ops.resolve(impl, device, dtype, objective.loss, groups.max_size)
+    if impl != "reference":
+        return _by_kernel(token_logps, cu_seqlens, groups, objective, ref_logps, impl)
     row, balance = objective._row, objective.balance
     x = _sequences(token_logps, cu_seqlens, ref_logps)
     u = x.logps - x.ref_logps if objective.subtracts_reference and x.ref_logps is not None else x.logps
@@ -201,6 +207,42 @@ def preference_loss(
     return PreferenceLoss(losses.mean(), x.logps.detach(), u.detach(), losses.detach(), weights)
 
 
+def _by_kernel(
+    token_logps: Tensor,  # (T,) bf16 | fp16 | fp32
+    cu_seqlens: Tensor,  # (S+1,)
+    groups: PreferenceGroups,
+    objective: Objective,
+    ref_logps: Tensor | None,  # (S,) or (T,)
+    impl: str,
+) -> PreferenceLoss:
+    """The same in few launches, with the gradient in closed form; sums and scores are float64 inside."""
+    assert isinstance(objective.loss, str)  # `resolve` has refused a callable
+    ref_logps = None if ref_logps is None else ref_logps.detach().float()
+    if not _unchecked(token_logps):
+        if objective._row.ranks and not groups.positives_first():
+            raise ValueError(f"{objective.loss} reads the order in a group as its ranking: positives must come first")
+        _check_values(cu_seqlens, token_logps.shape[0], ref_logps)
+    balance = objective.balance
+    spec = preference_ops.LossSpec(
+        objective.loss,
+        objective.beta,
+        objective.averages,
+        objective.subtracts_reference,
+        objective.nll_weight,
+        objective.label_smoothing,
+        objective.gamma,
+        objective.alpha,
+        0.0 if balance is None else balance.ceiling,
+        balance is not None and balance.space == "reference",
+        balance is not None and balance.normalize,
+    )
+    return PreferenceLoss(
+        *PreferenceWeights.apply(
+            token_logps.float(), ref_logps, cu_seqlens, groups.cu_groups, groups.positive, spec, groups.max_size, impl
+        )
+    )
+
+
 class _Sequences(NamedTuple):
     logps: Tensor  # (S,) s
     ref_logps: Tensor | None  # (S,) r
@@ -222,17 +264,22 @@ def _sequences(token_logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None
         s = s * torch.where(valid, 1.0, math.nan)
         r = None if r is None else torch.where(torch.isfinite(r), r, math.nan)
     else:
-        if bool((n < 1).any()):
-            raise ValueError(
-                f"cu_seqlens must give each sequence a token; sequence {int((n < 1).nonzero()[0, 0])} has none"
-            )
-        if r is not None and not bool(torch.isfinite(r).all()):
-            at = int((~torch.isfinite(r)).nonzero()[0, 0])
-            raise ValueError(f"ref_logps must be finite; ref_logps[{at}] is {float(r[at])}")
+        _check_values(cu_seqlens, token_logps.shape[0], r)
     if r is not None and r.shape != s.shape:
         r = seq_logps(r, cu_seqlens)
     n = n.to(s.dtype)
     return _Sequences(s, r, n, s / n)
+
+
+def _check_values(cu_seqlens: Tensor, T: int, ref_logps: Tensor | None) -> None:
+    """ValueError for offsets that do not cover the tokens, an empty response, a reference that is not finite."""
+    check_offsets("cu_seqlens", cu_seqlens, T, "the number of tokens")
+    empty = cu_seqlens.diff() < 1
+    if bool(empty.any()):
+        raise ValueError(f"cu_seqlens must give each sequence a token; sequence {int(empty.nonzero()[0, 0])} has none")
+    if ref_logps is not None and not bool(torch.isfinite(ref_logps).all()):
+        at = int((~torch.isfinite(ref_logps)).nonzero()[0, 0])
+        raise ValueError(f"ref_logps must be finite; ref_logps[{at}] is {float(ref_logps[at])}")
 
 
 def _balanced_quantity(x: _Sequences, balance: AdaBalance, odds: bool) -> Tensor:  # (S,)
@@ -268,10 +315,6 @@ def _check_shapes(
 ) -> None:
     if impl not in ("auto", *IMPLS):
         raise ValueError(f"impl must be one of {('auto', *IMPLS)}; got {impl!r}")
-    if impl not in ("auto", "reference"):
-        raise ValueError(
-            f"impl={impl!r} cannot run here: no {impl} kernel computes preference losses; the reference runs anywhere"
-        )
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective; got {objective!r}")
     if token_logps.dim() != 1 or not token_logps.is_floating_point():

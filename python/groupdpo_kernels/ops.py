@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from typing import Any, NamedTuple
@@ -312,12 +311,15 @@ segment_sums.register_autograd(_segment_sums_backward, setup_context=_segment_su
 
 def check_offsets(name: str, offsets: Tensor, total: int, what: str) -> None:
     """ValueError unless offsets start at 0, never decrease and end at `total`. Reads values: host side only."""
-    values = offsets.tolist()
-    if values[0] != 0 or values[-1] != total:
-        raise ValueError(f"{name} must start at 0 and end at {what}, {total}; got {values[0]} and {values[-1]}")
-    for i, (start, end) in enumerate(itertools.pairwise(values)):
-        if end < start:
-            raise ValueError(f"{name} must not decrease; {name}[{i}] is {start} and {name}[{i + 1}] is {end}")
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != total:
+        raise ValueError(f"{name} must start at 0 and end at {what}, {total}; got {first} and {last}")
+    decreases = offsets.diff() < 0
+    if decreases.any():
+        i = int(decreases.nonzero()[0, 0])
+        raise ValueError(
+            f"{name} must not decrease; {name}[{i}] is {int(offsets[i])} and {name}[{i + 1}] is {int(offsets[i + 1])}"
+        )
 
 
 # Typed doors to the ops, for functions.py.

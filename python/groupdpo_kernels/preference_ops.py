@@ -1,0 +1,154 @@
+"""The torch.library ops of the preference losses: schema, fake and the choice of an implementation; the twin of ops.py
+for the vectors after the head.
+
+`groupdpo_kernels::preference_weights_forward` returns, besides what a user sees, the closed-form coefficients d loss /
+d seq_logps; `groupdpo_kernels::preference_weights_backward` spreads them over tokens. The reference has no op:
+objectives.py is plain PyTorch and autograd's own. Imports torch alone. Values inside tensors are checked in
+objectives.py on a CPU, and give NaN on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops import extension_why_not
+
+IMPLS = ("triton", "cpu", "reference")  # in the order "auto" tries them
+_LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
+
+_VECTORS = "Tensor token_logps, Tensor? ref_logps, Tensor cu_seqlens, Tensor cu_groups, Tensor positive"
+_SPEC = (
+    "str loss, float beta, bool average, bool subtract_reference, float nll_weight, float label_smoothing, float gamma,"
+    " float alpha, float ceiling, bool balance_reference, bool balance_normalize"
+)
+_RESULTS = (
+    "(Tensor loss, Tensor seq_logps, Tensor rewards, Tensor group_losses, Tensor balance_weights, Tensor coefficients)"
+)
+_LIBRARY.define(f"preference_weights_forward_cpu({_VECTORS}, {_SPEC}) -> {_RESULTS}")
+_LIBRARY.define(
+    "preference_weights_backward_cpu(Tensor d_loss, Tensor coefficients, Tensor cu_seqlens, int T) -> Tensor"
+)
+
+
+class LossSpec(NamedTuple):
+    """An Objective with its conventions resolved, in the order of the ops' schema. ceiling 0: no balance."""
+
+    loss: str
+    beta: float
+    average: bool
+    subtract_reference: bool
+    nll_weight: float
+    label_smoothing: float
+    gamma: float
+    alpha: float
+    ceiling: float
+    balance_reference: bool
+    balance_normalize: bool
+
+
+def extension_losses() -> tuple[str, ...]:
+    """The losses that the C++ op knows."""
+    return tuple(getattr(importlib.import_module("groupdpo_kernels._C"), "PREFERENCE_LOSSES", ()))
+
+
+def why_not(impl: str, device: torch.device, dtype: torch.dtype, loss: object, max_group: int) -> list[str]:
+    """Every reason why `impl` cannot compute a preference loss of token_logps on `device`; empty if it can."""
+    if impl == "triton":
+        try:
+            launcher = importlib.import_module("groupdpo_kernels.kernels.preference_weights")
+        except ImportError as error:
+            return [f"triton does not import: {error}; run `pip install 'triton>=3.6,<3.8'`"]
+        return launcher.why_not(device, dtype, loss, max_group)
+    if impl == "cuda":
+        return ["preference_loss has no CUDA C++ kernel: its device kernels are in Triton"]
+    if impl == "cpu":
+        reasons = extension_why_not()
+        if device.type != "cpu":
+            reasons.append(f"token_logps is on {device}: the C++ op wants CPU tensors")
+        if dtype == torch.float64:
+            reasons.append("token_logps is float64: only the reference computes in float64")
+        if not isinstance(loss, str):
+            reasons.append(f"loss {loss!r} is a callable: only the reference calls it")
+        elif not reasons and loss not in extension_losses():
+            reasons.append(f"loss {loss!r} is not in the C++ op")
+        return reasons
+    return []
+
+
+@torch._dynamo.assume_constant_result
+def resolve(impl: str, device: torch.device, dtype: torch.dtype, loss: object, max_group: int) -> str:
+    """The implementation that runs. An explicit choice never falls back: it raises with every reason."""
+    if impl == "auto":
+        return next(name for name in IMPLS if not why_not(name, device, dtype, loss, max_group))
+    reasons = why_not(impl, device, dtype, loss, max_group)
+    if reasons:
+        raise ValueError(f"impl={impl!r} cannot run here: " + "; ".join(reasons))
+    return impl
+
+
+@torch.library.custom_op(
+    "groupdpo_kernels::preference_weights_forward",
+    mutates_args=(),
+    schema=f"({_VECTORS}, {_SPEC}, int max_group, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _preference_weights_forward(*args):  # type: ignore[no-untyped-def]
+    *inputs, max_group, impl = args
+    if impl == "triton":
+        launcher = importlib.import_module("groupdpo_kernels.kernels.preference_weights")
+        return launcher.preference_weights_forward(*inputs, max_group)
+    return torch.ops.groupdpo_kernels.preference_weights_forward_cpu(*inputs)
+
+
+@_preference_weights_forward.register_fake
+def _(token_logps, ref_logps, cu_seqlens, cu_groups, positive, *rest):  # type: ignore[no-untyped-def]
+    S, G = positive.shape[0], cu_groups.shape[0] - 1
+    return tuple(token_logps.new_empty(shape) for shape in ((), (S,), (S,), (G,), (S,), (S,)))
+
+
+@torch.library.custom_op(
+    "groupdpo_kernels::preference_weights_backward",
+    mutates_args=(),
+    schema="(Tensor d_loss, Tensor coefficients, Tensor cu_seqlens, SymInt T, str impl) -> Tensor",
+)
+def _preference_weights_backward(d_loss, coefficients, cu_seqlens, T, impl):  # type: ignore[no-untyped-def]
+    if impl == "triton":
+        launcher = importlib.import_module("groupdpo_kernels.kernels.preference_weights")
+        return launcher.preference_weights_backward(d_loss, coefficients, cu_seqlens, T)
+    return torch.ops.groupdpo_kernels.preference_weights_backward_cpu(d_loss, coefficients, cu_seqlens, T)
+
+
+@_preference_weights_backward.register_fake
+def _(d_loss, coefficients, cu_seqlens, T, impl):  # type: ignore[no-untyped-def]
+    return coefficients.new_empty(T)
+
+
+# Typed doors to the ops, for functions.py.
+
+
+def preference_weights_forward(
+    token_logps: Tensor,  # (T,) float32
+    ref_logps: Tensor | None,  # (S,) or (T,) float32
+    cu_seqlens: Tensor,  # (S+1,) int32 | int64
+    cu_groups: Tensor,  # (G+1,) int32 | int64
+    positive: Tensor,  # (S,) bool
+    spec: LossSpec,
+    max_group: int,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    op: Callable[..., Any] = torch.ops.groupdpo_kernels.preference_weights_forward
+    return tuple(op(token_logps, ref_logps, cu_seqlens, cu_groups, positive, *spec, max_group, impl))
+
+
+def preference_weights_backward(
+    d_loss: Tensor,  # () float32
+    coefficients: Tensor,  # (S,) float32
+    cu_seqlens: Tensor,  # (S+1,) int32 | int64
+    T: int,
+    impl: str,
+) -> Tensor:  # (T,) float32
+    return torch.ops.groupdpo_kernels.preference_weights_backward(d_loss, coefficients, cu_seqlens, T, impl)
