@@ -92,7 +92,7 @@ class PreferenceGroups:
     def num_pairs(self) -> int:
         """Pairs of a positive and a negative of the same group. Reads back once if the groups were made on a device."""
         if self._num_pairs is None:
-        object.__setattr__(self, "_num_pairs", int(self.pair_offsets()[-1]))
+            object.__setattr__(self, "_num_pairs", int(self.pair_offsets()[-1]))
         assert self._num_pairs is not None
         return self._num_pairs
 

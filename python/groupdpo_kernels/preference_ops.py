@@ -80,7 +80,6 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype, loss: object, m
     return []
 
 
-@torch._dynamo.assume_constant_result
 def resolve(impl: str, device: torch.device, dtype: torch.dtype, loss: object, max_group: int) -> str:
     """The implementation that runs. An explicit choice never falls back: it raises with every reason."""
     if impl == "auto":
