@@ -1,0 +1,291 @@
+"""The C++ CPU op through its raw schema: values and gradients in every case, only the gradients asked for, a bounded
+workspace, the same bits twice, and rows that keep their NaN to themselves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import groupdpo_kernels
+from groupdpo_kernels import ops, reference
+from groupdpo_kernels.reference import HeadOptions
+from groupdpo_kernels.testing import CASES, Case, Inputs, Result, check_budget, make_inputs
+
+NEVER = ops.extension_why_not()
+INPUTS = ("hidden", "weight", "bias", "low_rank_hidden", "low_rank_weight")
+
+
+@pytest.fixture(autouse=True)
+def extension() -> None:
+    assert not NEVER, NEVER  # a failure, not a skip: what is not built is not tested
+
+
+def forward(head: list[Tensor | None], targets: Tensor, options: HeadOptions, stats: bool = True) -> tuple[Tensor, ...]:
+    o = options
+    op = torch.ops.groupdpo_kernels.linear_logps_forward_cpu
+    return op(*head, targets, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes, stats)
+
+
+def backward(
+    head: list[Tensor | None],
+    targets: Tensor,
+    rowwise: list[Tensor],  # lse, d_token_logps, d_lse
+    options: HeadOptions,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    o = options
+    op = torch.ops.groupdpo_kernels.linear_logps_backward_cpu
+    return op(*head, targets, *rowwise, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes, *needs)
+
+
+def live_rows(inputs: Inputs) -> tuple[list[Tensor | None], Tensor, list[Tensor], Tensor]:
+    """The op's arguments from a case: ignored rows dropped, as ops.py does it. Also the index of the live rows."""
+    rows = (inputs.targets.reshape(-1) != -100).nonzero()[:, 0]
+    leaves = {name: x.detach() for name, x in inputs.leaves.items()}
+    head = [leaves.get(name) for name in INPUTS]
+    for i in (0, 3):
+        if (x := head[i]) is not None:
+            head[i] = x.reshape(-1, x.shape[-1])[rows]
+    upstream = [x.reshape(-1)[rows].float() for x in (inputs.d_token_logps, inputs.d_lse)]
+    return head, inputs.targets.reshape(-1)[rows], upstream, rows
+
+
+def drawn(T: int, D: int, V: int, dtype: torch.dtype = torch.float32, R: int = 0) -> tuple[list[Tensor | None], Tensor]:
+    case = Case("drawn", T, D, V, "", dtype, bias=True, R=R, ignored="none")
+    head, targets, _, _ = live_rows(make_inputs(case))
+    return head, targets
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_values_and_gradients_within_the_error_budget(case: Case) -> None:
+    inputs = make_inputs(case)
+    head, targets, upstream, rows = live_rows(inputs)
+    stats = forward(head, targets, case.options)
+    gradients = backward(head, targets, [stats[1], *upstream], case.options, [x is not None for x in head])
+
+    def spread(x: Tensor, shape: torch.Size) -> Tensor:
+        return x.new_zeros(case.T, *x.shape[1:]).index_copy(0, rows, x).view(shape)
+
+    result: Result = {name: spread(x, inputs.targets.shape) for name, x in zip(reference.LogpStats._fields, stats)}
+    for i, (name, x) in enumerate(zip(INPUTS, gradients)):
+        if name in inputs.leaves:
+            result[f"d_{name}"] = spread(x, inputs.leaves[name].shape) if i in (0, 3) else x
+        else:
+            assert x.shape == (0,)
+    check_budget(result, inputs, case.options)
+
+
+def test_statistics_are_empty_unless_asked_for() -> None:
+    head, targets = drawn(6, 8, 50)
+    with_stats, without = (forward(head, targets, HeadOptions(), stats) for stats in (True, False))
+    assert [x.shape for x in without[2:]] == [(0,)] * 4
+    assert all(torch.equal(a, b) for a, b in zip(with_stats[:2], without[:2]))
+
+
+def test_only_needed_gradients_are_computed() -> None:
+    head, targets = drawn(40, 16, 300, R=4)
+    rowwise = [forward(head, targets, HeadOptions())[1], torch.randn(40), torch.randn(40)]
+    everything = backward(head, targets, rowwise, HeadOptions(), [True] * 5)
+    for needs in itertools.product([True, False], repeat=5):
+        for needed, x, whole in zip(needs, backward(head, targets, rowwise, HeadOptions(), list(needs)), everything):
+            assert torch.equal(x, whole) if needed else x.shape == (0,)
+
+
+def peak_bytes(function: Callable[[], tuple[Tensor, ...]]) -> int:
+    """Most bytes that torch's CPU allocator held during the call, the results included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        results = function()
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    assert sum(changes) >= sum(x.numel() * x.element_size() for x in results)  # the profiler has seen them
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workspace_bytes", [2**18, 2**20])
+@pytest.mark.parametrize("T, D, V", [(2500, 32, 700), (40, 32, 15000)])
+def test_workspace_is_bounded(T: int, D: int, V: int, workspace_bytes: int, dtype: torch.dtype) -> None:
+    head, targets = drawn(T, D, V, dtype, R=8)
+    options = HeadOptions(workspace_bytes=workspace_bytes)
+    row_results = T * (5 * 4 + 1)
+    assert peak_bytes(lambda: forward(head, targets, options)) <= row_results + workspace_bytes
+
+    rowwise = [forward(head, targets, options)[1], torch.randn(T), torch.randn(T)]
+    gradients = sum(x.numel() * x.element_size() for x in head if x is not None)
+    # A 16-bit d_hidden and d_low_rank_hidden are accumulated in float32: the one thing that grows with T.
+    accumulators = T * (D + 8) * 4 if dtype != torch.float32 else 0
+    peak = peak_bytes(lambda: backward(head, targets, rowwise, options, [True] * 5))
+    assert peak <= gradients + accumulators + workspace_bytes
+
+    # A frozen head costs no memory of its own.
+    frozen = peak_bytes(lambda: backward(head, targets, rowwise, options, [True, False, False, False, False]))
+    hidden = head[0]
+    assert hidden is not None
+    assert frozen <= hidden.numel() * hidden.element_size() + accumulators + workspace_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bits_repeat(dtype: torch.dtype) -> None:
+    head, targets = drawn(300, 24, 1500, dtype, R=4)
+    options = HeadOptions(softcap=5.0, workspace_bytes=2**18)
+    upstream = [torch.randn(300), torch.randn(300)]
+
+    def once() -> list[Tensor]:
+        stats = forward(head, targets, options)
+        return [*stats, *backward(head, targets, [stats[1], *upstream], options, [True] * 5)]
+
+    first = once()
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(first, once()))
+
+
+def test_masked_vocabulary() -> None:
+    """-inf in the bias over whole blocks: those ids have probability 0, and nothing is NaN."""
+    head, targets = drawn(20, 8, 600)
+    hidden, weight, bias, _, _ = head
+    assert hidden is not None and weight is not None and bias is not None
+    targets %= 50
+    targets += 300
+    bias[:300] = -math.inf
+    bias[350:] = -math.inf
+    options = HeadOptions(workspace_bytes=2**13)  # blocks of a few columns: many hold -inf alone
+    stats = forward(head, targets, options)
+    kept = forward([hidden, weight[300:350], bias[300:350], None, None], targets - 300, options)
+    for name, masked, alone in zip(reference.LogpStats._fields, stats, kept):
+        if name == "mean_logits":
+            assert (masked == -math.inf).all()
+        else:
+            torch.testing.assert_close(masked, alone, rtol=1e-5, atol=1e-5)
+    gradients = backward(head, targets, [stats[1], torch.ones(20), torch.ones(20)], options, [True] * 3 + [False] * 2)
+    assert all(x.isfinite().all() for x in gradients)
+    assert not gradients[1][:300].any() and not gradients[2][350:].any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_non_finite_rows_keep_to_themselves(value: float) -> None:
+    head, targets = drawn(9, 8, 700)
+    options = HeadOptions(workspace_bytes=2**13)
+    clean = forward(head, targets, options)
+    upstream = [torch.randn(9), torch.randn(9)]
+    clean_d_hidden = backward(head, targets, [clean[1], *upstream], options, [True] + [False] * 4)[0]
+    assert head[0] is not None
+    head[0][4, 2] = value
+    stats = forward(head, targets, options)
+    d_hidden = backward(head, targets, [stats[1], *upstream], options, [True] + [False] * 4)[0]
+    others = torch.arange(9) != 4
+    for a, b in zip((*stats, d_hidden), (*clean, clean_d_hidden)):
+        torch.testing.assert_close(a[others], b[others], rtol=1e-5, atol=1e-6)
+    assert not stats[0][4].isfinite() and not d_hidden[4].isfinite().any()
+
+
+def test_top1_takes_the_lowest_id_among_equals() -> None:
+    hidden, weight = torch.ones(4, 2), torch.zeros(100, 2)
+    weight[[30, 31, 77]] = 1.0
+    for workspace_bytes in (2**11, 2**28):
+        top = forward(
+            [hidden, weight, None, None, None],
+            torch.tensor([30, 31, 77, 0]),
+            HeadOptions(workspace_bytes=workspace_bytes),
+        )[5]
+        assert top.tolist() == [True, False, False, False]
+
+
+def test_any_strides() -> None:
+    """Views that the matrix product cannot read, or would read wrongly, give what their copies give."""
+    head, targets = drawn(30, 16, 200, R=4)
+    upstream = [torch.randn(30), torch.randn(30)]
+
+    def everything(arguments: list[Tensor | None]) -> list[Tensor]:
+        stats = forward(arguments, targets, HeadOptions())
+        return [*stats, *backward(arguments, targets, [stats[1], *upstream], HeadOptions(), [True] * 5)]
+
+    def every_other(x: Tensor) -> Tensor:
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), math.nan)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+
+    views: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x.T.contiguous().T if x.dim() == 2 else x,
+        every_other,
+        lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]] if x.dim() == 2 else x,
+    ]
+    expected = everything(head)
+    for view in views:
+        for a, b in zip(everything([None if x is None else view(x) for x in head]), expected):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    expanded: list[Tensor | None] = [torch.randn(1, 16).expand(30, 16), *head[1:]]
+    copied = [None if x is None else x.contiguous() for x in expanded]
+    for a, b in zip(everything(expanded), everything(copied)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_that_require_grad_change_nothing() -> None:
+    """Autograd records none of the block products, 16-bit inputs that are copied to float32 included."""
+    head, targets = drawn(300, 8, 4000, torch.bfloat16)
+    upstream = [torch.randn(300), torch.randn(300)]
+    leaves = [None if x is None else x.clone().requires_grad_() for x in head]
+    options, needs = HeadOptions(workspace_bytes=2**18), [True] * 3 + [False] * 2
+    plain = forward(head, targets, options)
+    rowwise = [plain[1], *upstream]
+    expected = [*plain, *backward(head, targets, rowwise, options, needs)]
+    actual = [*forward(leaves, targets, options), *backward(leaves, targets, rowwise, options, needs)]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+    peak = peak_bytes(lambda: backward(head, targets, rowwise, options, needs))
+    assert peak == peak_bytes(lambda: backward(leaves, targets, rowwise, options, needs))
+    assert torch.is_grad_enabled()
+
+
+def test_a_wrong_id_is_never_a_plausible_number() -> None:
+    head, targets = drawn(3, 8, 40)
+    targets[1] = 40
+    token_logps, lse, *_ = forward(head, targets, HeadOptions())
+    assert token_logps.isnan().tolist() == [False, True, False]
+    assert lse.isfinite().all()
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    head, targets = drawn(4, 8, 40, R=2)
+    hidden, weight, bias, x, u = head
+    assert hidden is not None and weight is not None and bias is not None and x is not None and u is not None
+    wrong: list[tuple[list[Tensor | None], Tensor, str]] = [
+        ([hidden[:, :7], weight, None, None, None], targets, "agree in D"),
+        ([hidden, weight, bias[:39], None, None], targets, "bias must be"),
+        ([hidden, weight.bfloat16(), None, None, None], targets, "dtype of hidden"),
+        ([hidden.double(), weight.double(), None, None, None], targets, "float32, bfloat16 or float16"),
+        ([hidden, weight, None, x, None], targets, "come together"),
+        ([hidden, weight, None, x, u[:, :1]], targets, "low_rank_weight"),
+        ([hidden, weight, None, None, None], targets[:3], "targets"),
+        ([hidden, weight, None, None, None], targets.int(), "targets"),
+    ]
+    for arguments, ids, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            forward(arguments, ids, HeadOptions())
+
+
+def test_build_info() -> None:
+    from groupdpo_kernels import _C
+
+    info = _C.build_info()
+    assert info["version"] == groupdpo_kernels.__version__
+    assert info["torch"] == torch.__version__
+    assert info["abi"] == "stable"
+    assert info["cpu_capability"] in ("avx512", "avx2", "default")
+    assert info["cuda_architectures"] == ()
+    assert info["compiler"] and isinstance(info["openmp"], bool)
+
+
+def test_stable_abi_alone() -> None:
+    """No symbol of torch's C++ library, whose names change between versions: the file runs on torch 2.11 and later."""
+    from groupdpo_kernels import _C
+
+    names = Path(_C.__file__).read_bytes()
+    assert b"aoti_torch_cpu_mm_out" in names
+    for prefix in (b"_ZN2at", b"_ZNK2at", b"_ZN3c10", b"_ZNK3c10"):
+        assert prefix not in names
