@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/linear_logps.h"
+#include "cpu/preference_weights.h"
 #include "cpu/row.h"
 
 namespace groupdpo_kernels {
@@ -32,6 +33,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
                                {needs_hidden, needs_weight, needs_bias, needs_low_rank_hidden, needs_low_rank_weight});
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_forward_cpu(
+    Tensor token_logps, std::optional<Tensor> ref_logps, Tensor cu_seqlens, Tensor cu_groups, Tensor positive,
+    int64_t loss, double beta, bool average, bool subtract_reference, double nll_weight, double label_smoothing,
+    double gamma, double alpha, double ceiling, bool balance_reference, bool balance_normalize) {
+  return preference_weights_forward(
+      token_logps, ref_logps, cu_seqlens, cu_groups, positive,
+      {static_cast<LossKind>(loss), beta, average, subtract_reference, nll_weight, label_smoothing, gamma, alpha,
+       ceiling, balance_reference, balance_normalize});
+}
+
+Tensor preference_backward_cpu(Tensor d_loss, Tensor coefficients, Tensor cu_seqlens, int64_t T) {
+  return preference_weights_backward(d_loss, coefficients, cu_seqlens, T);
+}
+
 py::dict build_info() {
   using namespace py::literals;
 #ifdef _OPENMP
@@ -49,11 +64,16 @@ py::dict build_info() {
 STABLE_TORCH_LIBRARY_IMPL(groupdpo_kernels, CPU, m) {
   m.impl("linear_logps_forward_cpu", TORCH_BOX(&forward_cpu));
   m.impl("linear_logps_backward_cpu", TORCH_BOX(&backward_cpu));
+  m.impl("preference_weights_forward_cpu", TORCH_BOX(&preference_forward_cpu));
+  m.impl("preference_weights_backward_cpu", TORCH_BOX(&preference_backward_cpu));
 }
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of groupdpo_kernels: importing this module registers them with torch.";
   m.def("build_info", &build_info, "Versions and compiler of this build, and what it can use on this machine.");
+  py::list losses;
+  for (const char* name : kPreferenceLosses) losses.append(name);
+  m.attr("PREFERENCE_LOSSES") = py::tuple(losses);
 }
 
 }  // namespace groupdpo_kernels

@@ -47,9 +47,9 @@ int64_t even(int64_t size, int64_t most) {
 void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
   const Tensor o = wrap(out), x = wrap(a), y = wrap(b);
   if (accumulate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(o.get(), o.get(), x.get(), y.get(), 1, 1));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(o.get(), o.get(), x.get(), y.get(), 1, 1));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(o.get(), x.get(), y.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(o.get(), x.get(), y.get()));
   }
 }
 

@@ -29,7 +29,8 @@ _SPEC = (
 _RESULTS = (
     "(Tensor loss, Tensor seq_logps, Tensor rewards, Tensor group_losses, Tensor balance_weights, Tensor coefficients)"
 )
-_LIBRARY.define(f"preference_weights_forward_cpu({_VECTORS}, {_SPEC}) -> {_RESULTS}")
+# The C++ op takes the place of a loss in its own list, and int64 offsets.
+_LIBRARY.define(f"preference_weights_forward_cpu({_VECTORS}, {_SPEC.replace('str loss', 'int loss')}) -> {_RESULTS}")
 _LIBRARY.define(
     "preference_weights_backward_cpu(Tensor d_loss, Tensor coefficients, Tensor cu_seqlens, int T) -> Tensor"
 )
@@ -104,7 +105,11 @@ def _preference_weights_forward(*args):  # type: ignore[no-untyped-def]
     if impl == "triton":
         launcher = importlib.import_module("groupdpo_kernels.kernels.preference_weights")
         return launcher.preference_weights_forward(*inputs, max_group)
-    return torch.ops.groupdpo_kernels.preference_weights_forward_cpu(*inputs)
+    token_logps, ref_logps, cu_seqlens, cu_groups, positive, loss, *rest = inputs
+    op = torch.ops.groupdpo_kernels.preference_weights_forward_cpu
+    vectors = (token_logps.contiguous(), ref_logps if ref_logps is None else ref_logps.contiguous())
+    offsets = (cu_seqlens.long().contiguous(), cu_groups.long().contiguous())
+    return op(*vectors, *offsets, positive.contiguous(), extension_losses().index(loss), *rest)
 
 
 @_preference_weights_forward.register_fake
@@ -122,7 +127,8 @@ def _preference_weights_backward(d_loss, coefficients, cu_seqlens, T, impl):  # 
     if impl == "triton":
         launcher = importlib.import_module("groupdpo_kernels.kernels.preference_weights")
         return launcher.preference_weights_backward(d_loss, coefficients, cu_seqlens, T)
-    return torch.ops.groupdpo_kernels.preference_weights_backward_cpu(d_loss, coefficients, cu_seqlens, T)
+    op = torch.ops.groupdpo_kernels.preference_weights_backward_cpu
+    return op(d_loss, coefficients, cu_seqlens.long().contiguous(), T)
 
 
 @_preference_weights_backward.register_fake
