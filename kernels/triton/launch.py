@@ -12,8 +12,12 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
 
 # Set by testing.py alone: kernels then run on CPU tensors in Triton's interpreter.
 interpreting: Launch | None = None
@@ -123,8 +127,10 @@ def programs(launch: Launch, tiles: int, device: torch.device) -> tuple[int]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """float32 products follow torch's own setting; for 16-bit inputs the word has no effect."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """float32 products follow torch's own setting. Products of 16-bit inputs are exact either way; there "tf32" says
+    that nobody will miss the last bits of a float32.
+    """
+    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def scale_and_cap(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
@@ -158,7 +164,7 @@ def head_arguments(
     R, low_rank_strides = (
         (0, (0, 0)) if low_rank_weight is None else (low_rank_weight.shape[1], low_rank_weight.stride())
     )
-    strides = (hidden.stride(0), *weight.stride(), *low_rank_strides)
+    strides = (*weight.stride(), *low_rank_strides)
     sources: tuple[object, object] = (hidden, weight)
     if launch.tma:
         sources = (
@@ -166,6 +172,10 @@ def head_arguments(
             TensorDescriptor.from_tensor(weight, [launch.BLOCK_V, launch.BLOCK_D]),
         )
     constants = {
+        # Of the model, not of the batch, so one compilation each; a loop of known length flattens without a spare copy
+        # of the kernel for length 0.
+        "D": hidden.shape[1],
+        "R": R,
         "HAS_BIAS": bias is not None,
         "BLOCK_R": low_rank_block(R),
         "BLOCK_T": launch.BLOCK_T,

@@ -17,14 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, chunk_rows, head_arguments, launch_for, programs, scale_and_cap, why_not
+from .launch import LOG2_E, Launch, chunk_rows, head_arguments, launch_for, programs, scale_and_cap, why_not
 from .rows import LiveRows, gather_rows, live_rows
-from .tile import add_low_rank, product, squash, tile_position, with_bias
+from .tile import add_low_rank, halves, product, squash, tile_position, with_bias
 
 __all__ = ["linear_logps_backward", "why_not"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row0", "rows", "column0", "columns", "T"], do_not_specialize_on_alignment=["count_ptr"])
 def d_logits_kernel(
     hidden,  # (T, D) pointer or descriptor, compact
     weight,  # (V, D) pointer or descriptor
@@ -36,23 +36,23 @@ def d_logits_kernel(
     lse_ptr,  # (T,) float32
     d_target_ptr,  # (T,) float32: coefficient of 1[v = target]
     d_softmax_ptr,  # (T,) float32: coefficient of softmax
-    d_logits_ptr,  # (rows, columns) input dtype
-    d_bias_ptr,  # (token tiles, columns) float32, or None
+    d_logits_ptr,  # (rows, stride_d_logits) input dtype; what lies past `columns` is written but never read
+    d_bias_ptr,  # (token tiles, stride_d_logits) float32, or None
     row0,  # the block is rows row0 : row0 + rows, columns column0 : column0 + columns
     rows,
     column0,
     columns,
     T,
     V,
-    D,
-    R,
-    stride_hidden_t,
+    stride_d_logits,  # a multiple of BLOCK_V
     stride_weight_v,
     stride_weight_d,
     stride_low_rank_v,
     stride_low_rank_r,
     scale,
     cap,
+    D: tl.constexpr,
+    R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
@@ -69,52 +69,64 @@ def d_logits_kernel(
     tiles_t = tl.cdiv(rows, BLOCK_T)
     live_tiles_t = tl.cdiv(tl.maximum(live - row0, 0), BLOCK_T)
     tiles_v = tl.cdiv(columns, BLOCK_V)
+    row = tl.arange(0, BLOCK_T)
+    slope = scale * cap
     for tile in tl.range(tl.program_id(0), live_tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         tile_t, tile_v = tile_position(tile, live_tiles_t, tiles_v, GROUP_T)
         t0 = row0 + tile_t * BLOCK_T
         v0 = column0 + tile_v * BLOCK_V
         acc = product(
-            hidden, weight, t0, v0, T, V, D, stride_hidden_t, stride_weight_v, stride_weight_d, BLOCK_T, BLOCK_V,
-            BLOCK_D, TMA, PRECISION
-        )  # fmt: skip
-        if BLOCK_R > 0:
+            hidden, weight, t0, v0, T, V, stride_weight_v, stride_weight_d, D, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION
+        )
+        if R > 0:
             acc = add_low_rank(
-                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, R, stride_low_rank_v, stride_low_rank_r,
-                BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
+                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, stride_low_rank_v, stride_low_rank_r,
+                R, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
             )  # fmt: skip
-        y = squash(with_bias(acc, bias_ptr, v0, V, HAS_BIAS, BLOCK_V), scale, HAS_SOFTCAP)
-        t = t0 + tl.arange(0, BLOCK_T)
-        v = v0 + tl.arange(0, BLOCK_V)
-        lse = tl.load(lse_ptr + t, mask=t < live, other=0.0)
-        d_target = tl.load(d_target_ptr + t, mask=t < live, other=0.0)
-        d_softmax = tl.load(d_softmax_ptr + t, mask=t < live, other=0.0)
-        target = tl.load(targets_ptr + t, mask=t < live, other=-1)
-        d = d_softmax[:, None] * tl.exp(cap * y - lse[:, None])
-        d += tl.where(v[None, :] == target[:, None], d_target[:, None], 0.0)
-        d *= scale * cap
-        if HAS_SOFTCAP:
-            d *= 1.0 - y * y
-        # Rows past the live ones are zero whatever the bias made of them: library products run over them.
-        d = tl.where((t < live)[:, None] & (v < column0 + columns)[None, :], d, 0.0)
-        at = (t - row0).to(tl.int64)[:, None] * columns + (v - column0)[None, :]
-        mask = (t < row0 + rows)[:, None] & (v < column0 + columns)[None, :]
-        tl.store(d_logits_ptr + at, d.to(d_logits_ptr.dtype.element_ty), mask=mask)
-        if NEEDS_BIAS:
+        t = t0 + row
+        # Library products run over rows past the live ones: lse makes them 0 * exp(-inf), whatever the bias is.
+        lse = tl.load(lse_ptr + t, mask=t < live, other=float("inf"))
+        d_softmax = tl.load(d_softmax_ptr + t, mask=t < live, other=0.0) * slope
+        target = tl.load(targets_ptr + t, mask=t < live, other=-1) - v0
+        inside = (target >= 0) & (target < BLOCK_V)
+        hit = tl.max(inside.to(tl.int32), 0) > 0  # most tiles hold no row's target
+        target_column = tl.where(inside, target, -1).to(tl.int32)
+        block = d_logits_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_d_logits + tile_v * BLOCK_V
+        parts = halves(acc, BLOCK_T, BLOCK_V)
+        for i in tl.static_range(2):
+            column = i * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
+            y = squash(with_bias(parts[i], bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
+            z = cap * y if HAS_SOFTCAP else y
+            # The difference first: lse in base 2 would be rounded once more.
+            d = d_softmax[:, None] * tl.exp2((z - lse[:, None]) * LOG2_E)
+            if hit:
+                d_target = tl.load(d_target_ptr + t, mask=t < live, other=0.0) * slope
+                d += tl.where(column[None, :] == target_column[:, None], d_target[:, None], 0.0)
+            if HAS_SOFTCAP:
+                d *= 1.0 - y * y
             tl.store(
-                d_bias_ptr + tile_t.to(tl.int64) * columns + (v - column0), tl.sum(d, 0), mask=v < column0 + columns
+                block + row[:, None] * stride_d_logits + column[None, :],
+                d.to(d_logits_ptr.dtype.element_ty),
+                mask=(t < row0 + rows)[:, None],
             )
+            if NEEDS_BIAS:
+                tl.store(d_bias_ptr + tile_t.to(tl.int64) * stride_d_logits + tile_v * BLOCK_V + column, tl.sum(d, 0))
     # Tiles of ignored rows: zeros, no arithmetic.
     for tile in tl.range(live_tiles_t * tiles_v + tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0)):
-        t = (tile // tiles_v) * BLOCK_T + tl.arange(0, BLOCK_T)
-        v = (tile % tiles_v) * BLOCK_V + tl.arange(0, BLOCK_V)
-        mask = (t < rows)[:, None] & (v < columns)[None, :]
+        tile_t = tile // tiles_v
+        tile_v = tile % tiles_v
+        block = d_logits_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_d_logits + tile_v * BLOCK_V
+        column = tl.arange(0, BLOCK_V)
         zero = tl.zeros((BLOCK_T, BLOCK_V), d_logits_ptr.dtype.element_ty)
-        tl.store(d_logits_ptr + t.to(tl.int64)[:, None] * columns + v[None, :], zero, mask=mask)
+        tl.store(
+            block + row[:, None] * stride_d_logits + column[None, :],
+            zero,
+            mask=(tile_t * BLOCK_T + row < rows)[:, None],
+        )
         if NEEDS_BIAS:
             tl.store(
-                d_bias_ptr + (tile // tiles_v).to(tl.int64) * columns + v,
+                d_bias_ptr + tile_t.to(tl.int64) * stride_d_logits + tile_v * BLOCK_V + column,
                 tl.zeros((BLOCK_V,), tl.float32),
-                mask=v < columns,
             )
 
 
@@ -193,7 +205,8 @@ def linear_logps_backward(
     rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
     head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
     scale, cap = scale_and_cap(logit_scale, softcap, temperature)
-    block = hidden.new_empty(rows * columns)
+    stride = triton.cdiv(columns, launch.BLOCK_V) * launch.BLOCK_V
+    block = hidden.new_empty((rows, stride))
     one = {"dtype": torch.float32, "device": hidden.device}
     by_row = [None if g is None else torch.zeros((T, g.shape[-1]), **one) for g in (d_hidden, d_low_rank_hidden)]
     by_column = ((d_weight, compact), (d_low_rank_weight, low_rank))
@@ -208,15 +221,13 @@ def linear_logps_backward(
         ]
         for row0 in range(0, T, rows):
             height = min(rows, T - row0)
-            d_logits = block[: height * width].view(height, width)
+            d_logits = block[:height, :width]
             tiles_t = triton.cdiv(height, launch.BLOCK_T)
-            tile_sums = None if d_bias is None else torch.empty((tiles_t, width), **one)
+            tile_sums = None if d_bias is None else torch.empty((tiles_t, stride), **one)
             d_logits_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
                 *head.tensors, compact_targets, live.count, compact_lse, d_target, d_softmax, d_logits, tile_sums,
-                row0, height, column0, width, T, V, D,
-                0 if low_rank is None else low_rank.shape[1], *head.strides, scale, cap, HAS_SOFTCAP=softcap is not
-                None, NEEDS_BIAS=d_bias is not None,
-                **head.constants,
+                row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
+                HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=d_bias is not None, **head.constants,
             )  # fmt: skip
             for accumulator, factor in zip(by_row, (weight, low_rank_weight)):
                 if accumulator is not None and factor is not None:
@@ -227,7 +238,7 @@ def linear_logps_backward(
                 elif gradient is not None and factor is not None:
                     torch.mm(d_logits.T, factor, out=gradient[span])
             if partial is not None and tile_sums is not None:
-                partial += tile_sums.sum(0)
+                partial += tile_sums[:, :width].sum(0)
         for (gradient, _), accumulator in zip(by_column, accumulated):
             if gradient is not None and accumulator is not None:
                 gradient[span] = accumulator

@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import chunk_rows, head_arguments, launch_for, programs, scale_and_cap, why_not
+from .launch import LN_2, chunk_rows, head_arguments, launch_for, programs, scale_and_cap, why_not
 from .rows import gather_rows, live_rows
 from .tile import add_low_rank, finite_or_zero, product, squash, tile_position, with_bias
 
 __all__ = ["linear_logps_forward", "why_not"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row0", "rows", "T"], do_not_specialize_on_alignment=["count_ptr"])
 def tiles_kernel(
     hidden,  # (T, D) pointer or descriptor, compact
     weight,  # (V, D) pointer or descriptor
@@ -30,7 +30,7 @@ def tiles_kernel(
     low_rank_weight_ptr,  # (V, R)
     targets_ptr,  # (T,) int64, compact
     count_ptr,  # (1,) int32: live rows
-    target_logits_ptr,  # (T,) float32
+    target_logits_ptr,  # (T,) float32, base 2, like all logits here
     tile_max_ptr,  # (tiles_v, rows) float32, like all tile_*
     tile_sum_ptr,
     tile_plain_ptr,
@@ -41,15 +41,14 @@ def tiles_kernel(
     rows,
     T,
     V,
-    D,
-    R,
-    stride_hidden_t,
     stride_weight_v,
     stride_weight_d,
     stride_low_rank_v,
     stride_low_rank_r,
     scale,
     cap,
+    D: tl.constexpr,
+    R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     STATS: tl.constexpr,
@@ -65,45 +64,54 @@ def tiles_kernel(
     live = tl.minimum(tl.load(count_ptr), row0 + rows)
     tiles_t = tl.cdiv(tl.maximum(live - row0, 0), BLOCK_T)
     tiles_v = tl.cdiv(V, BLOCK_V)
+    column = tl.arange(0, BLOCK_V)
     for tile in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         tile_t, tile_v = tile_position(tile, tiles_t, tiles_v, GROUP_T)
         t0 = row0 + tile_t * BLOCK_T
         v0 = tile_v * BLOCK_V
         acc = product(
-            hidden, weight, t0, v0, T, V, D, stride_hidden_t, stride_weight_v, stride_weight_d, BLOCK_T, BLOCK_V,
-            BLOCK_D, TMA, PRECISION
-        )  # fmt: skip
-        if BLOCK_R > 0:
+            hidden, weight, t0, v0, T, V, stride_weight_v, stride_weight_d, D, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION
+        )
+        if R > 0:
             acc = add_low_rank(
-                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, R, stride_low_rank_v, stride_low_rank_r,
-                BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
+                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, stride_low_rank_v, stride_low_rank_r,
+                R, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
             )  # fmt: skip
-        z = cap * squash(with_bias(acc, bias_ptr, v0, V, HAS_BIAS, BLOCK_V), scale, HAS_SOFTCAP)
+        z = squash(with_bias(acc, bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
+        if HAS_SOFTCAP:
+            z *= cap
+        if v0 + BLOCK_V > V:
+            # Columns past V would be phantom logits of value 0.
+            z = tl.where((column < V - v0)[None, :], z, -float("inf"))
         t = t0 + tl.arange(0, BLOCK_T)
-        v = v0 + tl.arange(0, BLOCK_V)
-        # Columns past V would be phantom logits of value 0.
-        z = tl.where((v < V)[None, :], z, -float("inf"))
         top = tl.max(z, 1)
-        e = tl.exp(z - finite_or_zero(top)[:, None])
+        e = tl.exp2(z - finite_or_zero(top)[:, None])
         # The workspace is laid out by vocabulary tile, so that a tile's rows are contiguous.
         at = tile_v.to(tl.int64) * rows + (t - row0)
         tl.store(tile_max_ptr + at, top, mask=t < live)
         tl.store(tile_sum_ptr + at, tl.sum(e, 1), mask=t < live)
-        target = tl.load(targets_ptr + t, mask=t < live, other=-1)
-        inside = (target >= v0) & (target < tl.minimum(v0 + BLOCK_V, V))
-        target_logit = tl.sum(tl.where(v[None, :] == target[:, None], z, 0.0), 1)
-        # One tile at most holds a row's target: no atomics.
+        if STATS:
+            tl.store(tile_squares_ptr + at, tl.sum(e * e, 1), mask=t < live)
+            # 0 * -inf is no number: a column of probability 0 adds nothing.
+            tl.store(tile_weighted_ptr + at, tl.sum(e * tl.maximum(z, -1e38), 1), mask=t < live)
+            tl.store(tile_plain_ptr + at, tl.sum(tl.where((column < V - v0)[None, :], z, 0.0), 1), mask=t < live)
+        target = tl.load(targets_ptr + t, mask=t < live, other=-1) - v0
+        inside = (target >= 0) & (target < tl.minimum(BLOCK_V, V - v0))
+        target_logit = tl.zeros((BLOCK_T,), tl.float32)
+        leads = tl.zeros((BLOCK_T,), tl.int32)
+        if tl.max(inside.to(tl.int32), 0) > 0:  # most tiles hold no row's target
+            target_column = tl.where(inside, target, -1).to(tl.int32)[:, None]
+            target_logit = tl.sum(tl.where(column[None, :] == target_column, z, 0.0), 1)
+            if STATS:
+                earlier = (column[None, :] < target_column) & (z == target_logit[:, None])
+                leads = 1 - tl.max(((z > target_logit[:, None]) | earlier).to(tl.int32), 1)
+        # One tile at most holds a given row's target: no atomics.
         tl.store(target_logits_ptr + t, target_logit, mask=inside)
         if STATS:
-            tl.store(tile_plain_ptr + at, tl.sum(tl.where((v < V)[None, :], z, 0.0), 1), mask=t < live)
-            tl.store(tile_weighted_ptr + at, tl.sum(tl.where(e == 0.0, 0.0, e * z), 1), mask=t < live)
-            tl.store(tile_squares_ptr + at, tl.sum(e * e, 1), mask=t < live)
-            before = v[None, :] < target[:, None]
-            beaten = (z > target_logit[:, None]) | (before & (z == target_logit[:, None]))
-            tl.store(target_leads_ptr + t, (tl.sum(beaten.to(tl.int32), 1) == 0).to(tl.int8), mask=inside)
+            tl.store(target_leads_ptr + t, leads.to(tl.int8), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row0", "rows"], do_not_specialize_on_alignment=["count_ptr"])
 def combine_kernel(
     tile_max_ptr,  # (tiles_v, rows) float32, like all tile_*
     tile_sum_ptr,
@@ -148,8 +156,8 @@ def combine_kernel(
         tile_max = tl.load(tile_max_ptr + at, mask=mask, other=-float("inf"))
         new_top = tl.maximum(top, tl.max(tile_max, 0))
         shift = finite_or_zero(new_top)
-        rescale = tl.exp(top - shift)
-        factor = tl.exp(tile_max - shift[None, :])
+        rescale = tl.exp2(top - shift)
+        factor = tl.exp2(tile_max - shift[None, :])
         total = total * rescale + tl.sum(tl.load(tile_sum_ptr + at, mask=mask, other=0.0) * factor, 0)
         if STATS:
             plain += tl.sum(tl.load(tile_plain_ptr + at, mask=mask, other=0.0), 0)
@@ -160,14 +168,14 @@ def combine_kernel(
             earlier = (k[:, None] < target_tile[None, :]) & (tile_max == target_logit[None, :])
             beaten += tl.sum((mask & ((tile_max > target_logit[None, :]) | earlier)).to(tl.int32), 0)
         top = new_top
-    lse = finite_or_zero(top) + tl.log(total)
+    lse = finite_or_zero(top) + tl.log2(total)
     out = tl.load(rows_ptr + t, mask=inside, other=0)
-    tl.store(lse_ptr + out, lse, mask=inside)
-    tl.store(token_logps_ptr + out, target_logit - lse, mask=inside)
+    tl.store(lse_ptr + out, lse * LN_2, mask=inside)
+    tl.store(token_logps_ptr + out, (target_logit - lse) * LN_2, mask=inside)
     if STATS:
-        tl.store(entropy_ptr + out, lse - weighted / total, mask=inside)
-        tl.store(mean_logits_ptr + out, plain / V, mask=inside)
-        tl.store(log_sum_sq_probs_ptr + out, tl.log(squares) - 2.0 * tl.log(total), mask=inside)
+        tl.store(entropy_ptr + out, (lse - weighted / total) * LN_2, mask=inside)
+        tl.store(mean_logits_ptr + out, plain * LN_2 / V, mask=inside)
+        tl.store(log_sum_sq_probs_ptr + out, (tl.log2(squares) - 2.0 * tl.log2(total)) * LN_2, mask=inside)
         leads = tl.load(target_leads_ptr + t, mask=inside, other=0)
         tl.store(is_top1_ptr + out, (beaten == 0) & (leads != 0), mask=inside)
 
@@ -202,11 +210,10 @@ def linear_logps_forward(
     live = live_rows(targets.reshape(-1), ignore_index)
     compact = gather_rows(hidden, live.rows, hidden.new_empty((T, D)))
     compact_targets = targets.reshape(-1)[live.rows.clamp(min=0)]
-    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
     low_rank = (
-        low_rank_hidden
+        None
         if low_rank_hidden is None
-        else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, R)))
+        else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, low_rank_hidden.shape[-1])))
     )
     # NaN stays where no tile holds the target: a wrong id is never a plausible number.
     target_logits = torch.full((T,), torch.nan, dtype=torch.float32, device=device)
@@ -216,16 +223,17 @@ def linear_logps_forward(
     tiles_v = triton.cdiv(V, launch.BLOCK_V)
     fields = 5 if stats else 2
     chunk = chunk_rows(T, 4 * fields * tiles_v, workspace_bytes, launch)
-    tiles = torch.empty((5, tiles_v, chunk) if stats else (2, tiles_v, chunk), dtype=torch.float32, device=device)
-    tile_fields = tuple(tiles[i if i < fields else 0] for i in range(5))
-    scale, cap = scale_and_cap(logit_scale, softcap, temperature)
+    tiles = [torch.empty((tiles_v, chunk), dtype=torch.float32, device=device) for _ in range(fields)]
+    tile_fields = (tiles * 3)[:5]
+    # Logits in base 2: exp2 is one instruction, exp five.
+    scale, cap = scale_and_cap(logit_scale, softcap, temperature * LN_2.value)
     head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
     for row0 in range(0, T, chunk):
         rows = min(chunk, T - row0)
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
         tiles_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, device)](
             *head.tensors, compact_targets, live.count, target_logits, *tile_fields, target_leads, row0, rows, T, V,
-            D, R, *head.strides, scale, cap,
+            *head.strides, scale, cap,
             HAS_SOFTCAP=softcap is not None, STATS=stats, **head.constants,
         )  # fmt: skip
         combine_kernel[(triton.cdiv(rows, 32),)](

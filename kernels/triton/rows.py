@@ -39,7 +39,7 @@ def live_rows(
     return LiveRows(rows[:T], positions, ends[-1:])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "inner"])
 def gather_rows_kernel(
     source_ptr,  # (outer, inner, N) any strides
     index_ptr,  # (rows,) int32
@@ -61,7 +61,7 @@ def gather_rows_kernel(
     at = (index // inner) * stride_source_outer + (index % inner) * stride_source_inner
     # A missing row (-1) is zero: what is multiplied with it later must stay finite.
     mask = (n < N)[None, :] & (index >= 0)[:, None]
-    x = tl.load(source_ptr + at[:, None] + n[None, :] * stride_source_n, mask=mask, other=0.0)
+    x = tl.load(source_ptr + at[:, None] + n.to(tl.int64)[None, :] * stride_source_n, mask=mask, other=0.0)
     out = out_ptr + row.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(out, x.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (n < N)[None, :])
 
@@ -74,7 +74,8 @@ def gather_rows(
     """out[i] = source.view(-1, N)[index[i]], without a copy of source where its leading dimensions collapse to two."""
     if source.dim() > 3:
         source = source.flatten(0, -3)  # a view where strides allow, else a copy
-    source = source.reshape((1,) * (3 - source.dim()) + source.shape)
+    while source.dim() < 3:
+        source = source.unsqueeze(-2)
     if out.numel():
         rows, N = out.shape
         BLOCK_N = min(1024, triton.next_power_of_2(N))

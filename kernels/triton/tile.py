@@ -24,16 +24,15 @@ def tile_position(tile, tiles_t, tiles_v, GROUP_T: tl.constexpr):
 
 @triton.jit
 def product(
-    hidden,  # (T, D) pointer or descriptor
+    hidden,  # (T, D) pointer or descriptor, compact
     weight,  # (V, D) pointer or descriptor
     t0,
     v0,
     T,
     V,
-    D,
-    stride_hidden_t,
     stride_weight_v,
     stride_weight_d,
+    D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -50,7 +49,7 @@ def product(
         t = tl.minimum(t0 + tl.arange(0, BLOCK_T), T - 1).to(tl.int64)
         v = tl.minimum(v0 + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
         d = tl.arange(0, BLOCK_D)
-        hidden_ptrs = hidden + t[:, None] * stride_hidden_t + d[None, :]
+        hidden_ptrs = hidden + t[:, None] * D + d[None, :]
         weight_ptrs = weight + v[None, :] * stride_weight_v + d[:, None] * stride_weight_d
         for d0 in range(0, D, BLOCK_D):
             inside = d0 + d < D
@@ -71,9 +70,9 @@ def add_low_rank(
     v0,
     T,
     V,
-    R,
     stride_low_rank_v,
     stride_low_rank_r,
+    R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -82,7 +81,7 @@ def add_low_rank(
     """acc plus the second segment of the product: low_rank_hidden @ low_rank_weight.T."""
     t = tl.minimum(t0 + tl.arange(0, BLOCK_T), T - 1).to(tl.int64)
     v = tl.minimum(v0 + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
-    for r0 in range(0, R, BLOCK_R):
+    for r0 in tl.static_range(0, R, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         x = tl.load(low_rank_hidden_ptr + t[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
         w = tl.load(
@@ -95,40 +94,51 @@ def add_low_rank(
 
 
 @triton.jit
-def tanh(x):
-    """float32 tanh to about 2 ulp without libdevice (which neither the interpreter nor every backend has).
-
-    Near zero 1 - 2 / (e^2x + 1) cancels and would cost softcap * 6e-8 in every small logit, so there an odd polynomial
-    (Cephes tanhf) takes over.
-    """
-    x2 = x * x
-    small = (
-        ((-5.70498872745e-3 * x2 + 2.06390887954e-2) * x2 - 5.37397155531e-2) * x2 + 1.33314422036e-1
-    ) * x2 - 3.33332819422e-1
-    return tl.where(tl.abs(x) < 0.625, x + x * x2 * small, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Left and right half of a tile's columns; nothing moves. What an epilogue holds beside the tile is half as much."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def with_bias(acc, bias_ptr, v0, V, HAS_BIAS: tl.constexpr, BLOCK_V: tl.constexpr):
-    """acc plus the bias, once a tile."""
+def tanh(x, PRECISION: tl.constexpr):
+    """float32 tanh without libdevice (which neither the interpreter nor every backend has): to 1e-7, or for "ieee" to
+    about 2 ulp.
+
+    Near zero 1 - 2 / (e^2x + 1) cancels and would cost softcap * 6e-8 in every small logit, which float32 inputs would
+    show; there an odd polynomial (Cephes tanhf) takes over. The reciprocal is a square of rsqrt, two instructions where
+    a division is nine.
+    """
+    r = tl.rsqrt(tl.exp2(2.8853900817779268 * x) + 1.0)
+    y = 1.0 - 2.0 * (r * r)
+    if PRECISION == "ieee":
+        x2 = x * x
+        small = (
+            ((-5.70498872745e-3 * x2 + 2.06390887954e-2) * x2 - 5.37397155531e-2) * x2 + 1.33314422036e-1
+        ) * x2 - 3.33332819422e-1
+        y = tl.where(tl.abs(x) < 0.625, x + x * x2 * small, y)
+    return y
+
+
+@triton.jit
+def with_bias(acc, bias_ptr, v, V, HAS_BIAS: tl.constexpr):
+    """acc plus the bias of its columns v, once a tile."""
     if HAS_BIAS:
-        v = v0 + tl.arange(0, BLOCK_V)
         acc += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
 @triton.jit
-def squash(x, scale, HAS_SOFTCAP: tl.constexpr):
+def squash(x, scale, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """scale * x, or tanh(scale * x) under softcap: `cap` times this is the logit."""
     x = x * scale
     if HAS_SOFTCAP:
-        x = tanh(x)
+        x = tanh(x, PRECISION)
     return x
 
 
 @triton.jit
 def finite_or_zero(m):
-    """A maximum that is safe to subtract: a row of -inf so far must not give exp(-inf + inf)."""
+    """A maximum that is safe to subtract: a row of -inf so far must not give exp2(-inf + inf)."""
     return tl.where(m == -float("inf"), 0.0, m)
 
 
