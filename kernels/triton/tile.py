@@ -95,7 +95,7 @@ def add_low_rank(
 
 @triton.jit
 def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Left and right half of a tile's columns; nothing moves. What an epilogue holds beside the tile is half as much."""
+    """Left and right half of a tile's columns: what an epilogue holds beside the tile is half as much."""
     return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
