@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable
 
 import peft
@@ -14,8 +15,11 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from test_models import ours
 from tiny_models import BASE, VOCAB, batch, check_budget, check_model, eager_logps, make, score, spread
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import groupdpo_kernels.heads
+from groupdpo_kernels.heads import LogitMap, ScoreOptions, logps_in_chunks
 from groupdpo_kernels.models import attach, model_logps
 from groupdpo_kernels.probe import fit_scale_and_cap
 
@@ -177,6 +181,37 @@ def test_parametrized_head() -> None:
     model = make("llama")
     nn.utils.parametrizations.weight_norm(model.lm_head)
     check_model(model, ours, batch())
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes of new tensors alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **kwargs or {})
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in self.alive:
+                self.alive[key] = x.untyped_storage().nbytes()
+                weakref.finalize(x.untyped_storage(), self.alive.pop, key)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_chunks_stay_within_the_workspace(softcap: float | None) -> None:
+    V, workspace = 4000, 2**20
+    hidden, weight = torch.randn(256, 8, requires_grad=True), torch.randn(V, 8)
+    targets = torch.randint(0, V, (256,))
+    with Alive() as memory:
+        logps = logps_in_chunks(
+            lambda x: x @ weight.T, hidden, targets, LogitMap(V, 0.5, softcap), ScoreOptions(workspace_bytes=workspace)
+        )
+        logps.sum().backward()
+    assert 0.3 * workspace < memory.peak < workspace
 
 
 # ------------------------------------------------------------------------------------------------------- the fallback

@@ -21,6 +21,8 @@ from tiny_models import batch, eager_logps, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from groupdpo_kernels.models import attach, model_logps
@@ -186,14 +188,30 @@ def check(build: Callable[[], tuple[nn.Module, nn.Module]], rank: int) -> None:
         torch.testing.assert_close(model_logps(wrapped, **mine), expected[rows], rtol=1e-5, atol=2e-5)
 
 
+def tensor_parallel_head(rank: int) -> None:
+    """A vocabulary split over the ranks needs the whole logits, and says so."""
+    model, inputs = make("llama"), batch()
+    expected = eager_logps(model, **inputs)
+    split = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model, init_device_mesh("cpu", (WORLD,)), {"lm_head": split})
+    with pytest.warns(UserWarning, match="split over devices"):
+        found = model_logps(model, **inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    with pytest.raises(ValueError, match=r"split over devices.*strict=True forbids"):
+        model_logps(model, **inputs, strict=True)
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    for build in CASES:
-        report = Path(folder, f"{build.__name__}.{rank}")
+    for case in (*CASES, tensor_parallel_head):
+        report = Path(folder, f"{case.__name__}.{rank}")
         try:
-            check(build, rank)
+            if case is tensor_parallel_head:
+                case(rank)
+            else:
+                check(case, rank)
             report.write_text("passed")
         except Exception:
             # The ranks are out of step after an error: the cases that follow are not run.
@@ -210,12 +228,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         while not context.join(timeout=240):
             pass
-    except mp.ProcessRaisedException:
+    except (mp.ProcessRaisedException, mp.ProcessExitedException):
         pass  # the reports say where
     return path
 
 
-@pytest.mark.parametrize("case", [c.__name__ for c in CASES])
+@pytest.mark.parametrize("case", [c.__name__ for c in (*CASES, tensor_parallel_head)])
 def test_two_processes_give_the_gradients_of_one(case: str, folder: Path) -> None:
     for rank in range(WORLD):
         report = folder / f"{case}.{rank}"

@@ -170,3 +170,42 @@ def test_workspace_and_impl_reach_a_trained_model() -> None:
     tight = score(model, lambda m, **x: model_logps(m, **x, workspace_bytes=2**12, impl="reference"), inputs)
     wide = score(model, ours, inputs)
     torch.testing.assert_close(tight, wide, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+def on_gpu(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.cuda() for k, v in inputs.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "phi"])
+def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    check_model(make(name).cuda().to(dtype), ours, on_gpu(batch(B=4, L=40)))
+
+
+@pytest.mark.gpu
+def test_gpu_memory_stays_below_the_logits() -> None:
+    model = make("llama", vocab_size=128000, max_position_embeddings=2048).cuda().bfloat16()
+    ids = torch.randint(3, 128000, (4, 2048), device="cuda")
+    ours(model, ids, ids)  # the probe, and whatever is compiled
+    model.zero_grad()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ours(model, ids, ids).sum().backward()
+    logits = 4 * 2048 * 128000 * 2
+    assert torch.cuda.max_memory_allocated() - before < logits / 4
+
+
+@pytest.mark.gpu
+def test_targets_may_stay_on_the_host() -> None:
+    model, inputs = make("llama").cuda(), batch()
+    expected = ours(model, **on_gpu(inputs))
+    device_inputs = on_gpu({k: v for k, v in inputs.items() if k != "targets"})
+    torch.cuda.synchronize()
+    found = ours(model, **device_inputs, targets=inputs["targets"])
+    assert found.is_cuda
+    torch.testing.assert_close(found, expected)

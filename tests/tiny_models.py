@@ -161,7 +161,7 @@ def score(model: nn.Module, logps: Callable[..., Tensor], inputs: dict[str, Any]
     """Log-probabilities and the gradients of all parameters under random, non-uniform upstream gradients."""
     token_logps = logps(model, **inputs)
     generator = torch.Generator().manual_seed(seed)
-    upstream = torch.randn(token_logps.shape, generator=generator, dtype=torch.float64).to(token_logps.dtype)
+    upstream = torch.randn(token_logps.shape, generator=generator, dtype=torch.float64).to(token_logps)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         return token_logps.detach(), {}

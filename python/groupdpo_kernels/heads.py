@@ -96,8 +96,8 @@ class HeadCall:
         self.count += 1
         if args or kwargs:
             self.reason = f"its output head takes more than the hidden states: {[*map(type, args), *kwargs]}"
-        elif any(map(_is_dtensor, (hidden, *self.leaf.parameters(recurse=False)))):
-            self.reason = "its output head is split over devices (tensor parallelism)"
+        else:
+            self.reason = why_split(self.leaf, hidden)
         if self.reason or self.count > 1:
             return self.real(hidden, *args, **kwargs)
         total = self.targets.numel()
@@ -203,10 +203,11 @@ def logps_in_chunks(
         live = targets != options.ignore_index
         z = logits_of(x)[..., : logit_map.vocab]
         z = torch.where(live.unsqueeze(-1), z, 0)  # a NaN in an ignored row must not reach the gradient
-        z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32) * logit_map.logit_scale
-        if logit_map.softcap is not None:
-            z = torch.tanh(z / logit_map.softcap) * logit_map.softcap
-        z = z / options.temperature
+        z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+        if logit_map.softcap is None:
+            z = z * (logit_map.logit_scale / options.temperature)
+        else:
+            z = torch.tanh(z * (logit_map.logit_scale / logit_map.softcap)) * (logit_map.softcap / options.temperature)
         inside_vocab = (targets >= 0) & (targets < z.shape[-1])
         logps = z.gather(-1, torch.where(inside_vocab, targets, 0).unsqueeze(-1)).squeeze(-1) - torch.logsumexp(z, -1)
         return torch.where(live, torch.where(inside_vocab, logps, torch.nan), 0)
@@ -216,8 +217,8 @@ def logps_in_chunks(
         if wrong.any():
             allowed = f"[0, V = {logit_map.vocab}) or ignore_index = {options.ignore_index}"
             raise ValueError(f"targets must be in {allowed}; got {targets[wrong][0]:d} ({int(wrong.sum())} such rows)")
-    # About four float32 tensors of the size of a chunk of logits are alive at once.
-    step = max(1, options.workspace_bytes // (16 * max(1, logit_map.vocab)))
+    # At the peak, in the backward, about six float32 tensors of the size of a chunk of logits are alive.
+    step = max(1, options.workspace_bytes // (24 * max(1, logit_map.vocab)))
     chunks = zip(x.split(step), targets.split(step))
     if not torch.is_grad_enabled():
         return torch.cat([chunk_logps(x, t) for x, t in chunks])
@@ -276,6 +277,12 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
         return False
     weight: Any = module.weight
     return weight.is_floating_point() and (_is_dtensor(weight) or not is_traceable_wrapper_subclass(weight))
+
+
+def why_split(leaf: nn.Module, hidden: Tensor) -> str:
+    """Inside the head's call, where FSDP2 has gathered its weight: why the head is still split; empty if it is not."""
+    split = any(map(_is_dtensor, (hidden, *leaf.parameters(recurse=False))))
+    return "its output head is split over devices (tensor parallelism)" if split else ""
 
 
 def _is_dtensor(x: Tensor) -> bool:

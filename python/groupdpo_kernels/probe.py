@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .heads import LogitMap, leaf_of, linear_parts, swapped
+from .heads import LogitMap, leaf_of, linear_parts, swapped, why_split
 
 
 class Probe:
@@ -54,6 +54,9 @@ class Probe:
 
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.count += 1
+        self.reason = why_split(self.leaf, hidden)
+        if self.reason:
+            return self.real(hidden, *args, **kwargs)
         if self.parts is not None:
             # A weight is whole in the call of its own module only.
             base = self.parts.base
@@ -71,6 +74,8 @@ class Probe:
         return self.mark
 
     def _leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if not self.vocab:
+            return output
         if output.shape != self.mark.shape or not torch.allclose(output.float(), self.mark, rtol=0.01):
             self.reason = "a forward hook on its output head changes the result"
         # With an exact zero, and in float64 so that the model's own arithmetic rounds little.
@@ -134,6 +139,7 @@ def fit_scale_and_cap(
         jacobian = torch.stack([slope, th - slope * scale / cap], 1)
         d_scale, d_cap = torch.linalg.lstsq(jacobian, (y - cap * th)[:, None]).solution[:, 0].tolist()
         scale, cap = scale + d_scale, cap + d_cap
+    scale = 1.0 if abs(scale - 1) < tol else scale
     return (scale, cap) if fits(cap * torch.tanh(scale * z / cap)) else None
 
 
