@@ -192,6 +192,13 @@ EXAMPLES: dict[str, tuple[dict[str, Any], str, Any, list[str], list[str]]] = {
         ["Three minutes."],
         ["An hour."],
     ),
+    "listed after messages": (
+        {"prompt": [SYSTEM, *TEA], "all_generated_responses": ["A", "B", "C"], "scores": [2.0, 1.0, 3.0]},
+        "listed",
+        [SYSTEM, *TEA],
+        ["C"],
+        ["A", "B"],
+    ),
     # as in the REBEL data
     "numbered": (
         {
@@ -431,8 +438,8 @@ def test_report_reads_well() -> None:
     assert str(report).splitlines() == [
         "3 rows",
         "  read: 2 groups, 4 responses",
-        "  merged: 1 groups, 3 responses",
-        "  merged 1 groups into earlier ones of the same prompt",
+        "  merged: 1 group, 3 responses",
+        "  1 group merged into an earlier one of the same prompt",
         "  dropped 1 group: no positive (first: row 1: its group is left without a positive response)",
         "  dropped 1 response: empty (first: row 2: a response is empty)",
         "  dropped 1 response: duplicate (first: row 0: the response 'Three minutes.' is repeated)",

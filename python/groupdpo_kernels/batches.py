@@ -3,8 +3,8 @@
 Prompt and response are tokenised apart, as in generation: no token spans the border, all responses of a group have the
 same prompt tokens, and what is scored are the tokens of the response, its end of text included.
 
-    packed   (1, N)   all sequences in one row, position_ids from 0 in each: for models that read packs off them
     padded   (S, L)   one sequence a row, padded on the right, with an attention mask
+    packed   (1, N)   all sequences in one row, with position_ids from 0 in each: no padding
 
 Both hold the same sequences, and `MicroBatch.live` picks the same vector (T,) from either.
 Never: imports transformers, shares the prompt's work between responses (it is repeated), breaks the order of a group.
@@ -267,7 +267,7 @@ class PreferenceBatch:
 
 def collate(
     groups: Sequence[TokenGroup],
-    layout: str = "packed",
+    layout: str = "padded",
     *,
     max_tokens: int | None = None,
     max_sequences: int | None = None,
@@ -276,7 +276,7 @@ def collate(
 ) -> PreferenceBatch:
     """One step's groups as tensors, in as many micro-batches as the limits ask for, one without limits.
 
-        step = collate(tokens[:8], "packed", max_tokens=16384)
+        step = collate(tokens[:8], "packed", max_tokens=16384, sort=True)
 
         def forward(mb):
             return mb.live(model_logps(model, mb.input_ids, mb.targets, **mb.inputs)), mb.cu_seqlens
@@ -284,8 +284,8 @@ def collate(
         group_backward(step.micro_batches, forward, step.groups, objective)
 
     Args:
-        layout: "packed" or "padded". Packed wants attention that separates sequences by position_ids: transformers does
-            that, with flash attention and without.
+        layout: "padded", right for every model, or "packed", without padding, for models that keep sequences apart by
+            their position_ids: attention of transformers 5 does, flash or not; recurrent layers do not.
         max_tokens: of a micro-batch, padding included.
         max_sequences: of a micro-batch. A micro-batch may hold parts of several groups.
         sort: longest groups first, so that rows of a padded micro-batch are of similar length and the largest comes

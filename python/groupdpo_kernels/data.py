@@ -5,7 +5,7 @@
     groups = merge_prompts(groups, report=report)                          # pair rows of one prompt become one group
     tokens = list(tokenize_groups(groups, tokenizer, max_length=2048, report=report))
     print(report)
-    step = collate(tokens[:8], "packed", max_tokens=16384)                 # tensors: batches.py
+    step = collate(tokens[:8], "padded", max_tokens=16384)                 # tensors: batches.py
     group_backward(step.micro_batches, forward, step.groups, objective)
 
 Each stage is a generator in the order of the rows. What cannot be used (an empty, repeated, contradictory or over-long
@@ -17,7 +17,7 @@ the same prompt tokens, and the tokens that are scored are those of the response
 
 Never: imports transformers or datasets, downloads, shuffles, shows progress.
 Precondition: a tokenizer with the interface of transformers, and its chat template for conversations.
-Cost: about 10 us a row to read; tokenising costs what the tokenizer does. `merge_prompts` holds all texts.
+Cost: tens of microseconds a row to read and to merge; `merge_prompts` holds all texts. Tokens: what the tokenizer costs.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _format_of(i: int, row: Row, full: Row, name: str) -> Format:
 
 
 def _sides(found: Scored, rule: Rule, row: int, on_bad: str, report: Report) -> tuple[list[str], list[bool]]:
-    """What the rule makes of the responses that have a text and a score; one drawn twice, with one score, counts once."""
+    """What the rule makes of the responses that have a text and a score. One drawn twice counts once if its score agrees."""
     scores: dict[tuple[str, float], None] = {}
     for text, value in zip(found.responses, found.scores):
         score = as_score(value)
