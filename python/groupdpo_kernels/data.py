@@ -17,7 +17,7 @@ the same prompt tokens, and the tokens that are scored are those of the response
 
 Never: imports transformers or datasets, downloads, shuffles, shows progress.
 Precondition: a tokenizer with the interface of transformers, and its chat template for conversations.
-Cost: tens of microseconds a row to read and to merge; `merge_prompts` holds all texts. Tokens: what the tokenizer costs.
+Cost: tens of microseconds a row to read and merge; `merge_prompts` holds all texts. Then what the tokenizer takes.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _format_of(i: int, row: Row, full: Row, name: str) -> Format:
 
 
 def _sides(found: Scored, rule: Rule, row: int, on_bad: str, report: Report) -> tuple[list[str], list[bool]]:
-    """What the rule makes of the responses that have a text and a score. One drawn twice counts once if its score agrees."""
+    """What the rule makes of responses with a text and a score. One drawn twice counts once if scores agree."""
     scores: dict[tuple[str, float], None] = {}
     for text, value in zip(found.responses, found.scores):
         score = as_score(value)
