@@ -274,7 +274,7 @@ def test_build_info() -> None:
 
     info = _C.build_info()
     assert info["version"] == groupdpo_kernels.__version__
-    assert info["torch"] == torch.__version__
+    assert int(info["torch"].split(".")[0]) >= 2  # built against, not necessarily the one at hand
     assert info["abi"] == "stable"
     assert info["cpu_capability"] in ("avx512", "avx2", "default")
     assert info["cuda_architectures"] == ()

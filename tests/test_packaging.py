@@ -1,0 +1,161 @@
+"""What an install gives: the packages where they belong, typed, with torch as the one requirement, and without a C++
+extension, said in one line, where it cannot be built. Wheels are built from a copy of the tree, offline."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import groupdpo_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = (
+    "python",
+    "kernels",
+    "csrc",
+    "CMakeLists.txt",
+    "LICENSE",
+    "MANIFEST.in",
+    "README.md",
+    "pyproject.toml",
+    "setup.py",
+)
+
+
+def python(code: str, cwd: Path, path: tuple[Path, ...] = (), *flags: str) -> str:
+    """The output of `code` in a fresh interpreter started in `cwd`, with `path` in front of what is installed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def wheel(tmp_path: Path, **variables: str) -> tuple[subprocess.CompletedProcess[str], Path | None]:
+    """`pip wheel` over a copy of the sources; its log, and the wheel if there is one."""
+    tree = tmp_path / "tree"
+    skip = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name, ignore=skip)
+        else:
+            tree.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    options = ("-v", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(tmp_path))
+    environment = {name: value for name, value in os.environ.items() if name != "GROUPDPO_KERNELS_BUILD"} | variables
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(tree)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done, next(tmp_path.glob("*.whl"), None)
+
+
+def said(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What setup.py says about the extension, once for each time that pip runs it."""
+    return re.findall(r"groupdpo_kernels: (.*)", done.stdout)
+
+
+@pytest.mark.parametrize("cwd", [Path("/"), ROOT], ids=["elsewhere", "repository root"])
+def test_imports_from_anywhere(cwd: Path) -> None:
+    code = "import groupdpo_kernels as g, groupdpo_kernels.kernels as k; print(g.__file__, k.__file__)"
+    package, kernels = python(code, cwd).split()
+    assert Path(package).parent.name == "groupdpo_kernels"
+    assert Path(kernels).is_file()
+
+
+def test_the_kernels_folder_shadows_nobody(tmp_path: Path) -> None:
+    """From the repository root `import kernels` must reach Hugging Face's package of that name, which transformers and
+    TRL import, and `import triton` must reach Triton."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("origin = 'installed'\n")
+    assert python("import kernels; print(kernels.origin)", ROOT, (ROOT, tmp_path)) == "installed"
+    assert ROOT / "kernels" not in Path(python("import triton; print(triton.__file__)", ROOT, (ROOT,))).parents
+    assert python("from transformers import LlamaConfig; print(LlamaConfig().model_type)", ROOT, (ROOT,)) == "llama"
+
+
+def test_torch_is_the_one_requirement() -> None:
+    requirements = importlib.metadata.requires("groupdpo-kernels") or []
+    assert [r for r in requirements if "extra ==" not in r] == ["torch>=2.11"]
+    assert importlib.metadata.version("groupdpo-kernels") == groupdpo_kernels.__version__
+    build_system = re.search(
+        r"\[build-system\].*?^requires = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S | re.M
+    )
+    assert build_system is not None and "torch" not in build_system[1]  # an isolated build would download it again
+
+
+def test_cmake_lists_every_source() -> None:
+    listed = set(re.findall(r"^\s+(csrc/\S+\.(?:cpp|cu))$", (ROOT / "CMakeLists.txt").read_text(), re.M))
+    present = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".cu")}
+    assert listed == present
+
+
+def test_pure_python_wheel(tmp_path: Path) -> None:
+    """No compiler: the install goes on, says why, and what it installs works."""
+    nowhere = tmp_path / "bin"
+    nowhere.mkdir()
+    done, found = wheel(tmp_path, PATH=str(nowhere), CXX="")
+    assert done.returncode == 0 and found is not None, done.stdout
+    assert said(done) and all("without the C++ extension: no C++ compiler" in line for line in said(done))
+
+    with zipfile.ZipFile(found) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    assert {
+        "groupdpo_kernels/py.typed",
+        "groupdpo_kernels/__init__.py",
+        "groupdpo_kernels/kernels/__init__.py",
+    } <= names
+    for source in (*(ROOT / "python" / "groupdpo_kernels").rglob("*.py"), *(ROOT / "kernels" / "triton").rglob("*.py")):
+        folder = ROOT / "python" if ROOT / "python" in source.parents else ROOT / "kernels" / "triton"
+        prefix = "" if folder.name == "python" else "groupdpo_kernels/kernels/"
+        assert prefix + source.relative_to(folder).as_posix() in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if name.endswith(".so") or name.startswith(("kernels/", "triton/", "tests/"))]
+
+    code = """if True:
+        import torch, groupdpo_kernels as g, groupdpo_kernels.kernels
+        hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
+        targets = torch.tensor([0, 4, 2])
+        assert g.explain(hidden, weight, targets).impl == "reference"
+        expected = torch.log_softmax(hidden @ weight.T, -1)[range(3), targets]
+        torch.testing.assert_close(g.linear_logps(hidden, weight, targets), expected)
+        print(g.__file__)
+    """
+    # -S: the .pth file of an editable install would lead to the extension in the source tree.
+    path = (tmp_path / "site", Path(torch.__file__).parents[1])
+    assert tmp_path / "site" in Path(python(code, Path("/"), path, "-S")).parents
+
+
+def test_required_extension_fails_the_install(tmp_path: Path) -> None:
+    done, found = wheel(tmp_path, PATH=str(tmp_path), CXX="", GROUPDPO_KERNELS_BUILD="1")
+    assert done.returncode != 0 and found is None
+    assert "GROUPDPO_KERNELS_BUILD=1, but there is no C++ compiler" in done.stdout
+
+
+def test_a_failing_compiler_fails_only_a_required_extension(tmp_path: Path) -> None:
+    done, found = wheel(tmp_path, CXX="false")
+    assert done.returncode == 0 and found is not None, done.stdout
+    assert "without the C++ extension: its build failed" in said(done)[-1]
+    with zipfile.ZipFile(found) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+    (tmp_path / "required").mkdir()
+    done, found = wheel(tmp_path / "required", CXX="false", GROUPDPO_KERNELS_BUILD="1")
+    assert done.returncode != 0 and found is None
+
+
+def test_device_target_needs_no_environment_of_ours() -> None:
+    """`make device` runs on a GPU machine with the Python that is there: no .venv, no download, figures after tests."""
+    dry = ["make", "--dry-run", "device", "PYTHON=/usr/bin/some-python"]
+    lines = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert ".venv" not in lines
+    assert "--no-deps" in lines
+    assert lines.index("pip install") < lines.index("pytest -m gpu") < lines.index("bench/run.py --json")
