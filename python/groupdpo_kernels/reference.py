@@ -111,10 +111,12 @@ def linear_logp_stats(
 ) -> LogpStats:
     """All per-row results from materialised logits; token_logps and lse are differentiable by autograd."""
     live = targets != options.ignore_index
-    z = logits(hidden, weight, bias, low_rank, options)
-    # Ignored rows leave through `where` on the inputs of every reduction, so that a NaN in such a row reaches neither
-    # result nor gradient.
-    z = torch.where(live.unsqueeze(-1), z, torch.zeros((), dtype=z.dtype, device=z.device))
+    # Ignored rows leave through `where` before every product and reduction, so that a NaN in such a row reaches neither
+    # result nor gradient (0 * NaN would, in d_weight).
+    hidden = torch.where(live.unsqueeze(-1), hidden, 0)
+    if low_rank is not None:
+        low_rank = (torch.where(live.unsqueeze(-1), low_rank[0], 0), low_rank[1])
+    z = torch.where(live.unsqueeze(-1), logits(hidden, weight, bias, low_rank, options), 0)
     lse = torch.logsumexp(z, -1)
     target_logits = z.gather(-1, torch.where(live, targets, 0).unsqueeze(-1).long()).squeeze(-1)
     with torch.no_grad():
