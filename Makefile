@@ -48,8 +48,7 @@ lint: setup
 device:
 	$(call install,$(PYTHON),--no-deps -e .)
 	$(PYTHON) -m pytest -m gpu
-	results=bench/results/$$($(PYTHON) -c 'import torch; print("-".join(torch.cuda.get_device_name().lower().split()))') \
-	&& mkdir -p $$results && $(PYTHON) bench/run.py --json $$results/run.json $(ARGS)
+	$(PYTHON) bench/run.py --results bench/results $(ARGS)
 
 clean:
 	rm -rf .venv build dist python/*.egg-info python/groupdpo_kernels/_C*.so

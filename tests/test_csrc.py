@@ -63,6 +63,7 @@ def drawn(T: int, D: int, V: int, dtype: torch.dtype = torch.float32, R: int = 0
     return head, targets
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_values_and_gradients_within_the_error_budget(case: Case) -> None:
     inputs = make_inputs(case)
@@ -89,6 +90,7 @@ def test_statistics_are_empty_unless_asked_for() -> None:
     assert all(torch.equal(a, b) for a, b in zip(with_stats[:2], without[:2]))
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 def test_only_needed_gradients_are_computed() -> None:
     head, targets = drawn(40, 16, 300, R=4)
     rowwise = [forward(head, targets, HeadOptions())[1], torch.randn(40), torch.randn(40)]

@@ -158,4 +158,4 @@ def test_device_target_needs_no_environment_of_ours() -> None:
     lines = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert ".venv" not in lines
     assert "--no-deps" in lines
-    assert lines.index("pip install") < lines.index("pytest -m gpu") < lines.index("bench/run.py --json")
+    assert lines.index("pip install") < lines.index("pytest -m gpu") < lines.index("bench/run.py --results")
