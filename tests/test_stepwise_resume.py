@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make
-from tiny_training import PARTS, B, Counting, Training, lora, run_as_rank, run_until_killed, run_with_others, stages
+from tiny_models import batch, make
+from tiny_training import PARTS, B, Counting, L, Training, lora, run_as_rank, run_until_killed, run_with_others, stages
 from torch import Tensor, nn
 
 from groupdpo_kernels import store
-from groupdpo_kernels.stepwise import reference_logps
+from groupdpo_kernels.stepwise import reference_logps, run_stages
 from groupdpo_kernels.store import tensor_digests
 
 
@@ -255,8 +255,9 @@ def test_a_damaged_checkpoint_costs_its_stage(damage: str, tmp_path: Path, undis
     assert list(train.losses) == [2] and score.done == 0
 
 
-def test_another_model_seed_or_option_is_another_run(tmp_path: Path) -> None:
+def test_another_model_seed_or_option_is_another_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stages(make("llama"), tmp_path)
+    assert not caplog.records
     for build, changes in (
         (lambda: make("llama", seed=3), {}),
         (lambda: make("llama"), {"seed": 7}),
@@ -265,6 +266,18 @@ def test_another_model_seed_or_option_is_another_run(tmp_path: Path) -> None:
         train = Training()
         stages(build(), tmp_path, train, **changes)
         assert list(train.losses) == [1, 2]
+        assert "holds stages of other models, data or options" in caplog.text
+        caplog.clear()
     train = Training()
     stages(make("llama"), tmp_path, train)
-    assert not train.losses
+    assert not train.losses and not caplog.records
+
+
+def test_parts_may_be_added_at_the_end(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"score": Counting(), "count": lambda row: B, "chunk_size": 1}
+    train, more = Training(), [batch(B, L, seed=99)]
+    run_stages(make("llama"), PARTS, train, tmp_path, **options)
+    run_stages(grown := make("llama"), [*PARTS, more], train, tmp_path, **options)
+    run_stages(whole := make("llama"), [*PARTS, more], Training(), tmp_path / "whole", **options)
+    assert tensor_digests(grown) == tensor_digests(whole)
+    assert {stage: len(losses) for stage, losses in train.losses.items()} == {1: 3, 2: 3, 3: 1}

@@ -14,8 +14,8 @@ directory. A stage that was cut short starts again from its first step, with its
 Never: changes the data, the trainer or the mode of a module, or unpickles anything but tensors and plain values.
 Precondition: train depends on its arguments, the seeded generators and `options` alone; items of a part are the same
 each time they are read. Under torch.distributed all ranks call, and each scores the whole part.
-Cost: a forward of the data; SHA-256 of weights (once a stage) and data; on disk the scores, and after each stage the
-tensors that differ from the model as given. Formulas: docs/math.md.
+Cost: a forward of the data; a hash of the weights each stage, and of the data; on disk the scores, and after each
+stage the tensors that differ from the model as given. Formulas: docs/math.md.
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ def run_stages(
         run_stages(model, parts, train, "sdpo", score=score)
 
     Args:
-        model: the reference of stage 1, and the policy throughout.
+        model: the reference of stage 1, and the policy throughout. To resume, the weights of the first call: a model
+            that an exception left half-trained is another model, and begins another run.
         parts: the data of each stage, in order; see `equal_parts`, `by_column`, `easy_to_hard` and `take`.
         train: train(model, part, ref_logps, stage), stage from 1. ref_logps holds, on the CPU, what score gave.
         directory: made if need be. Files of other models, data or options are left alone.
@@ -207,11 +208,12 @@ def run_stages(
         options: what else the result depends on (learning rate, temperature): plain values. Others start a new run.
         seed: each stage seeds Python, NumPy if loaded, and torch with seed + stage. None: left to train.
         save, load: called as (model, path), path free for a file or a folder. They must give back the same weights.
-            Under torch.distributed every rank calls them with the same path. None: changed tensors of the state dict.
+            Under torch.distributed every rank calls them with the same path; other processes need other directories.
+            None: the changed tensors of the state dict, in one file; sharded models need a save of their own.
         fingerprint: names to hashes of the weights, for models whose state dict does not hold them.
 
     Raises ValueError for no or empty parts, for scores of another length or not finite (naming the row and the value),
-    and where `load` gives back other weights than `save` was given. Progress is logged to `groupdpo_kernels.stepwise`.
+    and where `load` gives back other weights than `save` was given. Progress goes to the logger of this module.
     """
     if (save is None) != (load is None):
         raise ValueError(f"save and load must be given together; got save={save!r}, load={load!r}")
@@ -221,10 +223,11 @@ def run_stages(
     scorer = _Scorer(Path(directory), score, count, chunk_size, context)
     rows = [_digest_rows(part) for part in parts]
     start, names = fingerprint(model), set(model.state_dict())
-    run = digest(["run", context, scorer.name, chunk_size, seed, rows, start])
-    records = {k: scorer.directory / f"stage-{k}-{run[:16]}.pt" for k in range(1, len(parts) + 1)}
-    done, record = _last_stage(records, run)
-    weights = start
+    # Stage k hangs on what came before it, not on what follows: parts may be added at the end.
+    run = digest(["run", context, scorer.name, chunk_size, seed, start])
+    runs = list(itertools.accumulate(rows, lambda run, part: digest([run, part]), initial=run))
+    records = {k: scorer.directory / f"stage-{k}-{runs[k][:16]}.pt" for k in range(1, len(runs))}
+    (done, record), weights = _last_stage(records, runs), start
     if record is not None:
         if load is None:
             _copy_into(model, record["tensors"])
@@ -234,6 +237,8 @@ def run_stages(
         if digest(weights) != record["weights"]:
             raise ValueError(f"load must give back the weights that were saved after stage {done}; it gave others")
         logger.info("stage %d of %d: done before, loaded from %s", done, len(parts), records[done])
+    elif any(path not in records.values() for path in scorer.directory.glob("stage-*.pt")):
+        logger.warning("%s holds stages of other models, data or options: training from stage 1", directory)
     for k in range(done + 1, len(parts) + 1):
         part, before = parts[k - 1], weights
         ref_logps = scorer(model, part, rows[k - 1], before, f"stage {k}")
@@ -244,7 +249,7 @@ def run_stages(
         weights = fingerprint(model)
         if weights == before:
             warnings.warn(f"stage {k} left the weights as they were: train must train the model given", stacklevel=2)
-        content: dict[str, Any] = {"run": run, "stage": k, "weights": digest(weights)}
+        content: dict[str, Any] = {"run": runs[k], "weights": digest(weights)}
         if save is None:
             state = model.state_dict()
             if state.keys() != names:
@@ -259,12 +264,12 @@ def run_stages(
         logger.info("stage %d of %d: done, saved to %s", k, len(parts), records[k])
 
 
-def _last_stage(records: Mapping[int, Path], run: str) -> tuple[int, dict[str, Any] | None]:
+def _last_stage(records: Mapping[int, Path], runs: Sequence[str]) -> tuple[int, dict[str, Any] | None]:
     """The last stage that all ranks can load, and its record; 0 and None for the model as given."""
     for k in sorted(records, reverse=True):
         record = None
         try:
-            record = read(records[k], run=run, stage=k)
+            record = read(records[k], run=runs[k])
         except FileNotFoundError:
             pass
         except UnusableFileError as e:
@@ -289,7 +294,7 @@ class _Scorer:
             raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
         self.directory, self.chunk_size, self.context = directory, chunk_size, context
         self.score = sequence_logps if score is None else score
-        self.count = (_num_sequences if score is None else lambda row: 1) if count is None else count
+        self.count = _num_sequences if score is None and count is None else count
         self.name = getattr(self.score, "__qualname__", type(self.score).__qualname__)
 
     def __call__(self, model: nn.Module, part: Rows, rows: str, weights: Mapping[str, str], where: str) -> Tensor:
@@ -324,7 +329,8 @@ class _Scorer:
 
     def _score_chunk(self, model: nn.Module, part: Rows, start: int, where: str) -> Tensor:
         chunk = take(part, range(start, min(start + self.chunk_size, len(part))))
-        values, counts = self.score(model, chunk), [self.count(chunk[i]) for i in range(len(chunk))]
+        values = self.score(model, chunk)
+        counts = [1 if self.count is None else self.count(chunk[i]) for i in range(len(chunk))]
         if not isinstance(values, Tensor) or not values.is_floating_point():
             got = values.dtype if isinstance(values, Tensor) else type(values).__name__
             raise TypeError(f"score must give a floating tensor; {where}: got {got}")
