@@ -276,6 +276,7 @@ def triton_on_cpu(BLOCK_T: int = 64, BLOCK_V: int = 256, BLOCK_D: int = 64, tma:
     Bf16 is rounded as on a GPU. Needs no TRITON_INTERPRET (which would keep the process from compiling). Cost is per
     operation: use big blocks.
     """
+    import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
@@ -294,7 +295,8 @@ def triton_on_cpu(BLOCK_T: int = 64, BLOCK_V: int = 256, BLOCK_D: int = 64, tma:
         # the standard library triton.language.core too, and never restore: patch that one here, once.
         scope = interpreter._patch_lang(tl.max.fn)
         try:
-            return interpreted(self)[grid](*args, **kwargs)
+            with np.errstate(all="ignore"):  # numpy warns of what a GPU computes in silence
+                return interpreted(self)[grid](*args, **kwargs)
         finally:
             scope.restore()
 
@@ -305,7 +307,7 @@ def triton_on_cpu(BLOCK_T: int = 64, BLOCK_V: int = 256, BLOCK_D: int = 64, tma:
         (JITFunction, "run", run),
         (JITFunction, "__call__", call),
         (launch, "interpreting", launch.Launch(BLOCK_T, BLOCK_V, BLOCK_D, 4, 1, tma=tma, persistent=tma, GROUP_T=2)),
-        *((InterpreterBuilder, name, patch) for name, patch in _bf16_patches(InterpreterBuilder).items()),
+        *((InterpreterBuilder, name, patch) for name, patch in _gpu_arithmetic(InterpreterBuilder).items()),
     ]
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
     try:
@@ -317,9 +319,10 @@ def triton_on_cpu(BLOCK_T: int = 64, BLOCK_V: int = 256, BLOCK_D: int = 64, tma:
             setattr(owner, name, value)
 
 
-def _bf16_patches(builder: Any) -> dict[str, Callable[..., Any]]:
-    """Interpreter operations that are right in bf16. The stock ones hold bf16 as uint16 and compute on the bits; these
-    widen to float32, compute, and round to nearest even. tests/test_interpreter.py proves it."""
+def _gpu_arithmetic(builder: Any) -> dict[str, Callable[..., Any]]:
+    """Interpreter operations with a GPU's results. The stock ones hold bf16 as uint16 and compute on the bits; these
+    widen to float32, compute, and round to nearest even. A maximum prefers a number to NaN. tests/test_interpreter.py
+    proves it."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
@@ -359,4 +362,11 @@ def _bf16_patches(builder: Any) -> dict[str, Callable[..., Any]]:
             return narrow(source.data.astype(np.float32))
         return cast(self, source, to)
 
-    return {"create_dot": create_dot, "binary_op": binary_op, "unary_op": unary_op, "cast_impl": cast_impl}
+    def create_maxnumf(self: Any, a: Any, b: Any) -> Any:
+        return self.binary_op(a, b, np.fmax)
+
+    def create_minnumf(self: Any, a: Any, b: Any) -> Any:
+        return self.binary_op(a, b, np.fmin)
+
+    patches = (create_dot, binary_op, unary_op, cast_impl, create_maxnumf, create_minnumf)
+    return {patch.__name__: patch for patch in patches}
