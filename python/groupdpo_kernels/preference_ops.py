@@ -91,7 +91,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype, loss: object, m
     return impl
 
 
-# What torch.compiler.assume_constant_result does, less its import of all of dynamo: a trace calls it and keeps the answer.
+# What torch.compiler.assume_constant_result does, less its import of dynamo: a trace calls it and keeps the answer.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
