@@ -4,8 +4,6 @@ SHELL := bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN := .venv/bin/python
-STAMP := .venv/.installed
-SOURCES := Makefile pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: help setup test demo bench lint device clean
 
@@ -18,17 +16,22 @@ help:
 	@echo "make device   on a GPU machine, no network, no .venv: install with PYTHON=$(PYTHON), GPU tests, benchmark"
 	@echo "make clean    remove what make and the tests have written, .venv included"
 
-setup: $(STAMP)
+setup: .venv/.package
+
+# Two steps, so that an edit under csrc/ repeats only the second. --no-compile: bytecode is written when first imported.
+.venv/.dependencies: Makefile pyproject.toml
+	[ -x $(RUN) ] || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install -q --no-compile '$(TORCH)' 'setuptools>=77'
+	GROUPDPO_KERNELS_BUILD=0 $(RUN) -m pip install -q --no-compile --no-build-isolation '$(TORCH)' -e '.[dev]'
+	touch $@
+
+.venv/.package: .venv/.dependencies setup.py CMakeLists.txt $(shell find csrc -type f)
+	$(call install,$(RUN))
+	touch $@
 
 # setup.py says in one line whether the C++ extension was built, and if not, why.
-install = mkdir -p build && $(1) -m pip install -v --no-build-isolation $(2) > build/install.log 2>&1 \
+install = mkdir -p build && $(1) -m pip install -v --no-build-isolation --no-deps -e . > build/install.log 2>&1 \
 	&& grep -ho 'groupdpo_kernels: .*' build/install.log || { cat build/install.log; exit 1; }
-
-$(STAMP): $(SOURCES)
-	[ -x $(RUN) ] || $(PYTHON) -m venv .venv
-	$(RUN) -m pip install -q '$(TORCH)' 'setuptools>=77' 'cmake>=3.25' ninja 'pybind11>=2.13'
-	$(call install,$(RUN),'$(TORCH)' -e '.[dev]')
-	touch $@
 
 test: setup
 	$(RUN) -m pytest -m 'not gpu' $(ARGS)
@@ -46,7 +49,7 @@ lint: setup
 
 # Figures only after green tests: the benchmark does not start on a failure.
 device:
-	$(call install,$(PYTHON),--no-deps -e .)
+	$(call install,$(PYTHON))
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) bench/run.py --results bench/results $(ARGS)
 
