@@ -250,6 +250,8 @@ def test_a_wrong_id_is_never_a_plausible_number() -> None:
     token_logps, lse, *_ = forward(head, targets, HeadOptions())
     assert token_logps.isnan().tolist() == [False, True, False]
     assert lse.isfinite().all()
+    d_hidden, *_ = backward(head, targets, [lse, torch.ones(3), torch.ones(3)], HeadOptions(), [True] + [False] * 4)
+    assert d_hidden.isnan().all(1).tolist() == [False, True, False]
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:

@@ -1,6 +1,6 @@
 // The CPU implementations of the head's two ops, as binding.cpp registers them. What inputs and outputs mean: ops.py,
 // reference.py; formulas: docs/math.md. Arithmetic and row results are float32. Ids are checked by the caller; one
-// outside [0, V) gives NaN in the forward, never a plausible number.
+// outside [0, V) gives NaN in its row, never a plausible number.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 

@@ -2,6 +2,7 @@
 // blocks inside: a block of d_weight gathers all tokens in float32 and is rounded once, so there is no float32 copy of
 // (V, D); d_hidden gathers all of the vocabulary in one float32 (T, D) buffer.
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "cpu/block.h"
@@ -60,8 +61,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(const H
       torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t t = t0 + i;
-          to_d_products(d.row(i), blocks.bias.data, columns, map, row_lse[t], d_row_lse[t] - d_target[t], d_target[t],
-                        target[t] - v0);
+          const bool known = target[t] >= 0 && target[t] < V;  // else NaN: never a plausible number
+          const float d_softmax = known ? d_row_lse[t] - d_target[t] : std::numeric_limits<float>::quiet_NaN();
+          to_d_products(d.row(i), blocks.bias.data, columns, map, row_lse[t], d_softmax, d_target[t], target[t] - v0);
         }
       });
       if (d_hidden) multiply(d_hidden.accumulators(t0, rows), d, blocks.weight, v0 > 0);
