@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,20 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Any:
+    import tiny_tokenizers  # here, because the tests of a GPU run without the tokenizers library
+
+    return tiny_tokenizers.byte_level_bpe()
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_like() -> Any:
+    import tiny_tokenizers
+
+    return tiny_tokenizers.sentencepiece_like()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
