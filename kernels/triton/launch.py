@@ -72,7 +72,7 @@ def architecture(device: torch.device) -> str | None:
 
 def device_why_not(name: str, device: torch.device) -> list[str]:
     """Every reason why no Triton kernel runs on `device`, where the tensor `name` is."""
-    reasons = []
+    reasons: list[str] = []
     if interpreting is not None:
         return reasons
     if device.type != "cuda":

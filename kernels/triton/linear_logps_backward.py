@@ -12,6 +12,8 @@ docs/math.md, section 1.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -158,7 +160,8 @@ def block_shape(
     tiles = entries // T // launch.BLOCK_V
     if tiles * launch.BLOCK_V >= min(V, 4096):
         return T, min(V, tiles * launch.BLOCK_V)
-    columns = max(1, min(4096, workspace_bytes // 4 // (4 * D)) // launch.BLOCK_V) * launch.BLOCK_V
+    widest = min(4096, workspace_bytes // 4 // (4 * D), entries // launch.BLOCK_T)
+    columns = max(1, widest // launch.BLOCK_V) * launch.BLOCK_V
     return chunk_rows(T, min(V, columns) * itemsize, workspace_bytes // 2, launch), min(V, columns)
 
 
@@ -207,25 +210,23 @@ def linear_logps_backward(
     scale, cap = scale_and_cap(logit_scale, softcap, temperature)
     stride = triton.cdiv(columns, launch.BLOCK_V) * launch.BLOCK_V
     block = hidden.new_empty((rows, stride))
-    one = {"dtype": torch.float32, "device": hidden.device}
-    by_row = [None if g is None else torch.zeros((T, g.shape[-1]), **one) for g in (d_hidden, d_low_rank_hidden)]
+    new = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
+    by_row = [None if g is None else new((T, g.shape[-1])).zero_() for g in (d_hidden, d_low_rank_hidden)]
     by_column = ((d_weight, compact), (d_low_rank_weight, low_rank))
     for column0 in range(0, V, columns):
         width = min(columns, V - column0)
         span = slice(column0, column0 + width)
-        partial = None if d_bias is None else torch.zeros(width, **one)
+        partial = None if d_bias is None else new(width).zero_()
         # Over several row blocks a block of d_weight is accumulated in float32; over one, the product writes it
         # straight.
-        accumulated = [
-            None if g is None or rows == T else torch.zeros((width, g.shape[1]), **one) for g, _ in by_column
-        ]
+        accumulated = [None if g is None or rows == T else new((width, g.shape[1])).zero_() for g, _ in by_column]
         for row0 in range(0, T, rows):
             height = min(rows, T - row0)
             d_logits = block[:height, :width]
             tiles_t = triton.cdiv(height, launch.BLOCK_T)
-            tile_sums = None if d_bias is None else torch.empty((tiles_t, stride), **one)
+            tile_sums = None if d_bias is None else new((tiles_t, stride))
             d_logits_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
-                *head.tensors, compact_targets, live.count, compact_lse, d_target, d_softmax, d_logits, tile_sums,
+                *head.tensors, compact_targets, live.live, compact_lse, d_target, d_softmax, d_logits, tile_sums,
                 row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
                 HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=d_bias is not None, **head.constants,
             )  # fmt: skip

@@ -232,12 +232,12 @@ def linear_logps_forward(
         rows = min(chunk, T - row0)
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
         tiles_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, device)](
-            *head.tensors, compact_targets, live.count, target_logits, *tile_fields, target_leads, row0, rows, T, V,
+            *head.tensors, compact_targets, live.live, target_logits, *tile_fields, target_leads, row0, rows, T, V,
             *head.strides, scale, cap,
             HAS_SOFTCAP=softcap is not None, STATS=stats, **head.constants,
         )  # fmt: skip
         combine_kernel[(triton.cdiv(rows, 32),)](
-            *tile_fields, target_leads, target_logits, compact_targets, live.rows, live.count, *outputs, row0, rows, V,
+            *tile_fields, target_leads, target_logits, compact_targets, live.rows, live.live, *outputs, row0, rows, V,
             STATS=stats, TILE_V=launch.BLOCK_V, BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
         )  # fmt: skip
     return outputs

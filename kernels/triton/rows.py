@@ -16,11 +16,11 @@ from torch import Tensor
 
 
 class LiveRows(NamedTuple):
-    """Where rows go. Compact row i holds original row `rows[i]`; -1 from `count` on."""
+    """Where rows go. Compact row i holds original row `rows[i]`; -1 from `live` on."""
 
     rows: Tensor  # (T,) int32
     positions: Tensor  # (T,) int32: compact position of an original row, -1 where ignored
-    count: Tensor  # (1,) int32
+    live: Tensor  # (1,) int32: how many
 
 
 def live_rows(

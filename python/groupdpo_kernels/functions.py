@@ -6,7 +6,7 @@ them raises.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,11 +39,8 @@ class LinearLogps(torch.autograd.Function):
         stats: bool,
         impl: str,
     ) -> tuple[Tensor, ...]:
-        return tuple(
-            ops.linear_logps_forward(
-                Head(hidden, weight, bias, low_rank_hidden, low_rank_weight), targets, options, stats, impl
-            )
-        )
+        head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+        return cast(tuple[Tensor, ...], tuple(ops.linear_logps_forward(head, targets, options, stats, impl)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -53,7 +50,7 @@ class LinearLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *head, targets, lse = ctx.saved_tensors
         need = ctx.needs_input_grad  # (hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ...)
         needs = (need[0], need[1], need[3], need[4], need[5])
@@ -76,7 +73,7 @@ class RefuseGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         if not torch.compiler.is_compiling():
             raise ops.not_differentiable(ctx.name)
         # An op, so that a compiled backward raises when it runs, not when it is traced.
@@ -114,7 +111,7 @@ class PreferenceWeights(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         coefficients, cu_seqlens = ctx.saved_tensors
         d_token_logps = preference_ops.preference_weights_backward(d_loss, coefficients, cu_seqlens, ctx.T, ctx.impl)
         return d_token_logps, *[None] * 7

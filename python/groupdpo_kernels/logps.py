@@ -212,7 +212,7 @@ def _autocast(
     differentiable.
     """
     device_type = hidden.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return hidden, weight, bias, low_rank
     dtype = torch.get_autocast_dtype(device_type)
 

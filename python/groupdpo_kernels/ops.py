@@ -113,7 +113,7 @@ class Head(NamedTuple):
 @contextlib.contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
     """Inputs have their dtype already: an active autocast must not narrow the float32 arithmetic inside."""
-    with torch.autocast(device.type, enabled=False):
+    with contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
         yield
 
 
@@ -189,18 +189,20 @@ def _host_backward(
     rows = _check_targets(targets, head.weight.shape[0], options.ignore_index)
     live = _live_head(head, rows)
     rowwise = (lse, d_token_logps, d_lse)
-    arguments = (*live, *(x.reshape(-1)[rows] for x in (targets, *rowwise)))
+    y, z, d_y, d_z = (x.reshape(-1)[rows] for x in (targets, *rowwise))
+    out: tuple[Tensor | None, ...]
     if impl == "cpu":
         o = options
         out = torch.ops.groupdpo_kernels.linear_logps_backward_cpu(
-            *arguments, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes, *needs
+            *live, y, z, d_y, d_z, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes, *needs
         )
     else:
-        out = reference.backward_in_blocks(*arguments, options, needs)
+        out = reference.backward_in_blocks(*live, y, z, d_y, d_z, options, needs)
     gradients = [x if needed else None for x, needed in zip(out, needs)]
     for i in (0, 3):  # by row: back to the shape of the input
-        if (gradient := gradients[i]) is not None:
-            gradients[i] = _put(gradient, rows, head[i].shape)
+        gradient, source = gradients[i], head[i]
+        if gradient is not None and source is not None:
+            gradients[i] = _put(gradient, rows, source.shape)
     return HeadGradients(*gradients)
 
 
@@ -212,7 +214,7 @@ _OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_ind
     mutates_args=(),
     schema=f"({_HEAD}, {_OPTIONS}, bool stats, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _linear_logps_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):  # type: ignore[no-untyped-def]
+def _linear_logps_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     *options, stats, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
@@ -224,7 +226,7 @@ def _linear_logps_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight
 
 
 @_linear_logps_forward.register_fake
-def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     stats = rest[-2]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     row = [torch.empty_like(targets, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2)]
@@ -240,7 +242,7 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):  
 )
 def _linear_logps_backward(
     hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_token_logps, d_lse, *rest
-):  # type: ignore[no-untyped-def]
+):
     *options, needs, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
@@ -254,7 +256,7 @@ def _linear_logps_backward(
 
 
 @_linear_logps_backward.register_fake
-def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_token_logps, d_lse, *rest):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_token_logps, d_lse, *rest):
     needs = rest[-2]
     inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
     return tuple(hidden.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs))

@@ -100,7 +100,7 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
     mutates_args=(),
     schema=f"({_VECTORS}, {_SPEC}, int max_group, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _preference_weights_forward(*args):  # type: ignore[no-untyped-def]
+def _preference_weights_forward(*args):
     *inputs, max_group, impl = args
     if impl == "triton":
         launcher = importlib.import_module("groupdpo_kernels.kernels.preference_weights")
@@ -113,7 +113,7 @@ def _preference_weights_forward(*args):  # type: ignore[no-untyped-def]
 
 
 @_preference_weights_forward.register_fake
-def _(token_logps, ref_logps, cu_seqlens, cu_groups, positive, *rest):  # type: ignore[no-untyped-def]
+def _(token_logps, ref_logps, cu_seqlens, cu_groups, positive, *rest):
     S, G = positive.shape[0], cu_groups.shape[0] - 1
     return tuple(token_logps.new_empty(shape) for shape in ((), (S,), (S,), (G,), (S,), (S,)))
 
@@ -123,7 +123,7 @@ def _(token_logps, ref_logps, cu_seqlens, cu_groups, positive, *rest):  # type: 
     mutates_args=(),
     schema="(Tensor d_loss, Tensor coefficients, Tensor cu_seqlens, SymInt T, str impl) -> Tensor",
 )
-def _preference_weights_backward(d_loss, coefficients, cu_seqlens, T, impl):  # type: ignore[no-untyped-def]
+def _preference_weights_backward(d_loss, coefficients, cu_seqlens, T, impl):
     if impl == "triton":
         launcher = importlib.import_module("groupdpo_kernels.kernels.preference_weights")
         return launcher.preference_weights_backward(d_loss, coefficients, cu_seqlens, T)
@@ -132,7 +132,7 @@ def _preference_weights_backward(d_loss, coefficients, cu_seqlens, T, impl):  # 
 
 
 @_preference_weights_backward.register_fake
-def _(d_loss, coefficients, cu_seqlens, T, impl):  # type: ignore[no-untyped-def]
+def _(d_loss, coefficients, cu_seqlens, T, impl):
     return coefficients.new_empty(T)
 
 

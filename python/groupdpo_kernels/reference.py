@@ -130,7 +130,7 @@ def linear_logp_stats(
         )
         is_top1 = (z.argmax(-1) == targets) & live
     values = (torch.where(live, x, 0) for x in (target_logits - lse, lse, *rest))
-    return LogpStats(*values, is_top1)
+    return LogpStats._make([*values, is_top1])
 
 
 def linear_logps(
@@ -166,13 +166,13 @@ def block_shape(
     workspace_bytes: int,
     itemsize: int,
 ) -> tuple[int, int]:
-    """(token rows, vocabulary columns) of one block, so that about four blocks of logits, one widened slice of the
-    weight with its gradient and one of hidden stay within the budget. A block has at least 16 x 16 entries, whatever
-    the budget.
+    """(token rows, vocabulary columns) of one block. Half of the budget is for widened hidden, the other for eight
+    blocks of logits and for the widened slice of the weight and its gradient: of all these the loops hold the last
+    round's while they make the next. A block has at least 16 x 16 entries, whatever the budget.
     """
     budget = workspace_bytes // itemsize
     rows = max(16, min(T, 1024, budget // (4 * max(D, 64))))
-    columns = max(16, min(V, (budget - rows * D) // (2 * D + 4 * rows)))
+    columns = max(16, min(V, (budget - 2 * rows * D) // (4 * D + 8 * rows)))
     return rows, columns
 
 
@@ -215,7 +215,8 @@ def forward_in_blocks(
     """All per-row results by online log-sum-exp over vocabulary blocks. 2 T D V FLOP; workspace within the budget."""
     dtype = _accumulator(hidden.dtype)
     (T, D), V = hidden.shape, weight.shape[0]
-    rows, columns = block_shape(T, D, V, options.workspace_bytes, dtype.itemsize)
+    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
+    rows, columns = block_shape(T, D + R, V, options.workspace_bytes, dtype.itemsize)
     new = hidden.new_zeros
     results = [new(T, dtype=dtype) for _ in range(5)] + [new(T, dtype=torch.bool)]
     for t in _spans(T, rows):
@@ -286,7 +287,8 @@ def backward_in_blocks(
     """
     dtype = _accumulator(hidden.dtype)
     (T, D), V = hidden.shape, weight.shape[0]
-    rows, columns = block_shape(T, D, V, options.workspace_bytes, dtype.itemsize)
+    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
+    rows, columns = block_shape(T, D + R, V, options.workspace_bytes, dtype.itemsize)
     inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
     # By row (indices 0 and 3) gradients are accumulated over the whole loop; by vocabulary (1, 2, 4) a block at a time.
     out: list[Tensor | None] = [None] * 5

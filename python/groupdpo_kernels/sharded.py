@@ -90,7 +90,7 @@ class ShardedLinearLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *head, ids, inside, wrong, lse = ctx.saved_tensors
         need = ctx.needs_input_grad
         needs = (need[0], need[1], need[3], need[4], need[5])
