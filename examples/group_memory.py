@@ -1,0 +1,114 @@
+"""Peak memory of one training step against the size of the group: coupled backward or two passes.
+
+    python examples/group_memory.py
+
+One prompt with G answers of random tokens, half of them right, through a Llama of 4 layers. `coupled` keeps the graph of
+all answers until the loss is known; `two_pass` is group_backward with micro-batches of one answer. Both take
+log-probabilities from model_logps, so neither has logits: the difference is activations alone.
+
+What is measured: the process's resident memory at its peak during the step, less that before it, when the model, its
+gradients and the libraries' own buffers are there already. Each point is a fresh process, so that nothing is left over
+from another. Linux; elsewhere the peak since the process began, which includes the making of the model.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from groupdpo_kernels import Objective, PreferenceGroups, group_backward, model_logps, preference_loss
+
+OBJECTIVE = Objective("mpo", beta=5.0, average=True, nll_weight=1.0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one measurement is of."""
+
+    backward: str  # "coupled" | "two_pass"
+    group: int  # G
+    tokens: int = 256  # of an answer
+    hidden: int = 256
+    layers: int = 4
+    vocabulary: int = 8192
+
+
+def resident(kind: str) -> int:
+    """Bytes: "VmRSS" is now, "VmHWM" the most since `forget_peak`."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> None:
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def step(model: LlamaForCausalLM, backward: str, input_ids: Tensor) -> None:  # (G, L)
+    """Loss and gradients of one group."""
+    G, L = input_ids.shape
+    groups, ref_logps = PreferenceGroups.from_lists([[i < G // 2 for i in range(G)]]), torch.zeros(G)
+
+    def forward(ids: Tensor) -> tuple[Tensor, Tensor]:
+        return model_logps(model, ids, ids.roll(-1, 1)).flatten(), torch.arange(0, len(ids) * L + 1, L)
+
+    if backward == "coupled":
+        preference_loss(*forward(input_ids), groups, OBJECTIVE, ref_logps).loss.backward()
+    else:
+        group_backward(input_ids.split(1), forward, groups, OBJECTIVE, ref_logps)
+
+
+def peak_memory(point: Point) -> int:
+    """Bytes that the step takes at its peak beyond the model and its gradients."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=point.hidden,
+        intermediate_size=3 * point.hidden,
+        num_hidden_layers=point.layers,
+        num_attention_heads=4,
+        vocab_size=point.vocabulary,
+        max_position_embeddings=point.tokens,
+    )
+    model = LlamaForCausalLM(config)
+    input_ids = torch.randint(0, point.vocabulary, (point.group, point.tokens))
+    step(model, point.backward, input_ids[:2, :8])  # makes gradients and the libraries' buffers, at next to no activations
+    forget_peak()
+    before = resident("VmRSS")
+    step(model, point.backward, input_ids)
+    return resident("VmHWM") - before
+
+
+def measure(points: list[Point]) -> Iterator[tuple[Point, int]]:
+    """(point, bytes) one by one. Processes are forked from a server that has imported this module and done no more."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(1, _ignore_interrupt, maxtasksperchild=1) as pool:
+        yield from zip(points, pool.imap(peak_memory, points))
+
+
+def _ignore_interrupt() -> None:
+    """Ctrl-C reaches every process of a terminal; only the first one decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def points_of(sizes: list[int]) -> list[Point]:
+    return [Point(backward, size) for size in sizes for backward in ("coupled", "two_pass")]
+
+
+if __name__ == "__main__":
+    for point, peak in measure(points_of([2, 4, 8, 16, 32])):
+        print(f"G = {point.group:<4d}{point.backward:10s}{peak / 2**20:8.1f} MiB", flush=True)
