@@ -177,7 +177,9 @@ def combine_kernel(
         tl.store(mean_logits_ptr + out, plain * LN_2 / V, mask=inside)
         tl.store(log_sum_sq_probs_ptr + out, (tl.log2(squares) - 2.0 * tl.log2(total)) * LN_2, mask=inside)
         leads = tl.load(target_leads_ptr + t, mask=inside, other=0)
-        tl.store(is_top1_ptr + out, (beaten == 0) & (leads != 0), mask=inside)
+        # A wrong id has the target logit NaN, and no tile has written its leads.
+        leads = (leads != 0) & (target_logit == target_logit)
+        tl.store(is_top1_ptr + out, (beaten == 0) & leads, mask=inside)
 
 
 def linear_logps_forward(

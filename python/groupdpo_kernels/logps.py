@@ -165,12 +165,21 @@ def explain(
     targets: Tensor,  # (...)
     bias: Tensor | None = None,  # (V,)
     *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    grad_tol: float = 0.0,
+    workspace_bytes: int = 2**28,
+    process_group: Any = None,
+    impl: str = "auto",
     low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
-    **options: Any,
 ) -> Explanation:
     """Which implementation impl="auto" takes for these arguments of `linear_logps`, and every reason against the
-    others. Computes nothing.
+    others. Computes nothing; raises what the call itself would raise before it computes. `impl` makes no difference.
     """
+    _options(logit_scale, softcap, temperature, ignore_index, grad_tol, workspace_bytes)
+    _known(impl)
     hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
     _check(hidden, weight, targets, bias, low_rank)
     why_not = {name: ops.why_not(name, hidden, weight) for name in ops.IMPLS}
@@ -200,6 +209,11 @@ def _options(
         raise ValueError(f"workspace_bytes must be positive; got {workspace_bytes}")
     cap = None if softcap is None else float(softcap)
     return HeadOptions(float(logit_scale), cap, float(temperature), int(ignore_index), int(workspace_bytes))
+
+
+def _known(impl: str) -> None:
+    if impl != "auto" and impl not in ops.IMPLS:
+        raise ValueError(f"impl must be 'auto' or one of {ops.IMPLS}; got {impl!r}")
 
 
 def _autocast(
@@ -276,8 +290,7 @@ def _run(
     process_group: Any,
     impl: str,
 ) -> LogpStats:
-    if impl != "auto" and impl not in ops.IMPLS:
-        raise ValueError(f"impl must be 'auto' or one of {ops.IMPLS}; got {impl!r}")
+    _known(impl)
     hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
     _check(hidden, weight, targets, bias, low_rank)
     low_rank_hidden, low_rank_weight = (None, None) if low_rank is None else low_rank
