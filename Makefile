@@ -34,7 +34,7 @@ install = mkdir -p build && $(1) -m pip install -v --no-build-isolation --no-dep
 	&& grep -ho 'groupdpo_kernels: .*' build/install.log || { cat build/install.log; exit 1; }
 
 test: setup
-	$(RUN) -m pytest -m 'not gpu' $(ARGS)
+	$(RUN) -m pytest -m 'not gpu' -n 2 $(ARGS)
 
 demo: setup
 	$(RUN) examples/group_arithmetic.py $(ARGS)
@@ -50,7 +50,7 @@ lint: setup
 # Figures only after green tests: the benchmark does not start on a failure.
 device:
 	$(call install,$(PYTHON))
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py
 	$(PYTHON) bench/run.py --results bench/results $(ARGS)
 
 clean:

@@ -2,8 +2,8 @@
 
     python examples/group_memory.py
 
-One prompt with G answers of random tokens, half of them right, through a Llama of 4 layers. `coupled` keeps the graph of
-all answers until the loss is known; `two_pass` is group_backward with micro-batches of one answer. Both take
+One prompt with G answers of random tokens, half of them right, through a Llama of 4 layers. `coupled` keeps the graph
+of all answers until the loss is known; `two_pass` is group_backward with micro-batches of one answer. Both take
 log-probabilities from model_logps, so neither has logits: the difference is activations alone.
 
 What is measured: the process's resident memory at its peak during the step, less that before it, when the model, its
@@ -85,7 +85,9 @@ def peak_memory(point: Point) -> int:
     )
     model = LlamaForCausalLM(config)
     input_ids = torch.randint(0, point.vocabulary, (point.group, point.tokens))
-    step(model, point.backward, input_ids[:2, :8])  # makes gradients and the libraries' buffers, at next to no activations
+    step(
+        model, point.backward, input_ids[:2, :8]
+    )  # makes gradients and the libraries' buffers, at next to no activations
     forget_peak()
     before = resident("VmRSS")
     step(model, point.backward, input_ids)

@@ -171,7 +171,7 @@ def block_shape(
     round's while they make the next. A block has at least 16 x 16 entries, whatever the budget.
     """
     budget = workspace_bytes // itemsize
-    rows = max(16, min(T, 1024, budget // (4 * max(D, 64))))
+    rows = max(16, min(T, 1024, budget // (4 * max(D, 64) + 128)))
     columns = max(16, min(V, (budget - 2 * rows * D) // (4 * D + 8 * rows)))
     return rows, columns
 

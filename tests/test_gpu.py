@@ -1,0 +1,120 @@
+"""The Triton kernels on a real GPU: the same CASES, and what only a device shows. `make device` runs these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from groupdpo_kernels import linear_logp_stats, linear_logps
+from groupdpo_kernels.testing import CASES, Case, check_budget, make_inputs, run
+
+pytestmark = pytest.mark.gpu
+STATS = ("lse", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
+
+
+def stats_of(impl):
+    def function(hidden, weight, targets, bias, low_rank, options):
+        return linear_logp_stats(
+            hidden, weight, targets, bias, low_rank=low_rank, outputs=STATS, impl=impl,
+            logit_scale=options.logit_scale, softcap=options.softcap, temperature=options.temperature,
+            workspace_bytes=options.workspace_bytes,
+        )  # fmt: skip
+
+    return function
+
+
+@pytest.mark.parametrize("impl", ("triton", "reference"))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cases(case, impl, poisoned_memory):
+    inputs = make_inputs(case, "cuda")
+    check_budget(run(stats_of(impl), inputs, case.options), inputs, case.options)
+
+
+@pytest.mark.parametrize(("T", "D", "V"), ((70_000, 64, 1000), (20_000, 64, 128_256)), ids=("rows", "T V > 2^31"))
+def test_large_offsets(T, D, V):
+    inputs = make_inputs(Case("large", T, D, V, "64-bit offsets", dtype=torch.bfloat16), "cuda")
+    stats = linear_logp_stats(inputs.hidden, inputs.weight, inputs.targets, impl="triton", outputs=("lse",))
+    (stats.token_logps * inputs.d_token_logps.float()).sum().backward()
+    rows = torch.cat([torch.arange(50), torch.arange(T - 50, T)]).cuda()
+    z = inputs.hidden.detach()[rows].double() @ inputs.weight.detach().double().T
+    live = inputs.targets[rows] != -100
+    found = stats.lse.detach()[rows][live].double()
+    torch.testing.assert_close(found, torch.logsumexp(z, -1)[live], atol=1e-4, rtol=1e-5)
+    g = torch.where(inputs.targets[rows] == -100, 0, inputs.d_token_logps[rows])
+    d_logits = -g[:, None] * torch.softmax(z, -1)
+    d_logits[torch.arange(100), inputs.targets[rows].clamp(min=0)] += g
+    d_hidden = d_logits @ inputs.weight.detach().double()
+    found = inputs.hidden.grad[rows].double()
+    assert (found - d_hidden).norm() <= 2**-7 * d_hidden.norm()
+
+
+def big():
+    case = Case("big", 8192, 4096, 128256, "the shape of most published figures", dtype=torch.bfloat16)
+    return make_inputs(case, "cuda")
+
+
+@pytest.mark.parametrize("frozen", (False, True), ids=("trained", "frozen head"))
+def test_memory_is_bounded_and_nothing_is_read_back(frozen):
+    inputs = big()
+    weight = inputs.weight.detach().requires_grad_(not frozen)
+    linear_logps(inputs.hidden[:128], weight, inputs.targets[:128], impl="triton").sum().backward()  # compiles
+    inputs.hidden.grad = weight.grad = None
+    gradients = inputs.hidden.nbytes + (0 if frozen else weight.nbytes)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logps = linear_logps(inputs.hidden, weight, inputs.targets, impl="triton")
+        (logps * inputs.d_token_logps.float()).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    extra = torch.cuda.max_memory_allocated() - before - gradients
+    T, D = inputs.hidden.shape
+    assert extra <= 2**28 + 4 * T * D + 2**25  # the last: the library's own workspace and a few vectors
+
+
+def test_the_same_bits_every_time():
+    inputs = make_inputs(Case("repeat", 3000, 512, 20011, "ragged", dtype=torch.bfloat16, bias=True), "cuda")
+    options = Case("repeat", 1, 1, 1, "").options
+    once, again = (run(stats_of("triton"), inputs, options) for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_a_wrong_id_is_nan_and_stays_in_its_row():
+    hidden = torch.randn(300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(1000, 64, device="cuda", dtype=torch.bfloat16)
+    targets = torch.randint(0, 1000, (300,), device="cuda")
+    targets[7], targets[8] = 1000, -1
+    logps = linear_logps(hidden, weight, targets, impl="triton")
+    logps.sum().backward()
+    wrong = torch.zeros(300, dtype=torch.bool, device="cuda")
+    wrong[7:9] = True
+    assert torch.equal(logps.isnan(), wrong) and torch.equal(hidden.grad.isnan().any(1), wrong)
+
+
+def test_cuda_graph():
+    hidden = torch.randn(256, 128, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(1000, 128, device="cuda", dtype=torch.bfloat16)
+    targets = torch.randint(0, 1000, (256,), device="cuda")
+    eager = linear_logps(hidden, weight, targets, impl="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = linear_logps(hidden, weight, targets, impl="triton")
+    graph.replay()
+    assert torch.equal(captured, eager)
+
+
+def test_autocast_and_compile():
+    hidden = torch.randn(200, 128, device="cuda", requires_grad=True)
+    weight = torch.randn(1000, 128, device="cuda", requires_grad=True)
+    targets = torch.randint(0, 1000, (200,), device="cuda")
+
+    def loss(hidden, weight):
+        with torch.autocast("cuda", torch.bfloat16):
+            return linear_logps(hidden, weight, targets).sum()
+
+    eager = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(hidden, weight), (hidden, weight))
+    assert all(g.dtype == torch.float32 for g in eager)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled))

@@ -1,0 +1,129 @@
+"""Laws of the house: who may import whom, how long a file may be, what importing the package needs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import groupdpo_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "python" / "groupdpo_kernels"
+KERNELS = ROOT / "kernels" / "triton"
+
+# What each module may import of ours, lowest first; a function body counts too, but for the kernels, which ops load by
+# name when they first run one.
+MAY_IMPORT: dict[str, set[str]] = {
+    "reference": set(),
+    "store": set(),
+    "ops": {"reference"},
+    "preference_ops": {"ops"},
+    "functions": {"ops", "preference_ops", "reference"},
+    "sharded": {"ops", "reference"},
+    "logps": {"functions", "ops", "reference", "sharded"},
+    "losses": {"logps", "groups", "objectives"},  # the last two for typing only
+    "objectives": {"functions", "groups", "logps", "losses", "ops", "preference_ops"},  # groups for typing only
+    "groups": {"objectives"},
+    "backward": {"groups", "objectives", "losses", "logps"},
+    "heads": {"logps"},
+    "probe": {"heads"},
+    "models": {"heads", "probe", "logps"},
+    "formats": {"groups"},
+    "batches": {"formats", "groups"},
+    "data": {"batches", "formats", "groups"},
+    "stepwise": {"backward", "groups", "logps", "models", "objectives", "store"},
+    "testing": {"reference", "kernels"},
+}
+SHARED_KERNEL_MODULES = {"launch", "rows", "tile"}
+SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports; ours as `.name`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level and not base:
+                found |= {"." + alias.name for alias in node.names}
+            else:
+                found.add("." * bool(node.level) + base)
+    return {name.replace("groupdpo_kernels.", ".", 1) for name in found}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"))
+def test_import_law(name: str) -> None:
+    assert name in MAY_IMPORT, f"{name}.py has no place in the import law"
+    found = imports(PACKAGE / f"{name}.py")
+    ours = {module[1:].split(".")[0] for module in found if module.startswith(".")}
+    assert ours <= MAY_IMPORT[name]
+
+
+def test_losses_know_groups_for_typing_only() -> None:
+    for name in ("losses", "objectives"):
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        top = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+        assert "groups" not in top
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.stem)
+def test_kernels_know_nothing_above_them(path: Path) -> None:
+    found = imports(path)
+    ours = {module[1:].split(".")[0] for module in found if module.startswith(".")}
+    assert ours <= SHARED_KERNEL_MODULES
+    outside = {module.split(".")[0] for module in found if not module.startswith(".")} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "triton"}
+
+
+def test_no_package_named_kernels_at_the_root() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_files_stay_under_400_lines() -> None:
+    folders = ("python", "kernels", "csrc", "bench", "tests", "examples")
+    paths = [path for folder in folders for pattern in SOURCES for path in (ROOT / folder).rglob(pattern)]
+    long = {str(path.relative_to(ROOT)): n for path in paths if (n := len(path.read_text().splitlines())) > 400}
+    assert paths and not long
+
+
+def test_importing_needs_torch_alone() -> None:
+    """With triton, transformers, peft and numpy out of reach, the package imports and computes."""
+    program = """
+import sys
+HIDDEN = ("triton", "transformers", "peft", "numpy", "datasets", "trl")
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, *rest):
+        return None if name.split(".")[0] in HIDDEN else self.finder.find_spec(name, *rest)
+sys.meta_path[:] = map(Hiding, sys.meta_path)
+import torch
+from groupdpo_kernels import explain, linear_logps
+arguments = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, -100])
+print(linear_logps(*arguments).tolist()[2], "triton does not import" in str(explain(*arguments)))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, cwd="/")
+    assert done.stdout.split() == ["0.0", "True"], done.stderr
+
+
+def test_public_names_are_documented_and_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+    for name in groupdpo_kernels.__all__:
+        thing = getattr(groupdpo_kernels, name)
+        assert inspect.getdoc(thing), name
+        if inspect.isfunction(thing):
+            parameters = inspect.signature(thing).parameters.values()
+            assert all(p.annotation is not p.empty for p in parameters), name
+
+
+def test_signature_of_linear_logps() -> None:
+    parameters = list(inspect.signature(groupdpo_kernels.linear_logps).parameters)
+    head = ["hidden", "weight", "targets", "bias", "logit_scale", "softcap", "temperature", "ignore_index", "grad_tol"]
+    assert parameters == [*head, "workspace_bytes", "process_group", "impl", "low_rank"]
