@@ -1,0 +1,229 @@
+"""Every Triton kernel of an LM head compiled for every row of the launch table, on a machine that needs no GPU.
+
+The launchers themselves run, on meta tensors of real sizes, under a driver that answers for a GPU of the asked
+architecture; where Triton would launch, it only compiles. So signatures, constants and specialisations are those of a
+real launch, and a change in a launcher cannot leave this file behind. `python tests/compile_only.py` compiles all rows
+and prints registers, spilled bytes and shared memory; test_compile_only.py holds the budgets. Never runs a kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, order=True)
+class Row:
+    """One row of the launch table, with every option of an LM head or none."""
+
+    architecture: str
+    dtype: str
+    everything: bool = False
+    aligned: bool = True
+
+    def __str__(self) -> str:
+        words = [self.architecture, self.dtype, "everything" if self.everything else "plain"]
+        return " ".join(words if self.aligned else [*words, "unaligned"])
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one kernel."""
+
+    row: Row
+    kernel: str
+    registers: int
+    spills: int  # bytes a thread writes to local memory
+    shared: int  # bytes of dynamic shared memory
+    instructions: dict[str, int]  # how often the machine code holds those that matter
+
+
+class Driver:
+    """What Triton asks of a GPU before it compiles, answered without one."""
+
+    def __init__(self, architecture: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.architecture = architecture
+        target = TARGETS[architecture]
+        self.target = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, 64)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return self.architecture  # Triton's key for what it has compiled
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def all_rows() -> list[Row]:
+    """Each row of the launch table, plain and with everything; fp16 is bf16's code, so one row of it."""
+    from groupdpo_kernels.kernels.launch import TABLE, UNALIGNED
+
+    names = {2: "bf16", 4: "fp32"}
+    rows = [
+        Row(architecture, names[itemsize], everything, aligned)
+        for table, aligned in ((TABLE, True), (UNALIGNED, False))
+        for architecture, itemsize in table
+        for everything in (False, True)
+    ]
+    return [*rows, Row("sm_90", "fp16")]
+
+
+@contextlib.contextmanager
+def as_on(architecture: str, build: bool = True) -> Iterator[list[tuple[str, Any, str]]]:
+    """Within it a launch compiles for `architecture` and stops there. Yields the growing list of compilations: the
+    kernel's name, what was compiled, the assembler's log. Without `build` only the specialisation's key is made.
+    """
+    from triton import knobs
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from groupdpo_kernels.kernels import launch
+
+    compilations: list[tuple[str, Any, str]] = []
+    compile_kernel, run = JITFunction._do_compile, JITFunction.run
+    functions = set()
+
+    def do_compile(self: Any, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernel = compile_kernel(self, key, signature, device, *rest) if build else key
+        self.device_caches[device][0][key] = kernel
+        compilations.append((self.fn.__name__, kernel, log.getvalue()))
+        return kernel
+
+    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if self not in functions:
+            functions.add(self)
+            self.device_caches.clear()
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    with (
+        knobs.nvidia.scope(),
+        mock.patch.object(driver, "_active", Driver(architecture)),
+        mock.patch.object(JITFunction, "run", warm_up),
+        mock.patch.object(JITFunction, "_do_compile", do_compile),
+        mock.patch.object(launch, "architecture", lambda device: architecture),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties),
+    ):
+        knobs.nvidia.dump_ptxas_log = True
+        try:
+            yield compilations
+        finally:
+            for function in functions:
+                function.device_caches.clear()
+
+
+def launch_all(row: Row, T: int = 8192, D: int = 4096, V: int = 128256, workspace_bytes: int = 2**28) -> None:
+    """Forward and backward of an LM head on meta tensors."""
+    from groupdpo_kernels.kernels.linear_logps_backward import linear_logps_backward
+    from groupdpo_kernels.kernels.linear_logps_forward import linear_logps_forward
+
+    def meta(*shape: int, dtype: torch.dtype = DTYPES[row.dtype]) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    D, R = D if row.aligned else D + 1, 16
+    head = [meta(T, D), meta(V, D), *((meta(V), meta(T, R), meta(V, R)) if row.everything else (None,) * 3)]
+    targets = meta(T, dtype=torch.int64)
+    rowwise = [meta(T, dtype=torch.float32) for _ in range(3)]
+    options = (1.0, 30.0 if row.everything else None, 1.0, -100, workspace_bytes)
+    linear_logps_forward(*head, targets, *options, row.everything)
+    linear_logps_backward(*head, targets, *rowwise, *options, (True, True, *(row.everything,) * 3))
+
+
+def compile_row(row: Row) -> list[Compiled]:
+    """Compile every kernel that the launchers launch for a row."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.compilation.scope():
+        knobs.cache.dir = folder  # a cached kernel has no assembler log
+        knobs.compilation.disable_line_info = True
+        with as_on(row.architecture) as compilations:
+            launch_all(row)
+        return [describe(row, *compilation) for compilation in compilations]
+
+
+def compile_rows(rows: Sequence[Row]) -> list[Compiled]:
+    """compile_row over processes of their own, in which Triton has not been told to interpret."""
+    context = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ):
+        os.environ.pop("TRITON_INTERPRET", None)
+        with ProcessPoolExecutor(min(len(rows), os.cpu_count() or 1), mp_context=context) as pool:
+            return [kernel for kernels in pool.map(compile_row, rows) for kernel in kernels]
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's output has no {pattern!r}: {text[:400]}")
+    return int(found.group(1))
+
+
+def describe(row: Row, name: str, kernel: Any, log: str) -> Compiled:
+    shared = kernel.metadata.shared
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        registers, spilled = (number(rf"\.{field}:\s+(\d+)", text) for field in ("vgpr_count", "vgpr_spill_count"))
+        return Compiled(row, name, registers, 4 * spilled, shared, {"MFMA": text.count("v_mfma")})
+    registers, spills = number(r"Used (\d+) registers", log), number(r"(\d+) bytes spill stores", log)
+    names = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS")
+    counts = {op: text.count(f" {op}") for text in (machine_code(kernel),) for op in names}
+    return Compiled(row, name, registers, spills, shared, {op: n for op, n in counts.items() if n})
+
+
+def machine_code(kernel: Any) -> str:
+    """SASS, by the disassembler that comes with Triton."""
+    import triton
+
+    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def worst(kernels: Sequence[Compiled]) -> list[Compiled]:
+    """One entry a row and kernel: a kernel compiled for several shapes of input counts with its largest figures."""
+    found: dict[tuple[Row, str], Compiled] = {}
+    for k in kernels:
+        old = found.get((k.row, k.kernel), k)
+        figures = [max(getattr(old, field), getattr(k, field)) for field in ("registers", "spills", "shared")]
+        found[k.row, k.kernel] = Compiled(k.row, k.kernel, *figures, k.instructions)
+    return list(found.values())
+
+
+def table(kernels: Sequence[Compiled]) -> str:
+    lines = [f"{'row':34} {'kernel':20} registers  spills  shared  instructions"]
+    for k in worst(kernels):
+        counts = " ".join(f"{op} {n}" for op, n in k.instructions.items())
+        lines.append(f"{k.row!s:34} {k.kernel:20} {k.registers:9} {k.spills:7} {k.shared:7}  {counts}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    import triton
+
+    wanted = [row for row in all_rows() if all(word in str(row).split() for word in sys.argv[1:])]
+    print(f"triton {triton.__version__}")
+    print(table(compile_rows(wanted)))
