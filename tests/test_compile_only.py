@@ -1,0 +1,82 @@
+"""Compile-only gate: kernels build for every architecture without a GPU, within budgets of registers, spills and shared
+memory that are written per Triton version (tests/compile_budgets.py), and one compilation serves every batch.
+
+The gate compiles the rows of GATE, the others take minutes: `python tests/compile_only.py` compiles and prints all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+import triton
+from compile_budgets import BUDGETS, SHARED_LIMIT
+from compile_only import Compiled, Row, all_rows, as_on, compile_rows, launch_all, worst
+
+VERSION = ".".join(triton.__version__.split(".")[:2])
+GATE = [
+    Row("sm_90", "bf16", everything=True),
+    Row("sm_90", "bf16"),
+    Row("sm_100", "bf16", everything=True),
+    Row("sm_80", "bf16", everything=True),
+    Row("gfx942", "bf16", everything=True),
+    Row("sm_86", "fp32"),
+]
+KERNELS = ["combine_kernel", "d_logits_kernel", "gather_rows_kernel", "tiles_kernel"]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[Row, dict[str, Compiled]]:
+    kernels = worst(compile_rows(GATE))
+    return {row: {k.kernel: k for k in kernels if k.row == row} for row in GATE}
+
+
+@pytest.mark.parametrize("row", GATE, ids=str)
+def test_kernels_build_within_their_budgets(row: Row, compiled: dict[Row, dict[str, Compiled]]) -> None:
+    assert sorted(compiled[row]) == KERNELS
+    for name, kernel in compiled[row].items():
+        registers, spills, shared = BUDGETS[VERSION][str(row)].get(name, (192, 0, 1024))
+        assert kernel.registers <= registers, kernel
+        assert kernel.spills <= spills, kernel
+        assert kernel.shared <= min(shared, SHARED_LIMIT[row.architecture]), kernel
+
+
+@pytest.mark.parametrize("name", ["tiles_kernel", "d_logits_kernel"])
+def test_products_use_the_matrix_units(name: str, compiled: dict[Row, dict[str, Compiled]]) -> None:
+    for row, kernels in compiled.items():
+        if row.dtype == "bf16":
+            unit = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}[row.architecture]
+            assert kernels[name].instructions.get(unit, 0) > 0, kernels[name]
+            load = {"sm_80": "LDGSTS", "sm_90": "UTMALDG", "sm_100": "UTMALDG"}.get(row.architecture)
+            assert load is None or kernels[name].instructions.get(load, 0) > 0, kernels[name]
+
+
+def test_every_row_has_a_budget() -> None:
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0"
+    for version, budgets in BUDGETS.items():
+        assert sorted(budgets) == sorted(map(str, all_rows())), version
+        for row in all_rows():
+            assert all(b[2] <= SHARED_LIMIT[row.architecture] for b in budgets[str(row)].values()), row
+    assert VERSION in BUDGETS, f"no budgets for Triton {VERSION}: measure with `python tests/compile_only.py`"
+
+
+def test_no_spills_where_it_is_trained() -> None:
+    for version, budgets in BUDGETS.items():
+        assert all(spills == 0 for _, spills, _ in budgets["sm_90 bf16 plain"].values()), version
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
+def test_one_compilation_serves_every_batch(architecture: str, everything: bool) -> None:
+    """Number of rows, chunks and their starts change from batch to batch and must not make Triton compile again."""
+    with as_on(architecture, build=False) as compilations:
+        row = Row(architecture, "bf16", everything)
+        launch_all(row, T=48, D=128, V=4099)
+        first = Counter(name for name, *_ in compilations)
+        assert sorted(first) == KERNELS
+        assert first["tiles_kernel"] == first["d_logits_kernel"] == first["combine_kernel"] == 1
+        for T in (1, 2, 7, 16, 37, 1000, 4096):
+            for workspace_bytes in (2**28, 2**21):
+                launch_all(row, T=T, D=128, V=4099, workspace_bytes=workspace_bytes)
+        assert Counter(name for name, *_ in compilations) == first
