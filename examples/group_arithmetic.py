@@ -1,9 +1,10 @@
 """A small Llama learns arithmetic from groups of right and wrong answers, on a CPU, by this package's own path.
 
-The task. A prompt is a number, `137=`, and any sum that makes it is a right answer: `58+79`. Each prompt comes with a
-group of 8 answers, 2 to 6 of them right. A wrong answer is a right answer of another prompt: nothing in an answer gives
-it away, only the prompt tells the two apart. Held-out numbers never occur in training, neither as a prompt nor as the
-sum of a wrong answer; their own wrong answers are right answers of other held-out numbers.
+The task. A prompt is a number, `579=`, and a sum that makes it is a right answer: `123+456`. (The given answers add up
+without carrying, which a model of this size learns in a minute.) Each prompt comes with a group of 8 answers, 2 to 6 of
+them right. A wrong answer is a right answer of another prompt: nothing in an answer gives it away, only the prompt
+tells the two apart. Held-out numbers never occur in training, neither as a prompt nor as the sum of a wrong answer;
+their own wrong answers are right answers of other held-out numbers.
 
 Training starts from random weights, and these are the reference too: its log-probabilities are computed once, before
 the first step. There is no supervised phase, because the NLL term of the objective does its work. So all rewards are 0
@@ -48,7 +49,7 @@ import groupdpo_kernels
 from groupdpo_kernels import Objective, PreferenceGroups, explain, group_backward, model_logps, seq_logps
 
 OBJECTIVE = Objective("mpo", beta=5.0, average=True, nll_weight=1.0)
-STEPS = 600
+STEPS = 450
 GROUP = 8  # answers to a prompt
 GROUPS_PER_STEP = 16
 MICRO_BATCH = 64  # answers
@@ -60,8 +61,9 @@ SETTINGS = {
     "micro_batch": MICRO_BATCH,
     "learning_rate": LEARNING_RATE,
 }
-PLACES = "hto=to+to"  # hundreds, tens, ones: a digit is another token in another place, so 10 place + digit
-NUMBERS = range(20, 179)  # each is the sum of two numbers below 100 in many ways
+ALPHABET = "0123456789+="
+NUMBERS = [100 * h + 10 * t + o for h in range(3, 10) for t in range(3, 10) for o in range(3, 10)]
+HELD_OUT = 48  # of the numbers
 
 Batch = tuple[Tensor, Tensor]  # input_ids (s, L), targets (s, L)
 
@@ -71,7 +73,7 @@ Batch = tuple[Tensor, Tensor]  # input_ids (s, L), targets (s, L)
 
 @dataclass(frozen=True)
 class Data:
-    """Groups of GROUP rows each. All rows have the same length: three digits, "=", and an answer of five characters."""
+    """Groups of GROUP rows, all of one length: a number of three digits, "=", and an answer of seven characters."""
 
     input_ids: Tensor  # (S, L)
     targets: Tensor  # (S, L) the token that each position predicts; -100 in the prompt
@@ -91,8 +93,9 @@ class Data:
 
 
 def right_answer(number: int, rng: random.Random) -> str:
-    first = rng.randint(max(0, number - 99), min(99, number))
-    return f"{first:02d}+{number - first:02d}"
+    """Two numbers of three digits, zeros in front, that make `number` without carrying."""
+    first = int("".join(str(rng.randint(0, int(digit))) for digit in str(number)))
+    return f"{first:03d}+{number - first:03d}"
 
 
 def is_right(number: int, answer: str) -> bool:
@@ -110,7 +113,7 @@ def make_data(prompts: list[int], numbers: list[int], rng: random.Random) -> Dat
         others = [other for other in numbers if other != number]
         for label in labels:
             answer = right_answer(number if label else rng.choice(others), rng)
-            texts.append(f"{number:03d}={answer}")
+            texts.append(f"{number}={answer}")
         positive += labels
     ids = encode(texts)
     targets = ids[:, 1:].clone()
@@ -119,11 +122,7 @@ def make_data(prompts: list[int], numbers: list[int], rng: random.Random) -> Dat
 
 
 def encode(texts: list[str]) -> Tensor:  # (S, L)
-    return torch.tensor([list(map(token, text, PLACES)) for text in texts])
-
-
-def token(character: str, place: str) -> int:
-    return 30 + "=+".index(character) if character in "=+" else 10 * "hto".index(place) + int(character)
+    return torch.tensor([[ALPHABET.index(character) for character in text] for text in texts])
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
@@ -135,7 +134,7 @@ def make_model() -> LlamaForCausalLM:
         intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=4,
-        vocab_size=32,
+        vocab_size=len(ALPHABET),
         max_position_embeddings=16,
         initializer_range=0.05,
         tie_word_embeddings=True,
@@ -180,12 +179,12 @@ def evaluate(model: torch.nn.Module, data: Data, ref_logps: Tensor) -> dict[str,
 
 @torch.no_grad()
 def answers_of(model: LlamaForCausalLM, numbers: list[int]) -> list[str]:
-    """Greedy decoding, five characters."""
-    ids = encode([f"{number:03d}=" for number in numbers])
-    for _ in range(5):
+    """Greedy decoding, seven characters."""
+    ids = encode([f"{number}=" for number in numbers])
+    for _ in range(7):
         best = model(ids, use_cache=False).logits[:, -1].argmax(-1)
         ids = torch.cat([ids, best[:, None]], 1)
-    return ["".join(str(i % 10) if i < 30 else "=+"[i - 30] for i in row[4:]) for row in ids.tolist()]
+    return ["".join(ALPHABET[i] for i in row[4:]) for row in ids.tolist()]
 
 
 # --------------------------------------------------------------------------------------------------------- the training
@@ -271,8 +270,9 @@ def conclude(
     report: Report,
 ) -> None:
     """What the curves do not say: chance under prompts from elsewhere, and the model's own answers."""
-    prompts = encode([f"{other:03d}=" for other in others]).repeat_interleave(GROUP, 0)
-    swapped = Data(torch.cat([prompts, held_out.input_ids[:, 4:]], 1), held_out.targets, held_out.positive)
+    swapped, _ = held_out.take(torch.arange(len(others)) % len(held_out))
+    prompts = encode([f"{other}=" for other in others]).repeat_interleave(GROUP, 0)
+    swapped = replace(swapped, input_ids=torch.cat([prompts, swapped.input_ids[:, 4:]], 1))
     control = evaluate(model, swapped, sums_of(reference, swapped))["accuracy"]
     answers = answers_of(model, numbers)
     right = [is_right(number, answer) for number, answer in zip(numbers, answers)]
@@ -363,22 +363,21 @@ def main() -> int:
     torch.manual_seed(arguments.seed)
     rng = random.Random(arguments.seed)
     numbers = rng.sample(NUMBERS, len(NUMBERS))
-    held_out_numbers, training_numbers = numbers[:24], numbers[24:]
+    held_out_numbers, training_numbers = numbers[:HELD_OUT], numbers[HELD_OUT:]
     prompts = rng.choices(training_numbers, k=GROUPS_PER_STEP * min(steps, 250))
     data = make_data(prompts, training_numbers, rng)
-    held_out = make_data(held_out_numbers * (1 if arguments.quick else 4), held_out_numbers, rng)
+    held_out = make_data(held_out_numbers * (1 if arguments.quick else 2), held_out_numbers, rng)
     model = make_model()
     reference = copy.deepcopy(model)
     options = {"seed": arguments.seed, "steps": steps, "training_groups": len(data), "held_out_groups": len(held_out)}
     report = Report(environment(model), options | SETTINGS)
-    count, built = sum(p.numel() for p in model.parameters()), report.environment
-    show(f"{count:,} parameters; {len(data):,} groups of {GROUP} answers, {len(held_out)} held out")
-    show(f"torch {built['torch']}, log-probabilities by impl={built['impl']!r}, {built['cpus']} CPUs\n")
+    count, impl = sum(p.numel() for p in model.parameters()), report.environment["impl"]
+    show(f"{count:,} parameters; {len(data):,} groups of {GROUP} answers, {len(held_out)} held out; impl={impl!r}\n")
     points = group_memory.points_of([2, 4] if arguments.quick else [2, 4, 8, 16])
     try:
         with report.timing("total"):
             train(model, data, held_out, steps, report)
-            elsewhere = rng.choices(training_numbers, k=len(held_out))
+            elsewhere = rng.choices(training_numbers, k=6 * len(held_out))
             conclude(model, reference, held_out, held_out_numbers, elsewhere, report)
             measure_memory([replace(p, layers=1) for p in points] if arguments.quick else points, report)
     except KeyboardInterrupt:
