@@ -49,7 +49,7 @@ import groupdpo_kernels
 from groupdpo_kernels import Objective, PreferenceGroups, explain, group_backward, model_logps, seq_logps
 
 OBJECTIVE = Objective("mpo", beta=5.0, average=True, nll_weight=1.0)
-STEPS = 450
+STEPS = 400
 GROUP = 8  # answers to a prompt
 GROUPS_PER_STEP = 16
 MICRO_BATCH = 64  # answers

@@ -13,12 +13,17 @@ from another. Linux; elsewhere the peak since the process began, which includes 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import json
 import multiprocessing
 import os
+import platform
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -58,6 +63,13 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def return_freed_memory() -> None:
+    """Has glibc map blocks above 64 KiB one by one, so that what is freed is gone: resident memory is memory in use."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        m_mmap_threshold = -3
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
+
+
 def step(model: LlamaForCausalLM, backward: str, input_ids: Tensor) -> None:  # (G, L)
     """Loss and gradients of one group."""
     G, L = input_ids.shape
@@ -74,6 +86,7 @@ def step(model: LlamaForCausalLM, backward: str, input_ids: Tensor) -> None:  # 
 
 def peak_memory(point: Point) -> int:
     """Bytes that the step takes at its peak beyond the model and its gradients."""
+    return_freed_memory()
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=point.hidden,
@@ -85,9 +98,8 @@ def peak_memory(point: Point) -> int:
     )
     model = LlamaForCausalLM(config)
     input_ids = torch.randint(0, point.vocabulary, (point.group, point.tokens))
-    step(
-        model, point.backward, input_ids[:2, :8]
-    )  # makes gradients and the libraries' buffers, at next to no activations
+    # Makes the gradients and the libraries' buffers, at next to no activations.
+    step(model, point.backward, input_ids[:2, :8])
     forget_peak()
     before = resident("VmRSS")
     step(model, point.backward, input_ids)
@@ -95,22 +107,32 @@ def peak_memory(point: Point) -> int:
 
 
 def measure(points: list[Point]) -> Iterator[tuple[Point, int]]:
-    """(point, bytes) one by one. Processes are forked from a server that has imported this module and done no more."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with context.Pool(1, _ignore_interrupt, maxtasksperchild=1) as pool:
-        yield from zip(points, pool.imap(peak_memory, points))
-
-
-def _ignore_interrupt() -> None:
-    """Ctrl-C reaches every process of a terminal; only the first one decides."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """(point, bytes) one by one, from a process that has imported all this, done nothing, and forks one for each."""
+    command = [sys.executable, __file__, json.dumps([asdict(point) for point in points])]
+    # In a session of its own: Ctrl-C reaches every process of a terminal, and only the first one decides.
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert child.stdout is not None
+    try:
+        for point in points:
+            line = child.stdout.readline()
+            if not line:
+                raise RuntimeError(f"the measurement of {point} has failed; its error stands above")
+            yield point, int(line)
+    finally:
+        child.stdout.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def points_of(sizes: list[int]) -> list[Point]:
     return [Point(backward, size) for size in sizes for backward in ("coupled", "two_pass")]
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and len(sys.argv) == 1:
     for point, peak in measure(points_of([2, 4, 8, 16, 32])):
         print(f"G = {point.group:<4d}{point.backward:10s}{peak / 2**20:8.1f} MiB", flush=True)
+elif __name__ == "__main__":
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        for peak in pool.imap(peak_memory, [Point(**point) for point in json.loads(sys.argv[1])]):
+            print(peak, flush=True)
