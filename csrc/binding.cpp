@@ -36,11 +36,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_forward_cpu(
     Tensor token_logps, std::optional<Tensor> ref_logps, Tensor cu_seqlens, Tensor cu_groups, Tensor positive,
     int64_t loss, double beta, bool average, bool subtract_reference, double nll_weight, double label_smoothing,
-    double gamma, double alpha, double ceiling, bool balance_reference, bool balance_normalize) {
+    double gamma, double alpha, double tau, double ceiling, bool balance_reference, bool balance_normalize) {
   return preference_weights_forward(
       token_logps, ref_logps, cu_seqlens, cu_groups, positive,
       {static_cast<LossKind>(loss), beta, average, subtract_reference, nll_weight, label_smoothing, gamma, alpha,
-       ceiling, balance_reference, balance_normalize});
+       tau, ceiling, balance_reference, balance_normalize});
 }
 
 Tensor preference_backward_cpu(Tensor d_loss, Tensor coefficients, Tensor cu_seqlens, int64_t T) {

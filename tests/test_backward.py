@@ -158,7 +158,7 @@ def test_every_objective(loss: str, strategy: str) -> None:
     row = LOSSES[loss]
     lists = RAGGED if row.group or row.every_pair else [[True, False], [False, True]]
     lists = [sorted(group, reverse=True) for group in lists] if row.ranks else lists
-    balance = None if row.ranks else AdaBalance()
+    balance = None if row.no_balance else AdaBalance()
     objective = Objective(loss, beta=0.7, nll_weight=0.3, label_smoothing=0.1, gamma=0.2, alpha=0.01, balance=balance)
     n = sum(map(len, lists))
     batches = split(responses(n), [1, n - 1])

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stepwise": {"backward", "groups", "logps", "models", "objectives", "store"},
     "testing": {"reference", "kernels"},
 }
-SHARED_KERNEL_MODULES = {"launch", "rows", "tile"}
+SHARED_KERNEL_MODULES = {"launch", "rows", "tile", "pair_losses"}
 SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
 
 

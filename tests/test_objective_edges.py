@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_objectives import RAGGED, draw, run, shape_for
+from test_objectives import RAGGED, UNBALANCED, draw, make_objective, run, shape_for
 from torch import Tensor
 
 from groupdpo_kernels.groups import PreferenceGroups
@@ -42,19 +42,19 @@ def test_a_bad_policy_is_not_hidden_and_stays_in_its_group(loss: str) -> None:
     lists = shape_for(loss)
     token_logps, cu, ref = draw(lists, seed=0)
     token_logps[0] = math.nan
-    result, gradient = run(token_logps, cu, lists, Objective(loss), ref)
+    result, gradient = run(token_logps, cu, lists, make_objective(loss), ref)
     assert result.loss.isnan() and result.group_losses.isnan().tolist() == [True] + [False] * (len(lists) - 1)
     rest = cu[len(lists[0])]
     assert gradient[: cu[1]].isnan().all() and gradient[rest:].isfinite().all()
 
 
-@pytest.mark.parametrize("loss", ["orpo", "mpo", "all_pairs", "plackett_luce"])  # one of each kind of row
+@pytest.mark.parametrize("loss", ["orpo", "nca_pair", "mpo", "all_pairs", "plackett_luce"])  # one of each kind of row
 def test_compiles_without_a_graph_break(loss: str) -> None:
     torch.compiler.reset()  # each test compiles another function
     lists = shape_for(loss)
     token_logps, cu, ref = draw(lists, seed=4)
     groups, offsets = PreferenceGroups.from_lists(lists), torch.tensor(cu)
-    balance = None if loss == "plackett_luce" else AdaBalance()
+    balance = None if loss in UNBALANCED else AdaBalance()
     objective = Objective(loss, nll_weight=1.0, balance=balance)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -102,7 +102,7 @@ def test_wrong_groups_are_nan_where_values_are_not_read() -> None:
 def test_on_a_device(loss: str) -> None:
     lists = shape_for(loss)
     token_logps, cu, ref = draw(lists, seed=4)
-    objective = Objective(loss, nll_weight=1.0, balance=None if loss == "plackett_luce" else AdaBalance())
+    objective = make_objective(loss, nll_weight=1.0, balance=None if loss in UNBALANCED else AdaBalance())
     expected, d_expected = run(token_logps, cu, lists, objective, ref)
     groups, offsets, ref = PreferenceGroups.from_lists(lists).to("cuda"), torch.tensor(cu).cuda(), ref.cuda()
     leaf = token_logps.cuda().requires_grad_()
@@ -154,12 +154,16 @@ MPO = Objective("mpo")
         ({"beta": math.nan}, "beta must be positive and finite; got nan"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\); got 0.5"),
         ({"label_smoothing": -0.1}, "label_smoothing must be in"),
+        ({"loss": "exo_pair"}, r"label_smoothing must be in \(0, 0.5\) with exo_pair; got 0.0"),
+        ({"tau": 0.0}, "tau must be positive and finite; got 0.0"),
+        ({"tau": math.inf}, "tau must be positive and finite; got inf"),
         ({"nll_weight": -1.0}, "nll_weight must be at least 0 and finite; got -1.0"),
         ({"gamma": math.inf}, "gamma must be finite; got inf"),
         ({"alpha": math.nan}, "alpha must be finite; got nan"),
         ({"average": "yes"}, "average must be True, False or None; got 'yes'"),
         ({"balance": 2.0}, "balance must be an AdaBalance or None; got 2.0"),
         ({"loss": "plackett_luce", "balance": AdaBalance()}, "balance must be None with plackett_luce"),
+        ({"loss": "nca_pair", "balance": AdaBalance()}, "balance must be None with nca_pair: .* sides alike; got Ada"),
     ],
 )
 def test_bad_objectives(options: dict, message: str) -> None:

@@ -16,6 +16,12 @@ from groupdpo_kernels.objectives import AdaBalance, Objective, PreferenceLoss, p
 
 PAIRWISE = [name for name, row in LOSSES.items() if row.pair is not None and not row.every_pair]
 GROUPWISE = [name for name in LOSSES if name not in PAIRWISE]
+UNBALANCED = [name for name, row in LOSSES.items() if row.no_balance]
+
+
+def make_objective(loss: str, **options: object) -> Objective:
+    """With the label smoothing that exo_pair cannot do without."""
+    return Objective(loss, **{**({"label_smoothing": 0.2} if loss == "exo_pair" else {}), **options})
 
 
 # ----------------------------------------------------------------------------------------------------------- the oracle
@@ -77,6 +83,24 @@ def oracle(token_logps: Tensor, cu: list[int], lists: list[list[bool]], o: Objec
             loss = softplus(-d)
         elif o.loss == "orpo":
             loss = -m[w] + o.beta * softplus(-(weights[w] * odds(w) - odds(l)))
+        elif o.loss == "robust":
+            e = o.label_smoothing
+            loss = ((1 - e) * softplus(-d) - e * softplus(d)) / (1 - 2 * e)
+        elif o.loss == "exo_pair":
+            labels = torch.tensor([1 - o.label_smoothing, o.label_smoothing], dtype=d.dtype)
+            log_p = torch.log_softmax(torch.stack([v[w], v[l]]), 0)
+            loss = (log_p.exp() * (log_p - labels.log())).sum()
+        elif o.loss == "discopop":
+            log_mix = -softplus(-d / o.tau)
+            loss = (1 - torch.sigmoid(d / o.tau)) * softplus(-d) + torch.exp(log_mix - d)
+        elif o.loss == "nca_pair":
+            loss = softplus(-v[w]) + (softplus(v[w]) + softplus(v[l])) / 2
+        elif o.loss == "apo_zero":
+            loss = 1 - torch.sigmoid(v[w]) + torch.sigmoid(v[l])
+        elif o.loss == "apo_down":
+            loss = torch.sigmoid(v[w]) + 1 - torch.sigmoid(d)
+        elif o.loss == "sppo_hard":
+            loss = (v[w] / o.beta - 1 / (2 * o.beta)) ** 2 + (v[l] / o.beta + 1 / (2 * o.beta)) ** 2
         elif o.loss == "margin":
             loss = softplus(-(sum(v[i] for i in P) / len(P) - sum(v[j] for j in N) / len(N)))
         elif o.loss == "mpo":
@@ -154,8 +178,8 @@ RAGGED = [[True, False, False], [False, True], [False, False, True, True, False]
 RANKED = [sorted(group, reverse=True) for group in RAGGED]
 OPTIONS: list[dict[str, object]] = [
     {},
-    {"beta": 2.0, "average": True, "nll_weight": 1.0, "label_smoothing": 0.1, "gamma": 0.7, "alpha": 0.3},
-    {"average": False, "reference_free": True},
+    {"beta": 2.0, "average": True, "nll_weight": 1.0, "label_smoothing": 0.1, "gamma": 0.7, "alpha": 0.3, "tau": 0.2},
+    {"average": False, "reference_free": True, "tau": 0.7},
     {"average": True, "reference_free": False, "nll_weight": 0.5},
 ]
 BALANCES = [
@@ -173,8 +197,8 @@ def shape_for(loss: str) -> list[list[bool]]:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_value_and_gradient(loss: str, options: dict) -> None:
-    for balance in (None, *(BALANCES if loss != "plackett_luce" and len(options) != 2 else ())):
-        check(shape_for(loss), Objective(loss, balance=balance, **options), seed=3)
+    for balance in (None, *(BALANCES if loss not in UNBALANCED and "tau" not in options else ())):
+        check(shape_for(loss), make_objective(loss, balance=balance, **options), seed=3)
 
 
 def draw_lists(data: st.DataObject, loss: str) -> list[list[bool]]:
@@ -191,13 +215,13 @@ def draw_lists(data: st.DataObject, loss: str) -> list[list[bool]]:
 @given(st.data())
 def test_random_ragged_groups(data: st.DataObject) -> None:
     loss = data.draw(st.sampled_from(list(LOSSES)))
-    objective = Objective(
+    objective = make_objective(
         loss,
         beta=data.draw(st.sampled_from([0.1, 1.0, 7.5])),
         average=data.draw(st.sampled_from([None, True, False])),
         reference_free=data.draw(st.sampled_from([None, True, False])),
         nll_weight=data.draw(st.sampled_from([0.0, 1.0])),
-        balance=None if loss == "plackett_luce" else data.draw(st.sampled_from([None, *BALANCES])),
+        balance=None if loss in UNBALANCED else data.draw(st.sampled_from([None, *BALANCES])),
     )
     spread = data.draw(st.sampled_from([0.1, 1.0, 3.0]))
     check(draw_lists(data, loss), objective, data.draw(st.integers(0, 999)), spread, data.draw(st.booleans()))
@@ -246,7 +270,7 @@ def test_coefficients_in_closed_form() -> None:
 # --------------------------------------------------------------------------------------------------------------- AdaDPO
 
 
-BALANCED = [*itertools.product(set(LOSSES) - {"orpo", "plackett_luce"}, ["policy", "reference"], [True, False])]
+BALANCED = [*itertools.product(set(LOSSES) - {"orpo", *UNBALANCED}, ["policy", "reference"], [True, False])]
 
 
 # orpo's odds are those of the policy's mean probability, whatever the options.
@@ -255,7 +279,7 @@ def test_balance_makes_the_two_sides_equal(loss: str, space: str, normalize: boo
     """Gradients in exp(s / n) with averaged scores and normalize, in exp(s) with sums and without."""
     token_logps, cu, ref = draw([[True, False]], seed=5, spread=0.4)
     balance = AdaBalance(ceiling=100.0, space=space, normalize=normalize)
-    objective = Objective(loss, beta=0.5, average=normalize, reference_free=False, alpha=0.01, balance=balance)
+    objective = make_objective(loss, beta=0.5, average=normalize, reference_free=False, alpha=0.01, balance=balance)
     _, gradient = run(token_logps, cu, [[True, False]], objective, ref)
     s, r = (torch.stack([x[a:b].sum() for a, b in itertools.pairwise(cu)]) for x in (token_logps, ref))
     n = torch.tensor(cu).diff()
@@ -280,8 +304,8 @@ def test_extreme_scores_stay_finite(loss: str) -> None:
     for sign in (1, -1):
         labels = torch.tensor([x for group in lists for x in group])
         token_logps = torch.where(labels, -2e4 if sign > 0 else -0.0, -0.0 if sign > 0 else -2e4)
-        for balance in (None, AdaBalance()) if loss != "plackett_luce" else (None,):
-            objective = Objective(loss, beta=1.0, nll_weight=1.0, balance=balance)
+        for balance in (None, AdaBalance()) if loss not in UNBALANCED else (None,):
+            objective = make_objective(loss, beta=1.0, nll_weight=1.0, balance=balance)
             result, gradient = run(
                 token_logps, list(range(len(labels) + 1)), lists, objective, -1e4 * torch.ones(len(labels))
             )

@@ -9,6 +9,7 @@ import torch
 
 from groupdpo_kernels import AdaBalance, Objective, PreferenceGroups, PreferenceWeights, preference_loss, preference_ops
 from groupdpo_kernels.kernels.preference_weights import LOSSES, PAIRWISE
+from groupdpo_kernels.losses import LOSSES as TABLE
 from groupdpo_kernels.preference_ops import LossSpec
 from groupdpo_kernels.testing import error, triton_on_cpu
 
@@ -56,7 +57,7 @@ def evaluate(logps, cu_seqlens, groups, objective, reference, impl):
 @pytest.mark.parametrize("balance", BALANCES, ids=("plain", "policy", "reference"))
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_against_float64(loss, balance, impl, poisoned_memory):
-    if loss == "plackett_luce" and balance is not None:
+    if TABLE[loss].no_balance and balance is not None:
         with pytest.raises(ValueError, match="balance must be None"):
             Objective(loss, balance=balance)
         return
@@ -65,7 +66,7 @@ def test_every_loss_against_float64(loss, balance, impl, poisoned_memory):
     ):
         objective = Objective(
             loss, beta=0.7, average=average, reference_free=reference_free, nll_weight=0.5,
-            label_smoothing=0.1, gamma=0.3, alpha=0.05, balance=balance,
+            label_smoothing=0.1, gamma=0.3, alpha=0.05, tau=0.3, balance=balance,
         )  # fmt: skip
         groups, cu_seqlens, logps, reference = draw(loss, seed, spread, per_token=seed % 2 == 0)
         arguments = (cu_seqlens, groups, objective)
@@ -79,6 +80,11 @@ def test_every_loss_against_float64(loss, balance, impl, poisoned_memory):
             assert (value - truth[name]).abs().max() <= budget, (name, seed)
 
 
+def test_the_kernels_know_every_loss_of_the_table():
+    assert set(LOSSES) == set(preference_ops.extension_losses()) == set(TABLE)
+    assert set(PAIRWISE) == {name for name, row in TABLE.items() if row.pair and not row.every_pair}
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_same_bits_every_time(impl):
     groups, cu_seqlens, logps, reference = draw("mpo", 3, 2.0, per_token=True)
@@ -89,10 +95,11 @@ def test_the_same_bits_every_time(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_extreme_scores_stay_finite(loss, impl):
-    balance = None if loss == "plackett_luce" else AdaBalance(normalize=False)
+    balance = None if TABLE[loss].no_balance else AdaBalance(normalize=False)
+    objective = Objective(loss, beta=1.0, label_smoothing=0.1, balance=balance)
     groups = PreferenceGroups.from_lists([[True, False], [True, False]])
     logps = torch.tensor([-1e4, -1.0, -1.0, -1e4])
-    out = evaluate(logps, torch.arange(5), groups, Objective(loss, beta=1.0, balance=balance), torch.zeros(4), impl)
+    out = evaluate(logps, torch.arange(5), groups, objective, torch.zeros(4), impl)
     assert all(x.isfinite().all() for x in out.values())
 
 
@@ -149,7 +156,7 @@ WRONG_OFFSETS = {
 def test_wrong_offsets_are_nan_where_values_are_not_read(what, impl, poisoned_memory):
     """Straight to the op, as on a GPU: preference_loss checks values on a CPU."""
     logps = -torch.rand(8)
-    spec = LossSpec("mpo", 0.1, False, False, 0.0, 0.0, 0.0, 0.0, 0.0, False, False)
+    spec = LossSpec("mpo", 0.1, False, False, 0.0, 0.0, 0.0, 0.0, 0.05, 0.0, False, False)
     groups = torch.tensor([0, 2, 4]), torch.tensor([True, False, True, False])
     leaf = logps.requires_grad_()
     with where(impl):
@@ -160,7 +167,7 @@ def test_wrong_offsets_are_nan_where_values_are_not_read(what, impl, poisoned_me
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_wrong_group_or_reference_is_nan(impl, poisoned_memory):
-    spec = LossSpec("mpo", 0.1, False, True, 0.0, 0.0, 0.0, 0.0, 0.0, False, False)
+    spec = LossSpec("mpo", 0.1, False, True, 0.0, 0.0, 0.0, 0.0, 0.05, 0.0, False, False)
     right = (torch.zeros(4), torch.tensor([0, 2, 4]), torch.tensor([True, False, True, False]))
     wrong = (
         (right[0], right[1], torch.tensor([True, True, True, False])),  # no negative
@@ -197,7 +204,7 @@ def test_only_the_loss_is_differentiable_and_the_graph_compiles():
 
 def test_opcheck():
     groups, cu_seqlens, logps, reference = draw("all_pairs", 2, 2.0, per_token=True)
-    spec = LossSpec("all_pairs", 0.1, False, True, 0.0, 0.0, 0.0, 0.0, 2.0, False, True)
+    spec = LossSpec("all_pairs", 0.1, False, True, 0.0, 0.0, 0.0, 0.0, 0.05, 2.0, False, True)
     vectors = (logps, reference, cu_seqlens, groups.cu_groups, groups.positive)
     torch.library.opcheck(torch.ops.groupdpo_kernels.preference_weights_forward, (*vectors, *spec, 9, "cpu"))
     coefficients = torch.rand(groups.num_sequences)

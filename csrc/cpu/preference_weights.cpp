@@ -24,6 +24,7 @@ double sigma(double x) {
   const double e = std::exp(-std::abs(x));
   return (x >= 0 ? 1.0 : e) / (1.0 + e);
 }
+double square(double x) { return x * x; }
 double log1mexp(double m) { return std::log(-std::expm1(m > -kUnit ? -kUnit : m)); }
 double log_add_exp(double a, double b) {
   if (a == -kInf && b == -kInf) return a;
@@ -73,34 +74,70 @@ double pair_loss(Group& g, const LossSpec& spec) {
       g.v[i] = g.w[i] * (g.m[i] - log1mexp(g.m[i]));
       g.d_u[i] = (g.m[i] > -kUnit ? 1.0 : -1.0 / std::expm1(g.m[i])) / g.n[i];
     }
-  double x = g.sum(g.v, true) - g.sum(g.v, false);
-  double loss = 0, d_x = 0;
+  const double v_w = g.sum(g.v, true), v_l = g.sum(g.v, false), x = v_w - v_l, e = spec.label_smoothing;
+  double loss = 0, d_x = 0, d_w = 0, d_l = 0;  // derivatives in x, and in the two sides apart
   switch (spec.loss) {
-    case LossKind::sigmoid: {
-      const double e = spec.label_smoothing;
+    case LossKind::sigmoid:
       loss = (1 - e) * neg_log_sigmoid(x) + e * neg_log_sigmoid(-x);
       d_x = e * sigma(x) - (1 - e) * sigma(-x);
       break;
-    }
     case LossKind::hinge:
-      loss = std::isnan(x) ? x : std::max(1 - x, 0.0);
-      d_x = std::isnan(x) ? x : (x < 1 ? -1.0 : 0.0);
+      loss = std::max(1 - x, 0.0);
+      d_x = x < 1 ? -1.0 : 0.0;
       break;
     case LossKind::ipo:
-      loss = (x - 0.5) / spec.beta * ((x - 0.5) / spec.beta);
-      d_x = 2 * (x - 0.5) / (spec.beta * spec.beta);
+      loss = square((x - 0.5) / spec.beta);
+      d_x = 2 * (x - 0.5) / square(spec.beta);
       break;
     case LossKind::orpo:
       loss = spec.beta * neg_log_sigmoid(x);
       d_x = -spec.beta * sigma(-x);
       break;
-    default:
-      if (spec.loss == LossKind::rdpo) x += spec.alpha * (g.sum(g.n, true) - g.sum(g.n, false));
-      if (spec.loss == LossKind::simpo) x -= spec.gamma;
-      loss = neg_log_sigmoid(x);
-      d_x = -sigma(-x);
+    case LossKind::robust:
+      loss = neg_log_sigmoid(x) - e / (1 - 2 * e) * x;
+      d_x = -sigma(-x) - e / (1 - 2 * e);
+      break;
+    case LossKind::exo_pair:
+      loss = -sigma(x) * (neg_log_sigmoid(x) + std::log1p(-e)) - sigma(-x) * (neg_log_sigmoid(-x) + std::log(e));
+      d_x = sigma(x) * sigma(-x) * (x + std::log(e) - std::log1p(-e));
+      break;
+    case LossKind::discopop: {
+      // 1 - m, and m e^-x as one exponential: for a negative x of a large size it is 0 times infinity.
+      const double rest = sigma(-x / spec.tau), grown = std::exp(-x - neg_log_sigmoid(x / spec.tau));
+      loss = rest * neg_log_sigmoid(x) + grown;
+      d_x = rest * ((grown - sigma(x / spec.tau) * neg_log_sigmoid(x)) / spec.tau - sigma(-x)) - grown;
+      break;
+    }
+    case LossKind::nca_pair:
+      loss = neg_log_sigmoid(v_w) + 0.5 * (neg_log_sigmoid(-v_w) + neg_log_sigmoid(-v_l));
+      d_w = 0.5 * sigma(v_w) - sigma(-v_w);
+      d_l = 0.5 * sigma(v_l);
+      break;
+    case LossKind::apo_zero:
+      loss = sigma(-v_w) + sigma(v_l);
+      d_w = -sigma(v_w) * sigma(-v_w);
+      d_l = sigma(v_l) * sigma(-v_l);
+      break;
+    case LossKind::apo_down:
+      loss = sigma(v_w) + sigma(-x);
+      d_x = -sigma(x) * sigma(-x);
+      d_w = sigma(v_w) * sigma(-v_w);
+      break;
+    case LossKind::sppo_hard:
+      loss = square((v_w - 0.5) / spec.beta) + square((v_l + 0.5) / spec.beta);
+      d_w = 2 * (v_w - 0.5) / square(spec.beta);
+      d_l = 2 * (v_l + 0.5) / square(spec.beta);
+      break;
+    default: {
+      double y = x;
+      if (spec.loss == LossKind::rdpo) y += spec.alpha * (g.sum(g.n, true) - g.sum(g.n, false));
+      if (spec.loss == LossKind::simpo) y -= spec.gamma;
+      loss = neg_log_sigmoid(y);
+      d_x = -sigma(-y);
+    }
   }
-  for (int64_t i = 0; i < g.size; ++i) g.a[i] = d_x * (g.positive[i] ? g.w[i] : -1.0);
+  for (int64_t i = 0; i < g.size; ++i)
+    g.a[i] = std::isnan(loss) ? loss : g.positive[i] ? g.w[i] * (d_w + d_x) : d_l - d_x;
   return loss;
 }
 
@@ -181,7 +218,7 @@ bool well_formed(const Group& g, LossKind loss) {
   if (loss == LossKind::plackett_luce)
     for (int64_t i = 1; i < g.size; ++i)
       if (g.positive[i] && !g.positive[i - 1]) return false;
-  return g.P > 0 && g.N > 0 && (loss > LossKind::orpo || g.size == 2);
+  return g.P > 0 && g.N > 0 && (loss >= LossKind::margin || g.size == 2);
 }
 
 // Scores and balance of a group whose s, r, n and sides are set.

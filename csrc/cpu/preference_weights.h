@@ -14,10 +14,32 @@ namespace groupdpo_kernels {
 using torch::stable::Tensor;
 
 // The losses in the order of LossKind: pairwise ones first.
-inline constexpr const char* kPreferenceLosses[] = {"sigmoid", "hinge",  "ipo", "rdpo",      "simpo",   "cpo",
-                                                    "orpo",    "margin", "mpo", "all_pairs", "softmax", "plackett_luce"};
+inline constexpr const char* kPreferenceLosses[] = {
+    "sigmoid",  "hinge",    "ipo",      "rdpo",     "simpo",     "cpo",    "orpo",
+    "robust",   "exo_pair", "discopop", "nca_pair", "apo_zero",  "apo_down", "sppo_hard",
+    "margin",   "mpo",      "all_pairs", "softmax", "plackett_luce"};
 
-enum class LossKind { sigmoid, hinge, ipo, rdpo, simpo, cpo, orpo, margin, mpo, all_pairs, softmax, plackett_luce };
+enum class LossKind {
+  sigmoid,
+  hinge,
+  ipo,
+  rdpo,
+  simpo,
+  cpo,
+  orpo,
+  robust,
+  exo_pair,
+  discopop,
+  nca_pair,
+  apo_zero,
+  apo_down,
+  sppo_hard,
+  margin,  // the first of the group-wise ones
+  mpo,
+  all_pairs,
+  softmax,
+  plackett_luce
+};
 
 // An Objective with its conventions resolved, as LossSpec in preference_ops.py.
 struct LossSpec {
@@ -29,6 +51,7 @@ struct LossSpec {
   double label_smoothing;
   double gamma;
   double alpha;
+  double tau;
   double ceiling;  // 0: no balance
   bool balance_reference;
   bool balance_normalize;

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .pair_losses import PAIRWISE, pair_loss
 from .tile import exp_minus_one, log1mexp, log_add_exp, neg_log_sigmoid, sigmoid
 
-PAIRWISE = ("sigmoid", "hinge", "ipo", "rdpo", "simpo", "cpo", "orpo")
 LOSSES = (*PAIRWISE, "margin", "mpo", "all_pairs", "softmax", "plackett_luce")
 MAX_GROUP = 1024
 
@@ -92,6 +92,7 @@ def groups_kernel(
     label_smoothing,
     gamma,
     alpha,
+    tau,
     ceiling,
     log_ceiling,
     LOSS: tl.constexpr,
@@ -164,28 +165,14 @@ def groups_kernel(
             v = w * (m - log1mexp(m))
             # d (m - log(1 - e^m)) / d m; closer to 0 than one unit of precision the second term is constant.
             d_u = tl.where(m > -1.1920928955078125e-7, 1.0, -1.0 / exp_minus_one(m)) / n
-        x = tl.sum(tl.where(pos, v, 0.0), 1) - tl.sum(tl.where(neg, v, 0.0), 1)
-        if LOSS == "sigmoid":
-            losses = (1 - label_smoothing) * neg_log_sigmoid(x) + label_smoothing * neg_log_sigmoid(-x)
-            d_x = label_smoothing * sigmoid(x) - (1 - label_smoothing) * sigmoid(-x)
-        elif LOSS == "hinge":
-            losses = tl.maximum(1.0 - x, 0.0)
-            losses = tl.where(x == x, losses, x)
-            d_x = tl.where(x < 1.0, -1.0, tl.where(x == x, 0.0, x))
-        elif LOSS == "ipo":
-            losses = ((x - 0.5) / beta) * ((x - 0.5) / beta)
-            d_x = 2.0 * (x - 0.5) / (beta * beta)
-        elif LOSS == "orpo":
-            losses = beta * neg_log_sigmoid(x)
-            d_x = -beta * sigmoid(-x)
-        else:
-            if LOSS == "rdpo":
-                x += alpha * (tl.sum(tl.where(pos, n, 0.0), 1) - tl.sum(tl.where(neg, n, 0.0), 1))
-            elif LOSS == "simpo":
-                x -= gamma
-            losses = neg_log_sigmoid(x)
-            d_x = -sigmoid(-x)
-        a = d_x[:, None] * tl.where(pos, w, -1.0)
+        losses, d_w, d_l = pair_loss(
+            tl.sum(tl.where(pos, v, 0.0), 1),
+            tl.sum(tl.where(neg, v, 0.0), 1),
+            tl.sum(tl.where(pos, n, 0.0), 1) - tl.sum(tl.where(neg, n, 0.0), 1),
+            beta, label_smoothing, gamma, alpha, tau, LOSS,
+        )  # fmt: skip
+        a = tl.where(pos, w * d_w[:, None], d_l[:, None])
+        a = tl.where((losses == losses)[:, None], a, float("nan"))  # where the loss is NaN, so is all of its gradient
     elif LOSS == "margin":
         x = tl.sum(tl.where(pos, v, 0.0), 1) / P - tl.sum(tl.where(neg, v, 0.0), 1) / N
         losses = neg_log_sigmoid(x)
@@ -316,6 +303,7 @@ def preference_weights_forward(
     label_smoothing: float,
     gamma: float,
     alpha: float,
+    tau: float,
     ceiling: float,  # 0: no balance
     balance_reference: bool,
     balance_normalize: bool,
@@ -344,7 +332,7 @@ def preference_weights_forward(
     groups_kernel[(triton.cdiv(G, BLOCK_G),)](
         sums, ref_sums, cu_seqlens, cu_groups, positive, out_loss, rewards, balance_weights, coefficients,
         group_losses, ticket, T, S, G,
-        beta, nll_weight, label_smoothing, gamma, alpha, ceiling, math.log(ceiling or 1.0),
+        beta, nll_weight, label_smoothing, gamma, alpha, tau, ceiling, math.log(ceiling or 1.0),
         LOSS=loss, AVERAGE=average, SUBTRACT=subtract_reference, BALANCE=ceiling > 0,
         BALANCE_REFERENCE=balance_reference,
         BALANCE_NORMALIZE=balance_normalize, PAIRWISE=pairwise, BLOCK_G=BLOCK_G, BLOCK_S=BLOCK_S, BLOCK_MEAN=1024,

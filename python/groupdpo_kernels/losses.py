@@ -74,6 +74,48 @@ def orpo(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
     return -chosen.mean_logps - objective.beta * logsigmoid(odds_w - odds_l)
 
 
+def robust(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+    """rDPO (arXiv 2403.00409): [-(1 - e) log sigma(D) + e log sigma(-D)] / (1 - 2e), e the label smoothing."""
+    d, e = chosen.scores - rejected.scores, objective.label_smoothing
+    return -logsigmoid(d) - e / (1 - 2 * e) * d  # the same: log sigma(-D) = log sigma(D) - D
+
+
+def exo_pair(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+    """EXO (arXiv 2402.00856): KL((sigma(D), sigma(-D)) || (1 - e, e)), e the label smoothing, not 0."""
+    d, e = chosen.scores - rejected.scores, objective.label_smoothing
+    won = torch.sigmoid(d) * (logsigmoid(d) - math.log1p(-e))
+    return won + torch.sigmoid(-d) * (logsigmoid(-d) - math.log(e))
+
+
+def nca_pair(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+    """NCA (arXiv 2402.05369): -log sigma(u_w) - (log sigma(-u_w) + log sigma(-u_l)) / 2."""
+    u_w, u_l = chosen.scores, rejected.scores
+    return -logsigmoid(u_w) - 0.5 * (logsigmoid(-u_w) + logsigmoid(-u_l))
+
+
+def apo_zero(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+    """APO-zero (arXiv 2408.06266): sigma(-u_w) + sigma(u_l): the preferred response up, the other down."""
+    return torch.sigmoid(-chosen.scores) + torch.sigmoid(rejected.scores)
+
+
+def apo_down(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+    """APO-down (arXiv 2408.06266): sigma(u_w) + sigma(-D): both responses down, the dispreferred one more."""
+    return torch.sigmoid(chosen.scores) + torch.sigmoid(rejected.scores - chosen.scores)
+
+
+def discopop(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+    """DiscoPOP (arXiv 2406.08414): -(1 - m) log sigma(D) + m e^-D, m = sigma(D / tau)."""
+    d, tau = chosen.scores - rejected.scores, objective.tau
+    # m e^-D as one exponential: for a negative D of a large size it is 0 times infinity.
+    return torch.exp(logsigmoid(d / tau) - d) - torch.sigmoid(-d / tau) * logsigmoid(d)
+
+
+def sppo_hard(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+    """SPPO (arXiv 2405.00675), a win certain: ((u_w - 1/2) / beta)^2 + ((u_l + 1/2) / beta)^2."""
+    won, lost = chosen.scores - 0.5, rejected.scores + 0.5
+    return (won / objective.beta).square() + (lost / objective.beta).square()
+
+
 def log1mexp(m: Tensor) -> Tensor:
     """log(1 - e^m) for m <= 0. Closer to 0 than one unit of precision, m counts as that unit: the rest is rounding."""
     return torch.log(-torch.expm1(m.clamp(max=-torch.finfo(m.dtype).eps)))
@@ -160,6 +202,10 @@ class Loss(NamedTuple):
     odds: bool = (
         False  # the score's derivative in m is 1 / (1 - e^m), not a constant: the balance takes it into account
     )
+    no_balance: str = ""  # why AdaDPO's balance, which makes dL/du_w and -dL/du_l alike, has no meaning here
+
+
+APART = "it does not weigh the two sides alike"  # dL/du_w is not -dL/du_l, balance or none
 
 
 LOSSES: dict[str, Loss] = {
@@ -170,9 +216,16 @@ LOSSES: dict[str, Loss] = {
     "simpo": Loss(simpo, average=True, reference_free=True),
     "cpo": Loss(logistic, reference_free=True),
     "orpo": Loss(orpo, reference_free=True, odds=True),
+    "robust": Loss(robust),
+    "exo_pair": Loss(exo_pair),
+    "discopop": Loss(discopop),
+    "nca_pair": Loss(nca_pair, no_balance=APART),
+    "apo_zero": Loss(apo_zero, no_balance=APART),
+    "apo_down": Loss(apo_down, no_balance=APART),
+    "sppo_hard": Loss(sppo_hard, no_balance=APART),
     "margin": Loss(group=margin),
     "mpo": Loss(group=mpo),
     "all_pairs": Loss(logistic, every_pair=True),
     "softmax": Loss(group=softmax),
-    "plackett_luce": Loss(group=plackett_luce, ranks=True),
+    "plackett_luce": Loss(group=plackett_luce, ranks=True, no_balance="a ranking has no two sides"),
 }

@@ -73,9 +73,10 @@ class Objective:
         average: scores per token. None: the loss's own convention (simpo, ipo: True).
         reference_free: scores without a reference. None: the loss's own convention (simpo, cpo, orpo: True).
         nll_weight: adds nll_weight * mean over positives of -s_i / n_i, with any loss.
-        label_smoothing: probability that a label is wrong (sigmoid only).
+        label_smoothing: probability that a label is wrong (sigmoid, robust, exo_pair; exo_pair needs more than 0).
         gamma: target margin (simpo only).
         alpha: price of a token (rdpo only).
+        tau: width in D of the change from the logistic to the exponential loss (discopop only).
         balance: AdaDPO's balance of the two sides.
     """
 
@@ -87,6 +88,7 @@ class Objective:
     label_smoothing: float = 0.0
     gamma: float = 0.0
     alpha: float = 0.0
+    tau: float = 0.05
     balance: AdaBalance | None = None
 
     def __post_init__(self) -> None:
@@ -98,6 +100,10 @@ class Objective:
             raise ValueError(f"nll_weight must be at least 0 and finite; got {self.nll_weight}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5); got {self.label_smoothing}")
+        if self.loss == "exo_pair" and self.label_smoothing == 0:
+            raise ValueError(f"label_smoothing must be in (0, 0.5) with exo_pair; got {self.label_smoothing}")
+        if not (self.tau > 0 and math.isfinite(self.tau)):
+            raise ValueError(f"tau must be positive and finite; got {self.tau}")
         for name in ("gamma", "alpha"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be finite; got {getattr(self, name)}")
@@ -106,8 +112,8 @@ class Objective:
                 raise TypeError(f"{name} must be True, False or None; got {getattr(self, name)!r}")
         if self.balance is not None and not isinstance(self.balance, AdaBalance):
             raise TypeError(f"balance must be an AdaBalance or None; got {self.balance!r}")
-        if self.balance is not None and self._row.ranks:
-            raise ValueError(f"balance must be None with {self.loss}: a ranking has no two sides; got {self.balance}")
+        if self.balance is not None and self._row.no_balance:
+            raise ValueError(f"balance must be None with {self.loss}: {self._row.no_balance}; got {self.balance}")
 
     @property
     def _row(self) -> Loss:
@@ -232,6 +238,7 @@ def _by_kernel(
         objective.label_smoothing,
         objective.gamma,
         objective.alpha,
+        objective.tau,
         0.0 if balance is None else balance.ceiling,
         balance is not None and balance.space == "reference",
         balance is not None and balance.normalize,

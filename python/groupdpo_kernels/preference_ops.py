@@ -24,7 +24,7 @@ _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
 _VECTORS = "Tensor token_logps, Tensor? ref_logps, Tensor cu_seqlens, Tensor cu_groups, Tensor positive"
 _SPEC = (
     "str loss, float beta, bool average, bool subtract_reference, float nll_weight, float label_smoothing, float gamma,"
-    " float alpha, float ceiling, bool balance_reference, bool balance_normalize"
+    " float alpha, float tau, float ceiling, bool balance_reference, bool balance_normalize"
 )
 _RESULTS = (
     "(Tensor loss, Tensor seq_logps, Tensor rewards, Tensor group_losses, Tensor balance_weights, Tensor coefficients)"
@@ -47,6 +47,7 @@ class LossSpec(NamedTuple):
     label_smoothing: float
     gamma: float
     alpha: float
+    tau: float
     ceiling: float
     balance_reference: bool
     balance_normalize: bool
