@@ -149,7 +149,7 @@ def launch_all(row: Row, T: int = 8192, D: int = 4096, V: int = 128256, workspac
     rowwise = [meta(T, dtype=torch.float32) for _ in range(3)]
     options = (1.0, 30.0 if row.everything else None, 1.0, -100, workspace_bytes)
     linear_logps_forward(*head, targets, *options, row.everything)
-    linear_logps_backward(*head, targets, *rowwise, *options, (True, True, *(row.everything,) * 3))
+    linear_logps_backward(*head, targets, *rowwise, *options, (True, True, *(row.everything,) * 4))
 
 
 def compile_row(row: Row) -> list[Compiled]:

@@ -42,7 +42,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     o = options
     op = torch.ops.groupdpo_kernels.linear_logps_backward_cpu
-    return op(*head, targets, *rowwise, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes, *needs)
+    return op(*head, targets, *rowwise, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes, *needs, False)[:5]
 
 
 def live_rows(inputs: Inputs) -> tuple[list[Tensor | None], Tensor, list[Tensor], Tensor]:

@@ -116,7 +116,7 @@ def test_grids_have_one_dimension() -> None:
         with triton_on_cpu(BLOCK_T=128, BLOCK_V=128, tma=tma), pytest.MonkeyPatch.context() as patch:
             patch.setattr(JITFunction, "run", launch)
             linear_logps_forward(*tensors, *options, True)
-            linear_logps_backward(*tensors, rows, rows, rows, *options, (True, True, False, False, False))
+            linear_logps_backward(*tensors, rows, rows, rows, *options, (True, True, *(False,) * 4))
     assert len(grids) > 4 and all(len(grid) == 1 and 0 < grid[0] < 2**31 for grid in grids)
 
 

@@ -23,13 +23,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "store": set(),
     "ops": {"reference"},
     "preference_ops": {"ops"},
-    "functions": {"ops", "preference_ops", "reference"},
+    "replay": set(),
+    "functions": {"ops", "preference_ops", "reference", "replay"},
     "sharded": {"ops", "reference"},
-    "logps": {"functions", "ops", "reference", "sharded"},
+    "logps": {"functions", "ops", "reference", "replay", "sharded"},
     "losses": {"logps", "groups", "objectives"},  # the last two for typing only
     "objectives": {"functions", "groups", "logps", "losses", "ops", "preference_ops"},  # groups for typing only
     "groups": {"objectives"},
-    "backward": {"groups", "objectives", "losses", "logps"},
+    "backward": {"groups", "objectives", "losses", "logps", "replay"},
     "heads": {"logps"},
     "probe": {"heads"},
     "models": {"heads", "probe", "logps"},

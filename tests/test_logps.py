@@ -80,7 +80,7 @@ def test_linear_logps_apply(stats: bool) -> None:
     inputs = make_inputs(FULL)
     assert inputs.low_rank is not None
     arguments = (inputs.hidden, inputs.weight, inputs.targets, inputs.bias, *inputs.low_rank)
-    out = LinearLogps.apply(*arguments, FULL.options, stats, "reference")
+    out = LinearLogps.apply(*arguments, FULL.options, stats, "reference", None)
     expected = stats_of(inputs, FULL)
     assert torch.equal(out[0], expected.token_logps) and torch.equal(out[1], expected.lse)
     assert [x.numel() for x in out[2:]] == [12 if stats else 0] * 4 and not any(x.requires_grad for x in out[2:])

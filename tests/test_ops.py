@@ -64,14 +64,14 @@ def test_opcheck_forward(case: Case, stats: bool, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", HOST)
-@pytest.mark.parametrize("needs", [(True,) * 5, (True, False, False, False, False), (False, True, True, False, True)])
+@pytest.mark.parametrize("needs", [(True,) * 6, (True, *(False,) * 5), (False, True, True, False, True, False)])
 @by_name
 def test_opcheck_backward(case: Case, needs: tuple[bool, ...], impl: str) -> None:
     inputs = make_inputs(case)
     head = plain_head(inputs)
     lse = torch.ops.groupdpo_kernels.linear_logps_forward(*head, inputs.targets, *astuple(case.options), False, impl)[1]
     upstream = (inputs.d_token_logps.float(), inputs.d_lse.float())
-    asked = [needed and x is not None for needed, x in zip(needs, head)]
+    asked = [needed and x is not None for needed, x in zip(needs, (*head, lse))]
     arguments = (*head, inputs.targets, lse, *upstream, *astuple(case.options), asked, impl)
     opcheck(torch.ops.groupdpo_kernels.linear_logps_backward.default, arguments)
 
@@ -279,7 +279,7 @@ def test_every_subset_of_needs_input_grad(needs: tuple[bool, ...], monkeypatch: 
     assert logps.requires_grad == any(needs)
     if any(needs):
         (logps * inputs.d_token_logps).sum().backward()
-        assert asked == [needs]
+        assert asked == [(*needs, False)]
     truth = make_inputs(FULL)
     expected = dict(zip(leaves, gradients((stats_of(truth, FULL).token_logps * truth.d_token_logps).sum(), truth)))
     for name, needed in leaves.items():

@@ -36,15 +36,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
                                                                                 const Tensor& targets,  // (T,) int64
                                                                                 const HeadOptions& options, bool stats);
 
-// Which of the five tensors of Head need a gradient.
+// Which of the five tensors of Head need a gradient; and whether mass, (T,) float32, sum_v exp(logits - lse), is wanted.
 struct Needs {
-  bool hidden, weight, bias, low_rank_hidden, low_rank_weight;
+  bool hidden, weight, bias, low_rank_hidden, low_rank_weight, mass;
 };
 
-// d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight in the dtype of the inputs; (0,) where not needed. 2
-// T D V FLOP for the logits again, and as many for each of d_hidden and d_weight. Deterministic: every sum has one
-// order.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
+// d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight in the dtype of the inputs, then mass; (0,) where not
+// needed. 2 T D V FLOP for the logits again, and as many for each of d_hidden and d_weight. Deterministic: every sum has
+// one order.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
     const Head& head,
     const Tensor& targets,        // (T,) int64
     const Tensor& lse,            // (T,) float32, from the forward

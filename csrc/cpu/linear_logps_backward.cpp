@@ -18,11 +18,9 @@ void check_row_vector(const Tensor& x, const char* name, int64_t T) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(const Head& head, const Tensor& targets,
-                                                                         const Tensor& lse, const Tensor& d_token_logps,
-                                                                         const Tensor& d_lse,
-                                                                         const HeadOptions& options,
-                                                                         const Needs& needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
+    const Head& head, const Tensor& targets, const Tensor& lse, const Tensor& d_token_logps, const Tensor& d_lse,
+    const HeadOptions& options, const Needs& needs) {
   const NoGrad no_grad;
   check(head, targets);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
@@ -44,6 +42,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(const H
   const Gradient d_bias(head, head.bias, needs.bias, shape.columns);
   const Gradient d_low_rank_weight(head, head.low_rank_weight, needs.low_rank_weight, shape.columns);
   std::vector<double> column_sums(d_bias ? shape.columns : 0);
+  const Tensor mass = torch::stable::full({needs.mass ? T : 0}, 0.0, ScalarType::Float);
+  float* row_mass = needs.mass ? mass.mutable_data_ptr<float>() : nullptr;
 
   const int64_t* target = targets.const_data_ptr<int64_t>();
   const float* row_lse = lse.const_data_ptr<float>();
@@ -63,7 +63,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(const H
           const int64_t t = t0 + i;
           const bool known = target[t] >= 0 && target[t] < V;  // else NaN: never a plausible number
           const float d_softmax = known ? d_row_lse[t] - d_target[t] : std::numeric_limits<float>::quiet_NaN();
-          to_d_products(d.row(i), blocks.bias.data, columns, map, row_lse[t], d_softmax, d_target[t], target[t] - v0);
+          const double seen = to_d_products(d.row(i), blocks.bias.data, columns, map, row_lse[t], d_softmax,
+                                            d_target[t], target[t] - v0);
+          if (row_mass) row_mass[t] += static_cast<float>(seen);
         }
       });
       if (d_hidden) multiply(d_hidden.accumulators(t0, rows), d, blocks.weight, v0 > 0);
@@ -86,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(const H
     if (*gradient && T > 0 && V > 0) gradient->round(0, T);
   }
   return {d_hidden.result(), d_weight.result(), d_bias.result(), d_low_rank_hidden.result(),
-          d_low_rank_weight.result()};
+          d_low_rank_weight.result(), mass};
 }
 
 }  // namespace groupdpo_kernels

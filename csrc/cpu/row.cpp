@@ -87,24 +87,51 @@ EVERY_ISA RowSums exp_sums(const float* z, int64_t n, float shift, bool stats) {
   return sums;
 }
 
-EVERY_ISA void to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,
-                             float d_target, int64_t target) {
+EVERY_ISA double to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,
+                               float d_target, int64_t target) {
   const auto [scale, cap, temperature] = map;
   const float chain = scale / temperature, coefficient = d_softmax * chain;
   const bool here = target >= 0 && target < n;
   float at_target = d_target * chain;
+  float total[LANES] = {};
+  int64_t j = 0;
   if (cap > 0) {
     // tanh itself is kept, not the logit: 1 - tanh^2 from a logit scaled and divided again would lose the digits that
     // are left near the cap.
     to_logits(z, bias, n, {scale, 0, 1});
-    for (int64_t j = 0; j < n; ++j) z[j] = vtanh(z[j] / cap);
+    for (int64_t i = 0; i < n; ++i) z[i] = vtanh(z[i] / cap);
     if (here) at_target *= 1 - z[target] * z[target];
-    for (int64_t j = 0; j < n; ++j) z[j] = coefficient * vexp(cap * z[j] / temperature - lse) * (1 - z[j] * z[j]);
+    for (; j + LANES <= n; j += LANES) {
+      for (int64_t l = 0; l < LANES; ++l) {
+        const float y = z[j + l], p = vexp(cap * y / temperature - lse);
+        total[l] += p;
+        z[j + l] = coefficient * p * (1 - y * y);
+      }
+    }
+    for (int64_t l = 0; j < n; ++j, ++l) {
+      const float y = z[j], p = vexp(cap * y / temperature - lse);
+      total[l] += p;
+      z[j] = coefficient * p * (1 - y * y);
+    }
   } else {
     to_logits(z, bias, n, map);
-    for (int64_t j = 0; j < n; ++j) z[j] = coefficient * vexp(z[j] - lse);
+    for (; j + LANES <= n; j += LANES) {
+      for (int64_t l = 0; l < LANES; ++l) {
+        const float p = vexp(z[j + l] - lse);
+        total[l] += p;
+        z[j + l] = coefficient * p;
+      }
+    }
+    for (int64_t l = 0; j < n; ++j, ++l) {
+      const float p = vexp(z[j] - lse);
+      total[l] += p;
+      z[j] = coefficient * p;
+    }
   }
   if (here) z[target] += at_target;
+  double mass = 0;
+  for (int64_t l = 0; l < LANES; ++l) mass += total[l];
+  return mass;
 }
 
 EVERY_ISA void add_column_sums(double* sums, const float* d, int64_t rows, int64_t n, int64_t stride) {

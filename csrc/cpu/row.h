@@ -34,9 +34,9 @@ int64_t first_index(const float* z, int64_t n, float value);
 RowSums exp_sums(const float* z, int64_t n, float shift, bool stats);
 
 // products (n,) -> d_products, in place: the derivative of d_softmax * lse + d_target * logits[target]. target is an
-// index into the row; outside [0, n): none here.
-void to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,
-                   float d_target, int64_t target);
+// index into the row; outside [0, n): none here. Returns sum exp(logits - lse).
+double to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,
+                     float d_target, int64_t target);
 
 // sums (n,) += column sums of d (rows, n) with rows `stride` apart.
 void add_column_sums(double* sums, const float* d, int64_t rows, int64_t n, int64_t stride);

@@ -40,6 +40,7 @@ def d_logits_kernel(
     d_softmax_ptr,  # (T,) float32: coefficient of softmax
     d_logits_ptr,  # (rows, stride_d_logits) input dtype; what lies past `columns` is written but never read
     d_bias_ptr,  # (token tiles, stride_d_logits) float32, or None
+    mass_ptr,  # (vocabulary tiles, rows) float32, or None
     row0,  # the block is rows row0 : row0 + rows, columns column0 : column0 + columns
     rows,
     column0,
@@ -58,6 +59,7 @@ def d_logits_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
+    NEEDS_MASS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -95,12 +97,16 @@ def d_logits_kernel(
         target_column = tl.where(inside, target, -1).to(tl.int32)
         block = d_logits_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_d_logits + tile_v * BLOCK_V
         parts = halves(acc, BLOCK_T, BLOCK_V)
+        mass = tl.zeros((BLOCK_T,), tl.float32)
         for i in tl.static_range(2):
             column = i * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
             y = squash(with_bias(parts[i], bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
             z = cap * y if HAS_SOFTCAP else y
             # The difference first: lse in base 2 would be rounded once more.
-            d = d_softmax[:, None] * tl.exp2((z - lse[:, None]) * LOG2_E)
+            p = tl.exp2((z - lse[:, None]) * LOG2_E)
+            if NEEDS_MASS:
+                mass += tl.sum(tl.where((v0 + column < V)[None, :], p, 0.0), 1)
+            d = d_softmax[:, None] * p
             if hit:
                 d_target = tl.load(d_target_ptr + t, mask=t < live, other=0.0) * slope
                 d += tl.where(column[None, :] == target_column[:, None], d_target[:, None], 0.0)
@@ -113,6 +119,8 @@ def d_logits_kernel(
             )
             if NEEDS_BIAS:
                 tl.store(d_bias_ptr + tile_t.to(tl.int64) * stride_d_logits + tile_v * BLOCK_V + column, tl.sum(d, 0))
+        if NEEDS_MASS:
+            tl.store(mass_ptr + tile_v.to(tl.int64) * rows + (t - row0), mass, mask=t < live)
     # Tiles of ignored rows: zeros, no arithmetic.
     for tile in tl.range(live_tiles_t * tiles_v + tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0)):
         tile_t = tile // tiles_v
@@ -182,7 +190,7 @@ def linear_logps_backward(
     workspace_bytes: int,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """(d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight) in the input dtype; None where not needed."""
+    """The fields of HeadGradients, gradients in the input dtype; None where not needed."""
     V, D = weight.shape
     T = targets.numel()
     inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
@@ -190,8 +198,12 @@ def linear_logps_backward(
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed and x is not None else None
         for x, needed in zip(inputs, needs)
     ]
+    mass = hidden.new_zeros(T, dtype=torch.float32) if needs[5] else None
     if T == 0 or not any(needs):
-        return tuple(None if g is None else g.zero_() for g in gradients)
+        return (
+            *(None if g is None else g.zero_() for g in gradients),
+            mass if mass is None else mass.view(targets.shape),
+        )
     d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = gradients
 
     live = live_rows(targets.reshape(-1), ignore_index)
@@ -225,10 +237,12 @@ def linear_logps_backward(
             d_logits = block[:height, :width]
             tiles_t = triton.cdiv(height, launch.BLOCK_T)
             tile_sums = None if d_bias is None else new((tiles_t, stride))
+            tile_mass = None if mass is None else new((stride // launch.BLOCK_V, height)).zero_()
             d_logits_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
                 *head.tensors, compact_targets, live.live, compact_lse, d_target, d_softmax, d_logits, tile_sums,
-                row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
-                HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=d_bias is not None, **head.constants,
+                tile_mass, row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
+                HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=d_bias is not None,
+                NEEDS_MASS=mass is not None, **head.constants,
             )  # fmt: skip
             for accumulator, factor in zip(by_row, (weight, low_rank_weight)):
                 if accumulator is not None and factor is not None:
@@ -238,6 +252,8 @@ def linear_logps_backward(
                     add_product(accumulator, d_logits.T, factor[row0 : row0 + height])
                 elif gradient is not None and factor is not None:
                     torch.mm(d_logits.T, factor, out=gradient[span])
+            if mass is not None and tile_mass is not None:
+                mass[row0 : row0 + height] += tile_mass.sum(0)
             if partial is not None and tile_sums is not None:
                 partial += tile_sums[:, :width].sum(0)
         for (gradient, _), accumulator in zip(by_column, accumulated):
@@ -248,7 +264,9 @@ def linear_logps_backward(
     for gradient, accumulator in zip((d_hidden, d_low_rank_hidden), by_row):
         if gradient is not None and accumulator is not None:
             gather_rows(accumulator, live.positions, gradient.view(T, -1))
-    return tuple(gradients)
+    if mass is not None:
+        mass = torch.where(live.positions >= 0, mass[live.positions.clamp(min=0)], 0).view(targets.shape)
+    return (*gradients, mass)
 
 
 def _rowwise(

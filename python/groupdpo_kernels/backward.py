@@ -4,7 +4,8 @@ A preference loss depends on the parameters through seq_logps s alone. So with c
 sum_i c_i s_i, and a sum splits over micro-batches anywhere.
 
     two_pass    forward of every micro-batch without a graph -> loss and c; then forward and backward of each.
-                Memory of one micro-batch, whatever the group size; one more forward.
+                Memory of one micro-batch, whatever the group size; one more forward of the model, but not of its
+                LM head: pass 2 is given the lse of pass 1.
     one_pass    forward of each micro-batch once, backward of each response by itself, combined with c at the end.
                 No second forward, S copies of the gradient: for few trainable parameters (LoRA), and micro-batches
                 of one response, since the backward of each response walks the graph of its whole micro-batch.
@@ -32,6 +33,7 @@ from torch import Tensor
 from .groups import PreferenceGroups
 from .logps import seq_logps
 from .objectives import Objective, PreferenceLoss, preference_loss
+from .replay import LseTape, RandomState
 
 M = TypeVar("M")
 
@@ -160,12 +162,15 @@ class _Step:
 
 def _two_pass(step: _Step) -> PreferenceLoss:
     first: list[_Run] = []
-    states: list[_RandomState] = []
+    states: list[RandomState] = []
+    tapes: list[LseTape] = []
     with torch.no_grad():
         for at, micro_batch in enumerate(step.micro_batches):
-            states.append(_RandomState())
-            first.append(step.run(micro_batch, at))
-    after = _RandomState()
+            states.append(RandomState())
+            tapes.append(LseTape())
+            with tapes[at].record():
+                first.append(step.run(micro_batch, at))
+    after = RandomState()
     result, gradients = step.loss(first)
     again: list[Tensor] = []
     reached = False
@@ -177,7 +182,8 @@ def _two_pass(step: _Step) -> PreferenceLoss:
             torch.clear_autocast_cache()
             states[at].restore()
             with step.sync(last=at == len(first) - 1):
-                run = step.run(micro_batch, at)
+                with tapes[at].replay():
+                    run = step.run(micro_batch, at)
                 if run.size != first[at].size:
                     was, now = (f"{s} sequences, {t} tokens" for s, t in (first[at].size, run.size))
                     raise ValueError(f"{_AGAIN}; number {at} had {was}, and then {now}")
@@ -195,7 +201,7 @@ def _two_pass(step: _Step) -> PreferenceLoss:
         raise ValueError(f"{_AGAIN}; there were {len(first)}, and then {len(again)}")
     if not reached:
         raise ValueError(_NO_GRAPH)
-    _warn_of_drift(result.seq_logps, torch.cat(again))
+    _warn_of_drift(result.seq_logps, torch.cat(again), tapes)
     return result
 
 
@@ -203,32 +209,26 @@ _AGAIN = "micro_batches must give the same micro-batches when iterated again"
 _NO_GRAPH = "forward must give token_logps that require grad: nothing that trains leads to them, or gradients are off"
 
 
-class _RandomState:
-    """torch's global random state: of the CPU and, once CUDA is in use, of every CUDA device."""
-
-    def __init__(self) -> None:
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
+# Kernels may round differently with a graph and without; this, relative to 1 + |value|, is beyond rounding, even in
+# bfloat16.
+_TOLERANCE = 1e-3
 
 
-def _warn_of_drift(first: Tensor, again: Tensor) -> None:
-    """One warning if pass 2 found other seq_logps. Reads back one number, once all work is queued."""
+def _warn_of_drift(first: Tensor, again: Tensor, tapes: list[LseTape]) -> None:
+    """One warning if pass 2 found other seq_logps, or its heads another lse. Reads back one number, once all work is
+    queued.
+    """
     again = again.to(first.dtype)
     same = (first == again) | (first.isnan() & again.isnan())
     gap = torch.where(same, 0, (first - again).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
-    # Kernels may round differently with a graph and without; this is beyond rounding, even in bfloat16.
-    drift = float(torch.where(gap > 1e-3 * (1 + first.abs()), gap, 0).max())
+    gaps = [torch.where(gap > _TOLERANCE * (1 + first.abs()), gap, 0).max()]
+    drift = float(torch.stack([x.to(gaps[0]) for x in (*gaps, *(tape.drift(_TOLERANCE) for tape in tapes))]).max())
     if drift > 0:
         # One digit, so that the text repeats: Python shows it once, not once a step.
         warnings.warn(
-            f"pass 2 does not repeat pass 1: the log-probability of a response differs by {drift:.0e}, and the gradient"
-            " is off accordingly. Did parameters change meanwhile, or does forward draw from other generators than"
-            " torch's global ones?",
+            f"pass 2 does not repeat pass 1: a log-probability differs by {drift:.0e}, and the gradient is off"
+            " accordingly. Did parameters change meanwhile, or does forward draw from other generators than torch's"
+            " global ones?",
             stacklevel=4,
         )
 

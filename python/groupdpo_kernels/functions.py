@@ -16,15 +16,18 @@ from . import ops, preference_ops
 from .ops import Head
 from .preference_ops import LossSpec
 from .reference import HeadOptions
+from .replay import KnownLse
 
 
 class LinearLogps(torch.autograd.Function):
-    """`LinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, stats, impl)`.
+    """`LinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, stats, impl,
+    known)`.
 
     hidden (..., D), weight (V, D), targets (...) int64, bias (V,) or None, low_rank_hidden (..., R) and low_rank_weight
-    (V, R) or None, `options` a HeadOptions, `impl` as in linear_logps. Returns the six tensors of LogpStats in order.
-    token_logps and lse are differentiable; the other four are of size 0 unless `stats`, and carry no gradient
-    (linear_logp_stats makes a gradient into them an error).
+    (V, R) or None, `options` a HeadOptions, `impl` as in linear_logps, `known` None, or without `stats` a KnownLse: the
+    forward then computes the logits of the targets alone. Returns the six tensors of LogpStats in order. token_logps
+    and lse are differentiable; the other four are of size 0 unless `stats`, and carry no gradient (linear_logp_stats
+    makes a gradient into them an error).
     """
 
     @staticmethod
@@ -38,13 +41,16 @@ class LinearLogps(torch.autograd.Function):
         options: HeadOptions,
         stats: bool,
         impl: str,
+        known: KnownLse | None,
     ) -> tuple[Tensor, ...]:
         head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+        if known is not None:
+            return ops.token_logps_of(head, targets, known.lse, options), known.lse.clone(), *_no_stats(known.lse)
         return cast(tuple[Tensor, ...], tuple(ops.linear_logps_forward(head, targets, options, stats, impl)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ctx.options, _, ctx.impl = inputs
+        hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ctx.options, _, ctx.impl, ctx.known = inputs
         ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, output[1])
         ctx.mark_non_differentiable(*output[2:])
 
@@ -53,9 +59,15 @@ class LinearLogps(torch.autograd.Function):
     def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *head, targets, lse = ctx.saved_tensors
         need = ctx.needs_input_grad  # (hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ...)
-        needs = (need[0], need[1], need[3], need[4], need[5])
+        needs = (need[0], need[1], need[3], need[4], need[5], ctx.known is not None)
         g = ops.linear_logps_backward(Head(*head), targets, lse, d_token_logps, d_lse, ctx.options, needs, ctx.impl)
-        return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, None, None, None
+        if ctx.known is not None and g.mass is not None:
+            ctx.known.drift = torch.where(targets == ctx.options.ignore_index, 0, g.mass.log())
+        return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *[None] * 4
+
+
+def _no_stats(like: Tensor) -> tuple[Tensor, ...]:
+    return (*(like.new_empty(0) for _ in range(3)), like.new_empty(0, dtype=torch.bool))
 
 
 class RefuseGradient(torch.autograd.Function):

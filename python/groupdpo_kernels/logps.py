@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, replay
 from .functions import LinearLogps, RefuseGradient
 from .reference import HeadOptions, LogpStats
 
@@ -296,7 +296,12 @@ def _run(
     low_rank_hidden, low_rank_weight = (None, None) if low_rank is None else low_rank
     arguments = (hidden, weight, targets.long(), bias, low_rank_hidden, low_rank_weight, options, extra, impl)
     if process_group is None:
-        return LogpStats(*LinearLogps.apply(*arguments))
+        tape = replay.active()
+        known = None if tape is None else tape.take(targets.shape)
+        stats = LogpStats(*LinearLogps.apply(*arguments, None if extra else known))
+        if tape is not None and stats.lse is not None:
+            tape.note(stats.lse)
+        return stats
     from .sharded import ShardedLinearLogps  # torch.distributed is optional in a build of torch
 
     return LogpStats(*ShardedLinearLogps.apply(*arguments, process_group))

@@ -32,8 +32,13 @@ _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_rank_hidden, Tensor? low_rank_weight, Tensor targets"
 _MAP = "float logit_scale, float? softcap, float temperature"
 _STATS = "(Tensor token_logps, Tensor lse, Tensor entropy, Tensor mean_logits, Tensor log_sum_sq_probs, Tensor is_top1)"
-_GRADIENTS = "(Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low_rank_hidden, Tensor d_low_rank_weight)"
-_NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight"
+_GRADIENTS = (
+    "(Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low_rank_hidden, Tensor d_low_rank_weight, Tensor mass)"
+)
+_NEEDS = (
+    "bool needs_hidden, bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight,"
+    " bool needs_mass"
+)
 _LIBRARY.define(f"linear_logps_forward_cpu({_HEAD}, {_MAP}, int workspace_bytes, bool stats) -> {_STATS}")
 _LIBRARY.define(
     f"linear_logps_backward_cpu({_HEAD}, Tensor lse, Tensor d_token_logps, Tensor d_lse, {_MAP},"
@@ -199,8 +204,8 @@ def _host_backward(
     else:
         out = reference.backward_in_blocks(*live, y, z, d_y, d_z, options, needs)
     gradients = [x if needed else None for x, needed in zip(out, needs)]
-    for i in (0, 3):  # by row: back to the shape of the input
-        gradient, source = gradients[i], head[i]
+    for i, source in ((0, head.hidden), (3, head.low_rank_hidden), (5, targets)):  # by row: back to the input's shape
+        gradient = gradients[i]
         if gradient is not None and source is not None:
             gradients[i] = _put(gradient, rows, source.shape)
     return HeadGradients(*gradients)
@@ -238,7 +243,7 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     "groupdpo_kernels::linear_logps_backward",
     mutates_args=(),
     schema=f"({_HEAD}, Tensor lse, Tensor d_token_logps, Tensor d_lse, {_OPTIONS}, bool[] needs, str impl)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_logps_backward(
     hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_token_logps, d_lse, *rest
@@ -259,7 +264,8 @@ def _linear_logps_backward(
 def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_token_logps, d_lse, *rest):
     needs = rest[-2]
     inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    return tuple(hidden.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs))
+    mass = torch.empty_like(lse, memory_format=torch.contiguous_format) if needs[5] else hidden.new_empty(0)
+    return (*(hidden.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs)), mass)
 
 
 def not_differentiable(name: str) -> RuntimeError:
@@ -322,6 +328,21 @@ def check_offsets(name: str, offsets: Tensor, total: int, what: str) -> None:
         raise ValueError(
             f"{name} must not decrease; {name}[{i}] is {int(offsets[i])} and {name}[{i + 1}] is {int(offsets[i + 1])}"
         )
+
+
+def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOptions) -> Tensor:  # (...) as lse
+    """token_logps from a known lse: 2 T D FLOP. A wrong id is a ValueError on a CPU and NaN on a GPU."""
+    V = head.weight.shape[0]
+    live = targets != options.ignore_index
+    with _exact(head.hidden.device), torch.no_grad():
+        if head.hidden.device.type == "cpu":
+            rows = _check_targets(targets, V, options.ignore_index)
+        else:  # all rows, since nothing is read back
+            rows = torch.arange(targets.numel(), device=targets.device)
+        y = targets.reshape(-1)[rows]
+        z = reference.target_logits(*_live_head(head, rows), y.clamp(0, V - 1), options)
+        token_logps = torch.where((y >= 0) & (y < V), z - lse.reshape(-1)[rows], torch.nan)
+        return torch.where(live, _put(token_logps, rows, targets.shape), 0)
 
 
 # Typed doors to the ops, for functions.py.

@@ -93,7 +93,7 @@ class ShardedLinearLogps(torch.autograd.Function):
     def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *head, ids, inside, wrong, lse = ctx.saved_tensors
         need = ctx.needs_input_grad
-        needs = (need[0], need[1], need[3], need[4], need[5])
+        needs = (need[0], need[1], need[3], need[4], need[5], False)
         # A row whose target lives elsewhere has no 1[v = target] here, and its softmax keeps the coefficient d_lse -
         # d_token_logps.
         d_target = torch.where(inside, d_token_logps, 0)
@@ -106,7 +106,7 @@ class ShardedLinearLogps(torch.autograd.Function):
                 total = partial.float() if partial.dtype.itemsize == 2 else partial
                 dist.all_reduce(total, dist.ReduceOp.SUM, ctx.process_group)
                 gradients[i] = total.to(partial.dtype)
-        d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = gradients
+        d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight, _ = gradients
         return d_hidden, d_weight, None, d_bias, d_low_rank_hidden, d_low_rank_weight, None, None, None, None
 
 

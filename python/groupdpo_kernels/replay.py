@@ -1,0 +1,95 @@
+"""What the second pass of a two-pass backward takes from the first: the random state, and the lse of every LM head.
+
+With the lse known, token_logps need the logits of the targets alone, so pass 2 skips the head's forward; the backward
+rebuilds the logits anyway, and there it sees how far their own lse has drifted from the one it was given. A tape
+belongs to one forward: its head calls in order. Compiled regions neither record nor replay: they run in full both
+times. Never: holds anything of size (T, D) or (T, V). docs/math.md, section 4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class RandomState:
+    """torch's global random state: of the CPU and, once CUDA is in use, of every CUDA device."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+@dataclass
+class KnownLse:
+    """The lse of one head call, and what a backward that was given it has seen."""
+
+    lse: Tensor  # (...) float32 | float64
+    drift: Tensor | None = None  # (...) log sum_v exp(logits - lse), 0 in ignored rows; set by the backward
+
+
+class LseTape:
+    """The lse of every call of linear_logps during a forward, in order."""
+
+    def __init__(self) -> None:
+        self._calls: list[KnownLse] = []
+        self._next: int | None = None  # None: recording
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        self._calls, self._next = [], None
+        token = _ACTIVE.set(self)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        self._next = 0
+        token = _ACTIVE.set(self)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+
+    def take(self, shape: torch.Size) -> KnownLse | None:
+        """What is known of the call that is about to run; None: it must run in full."""
+        if self._next is None or self._next >= len(self._calls):
+            return None
+        call = self._calls[self._next]
+        self._next += 1
+        return call if call.lse.shape == shape else None
+
+    def note(self, lse: Tensor) -> None:
+        if self._next is None:
+            self._calls.append(KnownLse(lse.detach()))
+
+    def drift(self, tolerance: float) -> Tensor:  # ()
+        """The largest drift beyond `tolerance` relative to 1 + |lse|; 0 where no backward has run."""
+        largest = torch.zeros(())
+        for call in self._calls:
+            if call.drift is not None and call.drift.numel():
+                gap = call.drift.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+                # A row whose lse was not finite in pass 1 is no drift: its loss says so itself.
+                within = (gap <= tolerance * (1 + call.lse.abs())) | ~torch.isfinite(call.lse)
+                largest = torch.maximum(largest.to(gap), torch.where(within, 0, gap).max())
+        return largest
+
+
+_ACTIVE: ContextVar[LseTape | None] = ContextVar("groupdpo_kernels_lse_tape", default=None)
+
+
+def active() -> LseTape | None:
+    """The tape that linear_logps writes to or reads from now."""
+    return None if torch.compiler.is_compiling() else _ACTIVE.get()
