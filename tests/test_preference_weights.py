@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -101,6 +102,30 @@ def test_extreme_scores_stay_finite(loss, impl):
     logps = torch.tensor([-1e4, -1.0, -1.0, -1e4])
     out = evaluate(logps, torch.arange(5), groups, objective, torch.zeros(4), impl)
     assert all(x.isfinite().all() for x in out.values())
+
+
+X = 5e3  # u_w = X, u_l = -X and the other way round; label smoothing 1/8. Then (loss, dL/du_w, dL/du_l):
+LIMITS = {
+    "robust": ((-X / 3, -1 / 6, 1 / 6), (7 * X / 3, -7 / 6, 7 / 6)),
+    "exo_pair": ((math.log(8 / 7), 0, 0), (math.log(8), 0, 0)),
+    "discopop": ((0, 0, 0), (2 * X, -1, 1)),
+    "nca_pair": ((X / 2, 0.5, 0), (1.5 * X, -1, 0.5)),
+    "apo_zero": ((0, 0, 0), (2, 0, 0)),
+    "apo_down": ((1, 0, 0), (1, 0, 0)),
+    "sppo_hard": ((2 * (X - 0.5) ** 2, 2 * X - 1, 1 - 2 * X), (2 * (X + 0.5) ** 2, -2 * X - 1, 2 * X + 1)),
+}
+
+
+@pytest.mark.parametrize("impl", (*IMPLS, "reference"))
+@pytest.mark.parametrize("loss", LIMITS)
+def test_extreme_scores_have_their_limits(loss, impl):
+    """Values, not only finite ones: discopop by its formula is 0 times infinity in one of them."""
+    groups, scores = PreferenceGroups.pairs(2), torch.tensor([X, -X, -X, X])
+    objective = Objective(loss, beta=1.0, label_smoothing=0.125)
+    out = evaluate(scores, torch.arange(5), groups, objective, torch.zeros(4), impl)
+    limits = torch.tensor(LIMITS[loss], dtype=torch.float32)
+    torch.testing.assert_close(out["group_losses"], limits[:, 0], rtol=2e-7, atol=0)
+    torch.testing.assert_close(out["d_token_logps"] * 2 / 0.7, limits[:, 1:].flatten(), rtol=5e-7, atol=0)
 
 
 def test_a_long_sequence_loses_no_digits():
