@@ -39,6 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"batches", "formats", "groups"},
     "stepwise": {"backward", "groups", "logps", "models", "objectives", "store"},
     "testing": {"reference", "kernels"},
+    "integrations/__init__": set(),
+    "integrations/trl/__init__": {"accelerate"},
+    "integrations/trl/accelerate": {"logps"},
 }
 SHARED_KERNEL_MODULES = {"launch", "rows", "tile", "pair_losses"}
 SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
@@ -59,7 +62,10 @@ def imports(path: Path) -> set[str]:
     return {name.replace("groupdpo_kernels.", ".", 1) for name in found}
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"))
+MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")} - {"__init__"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_import_law(name: str) -> None:
     assert name in MAY_IMPORT, f"{name}.py has no place in the import law"
     found = imports(PACKAGE / f"{name}.py")
@@ -109,9 +115,14 @@ import torch
 from groupdpo_kernels import explain, linear_logps
 arguments = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, -100])
 print(linear_logps(*arguments).tolist()[2], "triton does not import" in str(explain(*arguments)))
+from groupdpo_kernels.integrations.trl import accelerate
+try:
+    accelerate()
+except ImportError as error:
+    print("groupdpo-kernels[trl]" in str(error))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, cwd="/")
-    assert done.stdout.split() == ["0.0", "True"], done.stderr
+    assert done.stdout.split() == ["0.0", "True", "True"], done.stderr
 
 
 def test_public_names_are_documented_and_typed() -> None:
