@@ -82,10 +82,10 @@ def _measure_here(case: Case, name: str, mode: str) -> dict[str, float]:
         gradients = step.backward(step.forward())
         peak = _resident("VmHWM") - before
     size = sum(x.nbytes for x in gradients)
-    return _figures(peak, size) | {"allocator_extra_mib": round((_allocator_peak(profile) - size) / MiB, 1)}
+    return _figures(peak, size) | {"allocator_extra_mib": round((allocator_peak(profile) - size) / MiB, 1)}
 
 
-def _allocator_peak(profile: Any) -> int:
+def allocator_peak(profile: Any) -> int:
     """Highest running sum of the CPU allocator's events."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = peak = 0

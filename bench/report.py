@@ -100,7 +100,7 @@ def header(device: torch.device) -> dict[str, Any]:
         memory = "resident high-water mark of a fresh process; allocator_extra_mib is PyTorch's allocations alone"
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "bench/run.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": _output("git", "rev-parse", "HEAD"),
         "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
         "device": device_name(device),

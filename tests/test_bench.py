@@ -12,10 +12,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from bench import memory  # noqa: E402
+from bench import memory, preference  # noqa: E402
 from bench.measure import Differentiated, Gate, draw  # noqa: E402
 from bench.peers import PEERS, Unavailable, load_peer, maker  # noqa: E402
 from bench.report import directory  # noqa: E402
+from groupdpo_kernels import seq_logps  # noqa: E402
 from groupdpo_kernels.testing import Case  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -74,6 +75,27 @@ def test_quick_run(tmp_path):
     assert "| ours/reference |" in done.stdout
 
 
+def test_quick_run_of_the_preference_weights(tmp_path):
+    path = tmp_path / "some" / "where.json"
+    command = [sys.executable, "bench/preference.py", "--quick", "--device", "cpu", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    run = load(path)
+    assert run["complete"] and run["command"].startswith("python bench/preference.py")
+    rows = {(r["loss"], r["groups"], r["size"], r["implementation"]): r for r in run["rows"]}
+    cases = {("sigmoid", 8, 2), ("AdaDPO", 8, 2), ("mpo", 8, 2), ("mpo", 8, 8), ("mpo", 8, 16)}
+    assert rows.keys() == {(*case, name) for case in cases for name in ("ours/cpu", "eager")}
+    for row in rows.values():
+        assert row["status"] == "ok" and row["rounds"] == 3 and row["both_ms"]["median"] > 0
+        assert row["error"].keys() == {"losses", "rewards", "d_token_logps"}
+        assert all(e <= row["error_budget"][k] for k, e in row["error"].items())
+    for case in cases:
+        ours, eager = rows[(*case, "ours/cpu")], rows[(*case, "eager")]
+        assert ours["ratio"]["median"] == 1 and 0 < ours["launches"] < eager["launches"]
+        assert 0 <= ours["extra_mib"] <= eager["extra_mib"]
+        assert f"| {case[0]} | {case[1]} | {case[2]} | {ours['tokens']:,} |" in done.stdout
+
+
 def test_killed_run_keeps_its_rows(tmp_path):
     path = tmp_path / "run.json"
     process = subprocess.Popen(quick(path, "--rounds", "1000000"), cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -127,6 +149,30 @@ def test_gate_stops_the_wrong():
     assert verdict(no_cap, "forward")
     nan = verdict(lambda h, w, y: torch.cat([right(h, w, y)[:-1], torch.full((1,), torch.nan)]), "forward")
     assert any("not finite" in c for c in nan)
+
+
+@pytest.mark.parametrize("loss", list(preference.OBJECTIVES))
+def test_gate_of_the_preference_weights(loss):
+    inputs, objective = preference.draw(5, 2, CPU), preference.OBJECTIVES[loss]
+    gate, right = preference.Gate(inputs, objective), preference.Weights(inputs, objective, "cpu").values()
+    assert not gate.check(right)[1]
+    for name, value in right.items():
+        for wrong in (value * 1.001, value.index_fill(0, torch.tensor(3), torch.nan)):
+            assert [c.split()[0] for c in gate.check(right | {name: wrong})[1]] == [name]
+    unused = preference.Weights(inputs, objective, "cpu")
+    unused.d_loss.fill_(1.0)  # an upstream gradient that is not used
+    assert [c.split()[0] for c in gate.check(unused.values())[1]] == ["d_token_logps"]
+
+
+def test_drawn_preference_groups():
+    """Ragged, each with both sides, within the tokens allowed; the reference is not the policy."""
+    small, large = (preference.draw(G, 16, CPU) for G in (8, 10000))
+    lengths = small.cu_seqlens.diff()
+    assert lengths.min() >= 64 and lengths.max() <= 512 and lengths.unique().numel() > 64
+    assert 0.9 * preference.MOST_TOKENS < large.token_logps.shape[0] <= preference.MOST_TOKENS
+    positives = large.groups.positive.view(-1, 16).sum(1)
+    assert positives.unique().tolist() == list(range(1, 16))
+    assert not torch.equal(small.ref_logps, seq_logps(small.token_logps, small.cu_seqlens))
 
 
 def test_memory_is_what_was_allocated():
