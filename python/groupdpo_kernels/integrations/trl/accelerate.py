@@ -141,7 +141,7 @@ def _function_of_trl() -> Any:
     version = re.match(r"(\d+)\.(\d+)", trl.__version__)
     if version is None or not at_least <= (int(version[1]), int(version[2])) < before:
         raise RuntimeError(f"{wanted}; installed is {trl.__version__}")
-    function = getattr(utils, "_ChunkedLogProbFunction", None)
+    function: Any = getattr(utils, "_ChunkedLogProbFunction", None)
     if not hasattr(function, "forward"):
         raise RuntimeError(
             f"{wanted}; in the installed {trl.__version__} trl.trainer.utils._ChunkedLogProbFunction is {function!r},"
