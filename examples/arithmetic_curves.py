@@ -78,12 +78,13 @@ def panel(
     xlabel: str = "step",
     labels: bool = True,
 ) -> None:
+    curves = {name: points for name, points in curves.items() if points[0]}
     for name, (x, y) in curves.items():
         axis.plot(x, y, linewidth=2, markersize=5, clip_on=False, **STYLES[name])
-    last = max((x[-1] for x, _ in curves.values() if x), default=0)
+    last = max((x[-1] for x, _ in curves.values()), default=0)
     axis.set(title=title, xlabel=xlabel, xlim=(0, last or 1), ylim=ylim)
     if labels:
-        label_ends(axis, {name: (x[-1], y[-1]) for name, (x, y) in curves.items() if x})
+        label_ends(axis, {name: (x[-1], y[-1]) for name, (x, y) in curves.items()})
 
 
 def note_stage(axis: Any, run: Any, step: int, stage: int) -> None:

@@ -138,7 +138,7 @@ def run_all(arguments: argparse.Namespace, steps: int, report: Report, model: Ll
     held_out_data = make_data(held_out_numbers * (1 if arguments.quick else 2), held_out_numbers, rng)
     report.options |= {"training_groups": len(data), "held_out_groups": len(held_out_data)}
     show(f"{len(data):,} groups of {GROUP} answers, {len(held_out_data)} held out; impl={report.environment['impl']!r}")
-    warm_up(model, data, 12 if arguments.quick else WARM_UP)
+    warm_up(model, data, report.options["warm_up"])
     held_out = HeldOut(held_out_data, model)
     others = rng.choices(training_numbers, k=(1 if arguments.quick else 6) * len(held_out_data))
     elsewhere = HeldOut(held_out_data.under(others), model)
@@ -168,7 +168,13 @@ def main() -> int:
     torch.manual_seed(arguments.seed)
     model = make_model()
     sizes = {"group": GROUP, "groups_per_step": GROUPS_PER_STEP, "micro_batch": MICRO_BATCH}
-    options = {"seed": arguments.seed, "steps": steps, "learning_rate": LEARNING_RATE, **sizes}
+    options = {
+        "seed": arguments.seed,
+        "steps": steps,
+        "warm_up": 12 if arguments.quick else WARM_UP,
+        "learning_rate": LEARNING_RATE,
+        **sizes,
+    }
     report = Report(environment(model), options)
     points = group_memory.points_of([2, 4] if arguments.quick else [2, 4, 8, 16])
     began = time.perf_counter()
