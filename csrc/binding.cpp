@@ -23,6 +23,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
                               {logit_scale, softcap, temperature, workspace_bytes}, stats);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expectations_cpu(
+    Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
+    std::optional<Tensor> low_rank_weight, Tensor targets, double logit_scale, std::optional<double> softcap,
+    double temperature, int64_t workspace_bytes) {
+  return linear_logps_expectations({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets,
+                                   {logit_scale, softcap, temperature, workspace_bytes});
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
     std::optional<Tensor> low_rank_weight, Tensor targets, Tensor lse, Tensor d_token_logps, Tensor d_lse,
@@ -64,6 +72,7 @@ py::dict build_info() {
 
 STABLE_TORCH_LIBRARY_IMPL(groupdpo_kernels, CPU, m) {
   m.impl("linear_logps_forward_cpu", TORCH_BOX(&forward_cpu));
+  m.impl("linear_logps_expectations_cpu", TORCH_BOX(&expectations_cpu));
   m.impl("linear_logps_backward_cpu", TORCH_BOX(&backward_cpu));
   m.impl("preference_weights_forward_cpu", TORCH_BOX(&preference_forward_cpu));
   m.impl("preference_weights_backward_cpu", TORCH_BOX(&preference_backward_cpu));

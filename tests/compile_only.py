@@ -139,6 +139,7 @@ def launch_all(row: Row, T: int = 8192, D: int = 4096, V: int = 128256, workspac
     """Forward and backward of an LM head on meta tensors."""
     from groupdpo_kernels.kernels.linear_logps_backward import linear_logps_backward
     from groupdpo_kernels.kernels.linear_logps_forward import linear_logps_forward
+    from groupdpo_kernels.kernels.linear_logps_jacobian import linear_logps_jacobian
 
     def meta(*shape: int, dtype: torch.dtype = DTYPES[row.dtype]) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -149,6 +150,7 @@ def launch_all(row: Row, T: int = 8192, D: int = 4096, V: int = 128256, workspac
     rowwise = [meta(T, dtype=torch.float32) for _ in range(3)]
     options = (1.0, 30.0 if row.everything else None, 1.0, -100, workspace_bytes)
     linear_logps_forward(*head, targets, *options, row.everything)
+    linear_logps_jacobian(*head, targets, *options)
     linear_logps_backward(*head, targets, *rowwise, *options, (True, True, *(row.everything,) * 4))
 
 

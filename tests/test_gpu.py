@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from test_frozen_head import freeze, result_of
 
 from groupdpo_kernels import linear_logp_stats, linear_logps
 from groupdpo_kernels.testing import CASES, Case, check_budget, make_inputs, run
@@ -28,6 +31,14 @@ def stats_of(impl):
 def test_cases(case, impl, poisoned_memory):
     inputs = make_inputs(case, "cuda")
     check_budget(run(stats_of(impl), inputs, case.options), inputs, case.options)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cases_frozen_head(case, poisoned_memory):
+    case = replace(case, workspace_bytes=max(case.workspace_bytes, 2**16))
+    inputs = make_inputs(case, "cuda")
+    whole = replace(inputs, d_lse=torch.zeros_like(inputs.d_lse))
+    check_budget(result_of(freeze(inputs), case, "triton", interpreted=False), whole, case.options)
 
 
 @pytest.mark.parametrize(("T", "D", "V"), ((70_000, 64, 1000), (20_000, 64, 128_256)), ids=("rows", "T V > 2^31"))

@@ -21,7 +21,9 @@ KERNELS = ROOT / "kernels" / "triton"
 MAY_IMPORT: dict[str, set[str]] = {
     "reference": set(),
     "store": set(),
-    "ops": {"reference"},
+    "blocks": {"reference"},
+    "host": {"blocks", "reference"},
+    "ops": {"host", "reference"},
     "preference_ops": {"ops"},
     "replay": set(),
     "functions": {"ops", "preference_ops", "reference", "replay"},
@@ -43,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations/trl/__init__": {"accelerate"},
     "integrations/trl/accelerate": {"logps"},
 }
-SHARED_KERNEL_MODULES = {"launch", "rows", "tile", "pair_losses"}
+SHARED_KERNEL_MODULES = {"launch", "library", "rows", "tile", "pair_losses"}
 SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
 
 

@@ -1,5 +1,4 @@
-"""The specification against closed forms, torch.distributions, naive eager code and finite differences; and its blocked
-form, which impl="reference" runs, against autograd of the specification."""
+"""The specification against closed forms, torch.distributions, naive eager code and finite differences."""
 
 from __future__ import annotations
 
@@ -170,93 +169,6 @@ def test_seq_logps() -> None:
     values = torch.arange(7, dtype=torch.float64)
     assert reference.seq_logps(values, torch.tensor([0, 3, 3, 7])).tolist() == [3, 0, 18]
     assert reference.seq_logps(values[:0], torch.tensor([0])).shape == (0,)
-
-
-# ---------------------------------------------------------------------------------------------------- in blocks
-
-
-def live_arguments(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    pair = (None, None) if inputs.low_rank is None else tuple(x.detach() for x in inputs.low_rank)
-    bias = None if inputs.bias is None else inputs.bias.detach()
-    return (inputs.hidden.detach(), inputs.weight.detach(), bias, *pair, inputs.targets)
-
-
-BLOCKS = [(16, 16), (7, 40), (17, 31), (100, 9), (1, 45), (30, 1), (30, 90), (1000, 1000)]
-
-
-@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_blocks_of_any_shape(options: HeadOptions, blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocked forms are the specification and its autograd in float64, whatever the blocks."""
-    monkeypatch.setattr(reference, "block_shape", lambda *_: blocks)
-    inputs = small(T=30, D=11, V=90, R=4, ignored="none", hidden_scale=3.0)
-    stats = reference.forward_in_blocks(*live_arguments(inputs), options)
-    expected = reference.linear_logp_stats(
-        inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.low_rank, options
-    )
-    for field, actual, wanted in zip(LogpStats._fields, stats, expected):
-        torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11, msg=lambda m, f=field: f"{f}: {m}")
-    assert stats.lse is not None and expected.lse is not None
-    upstream = (inputs.d_token_logps, inputs.d_lse)
-    needs = (True,) * 5
-    actual = reference.backward_in_blocks(*live_arguments(inputs), stats.lse, *upstream, options, needs)
-    loss = (expected.token_logps * upstream[0] + expected.lse * upstream[1]).sum()
-    for name, a, b in zip(inputs.leaves, actual, torch.autograd.grad(loss, list(inputs.leaves.values()))):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"d_{n}: {m}")
-
-
-@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=5)), ids=str)
-def test_blocks_compute_what_is_needed(needs: tuple[bool, ...]) -> None:
-    inputs = small(T=20, ignored="none")
-    arguments = (*live_arguments(inputs), reference.forward_in_blocks(*live_arguments(inputs), HeadOptions()).lse)
-    upstream = (inputs.d_token_logps, inputs.d_lse)
-    full = reference.backward_in_blocks(*arguments, *upstream, HeadOptions(), (True,) * 5)
-    some = reference.backward_in_blocks(*arguments, *upstream, HeadOptions(), needs)
-    for needed, a, b in zip(needs, some, full):
-        assert (a is not None) == needed and (a is None or torch.equal(a, b))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_blocks_accumulate_in_float32(dtype: torch.dtype) -> None:
-    """16-bit inputs are widened first: the same bits as on widened inputs, and one rounding of each gradient."""
-    inputs = make_inputs(Case("wide", 40, 24, 200, "", dtype, True, 3, 1.2, 9.0, ignored="none"))
-    wide, options = inputs.to(torch.float32), HeadOptions(1.2, 9.0)
-    upstream = (inputs.d_token_logps.float(), inputs.d_lse.float())
-    results = []
-    for x in (live_arguments(inputs), live_arguments(wide)):
-        stats = reference.forward_in_blocks(*x, options)
-        results.append((stats, reference.backward_in_blocks(*x, stats.lse, *upstream, options, (True,) * 5)))
-    (stats, gradients), (wide_stats, wide_gradients) = results
-    assert all(map(torch.equal, stats, wide_stats))
-    assert all(torch.equal(a, b.to(dtype)) for a, b in zip(gradients, wide_gradients))
-
-
-def test_blocks_know_masks_and_ties() -> None:
-    """Rows that begin with whole blocks of -inf, rows of NaN, ties across blocks."""
-    options = HeadOptions(workspace_bytes=1)
-    inputs = make_inputs(Case("masks", 20, 8, 100, "", torch.float64, bias=True, ignored="none"))
-    hidden, weight, bias, x, b, targets = live_arguments(inputs)
-    assert hidden is not None and bias is not None and weight is not None and targets is not None
-    bias[:48] = -torch.inf
-    hidden[4] = torch.nan
-    weight[99], bias[[60, 99]] = weight[60].clone(), 50.0
-    targets[:2] = torch.tensor([60, 99])
-    stats = reference.forward_in_blocks(hidden, weight, bias, x, b, targets, options)
-    expected = reference.linear_logp_stats(hidden, weight, targets, bias)
-    for field, a, e in zip(LogpStats._fields, stats, expected):
-        torch.testing.assert_close(a, e, equal_nan=True, msg=lambda m, f=field: f"{f}: {m}")
-    assert stats.is_top1 is not None and stats.is_top1[0] and not stats.is_top1[1]
-
-
-@pytest.mark.parametrize("budget", [1, 2**12, 2**20, 2**28, 2**40])
-def test_block_shape_stays_within_the_budget(budget: int) -> None:
-    """Eight blocks of logits, and twice a widened slice of the weight, its gradient and a block of hidden."""
-    for T, D, V in itertools.product([1, 37, 8192, 70000], [1, 64, 4096], [1, 300, 151936]):
-        rows, columns = reference.block_shape(T, D, V, budget, 4)
-        assert rows >= 16 and columns >= 16
-        rows, columns = min(rows, T), min(columns, V)
-        used = 4 * (8 * rows * columns + 4 * columns * D + 2 * rows * D)
-        assert used <= max(budget, 4 * (8 * 256 + 4 * 16 * D + 2 * 16 * D)), (T, D, V)
 
 
 def test_options_travel_in_the_order_of_the_schema() -> None:

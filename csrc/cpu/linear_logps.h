@@ -36,6 +36,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
                                                                                 const Tensor& targets,  // (T,) int64
                                                                                 const HeadOptions& options, bool stats);
 
+// token_logps, lse and c_y (1 - p_y), all (T,), with y the target and c the cap's slope; sum over v != y of p_v c_v
+// weight_v (T, D); the same of low_rank_weight (T, R), or (0, 0). All float32. 4 T D V FLOP.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_expectations(const Head& head,
+                                                                            const Tensor& targets,  // (T,) int64
+                                                                            const HeadOptions& options);
+
 // Which of the five tensors of Head need a gradient; and whether mass, (T,) float32, sum_v exp(logits - lse), is wanted.
 struct Needs {
   bool hidden, weight, bias, low_rank_hidden, low_rank_weight, mass;

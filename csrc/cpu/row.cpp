@@ -87,50 +87,59 @@ EVERY_ISA RowSums exp_sums(const float* z, int64_t n, float shift, bool stats) {
   return sums;
 }
 
-EVERY_ISA double to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,
-                               float d_target, int64_t target) {
+EVERY_ISA float to_squashed(float* z, const float* bias, int64_t n, const LogitMap& map) {
+  if (map.softcap > 0) {
+    // tanh itself is kept, not the logit: 1 - tanh^2 from a logit scaled and divided again would lose the digits that
+    // are left near the cap.
+    to_logits(z, bias, n, {map.logit_scale, 0, 1});
+    for (int64_t j = 0; j < n; ++j) z[j] = vtanh(z[j] / map.softcap);
+  } else {
+    to_logits(z, bias, n, map);
+  }
+  return squashed_logit(maximum(z, n), map);
+}
+
+float squashed_logit(float y, const LogitMap& map) { return map.softcap > 0 ? map.softcap * y / map.temperature : y; }
+
+float squashed_slope(float y, const LogitMap& map) { return map.softcap > 0 ? 1 - y * y : 1; }
+
+EVERY_ISA double squashed_to_weights(float* z, int64_t n, const LogitMap& map, float shift) {
   const auto [scale, cap, temperature] = map;
-  const float chain = scale / temperature, coefficient = d_softmax * chain;
-  const bool here = target >= 0 && target < n;
-  float at_target = d_target * chain;
   float total[LANES] = {};
   int64_t j = 0;
   if (cap > 0) {
-    // tanh itself is kept, not the logit: 1 - tanh^2 from a logit scaled and divided again would lose the digits that
-    // are left near the cap.
-    to_logits(z, bias, n, {scale, 0, 1});
-    for (int64_t i = 0; i < n; ++i) z[i] = vtanh(z[i] / cap);
-    if (here) at_target *= 1 - z[target] * z[target];
     for (; j + LANES <= n; j += LANES) {
       for (int64_t l = 0; l < LANES; ++l) {
-        const float y = z[j + l], p = vexp(cap * y / temperature - lse);
-        total[l] += p;
-        z[j + l] = coefficient * p * (1 - y * y);
+        const float y = z[j + l], e = vexp(cap * y / temperature - shift);
+        total[l] += e;
+        z[j + l] = e * (1 - y * y);
       }
     }
     for (int64_t l = 0; j < n; ++j, ++l) {
-      const float y = z[j], p = vexp(cap * y / temperature - lse);
-      total[l] += p;
-      z[j] = coefficient * p * (1 - y * y);
+      const float y = z[j], e = vexp(cap * y / temperature - shift);
+      total[l] += e;
+      z[j] = e * (1 - y * y);
     }
   } else {
-    to_logits(z, bias, n, map);
     for (; j + LANES <= n; j += LANES) {
-      for (int64_t l = 0; l < LANES; ++l) {
-        const float p = vexp(z[j + l] - lse);
-        total[l] += p;
-        z[j + l] = coefficient * p;
-      }
+      for (int64_t l = 0; l < LANES; ++l) total[l] += z[j + l] = vexp(z[j + l] - shift);
     }
-    for (int64_t l = 0; j < n; ++j, ++l) {
-      const float p = vexp(z[j] - lse);
-      total[l] += p;
-      z[j] = coefficient * p;
-    }
+    for (int64_t l = 0; j < n; ++j, ++l) total[l] += z[j] = vexp(z[j] - shift);
   }
+  double sum = 0;
+  for (int64_t l = 0; l < LANES; ++l) sum += total[l];
+  return sum;
+}
+
+EVERY_ISA double to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,
+                               float d_target, int64_t target) {
+  const float chain = map.logit_scale / map.temperature, coefficient = d_softmax * chain;
+  to_squashed(z, bias, n, map);
+  const bool here = target >= 0 && target < n;
+  const float at_target = here ? d_target * chain * squashed_slope(z[target], map) : 0;
+  const double mass = squashed_to_weights(z, n, map, lse);
+  for (int64_t j = 0; j < n; ++j) z[j] *= coefficient;
   if (here) z[target] += at_target;
-  double mass = 0;
-  for (int64_t l = 0; l < LANES; ++l) mass += total[l];
   return mass;
 }
 

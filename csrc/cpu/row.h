@@ -38,6 +38,18 @@ RowSums exp_sums(const float* z, int64_t n, float shift, bool stats);
 double to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,
                      float d_target, int64_t target);
 
+// products (n,) -> in place the logits, or under softcap the tanh that they are made of. Returns the largest logit, NaN
+// passed over.
+float to_squashed(float* z, const float* bias, int64_t n, const LogitMap& map);
+
+// What one entry of to_squashed stands for: its logit, and the derivative of the cap there.
+float squashed_logit(float y, const LogitMap& map);
+float squashed_slope(float y, const LogitMap& map);
+
+// to_squashed's result (n,) -> exp(logit - shift) times the derivative of the cap, in place. Returns sum exp(logit -
+// shift).
+double squashed_to_weights(float* z, int64_t n, const LogitMap& map, float shift);
+
 // sums (n,) += column sums of d (rows, n) with rows `stride` apart.
 void add_column_sums(double* sums, const float* d, int64_t rows, int64_t n, int64_t stride);
 

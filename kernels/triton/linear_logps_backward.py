@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LOG2_E, Launch, chunk_rows, head_arguments, launch_for, programs, scale_and_cap, why_not
+from .launch import LOG2_E, head_arguments, launch_for, programs, scale_and_cap, why_not
+from .library import add_product, block_shape
 from .rows import LiveRows, gather_rows, live_rows
 from .tile import add_low_rank, halves, product, squash, tile_position, with_bias
 
@@ -138,39 +139,6 @@ def d_logits_kernel(
                 d_bias_ptr + tile_t.to(tl.int64) * stride_d_logits + tile_v * BLOCK_V + column,
                 tl.zeros((BLOCK_V,), tl.float32),
             )
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b with float32 `out`, without rounding the product to the dtype of a and b first."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    elif a.device.type == "cuda" and not torch.version.hip:
-        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
-    elif a.device.type == "cuda":
-        out.add_(torch.mm(a, b))  # the ROCm library has no float32 output for 16-bit inputs
-    else:
-        out.addmm_(a.float(), b.float())
-
-
-def block_shape(
-    T: int,
-    D: int,
-    V: int,
-    itemsize: int,
-    workspace_bytes: int,
-    launch: Launch,
-) -> tuple[int, int]:
-    """(rows, columns) of a block of d_logits. Half the budget holds the block, a quarter the float32 rows of d_weight
-    when not all T rows fit in one block; the rest is for the library's own workspace. All T rows if that leaves 4096
-    columns, enough for the products to run at full speed.
-    """
-    entries = max(launch.BLOCK_T * launch.BLOCK_V, workspace_bytes // 2 // itemsize)
-    tiles = entries // T // launch.BLOCK_V
-    if tiles * launch.BLOCK_V >= min(V, 4096):
-        return T, min(V, tiles * launch.BLOCK_V)
-    widest = min(4096, workspace_bytes // 4 // (4 * D), entries // launch.BLOCK_T)
-    columns = max(1, widest // launch.BLOCK_V) * launch.BLOCK_V
-    return chunk_rows(T, min(V, columns) * itemsize, workspace_bytes // 2, launch), min(V, columns)
 
 
 def linear_logps_backward(

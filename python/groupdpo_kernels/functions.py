@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops, preference_ops
-from .ops import Head
 from .preference_ops import LossSpec
-from .reference import HeadOptions
+from .reference import Head, HeadOptions
 from .replay import KnownLse
 
 
@@ -68,6 +67,42 @@ class LinearLogps(torch.autograd.Function):
 
 def _no_stats(like: Tensor) -> tuple[Tensor, ...]:
     return (*(like.new_empty(0) for _ in range(3)), like.new_empty(0, dtype=torch.bool))
+
+
+class FrozenLinearLogps(torch.autograd.Function):
+    """`FrozenLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, impl)`.
+
+    As LinearLogps, for a head that needs no gradient of its own: d token_logps / d hidden does not depend on the
+    upstream gradient, so the forward stores it, in the dtype of hidden, and the backward scales its rows. Two products
+    in all, not three. Returns (token_logps, lse); only token_logps is differentiable, in hidden and low_rank_hidden.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (..., D)
+        weight: Tensor,  # (V, D)
+        targets: Tensor,  # (...) int64
+        bias: Tensor | None,  # (V,)
+        low_rank_hidden: Tensor | None,  # (..., R)
+        low_rank_weight: Tensor | None,  # (V, R)
+        options: HeadOptions,
+        impl: str,
+    ) -> tuple[Tensor, Tensor]:
+        head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+        token_logps, lse, *jacobian = ops.linear_logps_jacobian(head, targets, options, impl)
+        ctx.save_for_backward(*jacobian)
+        ctx.mark_non_differentiable(lse)
+        return token_logps, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_token_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_low_rank_hidden = (
+            None if x is None or not needed else (x * d_token_logps[..., None]).to(x.dtype)
+            for x, needed in zip(ctx.saved_tensors, (ctx.needs_input_grad[0], ctx.needs_input_grad[4]))
+        )
+        return d_hidden, None, None, None, d_low_rank_hidden, None, None, None
 
 
 class RefuseGradient(torch.autograd.Function):

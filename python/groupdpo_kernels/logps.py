@@ -1,7 +1,9 @@
 """Token log-probabilities straight from hidden states and the LM head: the public functions.
 
 The (T, V) logits never exist. Cost: forward 2 T D V FLOP, backward 2 T D V and as many again for each of d_hidden and
-d_weight; memory beyond the gradients: one float32 (T, D) buffer and `workspace_bytes`. Formulas: docs/math.md.
+d_weight; memory beyond the gradients: one float32 (T, D) buffer and `workspace_bytes`. Where the head needs no gradient
+(LoRA, the usual DPO case) `linear_logps` stores its derivative in hidden if that fits in the budget: forward 4 T D V
+FLOP, backward none. Formulas: docs/math.md.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import ops, replay
-from .functions import LinearLogps, RefuseGradient
-from .reference import HeadOptions, LogpStats
+from .functions import FrozenLinearLogps, LinearLogps, RefuseGradient
+from .reference import Head, HeadOptions, LogpStats
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _EXTRA = ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
@@ -70,7 +72,7 @@ def linear_logps(
     cross-entropy (arXiv 2411.09009).
     """
     options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, workspace_bytes)
-    return _run(hidden, weight, targets, bias, low_rank, options, False, process_group, impl).token_logps
+    return _run(hidden, weight, targets, bias, low_rank, options, (), process_group, impl).token_logps
 
 
 def linear_logp_stats(
@@ -105,8 +107,7 @@ def linear_logp_stats(
             "outputs must not hold 'is_top1' with a process_group: a shard does not see the others' largest logits"
         )
     options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, workspace_bytes)
-    extra = any(name in outputs for name in _EXTRA)
-    stats = _run(hidden, weight, targets, bias, low_rank, options, extra, process_group, impl)
+    stats = _run(hidden, weight, targets, bias, low_rank, options, outputs, process_group, impl)
     fields = stats._asdict()
     for name in known:
         if name not in outputs:
@@ -286,7 +287,7 @@ def _run(
     bias: Tensor | None,
     low_rank: tuple[Tensor, Tensor] | None,
     options: HeadOptions,
-    extra: bool,
+    outputs: Sequence[str],
     process_group: Any,
     impl: str,
 ) -> LogpStats:
@@ -294,14 +295,32 @@ def _run(
     hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
     _check(hidden, weight, targets, bias, low_rank)
     low_rank_hidden, low_rank_weight = (None, None) if low_rank is None else low_rank
-    arguments = (hidden, weight, targets.long(), bias, low_rank_hidden, low_rank_weight, options, extra, impl)
-    if process_group is None:
-        tape = replay.active()
-        known = None if tape is None else tape.take(targets.shape)
-        stats = LogpStats(*LinearLogps.apply(*arguments, None if extra else known))
-        if tape is not None and stats.lse is not None:
-            tape.note(stats.lse)
-        return stats
-    from .sharded import ShardedLinearLogps  # torch.distributed is optional in a build of torch
+    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    arguments = (hidden, weight, targets.long(), bias, low_rank_hidden, low_rank_weight, options)
+    extra = any(name in outputs for name in _EXTRA)
+    if process_group is not None:
+        from .sharded import ShardedLinearLogps  # torch.distributed is optional in a build of torch
 
-    return LogpStats(*ShardedLinearLogps.apply(*arguments, process_group))
+        return LogpStats(*ShardedLinearLogps.apply(*arguments, extra, impl, process_group))
+    tape = replay.active()
+    known = None if tape is None else tape.take(targets.shape)
+    if known is None and not outputs and _stores_derivative(head, options):
+        stats = LogpStats(*FrozenLinearLogps.apply(*arguments, impl))
+    else:
+        stats = LogpStats(*LinearLogps.apply(*arguments, extra, impl, None if extra else known))
+    if tape is not None and stats.lse is not None:
+        tape.note(stats.lse)
+    return stats
+
+
+def _stores_derivative(head: Head, options: HeadOptions) -> bool:
+    """Whether the forward had better store d token_logps / d hidden: the head needs no gradient, hidden does, and the
+    buffer fits in the budget. The choice does not depend on the implementation.
+    """
+    if not (torch.is_grad_enabled() and head.hidden.requires_grad):
+        return False
+    rest = (head.weight, head.bias, head.low_rank_weight)
+    if any(x is not None and x.requires_grad for x in rest):
+        return False
+    stored = head.hidden.numel() + (0 if head.low_rank_hidden is None else head.low_rank_hidden.numel())
+    return stored * head.hidden.element_size() <= options.workspace_bytes

@@ -16,13 +16,13 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .reference import HeadGradients, HeadOptions, LogpStats
+from . import host
+from .reference import Head, HeadGradients, HeadOptions, LogpStats
 
 IMPLS = ("triton", "cuda", "cpu", "reference")  # in the order "auto" tries them
 
@@ -31,6 +31,9 @@ _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
 # The C++ op (csrc/binding.cpp registers it for the CPU key). Rows are live and ids are valid by the time it is called.
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_rank_hidden, Tensor? low_rank_weight, Tensor targets"
 _MAP = "float logit_scale, float? softcap, float temperature"
+_EXPECTATIONS = (
+    "(Tensor token_logps, Tensor lse, Tensor coefficients, Tensor expected_weight, Tensor expected_low_rank)"
+)
 _STATS = "(Tensor token_logps, Tensor lse, Tensor entropy, Tensor mean_logits, Tensor log_sum_sq_probs, Tensor is_top1)"
 _GRADIENTS = (
     "(Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low_rank_hidden, Tensor d_low_rank_weight, Tensor mass)"
@@ -40,6 +43,7 @@ _NEEDS = (
     " bool needs_mass"
 )
 _LIBRARY.define(f"linear_logps_forward_cpu({_HEAD}, {_MAP}, int workspace_bytes, bool stats) -> {_STATS}")
+_LIBRARY.define(f"linear_logps_expectations_cpu({_HEAD}, {_MAP}, int workspace_bytes) -> {_EXPECTATIONS}")
 _LIBRARY.define(
     f"linear_logps_backward_cpu({_HEAD}, Tensor lse, Tensor d_token_logps, Tensor d_lse, {_MAP},"
     f" int workspace_bytes, {_NEEDS}) -> {_GRADIENTS}"
@@ -105,110 +109,11 @@ def resolve(impl: str, hidden: Tensor, weight: Tensor) -> str:
 # -------------------------------------------------------------------------------------------------------------- the ops
 
 
-class Head(NamedTuple):
-    """The tensors of an LM head, in the order of the ops' schema."""
-
-    hidden: Tensor  # (..., D)
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    low_rank_hidden: Tensor | None  # (..., R)
-    low_rank_weight: Tensor | None  # (V, R)
-
-
 @contextlib.contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
     """Inputs have their dtype already: an active autocast must not narrow the float32 arithmetic inside."""
     with contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
         yield
-
-
-def _check_targets(targets: Tensor, V: int, ignore_index: int) -> Tensor:
-    """The rows that are not ignored; ValueError for an id outside the vocabulary. Reads values: host side only."""
-    live = targets != ignore_index
-    wrong = live & ((targets < 0) | (targets >= V))
-    if wrong.any():
-        at = int(wrong.reshape(-1).nonzero()[0, 0])
-        raise ValueError(
-            f"targets must be in [0, V = {V}) or ignore_index = {ignore_index}; targets.view(-1)[{at}] is"
-            f" {int(targets.reshape(-1)[at])} ({int(wrong.sum())} such rows)"
-        )
-    return live.reshape(-1).nonzero()[:, 0]
-
-
-def _take(x: Tensor | None, rows: Tensor) -> Tensor | None:
-    """Live rows of a (..., n) tensor as (t, n); no copy when all rows live and the leading dimensions collapse."""
-    if x is None:
-        return None
-    x = x.reshape(-1, x.shape[-1])
-    return x if rows.numel() == x.shape[0] else x.index_select(0, rows)
-
-
-def _put(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `_take`: ignored rows hold zero."""
-    n = rows.numel()
-    flat = (
-        x.new_zeros((shape.numel() // max(1, x.shape[1:].numel()), *x.shape[1:]))
-        if x.shape[1:].numel()
-        else x.new_zeros(shape)
-    )
-    if flat.shape[0] == n:
-        return x.reshape(shape)
-    return flat.index_copy_(0, rows, x).reshape(shape)
-
-
-def _live_head(head: Head, rows: Tensor) -> Head:
-    hidden = _take(head.hidden, rows)
-    assert hidden is not None
-    return Head(hidden, head.weight, head.bias, _take(head.low_rank_hidden, rows), head.low_rank_weight)
-
-
-def _host_forward(head: Head, targets: Tensor, options: HeadOptions, stats: bool, impl: str) -> LogpStats:
-    rows = _check_targets(targets, head.weight.shape[0], options.ignore_index)
-    live = _live_head(head, rows)
-    live_targets = targets.reshape(-1)[rows]
-    if impl == "cpu":
-        out = torch.ops.groupdpo_kernels.linear_logps_forward_cpu(
-            *live,
-            live_targets,
-            options.logit_scale,
-            options.softcap,
-            options.temperature,
-            options.workspace_bytes,
-            stats,
-        )
-    else:
-        out = reference.forward_in_blocks(*live, live_targets, options)
-    return LogpStats(*(_put(x, rows, targets.shape) if stats or i < 2 else x.new_empty(0) for i, x in enumerate(out)))
-
-
-def _host_backward(
-    head: Head,
-    targets: Tensor,
-    lse: Tensor,
-    d_token_logps: Tensor,
-    d_lse: Tensor,
-    options: HeadOptions,
-    needs: tuple[bool, ...],
-    impl: str,
-) -> HeadGradients:
-    rows = _check_targets(targets, head.weight.shape[0], options.ignore_index)
-    live = _live_head(head, rows)
-    rowwise = (lse, d_token_logps, d_lse)
-    y, z, d_y, d_z = (x.reshape(-1)[rows] for x in (targets, *rowwise))
-    out: tuple[Tensor | None, ...]
-    if impl == "cpu":
-        o = options
-        out = torch.ops.groupdpo_kernels.linear_logps_backward_cpu(
-            *live, y, z, d_y, d_z, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes, *needs
-        )
-    else:
-        out = reference.backward_in_blocks(*live, y, z, d_y, d_z, options, needs)
-    gradients = [x if needed else None for x, needed in zip(out, needs)]
-    for i, source in ((0, head.hidden), (3, head.low_rank_hidden), (5, targets)):  # by row: back to the input's shape
-        gradient = gradients[i]
-        if gradient is not None and source is not None:
-            gradients[i] = _put(gradient, rows, source.shape)
-    return HeadGradients(*gradients)
 
 
 _OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_index, int workspace_bytes"
@@ -227,7 +132,7 @@ def _linear_logps_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight
         if impl == "triton":
             launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_forward")
             return tuple(launcher.linear_logps_forward(*head, targets, *options, stats))
-        return tuple(_host_forward(head, targets, HeadOptions(*options), stats, impl))
+        return tuple(host.forward(head, targets, HeadOptions(*options), stats, impl))
 
 
 @_linear_logps_forward.register_fake
@@ -256,7 +161,7 @@ def _linear_logps_backward(
             launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_backward")
             out = launcher.linear_logps_backward(*head, targets, lse, d_token_logps, d_lse, *options, tuple(needs))
         else:
-            out = _host_backward(head, targets, lse, d_token_logps, d_lse, HeadOptions(*options), tuple(needs), impl)
+            out = host.backward(head, targets, lse, d_token_logps, d_lse, HeadOptions(*options), tuple(needs), impl)
     return tuple(hidden.new_empty(0) if x is None else x for x in out)
 
 
@@ -266,6 +171,32 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_to
     inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
     mass = torch.empty_like(lse, memory_format=torch.contiguous_format) if needs[5] else hidden.new_empty(0)
     return (*(hidden.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs)), mass)
+
+
+@torch.library.custom_op(
+    "groupdpo_kernels::linear_logps_jacobian",
+    mutates_args=(),
+    schema=f"({_HEAD}, {_OPTIONS}, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear_logps_jacobian(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
+    *options, impl = rest
+    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    impl = resolve(impl, hidden, weight)
+    with _exact(hidden.device):
+        if impl == "triton":
+            launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_jacobian")
+            out = launcher.linear_logps_jacobian(*head, targets, *options)
+        else:
+            out = host.jacobian(head, targets, HeadOptions(*options), impl)
+    return tuple(hidden.new_empty(0) if x is None else x for x in out)
+
+
+@_linear_logps_jacobian.register_fake
+def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    row = [torch.empty_like(targets, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2)]
+    shapes = [(0,) if x is None else x.shape for x in (hidden, low_rank_hidden)]
+    return (*row, *(hidden.new_empty(shape) for shape in shapes))
 
 
 def not_differentiable(name: str) -> RuntimeError:
@@ -330,19 +261,10 @@ def check_offsets(name: str, offsets: Tensor, total: int, what: str) -> None:
         )
 
 
-def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOptions) -> Tensor:  # (...) as lse
-    """token_logps from a known lse: 2 T D FLOP. A wrong id is a ValueError on a CPU and NaN on a GPU."""
-    V = head.weight.shape[0]
-    live = targets != options.ignore_index
+def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOptions) -> Tensor:
+    """token_logps (...) from a known lse: 2 T D FLOP."""
     with _exact(head.hidden.device), torch.no_grad():
-        if head.hidden.device.type == "cpu":
-            rows = _check_targets(targets, V, options.ignore_index)
-        else:  # all rows, since nothing is read back
-            rows = torch.arange(targets.numel(), device=targets.device)
-        y = targets.reshape(-1)[rows]
-        z = reference.target_logits(*_live_head(head, rows), y.clamp(0, V - 1), options)
-        token_logps = torch.where((y >= 0) & (y < V), z - lse.reshape(-1)[rows], torch.nan)
-        return torch.where(live, _put(token_logps, rows, targets.shape), 0)
+        return host.token_logps_of(head, targets, lse, options)
 
 
 # Typed doors to the ops, for functions.py.
@@ -366,6 +288,15 @@ def linear_logps_backward(
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_backward
     out = op(*head, targets, lse, d_token_logps, d_lse, *astuple(options), list(needs), impl)
     return HeadGradients(*(x if needed else None for x, needed in zip(out, needs)))
+
+
+def linear_logps_jacobian(
+    head: Head, targets: Tensor, options: HeadOptions, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden)."""
+    op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_jacobian
+    token_logps, lse, hidden, low_rank = op(*head, targets, *astuple(options), impl)
+    return token_logps, lse, hidden, None if head.low_rank_hidden is None else low_rank
 
 
 def refuse_gradient(gradient: Tensor, name: str) -> Tensor:

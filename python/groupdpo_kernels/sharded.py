@@ -106,7 +106,7 @@ class ShardedLinearLogps(torch.autograd.Function):
                 total = partial.float() if partial.dtype.itemsize == 2 else partial
                 dist.all_reduce(total, dist.ReduceOp.SUM, ctx.process_group)
                 gradients[i] = total.to(partial.dtype)
-        d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight, _ = gradients
+        d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = gradients[:5]
         return d_hidden, d_weight, None, d_bias, d_low_rank_hidden, d_low_rank_weight, None, None, None, None
 
 

@@ -1,0 +1,333 @@
+"""Token log-probabilities and their derivative in hidden, from one pass over the vocabulary: for a head that needs no
+gradient of its own, whose backward then is a row scale.
+
+With p the softmax, c the cap's slope and y the target, the derivative needs the sum of p_v c_v weight_v over v != y. A
+kernel writes a bounded block of exp(z - m) c in the input dtype, m the row's maximum so far, and 0 at the target (so
+that nothing cancels in a row that is sure of it, whatever the dtype). Where a tile of the block finds a larger maximum,
+a second kernel brings the block to it. The library's product adds the block to one float32 (T, D) buffer, whose rows
+follow the maximum too. Cost: 4 T D V FLOP, two products instead of the three of forward and backward. Never holds
+(T, V). No atomics: the same bits every time. Ignored rows cost no arithmetic in the kernels. docs/math.md, section 1.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import LN_2, head_arguments, launch_for, programs, scale_and_cap, why_not
+from .library import add_product, block_shape
+from .rows import gather_rows, live_rows
+from .tile import add_low_rank, finite_or_zero, halves, product, squash, tile_position, with_bias
+
+__all__ = ["linear_logps_jacobian", "why_not"]
+
+
+@triton.jit(do_not_specialize=["row0", "rows", "column0", "columns", "T"], do_not_specialize_on_alignment=["count_ptr"])
+def weights_kernel(
+    hidden,  # (T, D) pointer or descriptor, compact
+    weight,  # (V, D) pointer or descriptor
+    bias_ptr,  # (V,)
+    low_rank_hidden_ptr,  # (T, R) compact
+    low_rank_weight_ptr,  # (V, R)
+    targets_ptr,  # (T,) int64, compact
+    count_ptr,  # (1,) int32: live rows
+    top_ptr,  # (T,) float32: maximum of the blocks before; base 2, like all logits here
+    target_logits_ptr,  # (T,) float32
+    target_slopes_ptr,  # (T,) float32
+    tile_max_ptr,  # (tiles_v, rows) float32: what the tile's exponentials are relative to
+    tile_sum_ptr,  # (tiles_v, rows) float32: without the target
+    block_ptr,  # (rows, stride_block) input dtype; what lies past `columns` is written but never read
+    row0,  # the block is rows row0 : row0 + rows, columns column0 : column0 + columns
+    rows,
+    column0,
+    columns,
+    T,
+    V,
+    stride_block,  # a multiple of BLOCK_V
+    stride_weight_v,
+    stride_weight_d,
+    stride_low_rank_v,
+    stride_low_rank_r,
+    scale,
+    cap,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    live = tl.minimum(tl.load(count_ptr), row0 + rows)
+    tiles_t = tl.cdiv(tl.maximum(live - row0, 0), BLOCK_T)
+    tiles_v = tl.cdiv(columns, BLOCK_V)
+    column = tl.arange(0, BLOCK_V)
+    row = tl.arange(0, BLOCK_T)
+    for tile in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
+        tile_t, tile_v = tile_position(tile, tiles_t, tiles_v, GROUP_T)
+        t0 = row0 + tile_t * BLOCK_T
+        v0 = column0 + tile_v * BLOCK_V
+        acc = product(
+            hidden, weight, t0, v0, T, V, stride_weight_v, stride_weight_d, D, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION
+        )
+        if R > 0:
+            acc = add_low_rank(
+                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, stride_low_rank_v, stride_low_rank_r,
+                R, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
+            )  # fmt: skip
+        y = squash(with_bias(acc, bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
+        t = t0 + row
+        target = tl.load(targets_ptr + t, mask=t < live, other=-1) - v0
+        inside = (target >= 0) & (target < tl.minimum(BLOCK_V, V - v0))
+        target_column = tl.where(inside, target, -1).to(tl.int32)
+        hit = tl.max(inside.to(tl.int32), 0) > 0  # most tiles hold no row's target
+        if hit:
+            # One tile at most holds a given row's target: no atomics.
+            at_target = tl.sum(tl.where(column[None, :] == target_column[:, None], y, 0.0), 1)
+            tl.store(target_logits_ptr + t, cap * at_target if HAS_SOFTCAP else at_target, mask=inside)
+            slope = 1.0 - at_target * at_target if HAS_SOFTCAP else tl.full((BLOCK_T,), 1.0, tl.float32)
+            tl.store(target_slopes_ptr + t, slope, mask=inside)
+        if v0 + BLOCK_V > V:
+            # Columns past V would be phantom logits of value 0.
+            y = tl.where((column < V - v0)[None, :], y, -float("inf"))
+        # Relative to the row's maximum so far: most tiles then need no rescaling.
+        top = tl.max(y, 1) * cap if HAS_SOFTCAP else tl.max(y, 1)
+        top = tl.maximum(tl.load(top_ptr + t, mask=t < live, other=0.0), top)
+        shift = finite_or_zero(top)
+        block = block_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_block + tile_v * BLOCK_V
+        total = tl.zeros((BLOCK_T,), tl.float32)
+        parts = halves(y, BLOCK_T, BLOCK_V)
+        for i in tl.static_range(2):
+            half = i * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
+            part = parts[i]
+            e = tl.exp2((cap * part if HAS_SOFTCAP else part) - shift[:, None])
+            # Library products run over rows past the live ones: zeros, whatever the bias is.
+            e = tl.where((t < live)[:, None], e, 0.0)
+            if hit:
+                e = tl.where(half[None, :] == target_column[:, None], 0.0, e)
+            total += tl.sum(e, 1)
+            if HAS_SOFTCAP:
+                e = tl.where(e == 0, 0.0, e * (1.0 - part * part))
+            tl.store(
+                block + row[:, None] * stride_block + half[None, :],
+                e.to(block_ptr.dtype.element_ty),
+                mask=(t < row0 + rows)[:, None],
+            )
+        at = tile_v.to(tl.int64) * rows + (t - row0)
+        tl.store(tile_max_ptr + at, top, mask=t < live)
+        tl.store(tile_sum_ptr + at, total, mask=t < live)
+    # Tiles of ignored rows: zeros, no arithmetic.
+    all_tiles_t = tl.cdiv(rows, BLOCK_T)
+    for tile in tl.range(tiles_t * tiles_v + tl.program_id(0), all_tiles_t * tiles_v, tl.num_programs(0)):
+        tile_t = tile // tiles_v
+        tile_v = tile % tiles_v
+        block = block_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_block + tile_v * BLOCK_V
+        zero = tl.zeros((BLOCK_T, BLOCK_V), block_ptr.dtype.element_ty)
+        tl.store(
+            block + row[:, None] * stride_block + column[None, :],
+            zero,
+            mask=(tile_t * BLOCK_T + row < rows)[:, None],
+        )
+
+
+@triton.jit(do_not_specialize=["row0", "rows", "tiles_v"], do_not_specialize_on_alignment=["count_ptr"])
+def advance_kernel(
+    tile_max_ptr,  # (tiles_v, rows) float32
+    tile_sum_ptr,  # (tiles_v, rows) float32
+    count_ptr,  # (1,) int32
+    top_ptr,  # (T,) float32: maximum so far; in and out, like rest
+    rest_ptr,  # (T,) float32: sum of exponentials relative to it, without the target's
+    rescale_ptr,  # (T,) float32, out: what the row has accumulated times this is relative to the new maximum
+    row0,
+    rows,
+    tiles_v,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """top, rest and rescale of every row, by the tiles of a block."""
+    local = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    t = row0 + local
+    inside = (local < rows) & (t < tl.load(count_ptr))
+    before = tl.load(top_ptr + t, mask=inside, other=0.0)
+    top = before
+    for k0 in range(0, tiles_v, BLOCK_TILES):
+        k = k0 + tl.arange(0, BLOCK_TILES)
+        mask = (k < tiles_v)[:, None] & inside[None, :]
+        at = k[:, None].to(tl.int64) * rows + local[None, :]
+        top = tl.maximum(top, tl.max(tl.load(tile_max_ptr + at, mask=mask, other=-float("inf")), 0))
+    shift = finite_or_zero(top)
+    # Nothing is there while only -inf was seen; 0 * inf would be NaN.
+    rescale = tl.where(before == -float("inf"), 0.0, tl.exp2(before - shift))
+    rest = tl.load(rest_ptr + t, mask=inside, other=0.0) * rescale
+    for k0 in range(0, tiles_v, BLOCK_TILES):
+        k = k0 + tl.arange(0, BLOCK_TILES)
+        mask = (k < tiles_v)[:, None] & inside[None, :]
+        at = k[:, None].to(tl.int64) * rows + local[None, :]
+        tile_shift = finite_or_zero(tl.load(tile_max_ptr + at, mask=mask, other=0.0))
+        tile_sum = tl.load(tile_sum_ptr + at, mask=mask, other=0.0)
+        rest += tl.sum(tl.where(tile_sum == 0, 0.0, tile_sum * tl.exp2(tile_shift - shift[None, :])), 0)
+    tl.store(top_ptr + t, top, mask=inside)
+    tl.store(rest_ptr + t, rest, mask=inside)
+    tl.store(rescale_ptr + t, rescale, mask=inside)
+
+
+@triton.jit(do_not_specialize=["row0", "rows", "tiles_v"], do_not_specialize_on_alignment=["count_ptr"])
+def rescale_kernel(
+    tile_max_ptr,  # (tiles_v, rows) float32
+    top_ptr,  # (T,) float32
+    count_ptr,  # (1,) int32
+    block_ptr,  # (rows, stride_block) input dtype, in place
+    row0,
+    rows,
+    tiles_v,
+    stride_block,
+    TILE_V: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Brings the tiles that were relative to a smaller maximum to the row's. Reads and writes those alone."""
+    tile_v = tl.program_id(0) % tiles_v
+    local = (tl.program_id(0) // tiles_v) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = (local < rows) & (row0 + local < tl.load(count_ptr))
+    top = tl.load(top_ptr + row0 + local, mask=inside, other=0.0)
+    tile_max = tl.load(tile_max_ptr + tile_v.to(tl.int64) * rows + local, mask=inside, other=0.0)
+    stale = inside & (tile_max < top)
+    if tl.max(stale.to(tl.int32), 0) > 0:
+        factor = tl.exp2(finite_or_zero(tile_max) - finite_or_zero(top))
+        # A tile of -inf alone holds zeros.
+        factor = tl.where(tile_max == -float("inf"), 0.0, factor)
+        at = local.to(tl.int64)[:, None] * stride_block + (tile_v * TILE_V + tl.arange(0, TILE_V))[None, :]
+        e = tl.load(block_ptr + at, mask=stale[:, None], other=0.0).to(tl.float32) * factor[:, None]
+        tl.store(block_ptr + at, e.to(block_ptr.dtype.element_ty), mask=stale[:, None])
+
+
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["count_ptr"])
+def derivative_kernel(
+    expected_ptr,  # (T, N) float32, compact, times total; in place
+    factor_ptr,  # (V, N): weight or low_rank_weight
+    targets_ptr,  # (T,) int64, compact
+    coefficients_ptr,  # (T,) float32: slope (1 - p) of the target
+    total_ptr,  # (T,) float32
+    count_ptr,  # (1,) int32
+    T,
+    V,
+    N,
+    stride_factor_v,
+    stride_factor_n,
+    chain,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """chain (coefficient factor[target] - expected / total)."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    t = (tl.program_id(0) // blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = t < tl.load(count_ptr)
+    target = tl.load(targets_ptr + t, mask=inside, other=0)
+    known = inside & (target >= 0) & (target < V)  # a wrong id has NaN for its coefficient
+    mask = inside[:, None] & (n < N)[None, :]
+    at = t.to(tl.int64)[:, None] * N + n[None, :]
+    expected = tl.load(expected_ptr + at, mask=mask, other=0.0)
+    expected /= tl.load(total_ptr + t, mask=inside, other=1.0)[:, None]
+    factor = factor_ptr + target[:, None] * stride_factor_v + n.to(tl.int64)[None, :] * stride_factor_n
+    at_target = tl.load(factor, mask=mask & known[:, None], other=0.0).to(tl.float32)
+    at_target *= tl.load(coefficients_ptr + t, mask=inside, other=0.0)[:, None]
+    tl.store(expected_ptr + at, chain * (at_target - expected), mask=mask)
+
+
+def linear_logps_jacobian(
+    hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    low_rank_hidden: Tensor | None,  # (..., R)
+    low_rank_weight: Tensor | None,  # (V, R)
+    targets: Tensor,  # (...) int64
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden), the last two in the input dtype."""
+    V, D = weight.shape
+    T = targets.numel()
+    new = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
+    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    d_low_rank = None if low_rank_hidden is None else hidden.new_empty(low_rank_hidden.shape)
+    if T == 0:
+        return new(targets.shape), new(targets.shape), d_hidden, d_low_rank
+
+    live = live_rows(targets.reshape(-1), ignore_index)
+    # The derivatives are written last: until then their memory holds the compact rows.
+    compact = gather_rows(hidden, live.rows, d_hidden.view(T, D))
+    compact_targets = targets.reshape(-1)[live.rows.clamp(min=0)]
+    low_rank = None
+    if low_rank_hidden is not None and d_low_rank is not None:
+        low_rank = gather_rows(low_rank_hidden, live.rows, d_low_rank.view(T, -1))
+    # NaN stays where no tile holds the target: a wrong id is never a plausible number.
+    target_logits, target_slopes = (torch.full_like(new(T), torch.nan) for _ in range(2))
+    top, rest, rescale = torch.full_like(new(T), -torch.inf), new(T).zero_(), new(T).zero_()
+
+    launch = launch_for(weight)
+    rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
+    head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
+    scale, cap = scale_and_cap(logit_scale, softcap, temperature * LN_2.value)
+    stride = triton.cdiv(columns, launch.BLOCK_V) * launch.BLOCK_V
+    block = hidden.new_empty((rows, stride))
+    tiles = [new((stride // launch.BLOCK_V, rows)) for _ in range(2)]
+    expected = [None if g is None else new((T, g.shape[1])).zero_() for g in (weight, low_rank_weight)]
+    for row0 in range(0, T, rows):
+        height = min(rows, T - row0)
+        span = slice(row0, row0 + height)
+        for column0 in range(0, V, columns):
+            width = min(columns, V - column0)
+            tiles_v = triton.cdiv(width, launch.BLOCK_V)
+            weights_kernel[programs(launch, triton.cdiv(height, launch.BLOCK_T) * tiles_v, hidden.device)](
+                *head.tensors, compact_targets, live.live, top, target_logits, target_slopes, *tiles, block,
+                row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
+                HAS_SOFTCAP=softcap is not None, **head.constants,
+            )  # fmt: skip
+            advance_kernel[(triton.cdiv(height, 32),)](
+                *tiles, live.live, top, rest, rescale, row0, height, tiles_v,
+                BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
+            )  # fmt: skip
+            rescale_kernel[(triton.cdiv(height, 16) * tiles_v,)](
+                tiles[0], top, live.live, block, row0, height, tiles_v, stride,
+                TILE_V=launch.BLOCK_V, BLOCK_ROWS=16, num_warps=4,
+            )  # fmt: skip
+            for accumulator, factor in zip(expected, (weight, low_rank_weight)):
+                if accumulator is not None and factor is not None:
+                    if column0 > 0:
+                        accumulator[span].mul_(rescale[span, None])
+                    add_product(accumulator[span], block[:height, :width], factor[column0 : column0 + width])
+
+    shift = torch.where(torch.isfinite(top), top, 0)
+    total = rest + torch.exp2(target_logits - shift)
+    lse = shift + total.log2()
+    coefficients = target_slopes * (rest / total)
+    position = live.positions.clamp(min=0)
+    row_results = (
+        torch.where(live.positions >= 0, x[position], 0).mul_(LN_2.value).view(targets.shape)
+        for x in (target_logits - lse, lse)
+    )
+    chain = logit_scale / temperature
+    for accumulator, factor, out in zip(expected, (weight, low_rank_weight), (d_hidden, d_low_rank)):
+        if accumulator is not None and factor is not None and out is not None:
+            N = factor.shape[1]
+            BLOCK_N = min(1024, triton.next_power_of_2(N))
+            BLOCK_ROWS = 4096 // BLOCK_N
+            derivative_kernel[(triton.cdiv(T, BLOCK_ROWS) * triton.cdiv(N, BLOCK_N),)](
+                accumulator, factor, compact_targets, coefficients, total, live.live, T, V, N,
+                *factor.stride(), chain, BLOCK_ROWS=BLOCK_ROWS, BLOCK_N=BLOCK_N,
+            )  # fmt: skip
+            gather_rows(accumulator, live.positions, out.view(T, N))
+    token_logps, lse = row_results
+    return token_logps, lse, d_hidden, d_low_rank

@@ -1,0 +1,316 @@
+"""The specification with a bounded workspace and gradients in closed form: what `impl="reference"` runs.
+
+Plain PyTorch over blocks of (tokens x vocabulary), on any device, in float32, or float64 for float64 inputs. Checks no
+values: rows are live and ids are valid. Never holds (T, V). Formulas: docs/math.md; vocabulary: reference.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import Head, HeadGradients, HeadOptions, LogpStats, accumulator
+
+
+def block_shape(
+    T: int,
+    D: int,
+    V: int,
+    workspace_bytes: int,
+    itemsize: int,
+) -> tuple[int, int]:
+    """(token rows, vocabulary columns) of one block. Half of the budget is for widened hidden, the other for eight
+    blocks of logits and for the widened slice of the weight and its gradient: of all these the loops hold the last
+    round's while they make the next. A block has at least 16 x 16 entries, whatever the budget.
+    """
+    budget = workspace_bytes // itemsize
+    rows = max(16, min(T, 1024, budget // (4 * max(D, 64) + 128)))
+    columns = max(16, min(V, (budget - 2 * rows * D) // (4 * D + 8 * rows)))
+    return rows, columns
+
+
+def _spans(size: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def _block_logits(
+    hidden: Tensor,  # (t, D), already widened, like all that follow
+    weight: Tensor,  # (v, D)
+    bias: Tensor | None,  # (v,)
+    low_rank_hidden: Tensor | None,  # (t, R)
+    low_rank_weight: Tensor | None,  # (v, R)
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor | None]:
+    """One block of logits and, under softcap, the derivative of the cap."""
+    z = hidden @ weight.T
+    if low_rank_hidden is not None and low_rank_weight is not None:
+        z.addmm_(low_rank_hidden, low_rank_weight.T)
+    if bias is not None:
+        z += bias
+    return _to_logits(z, options)
+
+
+def _to_logits(z: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor | None]:
+    """The product, in place, to logits; and, under softcap, the derivative of the cap."""
+    z *= options.logit_scale
+    d_cap = None
+    if options.softcap is not None:
+        z.div_(options.softcap).tanh_()
+        d_cap = 1 - z * z
+        z *= options.softcap
+    return z.div_(options.temperature), d_cap
+
+
+def forward_in_blocks(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    low_rank_hidden: Tensor | None,  # (T, R)
+    low_rank_weight: Tensor | None,  # (V, R)
+    targets: Tensor,  # (T,) int64, all valid
+    options: HeadOptions,
+) -> LogpStats:
+    """All per-row results by online log-sum-exp over vocabulary blocks. 2 T D V FLOP; workspace within the budget."""
+    dtype = accumulator(hidden.dtype)
+    (T, D), V = hidden.shape, weight.shape[0]
+    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
+    rows, columns = block_shape(T, D + R, V, options.workspace_bytes, dtype.itemsize)
+    new = hidden.new_zeros
+    results = [new(T, dtype=dtype) for _ in range(5)] + [new(T, dtype=torch.bool)]
+    for t in _spans(T, rows):
+        h, y = hidden[t].to(dtype), targets[t]
+        x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
+        n = h.shape[0]
+        top = new(n, dtype=dtype).fill_(-math.inf)
+        top_id = new(n, dtype=torch.long)
+        total, weighted, squares, plain, target_logits = (new(n, dtype=dtype) for _ in range(5))
+        for v in _spans(V, columns):
+            b = None if bias is None else bias[v].to(dtype)
+            u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
+            z, _ = _block_logits(h, weight[v].to(dtype), b, x, u, options)
+            inside = (y >= v.start) & (y < v.stop)
+            target_logits += torch.where(inside, z.gather(1, (y - v.start).clamp(0, z.shape[1] - 1)[:, None])[:, 0], 0)
+            plain += z.sum(1)
+            block_top, block_id = z.max(1)
+            # Strictly greater: among ties the first block, and in a block the first id, stays. NaN stays too.
+            top_id = torch.where(block_top > top, _first_argmax(z, block_top, block_id) + v.start, top_id)
+            new_top = torch.maximum(top, block_top)
+            # A row of -inf so far must not give exp(-inf + inf).
+            shift = torch.where(new_top == -math.inf, 0, new_top)
+            rescale = torch.exp(top - shift)
+            e = torch.exp(z - shift[:, None])
+            total = total * rescale + e.sum(1)
+            squares = squares * rescale * rescale + (e * e).sum(1)
+            weighted = weighted * rescale + torch.where(e == 0, 0, e * z).sum(1)
+            top = new_top
+        shift = torch.where(top == -math.inf, 0, top)
+        lse = shift + total.log()
+        values = (
+            target_logits - lse,
+            lse,
+            lse - weighted / total,
+            plain / V,
+            squares.log() - 2 * total.log(),
+            top_id == y,
+        )
+        for out, value in zip(results, values):
+            out[t] = value
+    return LogpStats(*results)
+
+
+def _first_argmax(z: Tensor, top: Tensor, index: Tensor) -> Tensor:
+    """`Tensor.max` may return any index among ties; the lowest is wanted."""
+    ties = z == top[:, None]
+    return torch.where(ties.any(1), ties.to(torch.int8).argmax(1), index)
+
+
+def backward_in_blocks(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    low_rank_hidden: Tensor | None,  # (T, R)
+    low_rank_weight: Tensor | None,  # (V, R)
+    targets: Tensor,  # (T,) int64, all valid
+    lse: Tensor,  # (T,) float32 | float64, from the forward
+    d_token_logps: Tensor,  # (T,)
+    d_lse: Tensor,  # (T,)
+    options: HeadOptions,
+    needs: tuple[bool, ...],  # which of HeadGradients
+) -> HeadGradients:
+    """The needed gradients from logits rebuilt block by block: 2 T D V FLOP and as many again for each of d_hidden and
+    d_weight.
+
+    Vocabulary blocks outside: a block of d_weight is accumulated over all rows and rounded once; d_hidden is
+    accumulated in one float32 (T, D) buffer.
+    """
+    dtype = accumulator(hidden.dtype)
+    (T, D), V = hidden.shape, weight.shape[0]
+    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
+    rows, columns = block_shape(T, D + R, V, options.workspace_bytes, dtype.itemsize)
+    inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    # By row (indices 0 and 3) gradients are accumulated over the whole loop; by vocabulary (1, 2, 4) a block at a time.
+    out: list[Tensor | None] = [None] * 5
+    mass = hidden.new_zeros(T, dtype=dtype) if needs[5] else None
+    for i, needed in enumerate(needs[:5]):
+        if needed:
+            source = inputs[i]
+            assert source is not None  # needs comes from autograd: an absent input needs nothing
+            out[i] = torch.zeros(source.shape, dtype=dtype if i in (0, 3) else source.dtype, device=source.device)
+    for v in _spans(V, columns):
+        w = weight[v].to(dtype)
+        b = None if bias is None else bias[v].to(dtype)
+        u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
+        shapes = {1: w.shape, 2: w.shape[:1], 4: None if u is None else u.shape}
+        block = {i: w.new_zeros(shape) for i, shape in shapes.items() if needs[i] and shape is not None}
+        for t in _spans(T, rows):
+            h = hidden[t].to(dtype)
+            x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
+            z, d_cap = _block_logits(h, w, b, x, u, options)
+            p = torch.exp(z.sub_(lse[t, None]))
+            if mass is not None:
+                mass[t] += p.sum(1)
+            d_raw = p.mul_((d_lse - d_token_logps)[t, None])
+            local = targets[t] - v.start
+            r = ((local >= 0) & (local < w.shape[0])).nonzero()[:, 0]
+            d_raw[r, local[r]] += d_token_logps[t][r]
+            if d_cap is not None:
+                d_raw *= d_cap
+            d_raw *= options.logit_scale / options.temperature
+            if (d_hidden := out[0]) is not None:
+                d_hidden[t].addmm_(d_raw, w)
+            if (d_x := out[3]) is not None and u is not None:
+                d_x[t].addmm_(d_raw, u)
+            if 1 in block:
+                block[1].addmm_(d_raw.T, h)
+            if 2 in block:
+                block[2] += d_raw.sum(0)
+            if 4 in block and x is not None:
+                block[4].addmm_(d_raw.T, x)
+        for i, gradient in block.items():
+            target = out[i]
+            assert target is not None
+            target[v] = gradient.to(target.dtype)
+    for i in (0, 3):
+        if (gradient_out := out[i]) is not None:
+            out[i] = gradient_out.to(hidden.dtype)
+    return HeadGradients._make([*out, mass])
+
+
+def target_logits(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    low_rank_hidden: Tensor | None,  # (T, R)
+    low_rank_weight: Tensor | None,  # (V, R)
+    targets: Tensor,  # (T,) int64, all valid
+    options: HeadOptions,
+) -> Tensor:  # (T,) float32 | float64
+    """logits[t, targets[t]] alone, in blocks of rows: 2 T D FLOP. With a known lse, all that token_logps need."""
+    dtype = accumulator(hidden.dtype)
+    T, D = hidden.shape
+    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
+    out = hidden.new_empty(T, dtype=dtype)
+    for t in _spans(T, max(16, options.workspace_bytes // (4 * (D + R) * dtype.itemsize))):
+        y = targets[t]
+        z = (hidden[t].to(dtype) * weight[y].to(dtype)).sum(1)
+        if low_rank_hidden is not None and low_rank_weight is not None:
+            z += (low_rank_hidden[t].to(dtype) * low_rank_weight[y].to(dtype)).sum(1)
+        if bias is not None:
+            z += bias[y].to(dtype)
+        out[t] = _to_logits(z, options)[0]
+    return out
+
+
+class Expectations(NamedTuple):
+    """What d token_logps / d hidden is made of, by row: with y the target and c the cap's slope (1 without a cap),
+
+    d token_logps / d hidden = logit_scale / temperature (coefficients weight[y] - expected_weight).
+
+    The target stays out of the sums, so that nothing cancels in a row that is sure of it.
+    """
+
+    token_logps: Tensor  # (T,)
+    lse: Tensor  # (T,)
+    coefficients: Tensor  # (T,) c_y (1 - p_y)
+    expected_weight: Tensor  # (T, D) sum over v != y of p_v c_v weight_v
+    expected_low_rank: Tensor | None  # (T, R) sum over v != y of p_v c_v low_rank_weight_v
+
+
+def expectations_in_blocks(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    low_rank_hidden: Tensor | None,  # (T, R)
+    low_rank_weight: Tensor | None,  # (V, R)
+    targets: Tensor,  # (T,) int64, all valid
+    options: HeadOptions,
+) -> Expectations:
+    """Forward and expectations in one pass over the vocabulary, by online softmax: 4 T D V FLOP."""
+    dtype = accumulator(hidden.dtype)
+    (T, D), V = hidden.shape, weight.shape[0]
+    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
+    rows, columns = block_shape(T, D + R, V, options.workspace_bytes, dtype.itemsize)
+    target_logits, lse, coefficients = (hidden.new_zeros(T, dtype=dtype) for _ in range(3))
+    expected_weight = hidden.new_zeros((T, D), dtype=dtype)
+    expected_low_rank = None if low_rank_weight is None else hidden.new_zeros((T, R), dtype=dtype)
+    for t in _spans(T, rows):
+        h, y = hidden[t].to(dtype), targets[t]
+        x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
+        top, rest = h.new_full((h.shape[0],), -math.inf), h.new_zeros(h.shape[0])  # rest: without the target
+        for v in _spans(V, columns):
+            w = weight[v].to(dtype)
+            b = None if bias is None else bias[v].to(dtype)
+            u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
+            z, slope = _block_logits(h, w, b, x, u, options)
+            here = (y >= v.start) & (y < v.stop)
+            at = (y - v.start).clamp(0, z.shape[1] - 1)[:, None]
+            target_logits[t] += torch.where(here, z.gather(1, at)[:, 0], 0)
+            coefficients[t] += here.to(dtype) if slope is None else torch.where(here, slope.gather(1, at)[:, 0], 0)
+            new_top = torch.maximum(top, z.max(1).values)
+            shift = torch.where(torch.isfinite(new_top), new_top, 0)
+            rescale = torch.exp(torch.where(top == -math.inf, -math.inf, top - shift))
+            e = torch.exp(z - shift[:, None])
+            e.scatter_(1, at, torch.where(here, 0, e.gather(1, at)[:, 0])[:, None])
+            rest = rest * rescale + e.sum(1)
+            if slope is not None:
+                e *= slope
+            for expected, factor in ((expected_weight, w), (expected_low_rank, u)):
+                if expected is not None and factor is not None:
+                    expected[t].mul_(rescale[:, None]).addmm_(e, factor)
+            top = new_top
+        shift = torch.where(torch.isfinite(top), top, 0)
+        total = rest + torch.exp(target_logits[t] - shift)
+        coefficients[t] *= rest / total
+        for expected in (expected_weight, expected_low_rank):
+            if expected is not None:
+                expected[t] /= total[:, None]
+        lse[t] = shift + total.log()
+    return Expectations(target_logits - lse, lse, coefficients, expected_weight, expected_low_rank)
+
+
+def jacobian(
+    found: Expectations,
+    head: Head,  # rows live, like targets
+    targets: Tensor,  # (T,) int64, all valid
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor | None]:  # (T, D), (T, R) in the dtype of hidden
+    """d token_logps / d hidden and, with a second segment, / d low_rank_hidden. Consumes the expectations."""
+    chain = options.logit_scale / options.temperature
+    out: list[Tensor | None] = [None, None]
+    for i, (expected, factor) in enumerate(
+        ((found.expected_weight, head.weight), (found.expected_low_rank, head.low_rank_weight))
+    ):
+        if expected is None or factor is None:
+            continue
+        step = max(16, options.workspace_bytes // (4 * factor.shape[1] * expected.element_size()))
+        for t in _spans(targets.shape[0], step):
+            at_target = factor[targets[t]].to(expected.dtype).mul_(found.coefficients[t, None])
+            expected[t].sub_(at_target).mul_(-chain)
+        out[i] = expected.to(head.hidden.dtype)
+    gradient = out[0]
+    assert gradient is not None
+    return gradient, out[1]

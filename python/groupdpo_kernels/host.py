@@ -1,0 +1,138 @@
+"""The head's ops on the host side: values are checked, ignored rows leave, and the C++ op or the reference in blocks
+computes the rest; `impl` says which. Also the small pieces that every device shares.
+
+Reads values of CPU tensors; on other devices only the reference in blocks comes here, and it synchronises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import blocks
+from .reference import Head, HeadGradients, HeadOptions, LogpStats
+
+
+def check_targets(targets: Tensor, V: int, ignore_index: int) -> Tensor:
+    """The rows that are not ignored; ValueError for an id outside the vocabulary. Reads values: host side only."""
+    live = targets != ignore_index
+    wrong = live & ((targets < 0) | (targets >= V))
+    if wrong.any():
+        at = int(wrong.reshape(-1).nonzero()[0, 0])
+        raise ValueError(
+            f"targets must be in [0, V = {V}) or ignore_index = {ignore_index}; targets.view(-1)[{at}] is"
+            f" {int(targets.reshape(-1)[at])} ({int(wrong.sum())} such rows)"
+        )
+    return live.reshape(-1).nonzero()[:, 0]
+
+
+def _take(x: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Live rows of a (..., n) tensor as (t, n); no copy when all rows live and the leading dimensions collapse."""
+    if x is None:
+        return None
+    x = x.reshape(-1, x.shape[-1])
+    return x if rows.numel() == x.shape[0] else x.index_select(0, rows)
+
+
+def _put(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_take`: ignored rows hold zero."""
+    n = rows.numel()
+    flat = (
+        x.new_zeros((shape.numel() // max(1, x.shape[1:].numel()), *x.shape[1:]))
+        if x.shape[1:].numel()
+        else x.new_zeros(shape)
+    )
+    if flat.shape[0] == n:
+        return x.reshape(shape)
+    return flat.index_copy_(0, rows, x).reshape(shape)
+
+
+def _live_head(head: Head, rows: Tensor) -> Head:
+    hidden = _take(head.hidden, rows)
+    assert hidden is not None
+    return Head(hidden, head.weight, head.bias, _take(head.low_rank_hidden, rows), head.low_rank_weight)
+
+
+def forward(head: Head, targets: Tensor, options: HeadOptions, stats: bool, impl: str) -> LogpStats:
+    rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
+    live = _live_head(head, rows)
+    live_targets = targets.reshape(-1)[rows]
+    if impl == "cpu":
+        out = torch.ops.groupdpo_kernels.linear_logps_forward_cpu(
+            *live,
+            live_targets,
+            options.logit_scale,
+            options.softcap,
+            options.temperature,
+            options.workspace_bytes,
+            stats,
+        )
+    else:
+        out = blocks.forward_in_blocks(*live, live_targets, options)
+    return LogpStats(*(_put(x, rows, targets.shape) if stats or i < 2 else x.new_empty(0) for i, x in enumerate(out)))
+
+
+def backward(
+    head: Head,
+    targets: Tensor,
+    lse: Tensor,
+    d_token_logps: Tensor,
+    d_lse: Tensor,
+    options: HeadOptions,
+    needs: tuple[bool, ...],
+    impl: str,
+) -> HeadGradients:
+    rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
+    live = _live_head(head, rows)
+    rowwise = (lse, d_token_logps, d_lse)
+    y, z, d_y, d_z = (x.reshape(-1)[rows] for x in (targets, *rowwise))
+    out: tuple[Tensor | None, ...]
+    if impl == "cpu":
+        o = options
+        out = torch.ops.groupdpo_kernels.linear_logps_backward_cpu(
+            *live, y, z, d_y, d_z, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes, *needs
+        )
+    else:
+        out = blocks.backward_in_blocks(*live, y, z, d_y, d_z, options, needs)
+    gradients = [x if needed else None for x, needed in zip(out, needs)]
+    for i, source in ((0, head.hidden), (3, head.low_rank_hidden), (5, targets)):  # by row: back to the input's shape
+        gradient = gradients[i]
+        if gradient is not None and source is not None:
+            gradients[i] = _put(gradient, rows, source.shape)
+    return HeadGradients(*gradients)
+
+
+def jacobian(
+    head: Head, targets: Tensor, options: HeadOptions, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden)."""
+    rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
+    live, y = _live_head(head, rows), targets.reshape(-1)[rows]
+    if impl == "cpu":
+        o = options
+        op = torch.ops.groupdpo_kernels.linear_logps_expectations_cpu
+        found = blocks.Expectations(*op(*live, y, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes))
+    else:
+        found = blocks.expectations_in_blocks(*live, y, options)
+    d_hidden, d_low_rank = blocks.jacobian(found, live, y, options)
+    low_rank_hidden = head.low_rank_hidden
+    return (
+        _put(found.token_logps, rows, targets.shape),
+        _put(found.lse, rows, targets.shape),
+        _put(d_hidden, rows, head.hidden.shape),
+        None if d_low_rank is None or low_rank_hidden is None else _put(d_low_rank, rows, low_rank_hidden.shape),
+    )
+
+
+def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOptions) -> Tensor:  # (...) as lse
+    """token_logps from a known lse: 2 T D FLOP. A wrong id is a ValueError on a CPU and NaN on a GPU."""
+    V = head.weight.shape[0]
+    live = targets != options.ignore_index
+    if head.hidden.device.type == "cpu":
+        rows = check_targets(targets, V, options.ignore_index)
+    else:  # all rows, since nothing is read back
+        rows = torch.arange(targets.numel(), device=targets.device)
+    y = targets.reshape(-1)[rows]
+    z = blocks.target_logits(*_live_head(head, rows), y.clamp(0, V - 1), options)
+    token_logps = torch.where((y >= 0) & (y < V), z - lse.reshape(-1)[rows], torch.nan)
+    return torch.where(live, _put(token_logps, rows, targets.shape), 0)
