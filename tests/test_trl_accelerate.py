@@ -141,6 +141,19 @@ def test_frozen_inputs_and_no_rows() -> None:
         assert not torch.autograd.grad(empty[0].sum(), weight)[0].any()
 
 
+def test_compiled() -> None:
+    hidden, weight, _, targets = leaves(torch.float32)
+
+    def loss() -> Tensor:
+        log_probs, entropy, *_ = current().apply(hidden, weight, None, targets, 1.0, TILE)
+        return log_probs.sum() + entropy.detach().sum()
+
+    with accelerate():
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)()
+        expected = torch.autograd.grad(loss(), (hidden, weight))
+    torch.testing.assert_close(torch.autograd.grad(compiled, (hidden, weight)), expected)
+
+
 def test_what_trl_can_and_we_cannot_is_an_error() -> None:
     hidden, weight, bias, targets = leaves(torch.float32)
     with accelerate():

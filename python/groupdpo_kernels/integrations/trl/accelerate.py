@@ -8,6 +8,9 @@ The numbers are TRL's, but that logits are float32 where TRL rounds them to the 
 and this cannot is an error, never another number: a gradient into the entropy (GRPO's entropy bonus), DeepSpeed ZeRO-3,
 a temperature that is not positive, a target outside the vocabulary. Under autocast the gradient of a float32 weight is
 rounded to the autocast dtype, as that of F.linear is; TRL's is not.
+
+Cost: that of `linear_logp_stats` with a workspace of the size of TRL's tile, 256 MiB; under autocast, besides, a copy of
+the weight in the autocast dtype until the backward. Formulas: docs/math.md.
 """
 
 from __future__ import annotations
