@@ -9,7 +9,7 @@ and this cannot is an error, never another number: a gradient into the entropy (
 a temperature that is not positive, a target outside the vocabulary. Under autocast the gradient of a float32 weight is
 rounded to the autocast dtype, as that of F.linear is; TRL's is not.
 
-Cost: that of `linear_logp_stats` with a workspace of the size of TRL's tile, 256 MiB; under autocast, besides, a copy of
+Cost: that of `linear_logp_stats` with a workspace of the size of TRL's tile, 256 MiB; under autocast also a copy of
 the weight in the autocast dtype until the backward. Formulas: docs/math.md.
 """
 
