@@ -70,7 +70,7 @@ def weights_kernel(
     live = tl.minimum(tl.load(count_ptr), row0 + rows)
     tiles_t = tl.cdiv(tl.maximum(live - row0, 0), BLOCK_T)
     tiles_v = tl.cdiv(columns, BLOCK_V)
-    column = tl.arange(0, BLOCK_V)
+    half = tl.arange(0, BLOCK_V // 2)
     row = tl.arange(0, BLOCK_T)
     for tile in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         tile_t, tile_v = tile_position(tile, tiles_t, tiles_v, GROUP_T)
@@ -84,53 +84,61 @@ def weights_kernel(
                 acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, stride_low_rank_v, stride_low_rank_r,
                 R, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
             )  # fmt: skip
-        y = squash(with_bias(acc, bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
         t = t0 + row
         target = tl.load(targets_ptr + t, mask=t < live, other=-1) - v0
         inside = (target >= 0) & (target < tl.minimum(BLOCK_V, V - v0))
         target_column = tl.where(inside, target, -1).to(tl.int32)
         hit = tl.max(inside.to(tl.int32), 0) > 0  # most tiles hold no row's target
-        if hit:
-            # One tile at most holds a given row's target: no atomics.
-            at_target = tl.sum(tl.where(column[None, :] == target_column[:, None], y, 0.0), 1)
-            tl.store(target_logits_ptr + t, cap * at_target if HAS_SOFTCAP else at_target, mask=inside)
-            slope = 1.0 - at_target * at_target if HAS_SOFTCAP else tl.full((BLOCK_T,), 1.0, tl.float32)
-            tl.store(target_slopes_ptr + t, slope, mask=inside)
+        left, right = halves(acc, BLOCK_T, BLOCK_V)
+        left = squash(with_bias(left, bias_ptr, v0 + half, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
+        v1 = v0 + BLOCK_V // 2
+        right = squash(with_bias(right, bias_ptr, v1 + half, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
         if v0 + BLOCK_V > V:
             # Columns past V would be phantom logits of value 0.
-            y = tl.where((column < V - v0)[None, :], y, -float("inf"))
+            left = tl.where((half < V - v0)[None, :], left, -float("inf"))
+            right = tl.where((half < V - v1)[None, :], right, -float("inf"))
         # Relative to the row's maximum so far: most tiles then need no rescaling.
-        top = tl.max(y, 1) * cap if HAS_SOFTCAP else tl.max(y, 1)
+        top = tl.maximum(tl.max(left, 1), tl.max(right, 1))
+        if HAS_SOFTCAP:
+            top *= cap
         top = tl.maximum(tl.load(top_ptr + t, mask=t < live, other=0.0), top)
         shift = finite_or_zero(top)
         block = block_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_block + tile_v * BLOCK_V
         total = tl.zeros((BLOCK_T,), tl.float32)
-        parts = halves(y, BLOCK_T, BLOCK_V)
+        at_target = tl.zeros((BLOCK_T,), tl.float32)
+        parts = (left, right)
         for i in tl.static_range(2):
-            half = i * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
-            part = parts[i]
-            e = tl.exp2((cap * part if HAS_SOFTCAP else part) - shift[:, None])
+            column = i * (BLOCK_V // 2) + half
+            y = parts[i]
+            e = tl.exp2((cap * y if HAS_SOFTCAP else y) - shift[:, None])
             # Library products run over rows past the live ones: zeros, whatever the bias is.
             e = tl.where((t < live)[:, None], e, 0.0)
             if hit:
-                e = tl.where(half[None, :] == target_column[:, None], 0.0, e)
+                here = column[None, :] == target_column[:, None]
+                at_target += tl.sum(tl.where(here, y, 0.0), 1)
+                e = tl.where(here, 0.0, e)
             total += tl.sum(e, 1)
             if HAS_SOFTCAP:
-                e = tl.where(e == 0, 0.0, e * (1.0 - part * part))
+                e = tl.where(e == 0, 0.0, e * (1.0 - y * y))  # past V the tanh is -inf
             tl.store(
-                block + row[:, None] * stride_block + half[None, :],
+                block + row[:, None] * stride_block + column[None, :],
                 e.to(block_ptr.dtype.element_ty),
                 mask=(t < row0 + rows)[:, None],
             )
         at = tile_v.to(tl.int64) * rows + (t - row0)
         tl.store(tile_max_ptr + at, top, mask=t < live)
         tl.store(tile_sum_ptr + at, total, mask=t < live)
+        # One tile at most holds a given row's target: no atomics.
+        tl.store(target_logits_ptr + t, cap * at_target if HAS_SOFTCAP else at_target, mask=inside)
+        slope = 1.0 - at_target * at_target if HAS_SOFTCAP else tl.full((BLOCK_T,), 1.0, tl.float32)
+        tl.store(target_slopes_ptr + t, slope, mask=inside)
     # Tiles of ignored rows: zeros, no arithmetic.
     all_tiles_t = tl.cdiv(rows, BLOCK_T)
     for tile in tl.range(tiles_t * tiles_v + tl.program_id(0), all_tiles_t * tiles_v, tl.num_programs(0)):
         tile_t = tile // tiles_v
         tile_v = tile % tiles_v
         block = block_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_block + tile_v * BLOCK_V
+        column = tl.arange(0, BLOCK_V)
         zero = tl.zeros((BLOCK_T, BLOCK_V), block_ptr.dtype.element_ty)
         tl.store(
             block + row[:, None] * stride_block + column[None, :],
@@ -256,7 +264,9 @@ def linear_logps_jacobian(
     ignore_index: int,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden), the last two in the input dtype."""
+    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden), the derivatives in the input
+    dtype.
+    """
     V, D = weight.shape
     T = targets.numel()
     new = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)

@@ -152,6 +152,7 @@ class PreferenceWeights(torch.autograd.Function):
         )
         # d loss / d seq_logps is known in closed form by now: nothing of the forward is kept but these S numbers.
         ctx.save_for_backward(coefficients, cu_seqlens)
+        ctx.set_materialize_grads(False)  # the five outputs but loss have no gradient to make zeros for
         ctx.T, ctx.impl = token_logps.shape[0], impl
         ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
