@@ -23,7 +23,16 @@ GATE = [
     Row("gfx942", "bf16", everything=True),
     Row("sm_86", "fp32"),
 ]
-KERNELS = ["combine_kernel", "d_logits_kernel", "gather_rows_kernel", "tiles_kernel"]
+KERNELS = [
+    "advance_kernel",
+    "combine_kernel",
+    "d_logits_kernel",
+    "derivative_kernel",
+    "gather_rows_kernel",
+    "rescale_kernel",
+    "tiles_kernel",
+    "weights_kernel",
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +45,13 @@ def compiled() -> dict[Row, dict[str, Compiled]]:
 def test_kernels_build_within_their_budgets(row: Row, compiled: dict[Row, dict[str, Compiled]]) -> None:
     assert sorted(compiled[row]) == KERNELS
     for name, kernel in compiled[row].items():
-        registers, spills, shared = BUDGETS[VERSION][str(row)].get(name, (192, 0, 1024))
+        registers, spills, shared = BUDGETS[VERSION][str(row)].get(name, (192, 0, 4096))
         assert kernel.registers <= registers, kernel
         assert kernel.spills <= spills, kernel
         assert kernel.shared <= min(shared, SHARED_LIMIT[row.architecture]), kernel
 
 
-@pytest.mark.parametrize("name", ["tiles_kernel", "d_logits_kernel"])
+@pytest.mark.parametrize("name", ["tiles_kernel", "d_logits_kernel", "weights_kernel"])
 def test_products_use_the_matrix_units(name: str, compiled: dict[Row, dict[str, Compiled]]) -> None:
     for row, kernels in compiled.items():
         if row.dtype == "bf16":

@@ -21,7 +21,7 @@ from torch import Tensor
 from .launch import LN_2, head_arguments, launch_for, programs, scale_and_cap, why_not
 from .library import add_product, block_shape
 from .rows import gather_rows, live_rows
-from .tile import add_low_rank, finite_or_zero, halves, product, squash, tile_position, with_bias
+from .tile import add_low_rank, finite_or_zero, product, squash, tile_position, with_bias
 
 __all__ = ["linear_logps_jacobian", "why_not"]
 
@@ -64,15 +64,15 @@ def weights_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
     TMA: tl.constexpr,
-    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     live = tl.minimum(tl.load(count_ptr), row0 + rows)
     tiles_t = tl.cdiv(tl.maximum(live - row0, 0), BLOCK_T)
     tiles_v = tl.cdiv(columns, BLOCK_V)
-    half = tl.arange(0, BLOCK_V // 2)
+    column = tl.arange(0, BLOCK_V)
     row = tl.arange(0, BLOCK_T)
-    for tile in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
+    # Not flattened into the product's loop, and not in halves: both spill here.
+    for tile in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0)):
         tile_t, tile_v = tile_position(tile, tiles_t, tiles_v, GROUP_T)
         t0 = row0 + tile_t * BLOCK_T
         v0 = column0 + tile_v * BLOCK_V
@@ -84,61 +84,46 @@ def weights_kernel(
                 acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, stride_low_rank_v, stride_low_rank_r,
                 R, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
             )  # fmt: skip
+        y = squash(with_bias(acc, bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
         t = t0 + row
         target = tl.load(targets_ptr + t, mask=t < live, other=-1) - v0
         inside = (target >= 0) & (target < tl.minimum(BLOCK_V, V - v0))
-        target_column = tl.where(inside, target, -1).to(tl.int32)
+        target_column = tl.where(inside, target, -1).to(tl.int32)[:, None]
         hit = tl.max(inside.to(tl.int32), 0) > 0  # most tiles hold no row's target
-        left, right = halves(acc, BLOCK_T, BLOCK_V)
-        left = squash(with_bias(left, bias_ptr, v0 + half, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
-        v1 = v0 + BLOCK_V // 2
-        right = squash(with_bias(right, bias_ptr, v1 + half, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
+        if hit:
+            # One tile at most holds a given row's target: no atomics.
+            at_target = tl.sum(tl.where(column[None, :] == target_column, y, 0.0), 1)
+            tl.store(target_logits_ptr + t, cap * at_target if HAS_SOFTCAP else at_target, mask=inside)
+            slope = 1.0 - at_target * at_target if HAS_SOFTCAP else tl.full((BLOCK_T,), 1.0, tl.float32)
+            tl.store(target_slopes_ptr + t, slope, mask=inside)
+        z = cap * y if HAS_SOFTCAP else y
         if v0 + BLOCK_V > V:
             # Columns past V would be phantom logits of value 0.
-            left = tl.where((half < V - v0)[None, :], left, -float("inf"))
-            right = tl.where((half < V - v1)[None, :], right, -float("inf"))
+            z = tl.where((column < V - v0)[None, :], z, -float("inf"))
         # Relative to the row's maximum so far: most tiles then need no rescaling.
-        top = tl.maximum(tl.max(left, 1), tl.max(right, 1))
-        if HAS_SOFTCAP:
-            top *= cap
-        top = tl.maximum(tl.load(top_ptr + t, mask=t < live, other=0.0), top)
-        shift = finite_or_zero(top)
-        block = block_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_block + tile_v * BLOCK_V
-        total = tl.zeros((BLOCK_T,), tl.float32)
-        at_target = tl.zeros((BLOCK_T,), tl.float32)
-        parts = (left, right)
-        for i in tl.static_range(2):
-            column = i * (BLOCK_V // 2) + half
-            y = parts[i]
-            e = tl.exp2((cap * y if HAS_SOFTCAP else y) - shift[:, None])
-            # Library products run over rows past the live ones: zeros, whatever the bias is.
-            e = tl.where((t < live)[:, None], e, 0.0)
-            if hit:
-                here = column[None, :] == target_column[:, None]
-                at_target += tl.sum(tl.where(here, y, 0.0), 1)
-                e = tl.where(here, 0.0, e)
-            total += tl.sum(e, 1)
-            if HAS_SOFTCAP:
-                e = tl.where(e == 0, 0.0, e * (1.0 - y * y))  # past V the tanh is -inf
-            tl.store(
-                block + row[:, None] * stride_block + column[None, :],
-                e.to(block_ptr.dtype.element_ty),
-                mask=(t < row0 + rows)[:, None],
-            )
+        top = tl.maximum(tl.load(top_ptr + t, mask=t < live, other=0.0), tl.max(z, 1))
+        e = tl.exp2(z - finite_or_zero(top)[:, None])
+        if hit:
+            e = tl.where(column[None, :] == target_column, 0.0, e)
         at = tile_v.to(tl.int64) * rows + (t - row0)
         tl.store(tile_max_ptr + at, top, mask=t < live)
-        tl.store(tile_sum_ptr + at, total, mask=t < live)
-        # One tile at most holds a given row's target: no atomics.
-        tl.store(target_logits_ptr + t, cap * at_target if HAS_SOFTCAP else at_target, mask=inside)
-        slope = 1.0 - at_target * at_target if HAS_SOFTCAP else tl.full((BLOCK_T,), 1.0, tl.float32)
-        tl.store(target_slopes_ptr + t, slope, mask=inside)
+        tl.store(tile_sum_ptr + at, tl.sum(e, 1), mask=t < live)
+        if HAS_SOFTCAP:
+            e *= 1.0 - y * y
+        # Library products run over rows past the live ones: zeros, whatever the bias is.
+        e = tl.where((t < live)[:, None], e, 0.0)
+        block = block_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_block + tile_v * BLOCK_V
+        tl.store(
+            block + row[:, None] * stride_block + column[None, :],
+            e.to(block_ptr.dtype.element_ty),
+            mask=(t < row0 + rows)[:, None],
+        )
     # Tiles of ignored rows: zeros, no arithmetic.
     all_tiles_t = tl.cdiv(rows, BLOCK_T)
     for tile in tl.range(tiles_t * tiles_v + tl.program_id(0), all_tiles_t * tiles_v, tl.num_programs(0)):
         tile_t = tile // tiles_v
         tile_v = tile % tiles_v
         block = block_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_block + tile_v * BLOCK_V
-        column = tl.arange(0, BLOCK_V)
         zero = tl.zeros((BLOCK_T, BLOCK_V), block_ptr.dtype.element_ty)
         tl.store(
             block + row[:, None] * stride_block + column[None, :],
@@ -289,6 +274,7 @@ def linear_logps_jacobian(
     launch = launch_for(weight)
     rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
     head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
+    constants = {name: value for name, value in head.constants.items() if name != "FLATTEN"}
     scale, cap = scale_and_cap(logit_scale, softcap, temperature * LN_2.value)
     stride = triton.cdiv(columns, launch.BLOCK_V) * launch.BLOCK_V
     block = hidden.new_empty((rows, stride))
@@ -303,7 +289,7 @@ def linear_logps_jacobian(
             weights_kernel[programs(launch, triton.cdiv(height, launch.BLOCK_T) * tiles_v, hidden.device)](
                 *head.tensors, compact_targets, live.live, top, target_logits, target_slopes, *tiles, block,
                 row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
-                HAS_SOFTCAP=softcap is not None, **head.constants,
+                HAS_SOFTCAP=softcap is not None, **constants,
             )  # fmt: skip
             advance_kernel[(triton.cdiv(height, 32),)](
                 *tiles, live.live, top, rest, rescale, row0, height, tiles_v,
