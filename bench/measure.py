@@ -19,9 +19,9 @@ from bench.peers import TokenLogps, log_softmax_gather
 from groupdpo_kernels.testing import Case, error
 
 # The bare matrix products of each mode, 2 T D V FLOP each: the limit for who does not store the logits.
-# forward: the logits. trained: the logits, the logits again, d_hidden, d_weight. frozen: without d_weight.
-# Eager and compiled PyTorch store (T, V) and need one product less: their ratio can be below 1.
-MODES = {"forward": 1, "trained": 4, "frozen": 3}
+# forward: the logits. trained: the logits, the logits again, d_hidden, d_weight. frozen: the logits, d_hidden.
+# Eager and compiled PyTorch store (T, V) and need one product less of a trained head: their ratio can be below 1.
+MODES = {"forward": 1, "trained": 4, "frozen": 2}
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ class Products:
         return torch.mm(self.hidden, self.weight.T, out=self.logits)
 
     def backward(self, out: Tensor) -> tuple[Tensor, ...]:
-        if self.mode != "forward":
+        if self.mode == "trained":
             torch.mm(self.hidden, self.weight.T, out=self.logits)
+        if self.mode != "forward":
             torch.mm(self.logits, self.weight, out=self.d_hidden)  # the logits stand for d_logits: random, same shape
         if self.d_weight is not None:
             torch.mm(self.logits.T, self.hidden, out=self.d_weight)
