@@ -21,7 +21,6 @@ GATE = [
     Row("sm_100", "bf16", everything=True),
     Row("sm_80", "bf16", everything=True),
     Row("gfx942", "bf16", everything=True),
-    Row("sm_86", "fp32"),
 ]
 KERNELS = [
     "advance_kernel",

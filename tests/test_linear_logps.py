@@ -58,8 +58,16 @@ def same_bits(a: Result, b: Result) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# Both loads meet every shape; what comes after the product is the same code, and an interpreted tile is slow.
+LOADS = ("plain", "one_column", "ragged_all", "gpt2_vocab", "ragged_bf16", "unaligned_bf16", "fp16", "everything")
+LOADS += ("everything_bf16", "low_rank_wide_bf16", "most_ignored_bf16", "strided_bf16", "tiny_workspace_bf16")
+
+
+@pytest.mark.parametrize(
+    ("case", "impl"),
+    [(case, impl) for case in CASES for impl in IMPLS if impl != "pointers" or case.name in LOADS],
+    ids=lambda x: x if isinstance(x, str) else x.name,
+)
 def test_case(case: Case, impl: str, poisoned_memory: None) -> None:
     result = result_of(impl, case)
     assert set(result) == {"token_logps", *EVERYTHING, *(f"d_{name}" for name in make_inputs(case).leaves)}
@@ -102,7 +110,8 @@ def test_every_subset_of_gradients(impl: str) -> None:
 
         full = gradients(*[True] * 6)
         assert not any(torch.equal(x, torch.zeros_like(x)) for x in full)
-        for asked in itertools.product([False, True], repeat=5):
+        subsets = list(itertools.product([False, True], repeat=5))
+        for asked in subsets[::3] if impl == "pointers" else subsets:
             needs = (*asked, sum(asked) % 2 == 0)
             for field, needed, gradient, expected in zip(HeadGradients._fields, needs, gradients(*needs), full):
                 assert (gradient is not None) == needed
