@@ -92,8 +92,7 @@ def forward_in_blocks(
             b = None if bias is None else bias[v].to(dtype)
             u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
             z, _ = _block_logits(h, weight[v].to(dtype), b, x, u, options)
-            inside = (y >= v.start) & (y < v.stop)
-            target_logits += torch.where(inside, z.gather(1, (y - v.start).clamp(0, z.shape[1] - 1)[:, None])[:, 0], 0)
+            target_logits += _at_target(z, y, v)
             plain += z.sum(1)
             block_top, block_id = z.max(1)
             # Strictly greater: among ties the first block, and in a block the first id, stays. NaN stays too.
@@ -120,6 +119,12 @@ def forward_in_blocks(
         for out, value in zip(results, values):
             out[t] = value
     return LogpStats(*results)
+
+
+def _at_target(block: Tensor, targets: Tensor, v: slice) -> Tensor:  # (t, v), (t,) -> (t,)
+    """The entries of the targets, 0 in rows whose target lies outside this block of the vocabulary."""
+    at = (targets - v.start).clamp(0, block.shape[1] - 1)[:, None]
+    return torch.where((targets >= v.start) & (targets < v.stop), block.gather(1, at)[:, 0], 0)
 
 
 def _first_argmax(z: Tensor, top: Tensor, index: Tensor) -> Tensor:
@@ -268,8 +273,8 @@ def expectations_in_blocks(
             z, slope = _block_logits(h, w, b, x, u, options)
             here = (y >= v.start) & (y < v.stop)
             at = (y - v.start).clamp(0, z.shape[1] - 1)[:, None]
-            target_logits[t] += torch.where(here, z.gather(1, at)[:, 0], 0)
-            coefficients[t] += here.to(dtype) if slope is None else torch.where(here, slope.gather(1, at)[:, 0], 0)
+            target_logits[t] += _at_target(z, y, v)
+            coefficients[t] += here.to(dtype) if slope is None else _at_target(slope, y, v)
             new_top = torch.maximum(top, z.max(1).values)
             shift = torch.where(torch.isfinite(new_top), new_top, 0)
             rescale = torch.exp(torch.where(top == -math.inf, -math.inf, top - shift))

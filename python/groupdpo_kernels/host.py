@@ -53,20 +53,17 @@ def _live_head(head: Head, rows: Tensor) -> Head:
     return Head(hidden, head.weight, head.bias, _take(head.low_rank_hidden, rows), head.low_rank_weight)
 
 
+def _of_extension(options: HeadOptions) -> tuple[float, float | None, float, int]:
+    """What the C++ ops take of the options, in the order of their schemas: ignored rows have left by then."""
+    return options.logit_scale, options.softcap, options.temperature, options.workspace_bytes
+
+
 def forward(head: Head, targets: Tensor, options: HeadOptions, stats: bool, impl: str) -> LogpStats:
     rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
     live = _live_head(head, rows)
     live_targets = targets.reshape(-1)[rows]
     if impl == "cpu":
-        out = torch.ops.groupdpo_kernels.linear_logps_forward_cpu(
-            *live,
-            live_targets,
-            options.logit_scale,
-            options.softcap,
-            options.temperature,
-            options.workspace_bytes,
-            stats,
-        )
+        out = torch.ops.groupdpo_kernels.linear_logps_forward_cpu(*live, live_targets, *_of_extension(options), stats)
     else:
         out = blocks.forward_in_blocks(*live, live_targets, options)
     return LogpStats(*(_put(x, rows, targets.shape) if stats or i < 2 else x.new_empty(0) for i, x in enumerate(out)))
@@ -88,10 +85,8 @@ def backward(
     y, z, d_y, d_z = (x.reshape(-1)[rows] for x in (targets, *rowwise))
     out: tuple[Tensor | None, ...]
     if impl == "cpu":
-        o = options
-        out = torch.ops.groupdpo_kernels.linear_logps_backward_cpu(
-            *live, y, z, d_y, d_z, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes, *needs
-        )
+        op = torch.ops.groupdpo_kernels.linear_logps_backward_cpu
+        out = op(*live, y, z, d_y, d_z, *_of_extension(options), *needs)
     else:
         out = blocks.backward_in_blocks(*live, y, z, d_y, d_z, options, needs)
     gradients = [x if needed else None for x, needed in zip(out, needs)]
@@ -109,9 +104,8 @@ def jacobian(
     rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
     live, y = _live_head(head, rows), targets.reshape(-1)[rows]
     if impl == "cpu":
-        o = options
         op = torch.ops.groupdpo_kernels.linear_logps_expectations_cpu
-        found = blocks.Expectations(*op(*live, y, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes))
+        found = blocks.Expectations(*op(*live, y, *_of_extension(options)))
     else:
         found = blocks.expectations_in_blocks(*live, y, options)
     d_hidden, d_low_rank = blocks.jacobian(found, live, y, options)

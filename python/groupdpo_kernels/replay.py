@@ -45,18 +45,16 @@ class LseTape:
         self._calls: list[KnownLse] = []
         self._next: int | None = None  # None: recording
 
-    @contextlib.contextmanager
-    def record(self) -> Iterator[None]:
+    def record(self) -> contextlib.AbstractContextManager[None]:
         self._calls, self._next = [], None
-        token = _ACTIVE.set(self)
-        try:
-            yield
-        finally:
-            _ACTIVE.reset(token)
+        return self._active()
+
+    def replay(self) -> contextlib.AbstractContextManager[None]:
+        self._next = 0
+        return self._active()
 
     @contextlib.contextmanager
-    def replay(self) -> Iterator[None]:
-        self._next = 0
+    def _active(self) -> Iterator[None]:
         token = _ACTIVE.set(self)
         try:
             yield
