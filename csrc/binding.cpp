@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/block.h"
 #include "cpu/linear_logps.h"
 #include "cpu/preference_weights.h"
 #include "cpu/row.h"
@@ -65,7 +66,7 @@ py::dict build_info() {
 #endif
   return py::dict("version"_a = GROUPDPO_KERNELS_VERSION, "torch"_a = GROUPDPO_KERNELS_TORCH_VERSION,
                   "compiler"_a = GROUPDPO_KERNELS_COMPILER, "abi"_a = "stable", "openmp"_a = openmp,
-                  "cpu_capability"_a = cpu_capability(), "cuda_architectures"_a = py::tuple());
+                  "cpu_capability"_a = cpu_capability(), "bf16_products"_a = bf16_products(), "cuda_architectures"_a = py::tuple());
 }
 
 }  // namespace
@@ -81,6 +82,9 @@ STABLE_TORCH_LIBRARY_IMPL(groupdpo_kernels, CPU, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of groupdpo_kernels: importing this module registers them with torch.";
   m.def("build_info", &build_info, "Versions and compiler of this build, and what it can use on this machine.");
+  m.def("use_bf16_products", &use_bf16_products, py::arg("on"),
+        "Whether bfloat16 is multiplied as it is (where this machine can) or widened to float32 first. Returns what was"
+        " before.");
   py::list losses;
   for (const char* name : kPreferenceLosses) losses.append(name);
   m.attr("PREFERENCE_LOSSES") = py::tuple(losses);

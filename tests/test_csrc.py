@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,22 @@ def drawn(T: int, D: int, V: int, dtype: torch.dtype = torch.float32, R: int = 0
     case = Case("drawn", T, D, V, "", dtype, bias=True, R=R, ignored="none")
     head, targets, _, _ = live_rows(make_inputs(case))
     return head, targets
+
+
+@pytest.fixture
+def widened() -> Iterator[None]:
+    """bfloat16 as on a machine that has no instruction for it."""
+    from groupdpo_kernels import _C
+
+    before = _C.use_bf16_products(False)
+    yield
+    _C.use_bf16_products(before)
+
+
+@pytest.mark.usefixtures("poisoned_memory", "widened")
+@pytest.mark.parametrize("case", [c for c in CASES if c.dtype == torch.bfloat16], ids=lambda case: case.name)
+def test_bf16_widened_within_the_error_budget(case: Case) -> None:
+    test_values_and_gradients_within_the_error_budget(case)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -282,6 +298,7 @@ def test_build_info() -> None:
     assert info["abi"] == "stable"
     assert info["cpu_capability"] in ("avx512", "avx2", "default")
     assert info["cuda_architectures"] == ()
+    assert isinstance(info["bf16_products"], bool)
     assert info["compiler"] and isinstance(info["openmp"], bool)
 
 

@@ -4,6 +4,17 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
+#include <limits>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+// A plain C function of the matrix library in torch's x86 builds; null where torch has none.
+extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(int layout, int transpose_a, int transpose_b, int m, int n,
+                                                             int k, float alpha, const uint16_t* a, int lda,
+                                                             const uint16_t* b, int ldb, float beta, float* c, int ldc);
+#define HAS_BF16_LIBRARY 1
+#else
+#define HAS_BF16_LIBRARY 0
+#endif
 
 namespace groupdpo_kernels {
 
@@ -15,17 +26,44 @@ int64_t columns_of(const Tensor& x) {
   return x.dim() == 2 ? x.size(1) : 1;
 }
 
-// Whether the matrix product and the row functions can read x as it is: float32, columns side by side, rows apart and
-// not expanded.
-bool is_plain(const Tensor& x) {
-  if (x.scalar_type() != ScalarType::Float) return false;
+// Columns side by side, rows apart and not expanded.
+bool is_row_major(const Tensor& x) {
   if (x.dim() == 1) return x.stride(0) == 1;
   return x.stride(1) == 1 && x.stride(0) >= x.size(1);
 }
 
-Tensor wrap(const Matrix& m) {
-  return torch::stable::from_blob(m.data, {m.rows, m.columns}, {m.row_stride, m.column_stride}, cpu, ScalarType::Float);
+// Whether x can be a factor as it is.
+bool is_factor(const Tensor& x, bool bf16) {
+  return x.scalar_type() == (bf16 ? ScalarType::BFloat16 : ScalarType::Float) && is_row_major(x);
 }
+
+bool library_has_bf16() {
+#if HAS_BF16_LIBRARY
+  // Without the instruction the library is slower than float32.
+  return cblas_gemm_bf16bf16f32 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+bool bf16_on = library_has_bf16();
+
+Tensor wrap(const Factor& f) {
+  void* data = const_cast<void*>(f.data);  // from_blob has one kind of pointer
+  return torch::stable::from_blob(data, {f.rows, f.columns}, {f.row_stride, f.column_stride}, cpu, ScalarType::Float);
+}
+
+#if HAS_BF16_LIBRARY
+void multiply_bf16(const Matrix& out, const Factor& a, const Factor& b, bool accumulate) {
+  constexpr int row_major = 101, as_it_is = 111, transposed = 112;
+  const auto flag = [](const Factor& f) { return f.column_stride == 1 ? as_it_is : transposed; };
+  const auto leading = [](const Factor& f) { return static_cast<int>(f.column_stride == 1 ? f.row_stride : f.column_stride); };
+  cblas_gemm_bf16bf16f32(row_major, flag(a), flag(b), static_cast<int>(out.rows), static_cast<int>(out.columns),
+                         static_cast<int>(a.columns), 1, static_cast<const uint16_t*>(a.data), leading(a),
+                         static_cast<const uint16_t*>(b.data), leading(b), accumulate ? 1 : 0, out.data,
+                         static_cast<int>(out.row_stride));
+}
+#endif
 
 // Rows begin .. begin + count of an (n, k) or (n,) tensor, as a (count, k) view.
 Tensor narrowed(const Tensor& x, int64_t begin, int64_t count) {
@@ -44,7 +82,23 @@ int64_t even(int64_t size, int64_t most) {
 
 }  // namespace
 
-void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate) {
+bool bf16_products() { return bf16_on; }
+
+bool use_bf16_products(bool on) { return std::exchange(bf16_on, on && library_has_bf16()); }
+
+bool in_bf16(const Head& head) {
+  const auto ready = [](const std::optional<Tensor>& x) {
+    return !x || (is_factor(*x, true) && x->stride(0) <= std::numeric_limits<int>::max());
+  };
+  return bf16_on && ready(head.hidden) && ready(head.weight) && ready(head.low_rank_hidden) &&
+         ready(head.low_rank_weight);
+}
+
+void multiply(const Matrix& out, const Factor& a, const Factor& b, bool accumulate) {
+  if (out.rows == 0 || out.columns == 0) return;
+#if HAS_BF16_LIBRARY
+  if (a.bf16) return multiply_bf16(out, a, b, accumulate);
+#endif
   const Tensor o = wrap(out), x = wrap(a), y = wrap(b);
   if (accumulate) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(o.get(), o.get(), x.get(), y.get(), 1, 1));
@@ -59,18 +113,18 @@ Matrix Scratch::matrix(int64_t rows, int64_t columns) const {
   return {floats_.mutable_data_ptr<float>(), rows, columns, columns};
 }
 
-int64_t Widened::scratch_per_row(const std::optional<Tensor>& source) {
-  return source && !is_plain(*source) ? columns_of(*source) : 0;
+int64_t Rows::scratch_per_row(const std::optional<Tensor>& source, bool bf16) {
+  return source && !is_factor(*source, bf16) ? columns_of(*source) : 0;
 }
 
-Widened::Widened(const std::optional<Tensor>& source, int64_t block_rows)
-    : source_(source), scratch_(block_rows * scratch_per_row(source)) {}
+Rows::Rows(const std::optional<Tensor>& source, bool bf16, int64_t block_rows)
+    : source_(source), bf16_(bf16), scratch_(block_rows * scratch_per_row(source, bf16)) {}
 
-Matrix Widened::rows(int64_t begin, int64_t count) {
+Factor Rows::rows(int64_t begin, int64_t count) {
   if (!source_) return {};
-  if (is_plain(*source_)) {
-    float* data = const_cast<float*>(source_->const_data_ptr<float>());  // read only: a Matrix has one kind of pointer
-    return {data + begin * source_->stride(0), count, columns_of(*source_), source_->stride(0)};
+  if (is_factor(*source_, bf16_)) {
+    const Factor all(source_->const_data_ptr(), bf16_, source_->size(0), columns_of(*source_), source_->stride(0));
+    return all.take(begin, count);
   }
   const Matrix copy = scratch_.matrix(count, columns_of(*source_));
   Tensor destination = wrap(copy);
@@ -106,30 +160,34 @@ void Gradient::round(int64_t begin, int64_t count) const {
   torch::stable::copy_(destination, wrap(accumulators(begin, count)));
 }
 
-BlockShape block_shape(int64_t T, int64_t V, int64_t per_row, int64_t per_column, int64_t workspace_bytes) {
+BlockShape block_shape(int64_t T, int64_t V, int64_t per_row, int64_t per_column, int64_t per_entry,
+                       int64_t workspace_bytes) {
   constexpr int64_t least = 16, most_rows = 1024, most_columns = 2048;
   const int64_t budget = workspace_bytes / static_cast<int64_t>(sizeof(float));
   // A quarter for the tokens and the least of columns: the vocabulary side has the gradient of the weight besides.
-  const int64_t rows = even(T, std::clamp(budget / 4 / (per_row + least), least, most_rows));
-  const int64_t columns = even(V, std::clamp((budget - rows * per_row) / (per_column + rows), least, most_columns));
+  const int64_t rows = even(T, std::clamp(budget / 4 / (per_row + least * per_entry), least, most_rows));
+  const int64_t columns =
+      even(V, std::clamp((budget - rows * per_row) / (per_column + rows * per_entry), least, most_columns));
   return {rows, columns};
 }
 
 int64_t HeadBlocks::scratch_per_row(const Head& head) {
-  return Widened::scratch_per_row(head.hidden) + Widened::scratch_per_row(head.low_rank_hidden);
+  const bool bf16 = in_bf16(head);
+  return Rows::scratch_per_row(head.hidden, bf16) + Rows::scratch_per_row(head.low_rank_hidden, bf16);
 }
 
 int64_t HeadBlocks::scratch_per_column(const Head& head) {
-  return Widened::scratch_per_row(head.weight) + Widened::scratch_per_row(head.low_rank_weight) +
-         Widened::scratch_per_row(head.bias);
+  const bool bf16 = in_bf16(head);
+  return Rows::scratch_per_row(head.weight, bf16) + Rows::scratch_per_row(head.low_rank_weight, bf16) +
+         Rows::scratch_per_row(head.bias, false);
 }
 
 HeadBlocks::HeadBlocks(const Head& head, BlockShape shape)
-    : hidden_(head.hidden, shape.rows),
-      low_rank_hidden_(head.low_rank_hidden, shape.rows),
-      weight_(head.weight, shape.columns),
-      low_rank_weight_(head.low_rank_weight, shape.columns),
-      bias_(head.bias, shape.columns),
+    : hidden_(head.hidden, in_bf16(head), shape.rows),
+      low_rank_hidden_(head.low_rank_hidden, in_bf16(head), shape.rows),
+      weight_(head.weight, in_bf16(head), shape.columns),
+      low_rank_weight_(head.low_rank_weight, in_bf16(head), shape.columns),
+      bias_(head.bias, false, shape.columns),
       products_(shape.rows * shape.columns) {}
 
 void HeadBlocks::take_tokens(int64_t begin, int64_t count) {
@@ -140,14 +198,29 @@ void HeadBlocks::take_tokens(int64_t begin, int64_t count) {
 void HeadBlocks::take_vocabulary(int64_t begin, int64_t count) {
   weight = weight_.rows(begin, count);
   low_rank_weight = low_rank_weight_.rows(begin, count);
-  bias = bias_.rows(begin, count);
+  bias = static_cast<const float*>(bias_.rows(begin, count).data);
 }
 
-Matrix HeadBlocks::products() const {
-  const Matrix z = products_.matrix(hidden.rows, weight.rows);
-  multiply(z, hidden, weight.transposed(), false);
-  if (low_rank_weight.data) multiply(z, low_rank_hidden, low_rank_weight.transposed(), true);
+Matrix HeadBlocks::products(int64_t begin, int64_t end) const {
+  const int64_t count = end - begin;
+  const Matrix z = all_products().take(begin, count);
+  multiply(z, hidden.take(begin, count), weight.transposed(), false);
+  if (low_rank_weight.data) multiply(z, low_rank_hidden.take(begin, count), low_rank_weight.transposed(), true);
   return z;
+}
+
+Narrowed::Narrowed(const Head& head, BlockShape shape)
+    : bf16_(in_bf16(head)), scratch_(bf16_ ? (shape.rows * shape.columns + 1) / 2 : 0) {}
+
+void Narrowed::take(const Matrix& z, int64_t from, int64_t to) const {
+  if (!bf16_) return;
+  uint16_t* rows = reinterpret_cast<uint16_t*>(scratch_.matrix(1, 1).data);
+  to_bf16(rows + to * z.columns, z.row(from), z.columns);
+}
+
+Factor Narrowed::factor(const Matrix& z, int64_t first) const {
+  if (!bf16_) return z;
+  return Factor(scratch_.matrix(1, 1).data, true, first + z.rows, z.columns, z.columns).take(first, z.rows);
 }
 
 void check(const Head& head, const Tensor& targets) {

@@ -1,11 +1,15 @@
-// Blocks of the head's matrices as float32, their products, and how large a block may be: what forward and backward
+// Blocks of the head's matrices, their products in float32, and how large a block may be: what forward and backward
 // share. torch is used through its stable ABI alone, so one build runs on 2.11 and later.
+//
+// bfloat16 is multiplied as it is where the processor has an instruction for it and torch's library offers the product
+// with a float32 result; everywhere else, and for float16 always, blocks are widened to float32 first.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
+#include <utility>
 
 #include "cpu/linear_logps.h"
 #include "cpu/row.h"
@@ -20,12 +24,44 @@ struct Matrix {
   int64_t rows = 0, columns = 0;
   int64_t row_stride = 0, column_stride = 1;
 
-  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+  Matrix take(int64_t begin, int64_t count) const { return {row(begin), count, columns, row_stride, column_stride}; }
   float* row(int64_t i) const { return data + i * row_stride; }
 };
 
-// out = a @ b, or out += a @ b, by torch's matrix product on all cores.
-void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool accumulate);
+// A factor of a product: float32, or bfloat16 where in_bf16(). Read only.
+struct Factor {
+  const void* data = nullptr;
+  bool bf16 = false;
+  int64_t rows = 0, columns = 0;
+  int64_t row_stride = 0, column_stride = 1;
+
+  Factor() = default;
+  Factor(const Matrix& m)
+      : data(m.data), rows(m.rows), columns(m.columns), row_stride(m.row_stride), column_stride(m.column_stride) {}
+  Factor(const void* data, bool bf16, int64_t rows, int64_t columns, int64_t row_stride)
+      : data(data), bf16(bf16), rows(rows), columns(columns), row_stride(row_stride) {}
+
+  const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_stride * (bf16 ? 2 : 4); }
+  Factor take(int64_t begin, int64_t count) const { return {row(begin), bf16, count, columns, row_stride}; }
+  Factor transposed() const {
+    Factor t = *this;
+    std::swap(t.rows, t.columns);
+    std::swap(t.row_stride, t.column_stride);
+    return t;
+  }
+};
+
+// Whether bfloat16 factors are multiplied as they are.
+bool bf16_products();
+// Turns that off, or on again where it can be: both ways run on one machine, in tests and benchmarks. Returns
+// bf16_products() of before.
+bool use_bf16_products(bool on);
+// Whether those of this head are: bfloat16, and all of them laid out as the library wants them.
+bool in_bf16(const Head& head);
+
+// out = a @ b, or out += a @ b, accumulated in float32, on all cores, or on this one within parallel_for. Both factors
+// of one dtype.
+void multiply(const Matrix& out, const Factor& a, const Factor& b, bool accumulate);
 
 // float32 memory, allocated once by torch and reused for every block.
 class Scratch {
@@ -37,16 +73,17 @@ class Scratch {
   Tensor floats_;
 };
 
-// Rows of an (n, k) or (n,) input of any floating dtype and strides as float32, a block at a time: a view where the
-// memory can be read as it is, else a copy.
-class Widened {
+// Rows of an (n, k) or (n,) input of any floating dtype and strides as a factor, a block at a time: a view where the
+// memory can be read as it is, else a float32 copy. bf16: a bfloat16 input is to be read as it is.
+class Rows {
  public:
-  static int64_t scratch_per_row(const std::optional<Tensor>& source);  // in floats
-  Widened(const std::optional<Tensor>& source, int64_t block_rows);
-  Matrix rows(int64_t begin, int64_t count);  // valid until the next call; null data without a source
+  static int64_t scratch_per_row(const std::optional<Tensor>& source, bool bf16);  // in floats
+  Rows(const std::optional<Tensor>& source, bool bf16, int64_t block_rows);
+  Factor rows(int64_t begin, int64_t count);  // valid until the next call; null data without a source
 
  private:
   std::optional<Tensor> source_;
+  bool bf16_;
   Scratch scratch_;
 };
 
@@ -73,9 +110,25 @@ struct BlockShape {
   int64_t rows, columns;  // tokens, vocabulary
 };
 
-// The largest block such that rows * per_row + columns * per_column + rows * columns floats fit in workspace_bytes;
-// never below 16 x 16 (a smaller budget is exceeded), never so large that the block of logits leaves the cache.
-BlockShape block_shape(int64_t T, int64_t V, int64_t per_row, int64_t per_column, int64_t workspace_bytes);
+// The largest block such that rows * per_row + columns * per_column + rows * columns * per_entry floats fit in
+// workspace_bytes; never below 16 x 16 (a smaller budget is exceeded), never so large that the block of logits leaves
+// the cache.
+BlockShape block_shape(int64_t T, int64_t V, int64_t per_row, int64_t per_column, int64_t per_entry,
+                       int64_t workspace_bytes);
+
+// Runs f(begin, end) over all of `rows` rows of a block. With rows enough for every core each core takes one range, so
+// that what f does to its rows, products included, stays in that core's cache; with fewer f gets all of them, and the
+// products in it share the cores.
+template <typename F>
+void over_rows(int64_t rows, const F& f) {
+  constexpr int64_t enough = 128;  // the least that a product needs to run at full speed
+  const int64_t threads = torch::stable::get_num_threads(), each = (rows + threads - 1) / threads;
+  if (each >= enough) {
+    torch::stable::parallel_for(0, rows, each, f);
+  } else {
+    f(0, rows);
+  }
+}
 
 // The blocks of a head that are at hand.
 class HeadBlocks {
@@ -85,16 +138,33 @@ class HeadBlocks {
   HeadBlocks(const Head& head, BlockShape shape);
   void take_tokens(int64_t begin, int64_t count);
   void take_vocabulary(int64_t begin, int64_t count);
-  // hidden @ weight^T + low_rank_hidden @ low_rank_weight^T of the blocks taken, without bias. Valid until the next
-  // call.
-  Matrix products() const;
+  // Where products() writes those of the blocks taken.
+  Matrix all_products() const { return products_.matrix(hidden.rows, weight.rows); }
+  // hidden @ weight^T + low_rank_hidden @ low_rank_weight^T of the blocks taken, without bias, for the rows begin ..
+  // end of the token block. Valid until the next call for these rows.
+  Matrix products(int64_t begin, int64_t end) const;
 
-  Matrix hidden, low_rank_hidden;        // tokens taken
-  Matrix weight, low_rank_weight, bias;  // vocabulary taken; bias (n, 1)
+  Factor hidden, low_rank_hidden;  // tokens taken
+  Factor weight, low_rank_weight;  // vocabulary taken
+  const float* bias = nullptr;     // likewise, or null
 
  private:
-  Widened hidden_, low_rank_hidden_, weight_, low_rank_weight_, bias_;
+  Rows hidden_, low_rank_hidden_, weight_, low_rank_weight_, bias_;
   Scratch products_;
+};
+
+// A block of products as the factor of a second product: rounded to bfloat16 where the other factor is, as every
+// implementation that multiplies in bfloat16 does; else itself.
+class Narrowed {
+ public:
+  static int64_t scratch_per_entry(const Head& head) { return in_bf16(head) ? 2 : 1; }  // in floats, z included
+  Narrowed(const Head& head, BlockShape shape);
+  void take(const Matrix& z, int64_t from, int64_t to) const;  // row `from` of z, as row `to`
+  Factor factor(const Matrix& z, int64_t first) const;         // the rows of z, taken as `first` and following
+
+ private:
+  bool bf16_;
+  Scratch scratch_;
 };
 
 // A message that names the first thing wrong with shapes and dtypes, by exception. Users meet the checks of logps.py;

@@ -23,17 +23,18 @@ struct RowState {
 // products (n,) -> exp(z - shift) times the cap's slope, in place; 0 at the target.
 void add(RowState& state, float* z, const float* bias, int64_t n, const LogitMap& map, int64_t target) {
   const float top = std::max(state.top, to_squashed(z, bias, n, map));
-  const float shift = std::isfinite(top) ? top : 0;
+  const bool bounded = std::isfinite(top);
+  const float shift = bounded ? top : 0;
   state.rescale = state.rest == 0 ? 0 : std::exp(state.shift - shift);
   state.rest *= state.rescale;
   if (target >= 0 && target < n) {
     state.target_logit = squashed_logit(z[target], map);
     state.target_slope = squashed_slope(z[target], map);
-    state.rest += squashed_to_weights(z, target, map, shift);
-    state.rest += squashed_to_weights(z + target + 1, n - target - 1, map, shift);
+    state.rest += squashed_to_weights(z, target, map, shift, bounded);
+    state.rest += squashed_to_weights(z + target + 1, n - target - 1, map, shift, bounded);
     z[target] = 0;
   } else {
-    state.rest += squashed_to_weights(z, n, map, shift);
+    state.rest += squashed_to_weights(z, n, map, shift, bounded);
   }
   state.top = top;
   state.shift = shift;
@@ -53,9 +54,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_expectations(con
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
   const int64_t R = head.low_rank_weight ? head.low_rank_weight->size(1) : 0;
   const int64_t per_row = HeadBlocks::scratch_per_row(head) + static_cast<int64_t>(sizeof(RowState) / sizeof(float));
-  const BlockShape shape = block_shape(T, V, per_row, HeadBlocks::scratch_per_column(head), options.workspace_bytes);
+  const BlockShape shape = block_shape(T, V, per_row, HeadBlocks::scratch_per_column(head), Narrowed::scratch_per_entry(head),
+                                       options.workspace_bytes);
   const LogitMap map = logit_map(options);
   HeadBlocks blocks(head, shape);
+  const Narrowed narrowed(head, shape);
 
   const auto result = [&](std::initializer_list<int64_t> sizes) {
     return torch::stable::new_zeros(head.hidden, sizes, ScalarType::Float);
@@ -76,18 +79,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_expectations(con
     for (int64_t v0 = 0; v0 < V; v0 += shape.columns) {
       const int64_t columns = std::min(shape.columns, V - v0);
       blocks.take_vocabulary(v0, columns);
-      const Matrix z = blocks.products();
-      torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          add(states[i], z.row(i), blocks.bias.data, columns, map, target[t0 + i] - v0);
-          if (v0 > 0 && states[i].rescale != 1) {
-            scale_row(weight, i, states[i].rescale);
-            if (R) scale_row(low_rank, i, states[i].rescale);
+      over_rows(rows, [&](int64_t first, int64_t last) {
+        const Matrix z = blocks.products(first, last);
+        torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            add(states[i], z.row(i - first), blocks.bias, columns, map, target[t0 + i] - v0);
+            narrowed.take(z, i - first, i);
+            if (v0 > 0 && states[i].rescale != 1) {
+              scale_row(weight, i, states[i].rescale);
+              if (R) scale_row(low_rank, i, states[i].rescale);
+            }
           }
-        }
+        });
+        const Factor e = narrowed.factor(z, first);
+        multiply(weight.take(first, last - first), e, blocks.weight, v0 > 0);
+        if (R) multiply(low_rank.take(first, last - first), e, blocks.low_rank_weight, v0 > 0);
       });
-      multiply(weight, z, blocks.weight, v0 > 0);
-      if (R) multiply(low_rank, z, blocks.low_rank_weight, v0 > 0);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const RowState& state = states[i];

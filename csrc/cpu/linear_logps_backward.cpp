@@ -33,9 +33,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
                              Gradient::scratch_per_row(head.low_rank_weight, needs.low_rank_weight) +
                              Gradient::scratch_per_row(head.bias, needs.bias) +
                              static_cast<int64_t>(sizeof(double) / sizeof(float));  // column_sums
-  const BlockShape shape = block_shape(T, V, HeadBlocks::scratch_per_row(head), per_column, options.workspace_bytes);
+  const BlockShape shape = block_shape(T, V, HeadBlocks::scratch_per_row(head), per_column,
+                                       Narrowed::scratch_per_entry(head), options.workspace_bytes);
   const LogitMap map = logit_map(options);
   HeadBlocks blocks(head, shape);
+  const Narrowed narrowed(head, shape);
   const Gradient d_hidden(head, head.hidden, needs.hidden, T);
   const Gradient d_low_rank_hidden(head, head.low_rank_hidden, needs.low_rank_hidden, T);
   const Gradient d_weight(head, head.weight, needs.weight, shape.columns);
@@ -57,25 +59,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
     for (int64_t t0 = 0; t0 < T; t0 += shape.rows) {
       const int64_t rows = std::min(shape.rows, T - t0);
       blocks.take_tokens(t0, rows);
-      const Matrix d = blocks.products();
-      torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t t = t0 + i;
-          const bool known = target[t] >= 0 && target[t] < V;  // else NaN: never a plausible number
-          const float d_softmax = known ? d_row_lse[t] - d_target[t] : std::numeric_limits<float>::quiet_NaN();
-          const double seen = to_d_products(d.row(i), blocks.bias.data, columns, map, row_lse[t], d_softmax,
-                                            d_target[t], target[t] - v0);
-          if (row_mass) row_mass[t] += static_cast<float>(seen);
-        }
+      over_rows(rows, [&](int64_t first, int64_t last) {
+        const Matrix z = blocks.products(first, last);
+        torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t t = t0 + i;
+            const bool known = target[t] >= 0 && target[t] < V;  // else NaN: never a plausible number
+            const float d_softmax = known ? d_row_lse[t] - d_target[t] : std::numeric_limits<float>::quiet_NaN();
+            const double seen = to_d_products(z.row(i - first), blocks.bias, columns, map, row_lse[t], d_softmax,
+                                              d_target[t], target[t] - v0);
+            if (row_mass) row_mass[t] += static_cast<float>(seen);
+            narrowed.take(z, i - first, i);
+          }
+        });
+        const Factor d = narrowed.factor(z, first);
+        const int64_t t = t0 + first, count = last - first;
+        if (d_hidden) multiply(d_hidden.accumulators(t, count), d, blocks.weight, v0 > 0);
+        if (d_low_rank_hidden) multiply(d_low_rank_hidden.accumulators(t, count), d, blocks.low_rank_weight, v0 > 0);
       });
-      if (d_hidden) multiply(d_hidden.accumulators(t0, rows), d, blocks.weight, v0 > 0);
-      if (d_low_rank_hidden) multiply(d_low_rank_hidden.accumulators(t0, rows), d, blocks.low_rank_weight, v0 > 0);
-      if (d_weight) multiply(d_weight.accumulators(v0, columns), d.transposed(), blocks.hidden, t0 > 0);
-      if (d_low_rank_weight)
-        multiply(d_low_rank_weight.accumulators(v0, columns), d.transposed(), blocks.low_rank_hidden, t0 > 0);
+      const Matrix d_products = blocks.all_products();
+      const Factor d = narrowed.factor(d_products, 0).transposed();
+      if (d_weight) multiply(d_weight.accumulators(v0, columns), d, blocks.hidden, t0 > 0);
+      if (d_low_rank_weight) multiply(d_low_rank_weight.accumulators(v0, columns), d, blocks.low_rank_hidden, t0 > 0);
       if (d_bias) {
         torch::stable::parallel_for(0, columns, grain(rows), [&](int64_t begin, int64_t end) {
-          add_column_sums(column_sums.data() + begin, d.data + begin, rows, end - begin, d.row_stride);
+          add_column_sums(column_sums.data() + begin, d_products.data + begin, rows, end - begin,
+                          d_products.row_stride);
         });
       }
     }

@@ -25,7 +25,7 @@ void add(RowState& state, const float* z, int64_t n, int64_t column0, int64_t ta
   const float block_top = maximum(z, n), top = std::max(state.top, block_top);
   // exp(-inf + inf) and exp(inf - inf) are NaN: rows of -inf so far, and rows that hold +inf, are not shifted.
   const float shift = std::isfinite(top) ? top : 0;
-  const RowSums block = exp_sums(z, n, shift, stats);
+  const RowSums block = exp_sums(z, n, shift, std::isfinite(top), stats);
   // total is 0 while only -inf was seen; 0 * exp(0 - shift) could be 0 * inf.
   const double rescale = state.sums.total == 0 ? 0 : std::exp(static_cast<double>(state.shift) - shift);
   if (stats && !std::isnan(state.sums.total)) {
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
   check(head, targets);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
   const int64_t per_row = HeadBlocks::scratch_per_row(head) + static_cast<int64_t>(sizeof(RowState) / sizeof(float));
-  const BlockShape shape = block_shape(T, V, per_row, HeadBlocks::scratch_per_column(head), options.workspace_bytes);
+  const BlockShape shape = block_shape(T, V, per_row, HeadBlocks::scratch_per_column(head), 1, options.workspace_bytes);
   const LogitMap map = logit_map(options);
   HeadBlocks blocks(head, shape);
 
@@ -72,12 +72,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
     for (int64_t v0 = 0; v0 < V; v0 += shape.columns) {
       const int64_t columns = std::min(shape.columns, V - v0);
       blocks.take_vocabulary(v0, columns);
-      const Matrix z = blocks.products();
-      torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          to_logits(z.row(i), blocks.bias.data, columns, map);
-          add(states[i], z.row(i), columns, v0, target[t0 + i], stats);
-        }
+      over_rows(rows, [&](int64_t first, int64_t last) {
+        const Matrix z = blocks.products(first, last);
+        torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            to_logits(z.row(i - first), blocks.bias, columns, map);
+            add(states[i], z.row(i - first), columns, v0, target[t0 + i], stats);
+          }
+        });
       });
     }
     for (int64_t i = 0; i < rows; ++i) {

@@ -52,7 +52,7 @@ int64_t first_index(const float* z, int64_t n, float value) {
   return found == z + n ? -1 : found - z;
 }
 
-EVERY_ISA RowSums exp_sums(const float* z, int64_t n, float shift, bool stats) {
+EVERY_ISA RowSums exp_sums(const float* z, int64_t n, float shift, bool bounded, bool stats) {
   float total[LANES] = {}, squares[LANES] = {}, weighted[LANES] = {}, plain[LANES] = {};
   int64_t j = 0;
   if (stats) {
@@ -64,6 +64,10 @@ EVERY_ISA RowSums exp_sums(const float* z, int64_t n, float shift, bool stats) {
         weighted[l] += e == 0 ? 0.0f : ex;
         plain[l] += x;
       }
+    }
+  } else if (bounded) {
+    for (; j + LANES <= n; j += LANES) {
+      for (int64_t l = 0; l < LANES; ++l) total[l] += vexp_to_88(z[j + l] - shift);
     }
   } else {
     for (; j + LANES <= n; j += LANES) {
@@ -103,7 +107,7 @@ float squashed_logit(float y, const LogitMap& map) { return map.softcap > 0 ? ma
 
 float squashed_slope(float y, const LogitMap& map) { return map.softcap > 0 ? 1 - y * y : 1; }
 
-EVERY_ISA double squashed_to_weights(float* z, int64_t n, const LogitMap& map, float shift) {
+EVERY_ISA double squashed_to_weights(float* z, int64_t n, const LogitMap& map, float shift, bool bounded) {
   const auto [scale, cap, temperature] = map;
   float total[LANES] = {};
   int64_t j = 0;
@@ -121,6 +125,11 @@ EVERY_ISA double squashed_to_weights(float* z, int64_t n, const LogitMap& map, f
       z[j] = e * (1 - y * y);
     }
   } else {
+    if (bounded) {
+      for (; j + LANES <= n; j += LANES) {
+        for (int64_t l = 0; l < LANES; ++l) total[l] += z[j + l] = vexp_to_88(z[j + l] - shift);
+      }
+    }
     for (; j + LANES <= n; j += LANES) {
       for (int64_t l = 0; l < LANES; ++l) total[l] += z[j + l] = vexp(z[j + l] - shift);
     }
@@ -134,13 +143,20 @@ EVERY_ISA double squashed_to_weights(float* z, int64_t n, const LogitMap& map, f
 EVERY_ISA double to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,
                                float d_target, int64_t target) {
   const float chain = map.logit_scale / map.temperature, coefficient = d_softmax * chain;
-  to_squashed(z, bias, n, map);
+  const bool bounded = to_squashed(z, bias, n, map) - lse <= 88;
   const bool here = target >= 0 && target < n;
   const float at_target = here ? d_target * chain * squashed_slope(z[target], map) : 0;
-  const double mass = squashed_to_weights(z, n, map, lse);
+  const double mass = squashed_to_weights(z, n, map, lse, bounded);
   for (int64_t j = 0; j < n; ++j) z[j] *= coefficient;
   if (here) z[target] += at_target;
   return mass;
+}
+
+EVERY_ISA void to_bf16(uint16_t* out, const float* x, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x[j]), rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    out[j] = static_cast<uint16_t>((x[j] != x[j] ? 0x7fc00000u : rounded) >> 16);
+  }
 }
 
 EVERY_ISA void add_column_sums(double* sums, const float* d, int64_t rows, int64_t n, int64_t stride) {

@@ -30,8 +30,8 @@ float maximum(const float* z, int64_t n);
 // Lowest index of `value` in z (n,); of NaN if value is NaN; -1 if absent.
 int64_t first_index(const float* z, int64_t n, float value);
 
-// With stats, all of RowSums; else total alone.
-RowSums exp_sums(const float* z, int64_t n, float shift, bool stats);
+// With stats, all of RowSums; else total alone. bounded: no z exceeds shift + 88.
+RowSums exp_sums(const float* z, int64_t n, float shift, bool bounded, bool stats);
 
 // products (n,) -> d_products, in place: the derivative of d_softmax * lse + d_target * logits[target]. target is an
 // index into the row; outside [0, n): none here. Returns sum exp(logits - lse).
@@ -47,8 +47,11 @@ float squashed_logit(float y, const LogitMap& map);
 float squashed_slope(float y, const LogitMap& map);
 
 // to_squashed's result (n,) -> exp(logit - shift) times the derivative of the cap, in place. Returns sum exp(logit -
-// shift).
-double squashed_to_weights(float* z, int64_t n, const LogitMap& map, float shift);
+// shift). bounded: no logit exceeds shift + 88.
+double squashed_to_weights(float* z, int64_t n, const LogitMap& map, float shift, bool bounded);
+
+// x (n,) -> bfloat16, to nearest even; NaN stays NaN.
+void to_bf16(uint16_t* out, const float* x, int64_t n);
 
 // sums (n,) += column sums of d (rows, n) with rows `stride` apart.
 void add_column_sums(double* sums, const float* d, int64_t rows, int64_t n, int64_t stride);

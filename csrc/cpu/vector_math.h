@@ -10,14 +10,12 @@ namespace groupdpo_kernels {
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
-// Cephes expf: x = n ln 2 + r, a polynomial in r, times 2^n.
-ALWAYS_INLINE float vexp(float x) {
+// Cephes expf: x = n ln 2 + r, a polynomial in r, times 2^n. For x <= 88: larger ones give garbage.
+ALWAYS_INLINE float vexp_to_88(float x) {
   constexpr float least = -87.33654f;   // ln of the least normal float32
-  constexpr float largest = 88.0f;      // 2^n stays finite up to here; beyond is inf
-  constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
-  float y = x > least ? x : least;      // NaN too: the conversion to an integer below is defined for every x
-  y = y > largest ? largest : y;
-  const float n = (y * 1.44269504088896341f + round) - round;
+  constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+  const float y = x < least ? least : x;
+  const float t = y * 1.44269504088896341f + round, n = t - round;
   const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: the first product is exact
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -26,9 +24,15 @@ ALWAYS_INLINE float vexp(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const float value = p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
-  const float bounded = x < least ? 0.0f : x > largest ? std::numeric_limits<float>::infinity() : value;
-  return x != x ? x : bounded;
+  // n into the exponent of p. Unsigned: bits of a NaN may overflow.
+  const float value = std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(t) << 23));
+  const float flushed = x < least ? 0.0f : value;
+  return x != x ? x : flushed;
+}
+
+ALWAYS_INLINE float vexp(float x) {
+  constexpr float largest = 88.0f;  // 2^n stays finite up to here; beyond is inf
+  return x > largest ? std::numeric_limits<float>::infinity() : vexp_to_88(x > largest ? largest : x);
 }
 
 // Cephes tanhf: a polynomial near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
