@@ -32,15 +32,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expectations_cpu(
                                    {logit_scale, softcap, temperature, workspace_bytes});
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> candidates_cpu(
+    Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
+    std::optional<Tensor> low_rank_weight, Tensor targets, Tensor target_logits, double logit_scale,
+    std::optional<double> softcap, double temperature, int64_t workspace_bytes, double least, int64_t most) {
+  return linear_logps_candidates({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, target_logits,
+                                 {logit_scale, softcap, temperature, workspace_bytes}, least, most);
+}
+
+void add_weighted_rows_cpu(Tensor out, Tensor source, Tensor owned, Tensor index, Tensor coefficients) {
+  add_weighted_rows(out, source, owned, index, coefficients);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
     std::optional<Tensor> low_rank_weight, Tensor targets, Tensor lse, Tensor d_token_logps, Tensor d_lse,
     double logit_scale, std::optional<double> softcap, double temperature, int64_t workspace_bytes, bool needs_hidden,
     bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight, bool needs_mass) {
-  return linear_logps_backward({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, lse, d_token_logps,
-                               d_lse, {logit_scale, softcap, temperature, workspace_bytes},
-                               {needs_hidden, needs_weight, needs_bias, needs_low_rank_hidden, needs_low_rank_weight,
-                                needs_mass});
+  return linear_logps_backward(
+      {hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, lse, d_token_logps, d_lse,
+      {logit_scale, softcap, temperature, workspace_bytes},
+      {needs_hidden, needs_weight, needs_bias, needs_low_rank_hidden, needs_low_rank_weight, needs_mass});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_forward_cpu(
@@ -49,8 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_forward_cp
     double gamma, double alpha, double tau, double ceiling, bool balance_reference, bool balance_normalize) {
   return preference_weights_forward(
       token_logps, ref_logps, cu_seqlens, cu_groups, positive,
-      {static_cast<LossKind>(loss), beta, average, subtract_reference, nll_weight, label_smoothing, gamma, alpha,
-       tau, ceiling, balance_reference, balance_normalize});
+      {static_cast<LossKind>(loss), beta, average, subtract_reference, nll_weight, label_smoothing, gamma, alpha, tau,
+       ceiling, balance_reference, balance_normalize});
 }
 
 Tensor preference_backward_cpu(Tensor d_loss, Tensor coefficients, Tensor cu_seqlens, int64_t T) {
@@ -66,7 +78,8 @@ py::dict build_info() {
 #endif
   return py::dict("version"_a = GROUPDPO_KERNELS_VERSION, "torch"_a = GROUPDPO_KERNELS_TORCH_VERSION,
                   "compiler"_a = GROUPDPO_KERNELS_COMPILER, "abi"_a = "stable", "openmp"_a = openmp,
-                  "cpu_capability"_a = cpu_capability(), "bf16_products"_a = bf16_products(), "cuda_architectures"_a = py::tuple());
+                  "cpu_capability"_a = cpu_capability(), "bf16_products"_a = bf16_products(),
+                  "cuda_architectures"_a = py::tuple());
 }
 
 }  // namespace
@@ -74,6 +87,8 @@ py::dict build_info() {
 STABLE_TORCH_LIBRARY_IMPL(groupdpo_kernels, CPU, m) {
   m.impl("linear_logps_forward_cpu", TORCH_BOX(&forward_cpu));
   m.impl("linear_logps_expectations_cpu", TORCH_BOX(&expectations_cpu));
+  m.impl("linear_logps_candidates_cpu", TORCH_BOX(&candidates_cpu));
+  m.impl("add_weighted_rows_cpu", TORCH_BOX(&add_weighted_rows_cpu));
   m.impl("linear_logps_backward_cpu", TORCH_BOX(&backward_cpu));
   m.impl("preference_weights_forward_cpu", TORCH_BOX(&preference_forward_cpu));
   m.impl("preference_weights_backward_cpu", TORCH_BOX(&preference_backward_cpu));

@@ -57,7 +57,9 @@ Tensor wrap(const Factor& f) {
 void multiply_bf16(const Matrix& out, const Factor& a, const Factor& b, bool accumulate) {
   constexpr int row_major = 101, as_it_is = 111, transposed = 112;
   const auto flag = [](const Factor& f) { return f.column_stride == 1 ? as_it_is : transposed; };
-  const auto leading = [](const Factor& f) { return static_cast<int>(f.column_stride == 1 ? f.row_stride : f.column_stride); };
+  const auto leading = [](const Factor& f) {
+    return static_cast<int>(f.column_stride == 1 ? f.row_stride : f.column_stride);
+  };
   cblas_gemm_bf16bf16f32(row_major, flag(a), flag(b), static_cast<int>(out.rows), static_cast<int>(out.columns),
                          static_cast<int>(a.columns), 1, static_cast<const uint16_t*>(a.data), leading(a),
                          static_cast<const uint16_t*>(b.data), leading(b), accumulate ? 1 : 0, out.data,
@@ -82,9 +84,13 @@ int64_t even(int64_t size, int64_t most) {
 
 }  // namespace
 
-bool bf16_products() { return bf16_on; }
+bool bf16_products() {
+  return bf16_on;
+}
 
-bool use_bf16_products(bool on) { return std::exchange(bf16_on, on && library_has_bf16()); }
+bool use_bf16_products(bool on) {
+  return std::exchange(bf16_on, on && library_has_bf16());
+}
 
 bool in_bf16(const Head& head) {
   const auto ready = [](const std::optional<Tensor>& x) {
@@ -250,6 +256,11 @@ void check(const Head& head, const Tensor& targets) {
   }
   STD_TORCH_CHECK(weight.scalar_type() == dtype, "weight must have the dtype of hidden, ",
                   torch::headeronly::toString(dtype));
+}
+
+void check_row_vector(const Tensor& x, const char* name, int64_t T) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() == 1 && x.size(0) == T && x.is_contiguous(), name,
+                  " must be contiguous float32 (T,) with T = ", T);
 }
 
 LogitMap logit_map(const HeadOptions& options) {

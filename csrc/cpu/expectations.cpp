@@ -48,14 +48,14 @@ void scale_row(const Matrix& m, int64_t i, float factor) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_expectations(const Head& head, const Tensor& targets,
-                                                                            const HeadOptions& options) {
+                                                                             const HeadOptions& options) {
   const NoGrad no_grad;
   check(head, targets);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
   const int64_t R = head.low_rank_weight ? head.low_rank_weight->size(1) : 0;
   const int64_t per_row = HeadBlocks::scratch_per_row(head) + static_cast<int64_t>(sizeof(RowState) / sizeof(float));
-  const BlockShape shape = block_shape(T, V, per_row, HeadBlocks::scratch_per_column(head), Narrowed::scratch_per_entry(head),
-                                       options.workspace_bytes);
+  const BlockShape shape = block_shape(T, V, per_row, HeadBlocks::scratch_per_column(head),
+                                       Narrowed::scratch_per_entry(head), options.workspace_bytes);
   const LogitMap map = logit_map(options);
   HeadBlocks blocks(head, shape);
   const Narrowed narrowed(head, shape);

@@ -39,17 +39,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
 // token_logps, lse and c_y (1 - p_y), all (T,), with y the target and c the cap's slope; sum over v != y of p_v c_v
 // weight_v (T, D); the same of low_rank_weight (T, R), or (0, 0). All float32. 4 T D V FLOP.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_expectations(const Head& head,
-                                                                            const Tensor& targets,  // (T,) int64
-                                                                            const HeadOptions& options);
+                                                                             const Tensor& targets,  // (T,) int64
+                                                                             const HeadOptions& options);
 
-// Which of the five tensors of Head need a gradient; and whether mass, (T,) float32, sum_v exp(logits - lse), is wanted.
+// token_logps, lse, 1 - p_y, c_y, at least the sum of p_v over what is neither target nor candidate: (T,) float32. Then
+// the candidates, ids (T, most) int32 and p_v c_v (T, most) float32, by id, 0 past the last: entries of probability at
+// least `least`, of more than `most` the likeliest; none in a row that overflows twice. 2 T D V FLOP.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_candidates(
+    const Head& head,
+    const Tensor& targets,        // (T,) int64
+    const Tensor& target_logits,  // (T,) float32: of the targets, for the first thresholds; need not be exact
+    const HeadOptions& options, double least, int64_t most);
+
+// out[i] += sum of coefficients[j] source[index[j]] over owned[i] <= j < owned[i + 1]: in order, in float32, rounded
+// once.
+void add_weighted_rows(Tensor out,                   // (m, n) float32 | bfloat16
+                       const Tensor& source,         // (k, n) likewise
+                       const Tensor& owned,          // (m + 1,) int64
+                       const Tensor& index,          // (K,) int64
+                       const Tensor& coefficients);  // (K,) float32
+
+// Which of the five tensors of Head need a gradient; and whether mass, (T,) float32, sum_v exp(logits - lse), is
+// wanted.
 struct Needs {
   bool hidden, weight, bias, low_rank_hidden, low_rank_weight, mass;
 };
 
-// d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight in the dtype of the inputs, then mass; (0,) where not
-// needed. 2 T D V FLOP for the logits again, and as many for each of d_hidden and d_weight. Deterministic: every sum has
-// one order.
+// d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight in the dtype of the inputs, then mass; (0,) where
+// not needed. 2 T D V FLOP for the logits again, and as many for each of d_hidden and d_weight. Deterministic: every
+// sum has one order.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
     const Head& head,
     const Tensor& targets,        // (T,) int64

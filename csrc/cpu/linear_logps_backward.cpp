@@ -9,15 +9,6 @@
 
 namespace groupdpo_kernels {
 
-namespace {
-
-void check_row_vector(const Tensor& x, const char* name, int64_t T) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() == 1 && x.size(0) == T && x.is_contiguous(), name,
-                  " must be contiguous float32 (T,) with T = ", T);
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
     const Head& head, const Tensor& targets, const Tensor& lse, const Tensor& d_token_logps, const Tensor& d_lse,
     const HeadOptions& options, const Needs& needs) {
@@ -96,8 +87,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
   for (const Gradient* gradient : {&d_hidden, &d_low_rank_hidden}) {
     if (*gradient && T > 0 && V > 0) gradient->round(0, T);
   }
-  return {d_hidden.result(), d_weight.result(), d_bias.result(), d_low_rank_hidden.result(),
-          d_low_rank_weight.result(), mass};
+  return {d_hidden.result(),          d_weight.result(),          d_bias.result(),
+          d_low_rank_hidden.result(), d_low_rank_weight.result(), mass};
 }
 
 }  // namespace groupdpo_kernels

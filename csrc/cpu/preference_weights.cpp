@@ -19,13 +19,19 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kUnit = std::numeric_limits<float>::epsilon();  // closer to 0 than this a mean log-probability is 0
 
 // -log sigma(x) and sigma(x), without overflow.
-double neg_log_sigmoid(double x) { return std::max(-x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
+double neg_log_sigmoid(double x) {
+  return std::max(-x, 0.0) + std::log1p(std::exp(-std::abs(x)));
+}
 double sigma(double x) {
   const double e = std::exp(-std::abs(x));
   return (x >= 0 ? 1.0 : e) / (1.0 + e);
 }
-double square(double x) { return x * x; }
-double log1mexp(double m) { return std::log(-std::expm1(m > -kUnit ? -kUnit : m)); }
+double square(double x) {
+  return x * x;
+}
+double log1mexp(double m) {
+  return std::log(-std::expm1(m > -kUnit ? -kUnit : m));
+}
 double log_add_exp(double a, double b) {
   if (a == -kInf && b == -kInf) return a;
   return std::max(a, b) + std::log1p(std::exp(-std::abs(a - b)));

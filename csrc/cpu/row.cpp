@@ -103,9 +103,13 @@ EVERY_ISA float to_squashed(float* z, const float* bias, int64_t n, const LogitM
   return squashed_logit(maximum(z, n), map);
 }
 
-float squashed_logit(float y, const LogitMap& map) { return map.softcap > 0 ? map.softcap * y / map.temperature : y; }
+float squashed_logit(float y, const LogitMap& map) {
+  return map.softcap > 0 ? map.softcap * y / map.temperature : y;
+}
 
-float squashed_slope(float y, const LogitMap& map) { return map.softcap > 0 ? 1 - y * y : 1; }
+float squashed_slope(float y, const LogitMap& map) {
+  return map.softcap > 0 ? 1 - y * y : 1;
+}
 
 EVERY_ISA double squashed_to_weights(float* z, int64_t n, const LogitMap& map, float shift, bool bounded) {
   const auto [scale, cap, temperature] = map;
@@ -138,6 +142,39 @@ EVERY_ISA double squashed_to_weights(float* z, int64_t n, const LogitMap& map, f
   double sum = 0;
   for (int64_t l = 0; l < LANES; ++l) sum += total[l];
   return sum;
+}
+
+EVERY_ISA double squashed_sum(const float* z, int64_t n, const LogitMap& map, float shift, bool bounded) {
+  const auto [scale, cap, temperature] = map;
+  if (cap <= 0) return exp_sums(z, n, shift, bounded, false).total;
+  float total[LANES] = {};
+  int64_t j = 0;
+  for (; j + LANES <= n; j += LANES) {
+    for (int64_t l = 0; l < LANES; ++l) total[l] += vexp(cap * z[j + l] / temperature - shift);
+  }
+  for (int64_t l = 0; j < n; ++j, ++l) total[l] += vexp(cap * z[j] / temperature - shift);
+  double sum = 0;
+  for (int64_t l = 0; l < LANES; ++l) sum += total[l];
+  return sum;
+}
+
+EVERY_ISA int64_t first_at_least(const float* z, int64_t n, float least) {
+  int64_t j = 0;
+  for (; j + LANES <= n; j += LANES) {
+    int32_t found = 0;
+    for (int64_t l = 0; l < LANES; ++l) found |= z[j + l] >= least;
+    if (found) break;
+  }
+  while (j < n && !(z[j] >= least)) ++j;
+  return j;
+}
+
+EVERY_ISA void add_scaled(float* sums, const float* x, float factor, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) sums[j] += factor * x[j];
+}
+
+EVERY_ISA void add_scaled(float* sums, const uint16_t* x, float factor, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) sums[j] += factor * std::bit_cast<float>(static_cast<uint32_t>(x[j]) << 16);
 }
 
 EVERY_ISA double to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,

@@ -50,6 +50,16 @@ float squashed_slope(float y, const LogitMap& map);
 // shift). bounded: no logit exceeds shift + 88.
 double squashed_to_weights(float* z, int64_t n, const LogitMap& map, float shift, bool bounded);
 
+// Of to_squashed's result (n,): sum exp(logit - shift). bounded: no logit exceeds shift + 88.
+double squashed_sum(const float* z, int64_t n, const LogitMap& map, float shift, bool bounded);
+
+// Index of the first of z (n,) that is at least `least`; n if there is none. NaN is not.
+int64_t first_at_least(const float* z, int64_t n, float least);
+
+// sums (n,) += factor * x (n,); x float32 or bfloat16.
+void add_scaled(float* sums, const float* x, float factor, int64_t n);
+void add_scaled(float* sums, const uint16_t* x, float factor, int64_t n);
+
 // x (n,) -> bfloat16, to nearest even; NaN stays NaN.
 void to_bf16(uint16_t* out, const float* x, int64_t n);
 

@@ -16,6 +16,7 @@ from . import ops, preference_ops
 from .preference_ops import LossSpec
 from .reference import Head, HeadOptions
 from .replay import KnownLse
+from .sparse import Candidates
 
 
 class LinearLogps(torch.autograd.Function):
@@ -103,6 +104,47 @@ class FrozenLinearLogps(torch.autograd.Function):
             for x, needed in zip(ctx.saved_tensors, (ctx.needs_input_grad[0], ctx.needs_input_grad[4]))
         )
         return d_hidden, None, None, None, d_low_rank_hidden, None, None, None
+
+
+class SparseLinearLogps(torch.autograd.Function):
+    """`SparseLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, grad_tol,
+    impl)`.
+
+    As LinearLogps, with gradients over few vocabulary entries a row: their relative L1 error in d_logits over the call
+    is at most `grad_tol` > 0, whatever the data and the upstream gradient (sparse.py). Returns (token_logps, lse), both
+    differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (..., D)
+        weight: Tensor,  # (V, D)
+        targets: Tensor,  # (...) int64
+        bias: Tensor | None,  # (V,)
+        low_rank_hidden: Tensor | None,  # (..., R)
+        low_rank_weight: Tensor | None,  # (V, R)
+        options: HeadOptions,
+        grad_tol: float,
+        impl: str,
+    ) -> tuple[Tensor, Tensor]:
+        head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+        token_logps, lse, *found = ops.linear_logps_candidates(head, targets, options, grad_tol, impl)
+        ctx.save_for_backward(*head, targets, lse, *found)
+        ctx.options, ctx.grad_tol, ctx.impl = options, grad_tol, impl
+        return token_logps, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        head, targets, found = Head(*saved[:5]), saved[5], Candidates(saved[6], *saved[6:])
+        need = ctx.needs_input_grad  # (hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ...)
+        needs = (need[0], need[1], need[3], need[4], need[5])
+        g = ops.linear_logps_sparse_backward(
+            head, targets, found, d_token_logps, d_lse, ctx.options, ctx.grad_tol, needs, ctx.impl
+        )
+        return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, None, None, None
 
 
 class RefuseGradient(torch.autograd.Function):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import blocks
+from . import blocks, sparse
 from .reference import Head, HeadGradients, HeadOptions, LogpStats
+from .sparse import Candidates
 
 
 def check_targets(targets: Tensor, V: int, ignore_index: int) -> Tensor:
@@ -130,3 +131,63 @@ def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOption
     z = blocks.target_logits(*_live_head(head, rows), y.clamp(0, V - 1), options)
     token_logps = torch.where((y >= 0) & (y < V), z - lse.reshape(-1)[rows], torch.nan)
     return torch.where(live, _put(token_logps, rows, targets.shape), 0)
+
+
+def candidates(head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str) -> Candidates:
+    V = head.weight.shape[0]
+    rows = check_targets(targets, V, options.ignore_index)
+    live, y = _live_head(head, rows), targets.reshape(-1)[rows]
+    least = sparse.least_probability(grad_tol)
+    most = sparse.capacity(targets.numel(), V, options.workspace_bytes)
+    if impl == "cpu":
+        at_target = blocks.target_logits(*live, y, options)
+        op = torch.ops.groupdpo_kernels.linear_logps_candidates_cpu
+        found = Candidates(*op(*live, y, at_target, *_of_extension(options), least, most))
+    else:
+        found = sparse.candidates_in_blocks(*live, y, options, least, most)
+    shapes = [targets.shape] * 5 + [(*targets.shape, most)] * 2
+    return Candidates(*(_put(x, rows, torch.Size(shape)) for x, shape in zip(found, shapes)))
+
+
+def sparse_backward(
+    head: Head,
+    targets: Tensor,
+    found: Candidates,
+    d_token_logps: Tensor,
+    d_lse: Tensor,
+    options: HeadOptions,
+    grad_tol: float,
+    needs: tuple[bool, ...],
+    impl: str,
+) -> HeadGradients:
+    """The rows that need it through the exact path, the others over their candidates."""
+    live = targets != options.ignore_index
+    exact = sparse.exact_rows(found.doubts, found.dropped, d_token_logps, d_lse, live, grad_tol)
+    rest = torch.where(exact, targets, options.ignore_index)
+    gradients = backward(head, rest, found.lse, d_token_logps, d_lse, options, (*needs, False), impl)
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(-1, x.shape[-1])
+
+    hidden, low_rank_hidden = flat(head.hidden), flat(head.low_rank_hidden)
+    assert hidden is not None
+    sparse.add_candidates(
+        gradients._replace(d_hidden=flat(gradients.d_hidden), d_low_rank_hidden=flat(gradients.d_low_rank_hidden)),
+        Head(hidden, head.weight, head.bias, low_rank_hidden, head.low_rank_weight),
+        targets.reshape(-1),
+        Candidates(*(x.reshape(-1) for x in found[:5]), *(x.reshape(-1, x.shape[-1]) for x in found[5:])),
+        d_token_logps.reshape(-1),
+        d_lse.reshape(-1),
+        (live & ~exact).reshape(-1),
+        options,
+        _add_weighted_rows if impl == "cpu" else sparse.add_weighted_rows,
+    )
+    return gradients
+
+
+def _add_weighted_rows(
+    out: Tensor, source: Tensor, owned: Tensor, index: Tensor, coefficients: Tensor, options: HeadOptions
+) -> None:
+    if out.dtype == torch.float16 or source.stride(-1) != 1:  # no unit of the processor computes in float16
+        return sparse.add_weighted_rows(out, source, owned, index, coefficients, options)
+    torch.ops.groupdpo_kernels.add_weighted_rows_cpu(out, source, owned, index, coefficients)

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import host
+from . import host, sparse
 from .reference import Head, HeadGradients, HeadOptions, LogpStats
+from .sparse import Candidates
 
 IMPLS = ("triton", "cuda", "cpu", "reference")  # in the order "auto" tries them
 
@@ -34,6 +35,9 @@ _MAP = "float logit_scale, float? softcap, float temperature"
 _EXPECTATIONS = (
     "(Tensor token_logps, Tensor lse, Tensor coefficients, Tensor expected_weight, Tensor expected_low_rank)"
 )
+_CANDIDATES = (
+    "(Tensor token_logps, Tensor lse, Tensor doubts, Tensor slopes, Tensor dropped, Tensor ids, Tensor weights)"
+)
 _STATS = "(Tensor token_logps, Tensor lse, Tensor entropy, Tensor mean_logits, Tensor log_sum_sq_probs, Tensor is_top1)"
 _GRADIENTS = (
     "(Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low_rank_hidden, Tensor d_low_rank_weight, Tensor mass)"
@@ -44,6 +48,13 @@ _NEEDS = (
 )
 _LIBRARY.define(f"linear_logps_forward_cpu({_HEAD}, {_MAP}, int workspace_bytes, bool stats) -> {_STATS}")
 _LIBRARY.define(f"linear_logps_expectations_cpu({_HEAD}, {_MAP}, int workspace_bytes) -> {_EXPECTATIONS}")
+_LIBRARY.define(
+    f"linear_logps_candidates_cpu({_HEAD}, Tensor target_logits, {_MAP}, int workspace_bytes, float least, int most)"
+    f" -> {_CANDIDATES}"
+)
+_LIBRARY.define(
+    "add_weighted_rows_cpu(Tensor(a!) out, Tensor source, Tensor owned, Tensor index, Tensor coefficients) -> ()"
+)
 _LIBRARY.define(
     f"linear_logps_backward_cpu({_HEAD}, Tensor lse, Tensor d_token_logps, Tensor d_lse, {_MAP},"
     f" int workspace_bytes, {_NEEDS}) -> {_GRADIENTS}"
@@ -174,6 +185,52 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_to
 
 
 @torch.library.custom_op(
+    "groupdpo_kernels::linear_logps_candidates",
+    mutates_args=(),
+    schema=f"({_HEAD}, {_OPTIONS}, float grad_tol, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear_logps_candidates(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
+    *options, grad_tol, impl = rest
+    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    with _exact(hidden.device):
+        return tuple(host.candidates(head, targets, HeadOptions(*options), grad_tol, resolve(impl, hidden, weight)))
+
+
+@_linear_logps_candidates.register_fake
+def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    row = [torch.empty_like(targets, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(5)]
+    most = sparse.capacity(targets.numel(), weight.shape[0], HeadOptions(*rest[:-2]).workspace_bytes)
+    shape = (*targets.shape, most)
+    return (*row, targets.new_empty(shape, dtype=torch.int32), targets.new_empty(shape, dtype=dtype))
+
+
+@torch.library.custom_op(
+    "groupdpo_kernels::linear_logps_sparse_backward",
+    mutates_args=(),
+    schema=f"({_HEAD}, Tensor lse, Tensor doubts, Tensor slopes, Tensor dropped, Tensor ids, Tensor weights,"
+    f" Tensor d_token_logps, Tensor d_lse, {_OPTIONS}, float grad_tol, bool[] needs, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear_logps_sparse_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
+    found, (d_token_logps, d_lse, *options, grad_tol, needs, impl) = Candidates(rest[0], *rest[:6]), rest[6:]
+    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    impl = resolve(impl, hidden, weight)
+    with _exact(hidden.device):
+        out = host.sparse_backward(
+            head, targets, found, d_token_logps, d_lse, HeadOptions(*options), grad_tol, tuple(needs), impl
+        )
+    return tuple(hidden.new_empty(0) if x is None else x for x in out[:5])
+
+
+@_linear_logps_sparse_backward.register_fake
+def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
+    inputs, needs = (hidden, weight, bias, low_rank_hidden, low_rank_weight), rest[-2]
+    return tuple(hidden.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs))
+
+
+@torch.library.custom_op(
     "groupdpo_kernels::linear_logps_jacobian",
     mutates_args=(),
     schema=f"({_HEAD}, {_OPTIONS}, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -297,6 +354,30 @@ def linear_logps_jacobian(
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_jacobian
     token_logps, lse, hidden, low_rank = op(*head, targets, *astuple(options), impl)
     return token_logps, lse, hidden, None if head.low_rank_hidden is None else low_rank
+
+
+def linear_logps_candidates(
+    head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str
+) -> Candidates:
+    """What sparse.py says, in the leading shape of targets."""
+    op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_candidates
+    return Candidates(*op(*head, targets, *astuple(options), grad_tol, impl))
+
+
+def linear_logps_sparse_backward(
+    head: Head,
+    targets: Tensor,
+    found: Candidates,
+    d_token_logps: Tensor,
+    d_lse: Tensor,
+    options: HeadOptions,
+    grad_tol: float,
+    needs: tuple[bool, ...],
+    impl: str,
+) -> HeadGradients:
+    op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_sparse_backward
+    out = op(*head, targets, *found[1:], d_token_logps, d_lse, *astuple(options), grad_tol, list(needs), impl)
+    return HeadGradients(*(x if needed else None for x, needed in zip(out, needs)))
 
 
 def refuse_gradient(gradient: Tensor, name: str) -> Tensor:

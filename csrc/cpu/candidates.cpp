@@ -1,0 +1,180 @@
+// The forward of a backward over few entries a row: token_logps and lse as in linear_logps_forward.cpp, and on the way,
+// while a block of logits is in cache, the entries of it that may matter. The threshold of a row rises with its running
+// sum of exponentials, which starts at the target's own: in a row that is sure of its target hardly an entry is looked
+// at twice.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/block.h"
+
+namespace groupdpo_kernels {
+
+namespace {
+
+struct Entry {
+  float squashed;  // as to_squashed leaves it
+  int32_t id;
+};
+
+// Likelier first; among equals the lower id.
+bool before(const Entry& a, const Entry& b) {
+  return a.squashed != b.squashed ? a.squashed > b.squashed : a.id < b.id;
+}
+
+struct RowState {
+  double rest = 0;  // sum of exp(z - shift) without the target: nothing cancels in a row that is sure of it
+  float top = -std::numeric_limits<float>::infinity();
+  float shift = 0;
+  float target_logit = std::numeric_limits<float>::quiet_NaN();  // stays NaN where no block holds the target
+  float target_slope = std::numeric_limits<float>::quiet_NaN();
+  float expected_target = -std::numeric_limits<float>::infinity();  // its logit, before its block has come
+  float threshold = -std::numeric_limits<float>::infinity();        // of squashed; never falls
+  int32_t count = 0, overflows = 0;
+};
+
+constexpr int64_t kRoom = 2;  // a row gathers at most this many times what it may keep, then the likeliest stay
+
+// Collects what candidates a row's block holds. room = kRoom * most entries.
+class Collector {
+ public:
+  Collector(const LogitMap& map, double least, int64_t most) : map_(map), log_least_(std::log(least)), most_(most) {}
+
+  // products (n,) -> squashed logits, in place; 0 is the first id of the block.
+  void add(RowState& state, Entry* gathered, float* z, const float* bias, int64_t n, int64_t v0, int64_t target) const {
+    const float block_top = to_squashed(z, bias, n, map_), top = std::max(state.top, block_top);
+    const bool bounded = std::isfinite(top);
+    const float shift = bounded ? top : 0;
+    state.rest *= state.rest == 0 ? 0 : std::exp(static_cast<double>(state.shift) - shift);
+    const bool here = target >= 0 && target < n;
+    if (here) {
+      state.target_logit = squashed_logit(z[target], map_);
+      state.target_slope = squashed_slope(z[target], map_);
+      state.rest += squashed_sum(z, target, map_, shift, bounded);
+      state.rest += squashed_sum(z + target + 1, n - target - 1, map_, shift, bounded);
+    } else {
+      state.rest += squashed_sum(z, n, map_, shift, bounded);
+    }
+    state.top = top;
+    state.shift = shift;
+    if (state.overflows > 1) return;  // a flat row: the exact path is for it
+    const double known = std::isnan(state.target_logit) ? state.expected_target : state.target_logit;
+    raise(state, squashed_at(shift + std::log(state.rest + std::exp(known - shift)) + log_least_));
+    if (block_top < squashed_logit(state.threshold, map_)) return;
+    for (int64_t j = 0; (j += first_at_least(z + j, n - j, state.threshold)) < n; ++j) {
+      if (j == target) continue;
+      gathered[state.count++] = {z[j], static_cast<int32_t>(v0 + j)};
+      if (state.count == kRoom * most_) {
+        if (++state.overflows > 1) return;
+        keep_likeliest(state, gathered);
+      }
+    }
+  }
+
+  // Leaves the candidates in order of their ids; the rest of the row is probability `dropped`.
+  void finish(RowState& state, Entry* gathered, double row_lse, double doubt, int32_t* ids, float* weights,
+              float& dropped) const {
+    double kept = 0;
+    if (state.overflows < 2) {
+      raise(state, squashed_at(row_lse + log_least_));
+      Entry* end = std::partition(gathered, gathered + state.count,
+                                  [&](const Entry& entry) { return entry.squashed >= state.threshold; });
+      state.count = static_cast<int32_t>(end - gathered);
+      if (state.count > most_) keep_likeliest(state, gathered);
+      std::sort(gathered, gathered + state.count, [](const Entry& a, const Entry& b) { return a.id < b.id; });
+      for (int32_t k = 0; k < state.count; ++k) {
+        const double p = std::exp(squashed_logit(gathered[k].squashed, map_) - row_lse);
+        kept += p;
+        ids[k] = gathered[k].id;
+        weights[k] = static_cast<float>(p * squashed_slope(gathered[k].squashed, map_));
+      }
+    }
+    // Float32 sums of exponentials by block err by at most 2^-18 of themselves: sparse.py.
+    dropped = static_cast<float>(doubt - kept < 0 ? 0 : doubt - kept) + static_cast<float>(doubt) * 0x1p-18f;
+  }
+
+ private:
+  float squashed_at(double logit) const {
+    return static_cast<float>(map_.softcap > 0 ? logit * map_.temperature / map_.softcap : logit);
+  }
+
+  static void raise(RowState& state, float threshold) {
+    if (threshold > state.threshold) state.threshold = threshold;  // false for NaN
+  }
+
+  void keep_likeliest(RowState& state, Entry* gathered) const {
+    std::nth_element(gathered, gathered + most_ - 1, gathered + state.count, before);
+    state.count = static_cast<int32_t>(most_);
+    raise(state, gathered[most_ - 1].squashed);
+  }
+
+  LogitMap map_;
+  double log_least_;
+  int64_t most_;
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_candidates(const Head& head,
+                                                                                           const Tensor& targets,
+                                                                                           const Tensor& target_logits,
+                                                                                           const HeadOptions& options,
+                                                                                           double least, int64_t most) {
+  const NoGrad no_grad;
+  check(head, targets);
+  check_row_vector(target_logits, "target_logits", head.hidden.size(0));
+  STD_TORCH_CHECK(least > 0 && most > 0, "least and most must be positive; got ", least, " and ", most);
+  const int64_t T = head.hidden.size(0), V = head.weight.size(0);
+  const int64_t per_row =
+      HeadBlocks::scratch_per_row(head) + kRoom * most * 2 + static_cast<int64_t>(sizeof(RowState) / sizeof(float));
+  const BlockShape shape = block_shape(T, V, per_row, HeadBlocks::scratch_per_column(head), 1, options.workspace_bytes);
+  const LogitMap map = logit_map(options);
+  const Collector collector(map, least, most);
+  HeadBlocks blocks(head, shape);
+
+  const auto result = [&] { return torch::stable::new_empty(head.hidden, {T}, ScalarType::Float); };
+  const Tensor token_logps = result(), lse = result(), doubts = result(), slopes = result(), dropped = result();
+  const Tensor ids = torch::stable::new_zeros(head.hidden, {T, most}, ScalarType::Int);
+  const Tensor weights = torch::stable::new_zeros(head.hidden, {T, most}, ScalarType::Float);
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  const Scratch room(shape.rows * kRoom * most * 2);
+  Entry* gathered = reinterpret_cast<Entry*>(room.matrix(1, 1).data);
+
+  for (int64_t t0 = 0; t0 < T; t0 += shape.rows) {
+    const int64_t rows = std::min(shape.rows, T - t0);
+    std::vector<RowState> states(rows);
+    for (int64_t i = 0; i < rows; ++i) states[i].expected_target = target_logits.const_data_ptr<float>()[t0 + i];
+    blocks.take_tokens(t0, rows);
+    for (int64_t v0 = 0; v0 < V; v0 += shape.columns) {
+      const int64_t columns = std::min(shape.columns, V - v0);
+      blocks.take_vocabulary(v0, columns);
+      over_rows(rows, [&](int64_t first, int64_t last) {
+        const Matrix z = blocks.products(first, last);
+        torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            collector.add(states[i], gathered + i * kRoom * most, z.row(i - first), blocks.bias, columns, v0,
+                          target[t0 + i] - v0);
+          }
+        });
+      });
+    }
+    torch::stable::parallel_for(0, rows, grain(most), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        RowState& state = states[i];
+        const int64_t t = t0 + i;
+        const double total = state.rest + std::exp(static_cast<double>(state.target_logit) - state.shift);
+        const double row_lse = state.shift + std::log(total), doubt = state.rest / total;
+        token_logps.mutable_data_ptr<float>()[t] = static_cast<float>(state.target_logit - row_lse);
+        lse.mutable_data_ptr<float>()[t] = static_cast<float>(row_lse);
+        doubts.mutable_data_ptr<float>()[t] = static_cast<float>(doubt);
+        slopes.mutable_data_ptr<float>()[t] = state.target_slope;
+        collector.finish(state, gathered + i * kRoom * most, row_lse, doubt, ids.mutable_data_ptr<int32_t>() + t * most,
+                         weights.mutable_data_ptr<float>() + t * most, dropped.mutable_data_ptr<float>()[t]);
+      }
+    });
+  }
+  return {token_logps, lse, doubts, slopes, dropped, ids, weights};
+}
+
+}  // namespace groupdpo_kernels

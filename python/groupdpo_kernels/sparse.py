@@ -1,0 +1,217 @@
+"""A backward over few vocabulary entries a row, with a bound on what it leaves out: what `grad_tol` > 0 asks for.
+
+A trained model puts nearly all of a row's probability on few entries, so nearly all of d_logits is negligible. The
+forward keeps each row's candidates, the entries of probability at least `least_probability(grad_tol)`, at most
+`capacity` of them, and `dropped`, a bound on the probability of all the others. The target is kept apart with its own
+1 - p_y, and nothing is renormalised. The backward knows the upstream gradient: `exact_rows` sends rows through the
+exact path until what the others leave out is at most `grad_tol` of d_logits in the L1 norm over the call, whatever the
+data; `add_candidates` does the others. Derivation and bound: docs/math.md.
+
+Here in plain PyTorch, on any device: the specification of the kernels, and what `impl="reference"` runs. Checks no
+values: rows are live and ids are valid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .blocks import _at_target, _block_logits, _spans, block_shape
+from .reference import Head, HeadGradients, HeadOptions, accumulator
+
+# Float32 sums of exponentials by block err by at most this much of themselves (64 additions a lane, then float64).
+_SUM_ERROR = 2.0**-18
+
+
+AddWeightedRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, HeadOptions], None]
+
+
+class Candidates(NamedTuple):
+    """What a forward keeps of each row besides token_logps and lse; all by row, in float32 (float64)."""
+
+    token_logps: Tensor  # (T,)
+    lse: Tensor  # (T,)
+    doubts: Tensor  # (T,) 1 - p_y, as a sum over the others: nothing cancels in a row that is sure of its target
+    slopes: Tensor  # (T,) c_y, the cap's slope at the target; 1 without a cap
+    dropped: Tensor  # (T,) at least the sum of p_v over the entries that are neither target nor candidate
+    ids: Tensor  # (T, capacity) int32: the candidates first, then 0
+    weights: Tensor  # (T, capacity) p_v c_v of each; 0 past the last
+
+
+def least_probability(grad_tol: float) -> float:
+    """Of a candidate. Smaller: more candidates, and fewer rows that need the exact path."""
+    return grad_tol / 64
+
+
+def capacity(T: int, V: int, workspace_bytes: int) -> int:
+    """Most candidates a row: 256, less where 8 bytes for each in every row would not fit in half of the budget."""
+    return max(1, min(V, 256, workspace_bytes // (16 * max(T, 1))))
+
+
+def candidates_in_blocks(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    low_rank_hidden: Tensor | None,  # (T, R)
+    low_rank_weight: Tensor | None,  # (V, R)
+    targets: Tensor,  # (T,) int64, all valid
+    options: HeadOptions,
+    least: float,  # least_probability
+    most: int,  # capacity
+) -> Candidates:
+    """Forward and candidates in one pass over the vocabulary: 2 T D V FLOP. Of more than `most`, the likeliest."""
+    dtype = accumulator(hidden.dtype)
+    (T, D), V = hidden.shape, weight.shape[0]
+    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
+    rows, columns = block_shape(T, D + R + 3 * most, V, options.workspace_bytes, dtype.itemsize)
+    target_logits, lse, doubts, slopes, dropped = (hidden.new_zeros(T, dtype=dtype) for _ in range(5))
+    ids = targets.new_zeros((T, most), dtype=torch.int32)
+    weights = hidden.new_zeros((T, most), dtype=dtype)
+    for t in _spans(T, rows):
+        h, y = hidden[t].to(dtype), targets[t]
+        x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
+        top, rest = h.new_full((h.shape[0],), -math.inf), h.new_zeros(h.shape[0])  # rest: without the target
+        best = h.new_full((h.shape[0], most), -math.inf)  # logits of the likeliest so far
+        best_ids, best_slopes = y.new_zeros(best.shape), torch.ones_like(best)
+        for v in _spans(V, columns):
+            b = None if bias is None else bias[v].to(dtype)
+            u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
+            z, slope = _block_logits(h, weight[v].to(dtype), b, x, u, options)
+            here = (y >= v.start) & (y < v.stop)
+            target_logits[t] += _at_target(z, y, v)
+            slopes[t] += here.to(dtype) if slope is None else _at_target(slope, y, v)
+            new_top = torch.maximum(top, z.max(1).values)
+            shift = torch.where(torch.isfinite(new_top), new_top, 0)
+            at = (y - v.start).clamp(0, z.shape[1] - 1)[:, None]
+            z.scatter_(1, at, torch.where(here, -math.inf, z.gather(1, at)[:, 0])[:, None])
+            rest = rest * torch.exp(torch.where(top == -math.inf, -math.inf, top - shift))
+            rest += torch.exp(z - shift[:, None]).sum(1)
+            logits, where = z.topk(min(most, z.shape[1]), 1)
+            new_slopes = torch.ones_like(logits) if slope is None else slope.gather(1, where)
+            best, kept = torch.cat((best, logits), 1).topk(most, 1)
+            best_ids = torch.cat((best_ids, where + v.start), 1).gather(1, kept)
+            best_slopes = torch.cat((best_slopes, new_slopes), 1).gather(1, kept)
+            top = new_top
+        shift = torch.where(torch.isfinite(top), top, 0)
+        total = rest + torch.exp(target_logits[t] - shift)
+        lse[t] = shift + total.log()
+        doubts[t] = rest / total
+        p = torch.exp(best - lse[t, None])
+        p = torch.where(p >= least, p, 0)
+        dropped[t] = (doubts[t] - p.sum(1)).clamp(min=0) + _SUM_ERROR * doubts[t]
+        weights[t] = p * best_slopes
+        ids[t] = torch.where(p > 0, best_ids, 0).to(torch.int32)
+    return Candidates(target_logits - lse, lse, doubts, slopes, dropped, ids, weights)
+
+
+def exact_rows(
+    doubts: Tensor,  # (...)
+    dropped: Tensor,  # (...)
+    d_token_logps: Tensor,  # (...)
+    d_lse: Tensor,  # (...)
+    live: Tensor,  # (...) bool: not ignored
+    grad_tol: float,
+) -> Tensor:  # (...) bool
+    """Which rows need the exact path, so that sum |d_lse - d_token_logps| dropped over the others is at most grad_tol
+    times sum |d_lse - d_token_logps| doubts over all: those that would leave out most. Reads no value back.
+    """
+    size = torch.where(live, (d_lse - d_token_logps).abs(), 0).double().reshape(-1)
+    cost = size * dropped.reshape(-1)
+    allowed = grad_tol * (size * doubts.reshape(-1)).sum()
+    order = cost.argsort(stable=True)
+    fits = cost[order].cumsum(0) <= allowed  # false for NaN: a row that is not finite goes the exact way
+    exact = torch.ones_like(fits).scatter_(0, order, ~fits)
+    return exact.view_as(live) & live
+
+
+def add_candidates(
+    gradients: HeadGradients,  # added to, in place
+    head: Head,  # (T, .) rows
+    targets: Tensor,  # (T,) int64, all valid
+    found: Candidates,
+    d_token_logps: Tensor,  # (T,)
+    d_lse: Tensor,  # (T,)
+    rows: Tensor,  # (T,) bool: those to add
+    options: HeadOptions,
+    add_weighted_rows: AddWeightedRows,
+) -> None:
+    """The gradients of `rows`, over candidates and target alone: every sum in a fixed order, 4 D FLOP an entry."""
+    row, column, coefficients = entries(targets, found, d_token_logps, d_lse, rows, options)
+    by_row = bounds(row, targets.shape[0])
+    order = column.argsort(stable=True)
+    by_column = bounds(column[order], head.weight.shape[0])
+    for gradient, source in (
+        (gradients.d_hidden, head.weight),
+        (gradients.d_low_rank_hidden, head.low_rank_weight),
+    ):
+        if gradient is not None and source is not None:
+            add_weighted_rows(gradient, source, by_row, column, coefficients, options)
+    row, coefficients = row[order], coefficients[order]
+    for gradient, source in (
+        (gradients.d_weight, head.hidden),
+        (gradients.d_low_rank_weight, head.low_rank_hidden),
+    ):
+        if gradient is not None and source is not None:
+            add_weighted_rows(gradient, source, by_column, row, coefficients, options)
+    if (d_bias := gradients.d_bias) is not None:
+        ones = d_bias.new_ones((targets.shape[0], 1))
+        add_weighted_rows(d_bias[:, None], ones, by_column, row, coefficients, options)
+
+
+def entries(
+    targets: Tensor,  # (T,) int64
+    found: Candidates,
+    d_token_logps: Tensor,  # (T,)
+    d_lse: Tensor,  # (T,)
+    rows: Tensor,  # (T,) bool
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor, Tensor]:  # (K,) int64, (K,) int64, (K,) float32
+    """The entries of d_logits through the map that are kept, by row: row, vocabulary id, value. Reads their number."""
+    chain = options.logit_scale / options.temperature
+    dtype = found.weights.dtype
+    d_y, d_z = (x.to(dtype) for x in (d_token_logps, d_lse))
+    at_target = chain * found.slopes * (d_y * found.doubts + d_z * (1 - found.doubts))
+    values = torch.cat((at_target[:, None], chain * (d_z - d_y)[:, None] * found.weights), 1)
+    ids = torch.cat((targets[:, None], found.ids), 1)
+    kept = rows[:, None] & torch.cat((rows[:, None], found.weights != 0), 1)
+    row, slot = kept.nonzero(as_tuple=True)
+    return row, ids[row, slot].long(), values[row, slot]
+
+
+def bounds(sorted_keys: Tensor, size: int) -> Tensor:  # (K,) ascending -> (size + 1,) int64
+    """Key k owns the entries bounds[k] : bounds[k + 1]."""
+    return torch.searchsorted(sorted_keys, torch.arange(size + 1, device=sorted_keys.device))
+
+
+def add_weighted_rows(
+    out: Tensor,  # (m, n), added to
+    source: Tensor,  # (k, n)
+    owned: Tensor,  # (m+1,) int64
+    index: Tensor,  # (K,) int64 into source
+    coefficients: Tensor,  # (K,)
+    options: HeadOptions,
+) -> None:
+    """out[i] += sum of coefficients[j] source[index[j]] over the entries j that i owns; rounded once."""
+    dtype = coefficients.dtype
+    step = max(16, options.workspace_bytes // (4 * max(1, source.shape[1]) * dtype.itemsize))
+    sums = torch.empty(0)
+    start = 0
+    while start < out.shape[0]:
+        # As many rows as own about `step` entries, and at most `step` of them; one row's own are taken in pieces.
+        first = int(owned[start])
+        end = int(torch.searchsorted(owned[start + 1 :], first + step, right=True)) + start
+        end = min(max(end, start + 1), start + step, out.shape[0])
+        last = int(owned[end])
+        if last > first:
+            sums = out[start:end].to(dtype)
+            owner = torch.repeat_interleave(torch.arange(end - start, device=out.device), owned[start : end + 1].diff())
+            for a in range(first, last, step):
+                j = slice(a, min(a + step, last))
+                rows = source[index[j]].to(dtype).mul_(coefficients[j, None])
+                sums.index_add_(0, owner[a - first : j.stop - first], rows)
+            out[start:end] = sums.to(out.dtype)
+        start = end
