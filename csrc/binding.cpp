@@ -24,12 +24,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
                               {logit_scale, softcap, temperature, workspace_bytes}, stats);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expectations_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expectations_cpu(
     Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
-    std::optional<Tensor> low_rank_weight, Tensor targets, double logit_scale, std::optional<double> softcap,
-    double temperature, int64_t workspace_bytes) {
-  return linear_logps_expectations({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets,
-                                   {logit_scale, softcap, temperature, workspace_bytes});
+    std::optional<Tensor> low_rank_weight, Tensor targets, std::optional<Tensor> target_logits, double logit_scale,
+    std::optional<double> softcap, double temperature, int64_t workspace_bytes, double grad_tol, double least) {
+  return linear_logps_expectations({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, target_logits,
+                                   {logit_scale, softcap, temperature, workspace_bytes}, grad_tol, least);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> candidates_cpu(

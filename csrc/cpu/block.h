@@ -174,6 +174,9 @@ void check_row_vector(const Tensor& x, const char* name, int64_t T);
 
 LogitMap logit_map(const HeadOptions& options);
 
+// Float32 sums of exponentials by block err by at most this much of themselves: sparse.py.
+constexpr double kSumError = 0x1p-18;
+
 // How many rows of a block make a task worth its start.
 inline int64_t grain(int64_t columns) {
   return 1 + 16384 / (columns + 1);

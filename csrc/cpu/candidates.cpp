@@ -90,8 +90,7 @@ class Collector {
         weights[k] = static_cast<float>(p * squashed_slope(gathered[k].squashed, map_));
       }
     }
-    // Float32 sums of exponentials by block err by at most 2^-18 of themselves: sparse.py.
-    dropped = static_cast<float>(doubt - kept < 0 ? 0 : doubt - kept) + static_cast<float>(doubt) * 0x1p-18f;
+    dropped = static_cast<float>((doubt - kept < 0 ? 0 : doubt - kept) + doubt * kSumError);
   }
 
  private:

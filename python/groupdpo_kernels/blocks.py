@@ -243,6 +243,8 @@ class Expectations(NamedTuple):
     coefficients: Tensor  # (T,) c_y (1 - p_y)
     expected_weight: Tensor  # (T, D) sum over v != y of p_v c_v weight_v
     expected_low_rank: Tensor | None  # (T, R) sum over v != y of p_v c_v low_rank_weight_v
+    doubts: Tensor | None = None  # (T,) with a tolerance: 1 - p_y, and
+    dropped: Tensor | None = None  # (T,) at least the p_v that the sums leave out
 
 
 def expectations_in_blocks(

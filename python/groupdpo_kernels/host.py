@@ -99,16 +99,26 @@ def backward(
 
 
 def jacobian(
-    head: Head, targets: Tensor, options: HeadOptions, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden)."""
+    head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden, doubts, dropped), the last two
+    with grad_tol > 0 alone.
+    """
     rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
     live, y = _live_head(head, rows), targets.reshape(-1)[rows]
     if impl == "cpu":
         op = torch.ops.groupdpo_kernels.linear_logps_expectations_cpu
-        found = blocks.Expectations(*op(*live, y, *_of_extension(options)))
+        at_target = blocks.target_logits(*live, y, options) if grad_tol > 0 else None
+        least = sparse.least_probability(grad_tol)
+        # Half of it: the sizes of the upstream gradients, which differ, come with the backward.
+        found = blocks.Expectations(*op(*live, y, at_target, *_of_extension(options), grad_tol / 2, least))
+        if grad_tol == 0:
+            found = found._replace(doubts=None, dropped=None)
     else:
         found = blocks.expectations_in_blocks(*live, y, options)
+        if grad_tol > 0:  # exact: nothing is left out
+            nothing = torch.zeros_like(found.lse)
+            found = found._replace(doubts=nothing, dropped=nothing)
     d_hidden, d_low_rank = blocks.jacobian(found, live, y, options)
     low_rank_hidden = head.low_rank_hidden
     return (
@@ -116,6 +126,8 @@ def jacobian(
         _put(found.lse, rows, targets.shape),
         _put(d_hidden, rows, head.hidden.shape),
         None if d_low_rank is None or low_rank_hidden is None else _put(d_low_rank, rows, low_rank_hidden.shape),
+        None if found.doubts is None else _put(found.doubts, rows, targets.shape),
+        None if found.dropped is None else _put(found.dropped, rows, targets.shape),
     )
 
 

@@ -33,7 +33,8 @@ _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_rank_hidden, Tensor? low_rank_weight, Tensor targets"
 _MAP = "float logit_scale, float? softcap, float temperature"
 _EXPECTATIONS = (
-    "(Tensor token_logps, Tensor lse, Tensor coefficients, Tensor expected_weight, Tensor expected_low_rank)"
+    "(Tensor token_logps, Tensor lse, Tensor coefficients, Tensor expected_weight, Tensor expected_low_rank,"
+    " Tensor doubts, Tensor dropped)"
 )
 _CANDIDATES = (
     "(Tensor token_logps, Tensor lse, Tensor doubts, Tensor slopes, Tensor dropped, Tensor ids, Tensor weights)"
@@ -47,7 +48,10 @@ _NEEDS = (
     " bool needs_mass"
 )
 _LIBRARY.define(f"linear_logps_forward_cpu({_HEAD}, {_MAP}, int workspace_bytes, bool stats) -> {_STATS}")
-_LIBRARY.define(f"linear_logps_expectations_cpu({_HEAD}, {_MAP}, int workspace_bytes) -> {_EXPECTATIONS}")
+_LIBRARY.define(
+    f"linear_logps_expectations_cpu({_HEAD}, Tensor? target_logits, {_MAP}, int workspace_bytes, float grad_tol,"
+    f" float least) -> {_EXPECTATIONS}"
+)
 _LIBRARY.define(
     f"linear_logps_candidates_cpu({_HEAD}, Tensor target_logits, {_MAP}, int workspace_bytes, float least, int most)"
     f" -> {_CANDIDATES}"
@@ -233,18 +237,20 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_jacobian",
     mutates_args=(),
-    schema=f"({_HEAD}, {_OPTIONS}, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, {_OPTIONS}, float grad_tol, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_logps_jacobian(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    *options, impl = rest
+    *options, grad_tol, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
     with _exact(hidden.device):
-        if impl == "triton":
+        if impl == "triton":  # exact: nothing is left out
             launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_jacobian")
             out = launcher.linear_logps_jacobian(*head, targets, *options)
+            nothing = torch.zeros_like(out[0]) if grad_tol > 0 else None
+            out = (*out, nothing, nothing)
         else:
-            out = host.jacobian(head, targets, HeadOptions(*options), impl)
+            out = host.jacobian(head, targets, HeadOptions(*options), grad_tol, impl)
     return tuple(hidden.new_empty(0) if x is None else x for x in out)
 
 
@@ -253,7 +259,12 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     row = [torch.empty_like(targets, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2)]
     shapes = [(0,) if x is None else x.shape for x in (hidden, low_rank_hidden)]
-    return (*row, *(hidden.new_empty(shape) for shape in shapes))
+    bound = targets.shape if rest[-2] > 0 else (0,)
+    return (
+        *row,
+        *(hidden.new_empty(shape) for shape in shapes),
+        *(targets.new_empty(bound, dtype=dtype) for _ in "12"),
+    )
 
 
 def not_differentiable(name: str) -> RuntimeError:
@@ -348,12 +359,14 @@ def linear_logps_backward(
 
 
 def linear_logps_jacobian(
-    head: Head, targets: Tensor, options: HeadOptions, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden)."""
+    head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden, doubts, dropped), the last two of
+    sparse.Candidates, (0,) without grad_tol.
+    """
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_jacobian
-    token_logps, lse, hidden, low_rank = op(*head, targets, *astuple(options), impl)
-    return token_logps, lse, hidden, None if head.low_rank_hidden is None else low_rank
+    token_logps, lse, hidden, low_rank, *bound = op(*head, targets, *astuple(options), grad_tol, impl)
+    return token_logps, lse, hidden, None if head.low_rank_hidden is None else low_rank, bound[0], bound[1]
 
 
 def linear_logps_candidates(
