@@ -1,10 +1,10 @@
 """How peaked the rows of each profile are at a shape, beside the rows that were recorded from the trained model.
 
-    python bench/profiles.py                                  T = 512, D = 1024, the recorded vocabulary
+    python bench/profiles.py                                  512 x 1024, the recorded vocabulary
     python bench/profiles.py --shape 1024 1024 32000 --dtype float32
 
 Prints one table: means over rows of what `describe_rows` says, quantiles of the entropy, the median number of
-candidates, how many distinct ids they are over all rows and what part of them the 256 commonest are, seconds of drawing.
+candidates, how many distinct ids they are over all rows and what part of them the 256 commonest are, and seconds.
 It never judges: tests/test_profiles.py does. Cost: draw_profile's, and two products a profile.
 """
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import math
 import sys
 import sysconfig
@@ -174,6 +175,7 @@ def record(model: Any, tokens: Tensor, rows: int, windows: int) -> dict[str, obj
         texts.append((model.model(window[None, :-1]).last_hidden_state[0, LENGTH // 4 :], window[1 + LENGTH // 4 :]))
         prior += (texts[-1][0] @ weight.T).log_softmax(-1).mean(0) / len(starts)
     prior, by_prior = prior.sort(descending=True)
+    norms = tail_norms([hidden for hidden, _ in texts], weight[by_prior], prior, grid)
     prior_rank = torch.empty_like(by_prior).scatter_(0, by_prior, torch.arange(V))
     kept: dict[str, list[Tensor]] = {}
     hidden_of_kept = []
@@ -210,10 +212,29 @@ def record(model: Any, tokens: Tensor, rows: int, windows: int) -> dict[str, obj
         "V": V,
         "run": RUN,
         "prior": prior[grid - 1],
+        "norms": norms,
         "scatter": (torch.arange(257, V + 1).log() - rank_of_id).std().item(),
         "sharing": torch.tensor(shared_candidates(torch.cat(hidden_of_kept), weight)),
         "held_out": torch.tensor(summarise(torch.cat(everything))),
     }
+
+
+def tail_norms(texts: list[Tensor], weight: Tensor, prior: Tensor, grid: Tensor) -> Tensor:  # (len(grid),)
+    """How far an id's log-probability strays from its prior, at the grid of ranks of the prior, where it is not among a
+    row's first: what the length of a weight row is for. Rare ids stray less. Root mean square over ids is 1."""
+    squares, count = torch.zeros_like(prior), torch.zeros_like(prior)
+    for hidden in texts:
+        logps = hidden @ weight.T
+        dx, dy = prior - prior.mean(), logps - logps.mean(-1, keepdim=True)
+        stray = dy - (dy @ dx)[:, None] / dx.square().sum() * dx  # what each row's own slope leaves
+        first = torch.ones_like(logps).scatter_(1, logps.topk(HEAD).indices, 0)
+        squares += (stray.square() * first).sum(0)
+        count += first.sum(0)
+    mean = squares / count.clamp(min=1)
+    mean = (mean / mean.mean()).cumsum(0)
+    edges = [0, *((grid[1:] + grid[:-1]) // 2).tolist(), len(prior)]  # a cell of ranks about each rank of the grid
+    sums = [mean[b - 1] - (mean[a - 1] if a else 0) for a, b in itertools.pairwise(edges)]
+    return torch.stack([x / (b - a) for x, a, b in zip(sums, edges, edges[1:])]).sqrt()
 
 
 def main() -> int:

@@ -60,7 +60,7 @@ def test_trained_rows_are_as_recorded():
     for name in ("entropy", "candidates", "kept_mass", "dropped_mass", "not_target"):
         assert getattr(found, name) == pytest.approx(getattr(model, name), rel=0.15), name
     assert abs(found.sparse_rows - model.sparse_rows) < 0.05
-    assert profiles.shared_candidates(*inputs[:2]) == pytest.approx(recorded.sharing.tolist(), rel=0.2)
+    assert profiles.shared_candidates(*inputs[:2]) == pytest.approx(recorded.sharing.tolist(), rel=0.35)
 
 
 def test_describe_rows_by_hand():

@@ -4,20 +4,20 @@ probabilities is measured on. Random inputs make every row flat, where nothing c
 `flat`: an untrained head. `trained`: rows recorded from a small LM that bench/train_rows.py trained. `confident`: those
 rows sharpened by one temperature to a mean entropy of 0.4 nats, the targets drawn from the sharpened rows.
 
-How a row is redrawn at any (T, D, V). A weight row is a random direction plus its prior (how likely the id is in general:
-its mean log-probability) along a direction that all share. hidden is the sum of: that shared direction (the tail
-follows the prior with the recorded slope), the
-span of the weight rows of the recorded first ranks and of the target (least squares gives them their log-probabilities
-exactly), and noise outside that span, which gives the tail its spread. The offset between head and tail is then set by
-the tail as it came out. Ids are recorded as ranks of the prior, so rows share candidates as the recorded ones do.
+How a row is redrawn at any (T, D, V). A weight row is a random direction, longer for likelier ids, plus its prior (how
+likely the id is in general: its mean log-probability) along a direction that all share. hidden is the sum of: that
+shared direction (the tail follows the prior with the recorded slope), the span of the weight rows of the recorded first
+ranks and of the target (least squares gives them their log-probabilities exactly), and noise outside that span, which
+gives the tail its spread. The offset between head and tail is then set by the tail as it came out. Ids are recorded as
+ranks of the prior, so rows share their first candidates as the recorded ones do; the tail shares less.
 
 At another V, ranks up to HEAD stay and those beyond are stretched log-linearly to V; the mass between two ranks stays.
-At a small D the noise that the first ranks make in the tail is more than the recorded spread; `describe_rows` says what
-came out. Rows beyond the recorded ones repeat their curves over other ids of similar prior.
+Below D = 8 HEAD only D / 8 first ranks are exact: more of them make more noise in the tail than its spread (measured at
+D = 256 with 96 of them: entropy 1.2 for 4.8). `describe_rows` says what came out. Rows beyond the recorded ones repeat their curves over other ids of similar prior.
 
 Never imported by the package: tests, benchmarks and profiling import it. Deterministic for a seed, device and number of
 threads. Precondition: the repository, whose bench/data/rows.pt holds the recorded rows.
-Cost: one or two products of 2 T D V FLOP, two more for `confident`; weight in float32 and blocks of logits of 2^26 bytes.
+Cost: one to two products of 2 T D V FLOP, two more for `confident`; weight in float32, blocks of logits of 2^26 bytes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ HEAD = 96  # first ranks that are recorded with their ids
 GRAD_TOL = 2.0**-7  # of the statistics recorded with the rows: candidates have p >= 2^-12
 CONFIDENT_ENTROPY = 0.4  # nats
 BLOCK_BYTES = 2**26
+# Of the recorded norms. No power is right in all: over 512 rows the model has 266 candidates a row, 5868 distinct ones;
+# redrawn at power 0 it is 243 and 8840, at 0.3 227 and 7190, at 1 183 and 4771.
+NORM_POWER = 0.25
 
 
 def draw_profile(
@@ -145,6 +148,7 @@ class Recorded:
     slope: Tensor  # (N,) of the log-probabilities past HEAD over the prior
     spread: Tensor  # (N,) of what that leaves: standard deviation
     prior: Tensor  # (len(rank_grid(V)),) mean log-probability of an id, at those ranks
+    norms: Tensor  # (len(rank_grid(V)),) how far an id strays from that, in the mean 1
     scatter: float  # standard deviation of log id - log rank of the prior, of the tokenizer
     statistics: Tensor  # (N, 4) of row_statistics, of the model's own rows
     sharing: Tensor  # (2,) of `shared_candidates` of the recorded rows
@@ -228,12 +232,13 @@ class _Wanted:
     spread: Tensor  # (T,)
     log_tail: Tensor  # (T,) log of the mass beyond the K ids
     prior: Tensor  # (V,) by id, of mean 0
+    norms: Tensor  # (V,) by id, of mean square 1
 
     @classmethod
     def draw(cls, recorded: Recorded, T: int, D: int, V: int, generator: torch.Generator) -> _Wanted:
         device = generator.device
         N, run = len(recorded.ids), recorded.run
-        K = max(1, min(HEAD, V // 8, D // 2))
+        K = max(1, min(HEAD, V // 8, D // 8))
         stretch = _Stretch.to(recorded.V, V)
         order = torch.randperm(N // run, generator=generator, device=device).cpu()
         t = torch.arange(T)
@@ -251,7 +256,9 @@ class _Wanted:
         own = stretch.own(ranks)
         prior = _interpolate(recorded.prior[None], recorded.V, own[None])[0] + stretch.log_density(own)
         prior -= prior.mean()
-        factor = _tail_factor(recorded, stretch, K, ids, prior)
+        norms = _interpolate(recorded.norms[None], recorded.V, own[None])[0] ** NORM_POWER
+        norms /= norms.square().mean().sqrt()
+        factor = _tail_factor(recorded, stretch, K, ids, prior, norms)
         # In a repeated text every id moves to one of similar prior: one table a text, so neighbours share.
         text = t // run
         texts = int(text[-1]) + 1
@@ -265,11 +272,11 @@ class _Wanted:
         # A BPE id is itself not far from a rank of the prior.
         noise = torch.randn(V, generator=generator, device=device).cpu() * recorded.scatter
         id_of_rank = ranks.log().add(noise).argsort().argsort()
-        by_id = torch.empty_like(prior).scatter_(0, id_of_rank, prior)
+        by_id = (torch.empty_like(x).scatter_(0, id_of_rank, x) for x in (prior, norms))
         ids = id_of_rank[by_rank]
         targets = ids.gather(1, slot[row, None]).squeeze(1)
         slope, spread = recorded.slope * factor, recorded.spread * factor
-        values = (ids, logps[row], targets, slope[row], spread[row], log_tail[row], by_id)
+        values = (ids, logps[row], targets, slope[row], spread[row], log_tail[row], *by_id)
         return cls(*(x.to(device) for x in values))
 
 
@@ -282,8 +289,10 @@ def _distinct(ids: Tensor, V: int) -> Tensor:  # (T, K) -> (T, K)
     return torch.empty_like(ids).scatter_(1, where, ordered)
 
 
-def _tail_factor(recorded: Recorded, stretch: _Stretch, K: int, ids: Tensor, prior: Tensor) -> Tensor:  # (N,)
-    """What slope and spread are multiplied by, so that a tail of slope x prior + spread x normal has the
+def _tail_factor(
+    recorded: Recorded, stretch: _Stretch, K: int, ids: Tensor, prior: Tensor, norms: Tensor
+) -> Tensor:  # (N,)
+    """What slope and spread are multiplied by, so that a tail of slope x prior + norm x spread x normal has the
     recorded one's entropy, which its upper end decides: recorded tails are no normal distributions."""
     V = len(prior)
     own = torch.arange(1, recorded.V + 1)
@@ -295,13 +304,13 @@ def _tail_factor(recorded: Recorded, stretch: _Stretch, K: int, ids: Tensor, pri
     edges[-1] = V + 1
     cell = torch.searchsorted(edges, torch.arange(1, V + 1), right=True) - 1
     size = torch.bincount(cell, minlength=len(edges) - 1).float()
-    u = torch.zeros_like(size).index_add_(0, cell, prior) / size
+    u, square = (torch.zeros_like(size).index_add_(0, cell, x) / size for x in (prior, norms.square()))
     at = stretch.other(ids.float() + 0.5).long().clamp(max=V - 1)
     left = size.expand(len(ids), -1).scatter_add(1, cell[at], -torch.ones(ids.shape)).clamp(min=0.01 * size)
     low, high = torch.full((len(ids), 1), 0.05), torch.full((len(ids), 1), 4.0)
     for _ in range(24):
         factor = (low * high).sqrt()
-        slope, variance = factor * recorded.slope[:, None], (factor * recorded.spread[:, None]) ** 2
+        slope, variance = factor * recorded.slope[:, None], (factor * recorded.spread[:, None]) ** 2 * square
         log_mass = left.log() + slope * u + variance / 2
         log_z = log_mass.logsumexp(-1, keepdim=True)
         entropy = log_z - ((log_mass - log_z).exp() * (slope * u + variance)).sum(-1, keepdim=True)
@@ -314,9 +323,9 @@ def _tail_factor(recorded: Recorded, stretch: _Stretch, K: int, ids: Tensor, pri
 
 
 def _weight(wanted: _Wanted, D: int, V: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(V, D) float32: random directions of length 1, and the prior, scaled to 1, along a shared direction.
+    """(V, D) float32: random directions of the id's norm, and the prior, scaled to 1, along a shared direction.
     (D,) float32: what weight maps to the prior."""
-    weight = torch.randn(V, D, generator=generator, device=generator.device).mul_(D**-0.5)
+    weight = torch.randn(V, D, generator=generator, device=generator.device).mul_(wanted.norms[:, None] * D**-0.5)
     shared = torch.randint(0, 2, (D,), generator=generator, device=generator.device).mul_(2).sub_(1) * D**-0.5
     size = wanted.prior.square().mean().sqrt().clamp(min=1e-6)
     # Along the shared direction nothing but the prior.
@@ -348,13 +357,15 @@ def _hidden(wanted: _Wanted, weight: Tensor, along: Tensor, generator: torch.Gen
         noise /= noise.norm(dim=-1, keepdim=True)
         base = slope * along
         lacking = wanted.logps[t] - (weight[ids] @ base[..., None]).squeeze(-1)
-        lse = (slope * u + spread**2 / 2).logsumexp(-1, keepdim=True) - wanted.log_tail[t, None]
+        lse = (slope * u + (spread * wanted.norms) ** 2 / 2).logsumexp(-1, keepdim=True) - wanted.log_tail[t, None]
+        settled = False  # with room before and after lse moved, the tail's spread did not depend on it
         for products in range(3):
             head = span(lacking + lse)
             room = (spread.square() * D - head.square().sum(-1, keepdim=True)).clamp(min=0).sqrt()
             hidden[t] = base + head + room * noise
-            if products == 2 or (products and room.min() > 0):  # then the tail's spread no longer depends on lse
+            if products == 2 or (settled and room.min() > 0):
                 break
+            settled = bool(room.min() > 0)
             tail = (hidden[t] @ weight.T).scatter_(1, ids, -math.inf).logsumexp(-1, keepdim=True)
             lse = tail - wanted.log_tail[t, None]  # the tail as it came out moves the first ranks
     return hidden
