@@ -13,7 +13,8 @@ ranks of the prior, so rows share their first candidates as the recorded ones do
 
 At another V, ranks up to HEAD stay and those beyond are stretched log-linearly to V; the mass between two ranks stays.
 Below D = 8 HEAD only D / 8 first ranks are exact: more of them make more noise in the tail than its spread (measured at
-D = 256 with 96 of them: entropy 1.2 for 4.8). `describe_rows` says what came out. Rows beyond the recorded ones repeat their curves over other ids of similar prior.
+D = 256 with 96 of them: entropy 1.2 for 4.8). `describe_rows` says what came out. Rows beyond the
+recorded ones repeat their curves over other ids of similar prior.
 
 Never imported by the package: tests, benchmarks and profiling import it. Deterministic for a seed, device and number of
 threads. Precondition: the repository, whose bench/data/rows.pt holds the recorded rows.
