@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.peers import TokenLogps, log_softmax_gather
+from groupdpo_kernels.profiles import draw_profile
 from groupdpo_kernels.testing import Case, error
 
 # The bare matrix products of each mode, 2 T D V FLOP each: the limit for who does not store the logits.
@@ -23,10 +24,12 @@ from groupdpo_kernels.testing import Case, error
 # Eager and compiled PyTorch store (T, V) and need one product less of a trained head: their ratio can be below 1.
 MODES = {"forward": 1, "trained": 4, "frozen": 2}
 
+RANDOM = "random"  # the profile of inputs that are no profile
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """Random data (a GPU multiplies zeros at less power and so faster), logits of unit variance, no ignored row."""
+    """No ignored row. Never zeros: a GPU multiplies them at less power and so faster."""
 
     hidden: Tensor  # (T, D)
     weight: Tensor  # (V, D)
@@ -34,9 +37,13 @@ class Inputs:
     d_token_logps: Tensor  # (T,) float32
 
 
-def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    """Drawn on the device: a CPU would take seconds for an LM head."""
+def draw(case: Case, device: torch.device, seed: int = 0, profile: str = RANDOM) -> Inputs:
+    """Drawn on the device: a CPU would take seconds for an LM head. `random`: logits of unit variance; else a profile
+    of groupdpo_kernels.profiles, for what depends on how peaked the rows are."""
     generator = torch.Generator(device).manual_seed(seed)
+    if profile != RANDOM:
+        drawn = draw_profile(profile, case.T, case.D, case.V, case.dtype, seed, device)
+        return Inputs(*drawn, torch.randn(case.T, generator=generator, device=device))
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)

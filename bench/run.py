@@ -3,6 +3,7 @@ products of the same shape and dtype.
 
     python bench/run.py                                          the defaults of this machine's device
     python bench/run.py --shapes memory --modes trained --rounds 0
+    python bench/run.py --profile trained                        rows as peaked as a small model's
     python bench/run.py --device cuda --results bench/results    also writes bench/results/<gpu>/<date>.json
 
 A group of rows (a shape, a dtype, a mode) is measured in interleaved rounds: each round times the limit and every
@@ -26,9 +27,10 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import memory
-from bench.measure import MODES, Differentiated, Gate, Inputs, Products, Seconds, Step, clock, draw, spread
+from bench.measure import MODES, RANDOM, Differentiated, Gate, Inputs, Products, Seconds, Step, clock, draw, spread
 from bench.peers import OURS, PEERS, Unavailable, maker
 from bench.report import Report, Row, dtype_name, header, results_path, tables, title
+from groupdpo_kernels.profiles import PROFILES
 from groupdpo_kernels.testing import Case
 
 LIMIT = "matrix products"
@@ -84,13 +86,14 @@ def measure_group(
     case: Case, inputs: Inputs, gate: Gate, mode: str, options: argparse.Namespace, report: Report
 ) -> None:
     shape = {"shape": case.name, "T": case.T, "D": case.D, "V": case.V, "softcap": case.softcap}
+    shape["profile"] = options.profile
 
     def new_row(name: str) -> Row:
         keys = {"dtype": dtype_name(case), "mode": mode, "implementation": name, "products": MODES[mode]}
         report.rows.append(shape | keys | {"status": "running"})
         return report.rows[-1]
 
-    say(f"{title(case)}, {mode}")
+    say(f"{title(case, options.profile)}, {mode}")
     entries = [Entry(Products(inputs, mode), new_row(LIMIT))] if options.rounds != 0 else []
     for name in options.implementations:
         row = new_row(name)
@@ -119,7 +122,8 @@ def admit(step: Step, row: Row, gate: Gate, case: Case, options: argparse.Namesp
     row |= {"status": "red", "why": "; ".join(red)} if red else {"status": "gated"}
     if options.memory and not red:
         on_cpu = options.device.type == "cpu"
-        row |= memory.on_cpu(case, row["implementation"], row["mode"]) if on_cpu else memory.on_cuda(step)
+        named = case, row["implementation"], row["mode"], options.profile
+        row |= memory.on_cpu(*named) if on_cpu else memory.on_cuda(step)
     return not red
 
 
@@ -163,6 +167,7 @@ def parse() -> argparse.Namespace:
     )
     add("--dtype", nargs="+", choices=["bfloat16", "float16", "float32"])
     add("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    add("--profile", choices=[RANDOM, *PROFILES], default=RANDOM, help="of rows; default: %(default)s")
     add("--impl", nargs="*", choices=OURS, help="ours; default: triton on a GPU, cpu and reference on a CPU")
     add("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="default: all")
     add("--rounds", type=int, help="default: as many as --seconds allows, 3 to 30; 0: gates and memory alone")
@@ -196,11 +201,12 @@ def main() -> int:
         inputs = gate = None
         for mode in options.modes:
             if options.device.type == "cuda" and time.monotonic() - START > options.budget:
-                report.skipped.append(f"{title(case)}, {mode}: not measured, the {options.budget:g} s were spent")
+                name = title(case, options.profile)
+                report.skipped.append(f"{name}, {mode}: not measured, the {options.budget:g} s were spent")
                 continue
             if inputs is None or gate is None:
-                say(f"{title(case)}: inputs and float64")
-                inputs = draw(case, options.device)
+                say(f"{title(case, options.profile)}: inputs and float64")
+                inputs = draw(case, options.device, profile=options.profile)
                 gate = Gate(case, inputs)
             measure_group(case, inputs, gate, mode, options, report)
             release(options.device)

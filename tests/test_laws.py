@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"batches", "formats", "groups"},
     "stepwise": {"backward", "groups", "logps", "models", "objectives", "store"},
     "testing": {"reference", "kernels"},
+    "profiles": set(),
     "integrations/__init__": set(),
     "integrations/trl/__init__": {"accelerate"},
     "integrations/trl/accelerate": {"logps"},
