@@ -224,6 +224,16 @@ void Narrowed::take(const Matrix& z, int64_t from, int64_t to) const {
   to_bf16(rows + to * z.columns, z.row(from), z.columns);
 }
 
+void Narrowed::move(const Matrix& z, int64_t first, int64_t from, int64_t to) const {
+  if (from == to) return;
+  if (!bf16_) {
+    std::copy_n(z.row(from - first), z.columns, z.row(to - first));
+    return;
+  }
+  uint16_t* rows = reinterpret_cast<uint16_t*>(scratch_.matrix(1, 1).data);
+  std::copy_n(rows + from * z.columns, z.columns, rows + to * z.columns);
+}
+
 Factor Narrowed::factor(const Matrix& z, int64_t first) const {
   if (!bf16_) return z;
   return Factor(scratch_.matrix(1, 1).data, true, first + z.rows, z.columns, z.columns).take(first, z.rows);

@@ -161,6 +161,7 @@ class Narrowed {
   Narrowed(const Head& head, BlockShape shape);
   void take(const Matrix& z, int64_t from, int64_t to) const;  // row `from` of z, as row `to`
   Factor factor(const Matrix& z, int64_t first) const;         // the rows of z, taken as `first` and following
+  void move(const Matrix& z, int64_t first, int64_t from, int64_t to) const;  // of those: row `from` to row `to`
 
  private:
   bool bf16_;

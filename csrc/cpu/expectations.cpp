@@ -26,6 +26,7 @@ struct RowState {
   float expected_target = 0;  // the target's logit, before its block has come
   double dropped = 0;         // sum of exp(z - shift) left out
   double unlikely = 0;        // in the block at hand, without its likely entries
+  bool whole = false;         // needed all of the last block
   std::vector<int32_t> likely;
 };
 
@@ -34,7 +35,6 @@ constexpr size_t kMostLikely = 64;  // a block with more of them is no block to 
 // Before to_weights: the likely entries of squashed logits (n,), by a lower bound on the row's sum of exponentials.
 void find_likely(RowState& state, const float* z, int64_t n, const LogitMap& map, int64_t target, double least) {
   state.likely.clear();
-  state.unlikely = 0;
   const double known = std::isnan(state.target_logit) ? state.expected_target : state.target_logit;
   const double seen =
       state.rest + std::exp(known - state.shift) + std::exp(static_cast<double>(state.top) - state.shift);
@@ -42,17 +42,20 @@ void find_likely(RowState& state, const float* z, int64_t n, const LogitMap& map
   const float threshold = static_cast<float>(map.softcap > 0 ? logit * map.temperature / map.softcap : logit);
   for (int64_t j = 0; (j += first_at_least(z + j, n - j, threshold)) < n; ++j) {
     if (j == target) continue;
-    if (state.likely.size() == kMostLikely) {
-      state.unlikely = std::numeric_limits<double>::infinity();
-      return;
-    }
+    if (state.likely.size() == kMostLikely) return;
     state.likely.push_back(static_cast<int32_t>(j));
+  }
+  state.unlikely = 0;
+  for (const int32_t j : state.likely) {
     state.unlikely -= std::exp(static_cast<double>(squashed_logit(z[j], map)) - state.shift);
   }
 }
 
 // products (n,) -> exp(z - shift) times the cap's slope, in place; 0 at the target.
-void add(RowState& state, float* z, const float* bias, int64_t n, const LogitMap& map, int64_t target, double least) {
+// look: whether to find its likely entries.
+void add(RowState& state, float* z, const float* bias, int64_t n, const LogitMap& map, int64_t target, double least,
+         bool look) {
+  const float old_top = state.top;
   const float top = std::max(state.top, to_squashed(z, bias, n, map));
   const bool bounded = std::isfinite(top);
   const float shift = bounded ? top : 0;
@@ -61,7 +64,9 @@ void add(RowState& state, float* z, const float* bias, int64_t n, const LogitMap
   state.dropped *= state.rescale;
   state.top = top;
   state.shift = shift;
-  if (least > 0) find_likely(state, z, n, map, target, least);
+  look |= least > 0 && (!state.whole || top > old_top);
+  state.unlikely = std::numeric_limits<double>::infinity();
+  if (look) find_likely(state, z, n, map, target, least);
   const double before = state.rest;
   if (target >= 0 && target < n) {
     state.target_logit = squashed_logit(z[target], map);
@@ -157,25 +162,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
         const Matrix z = blocks.products(first, last);
         torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
-            add(states[i], z.row(i - first), blocks.bias, columns, map, target[t0 + i] - v0, least);
-            if (!sparse) narrowed.take(z, i - first, i);
+            // A row that needed all of the last block is looked at again where its maximum grows, and now and then.
+            add(states[i], z.row(i - first), blocks.bias, columns, map, target[t0 + i] - v0, least,
+                sparse && v0 / shape.columns % 4 == 0);
+            // While it is in cache; with a tolerance, the rows that needed all of the last block too.
+            if (!sparse || states[i].whole) narrowed.take(z, i - first, i);
             if (v0 > 0 && states[i].rescale != 1) {
               scale_row(weight, i, states[i].rescale);
               if (R) scale_row(low_rank, i, states[i].rescale);
             }
           }
         });
-        if (!sparse) {
+        const std::vector<int64_t> whole = sparse ? whole_rows(states, first, last, grad_tol) : std::vector<int64_t>{};
+        const auto count = static_cast<int64_t>(whole.size()), all = last - first;
+        const auto narrow = [&](int64_t i) {
+          if (!states[i].whole) narrowed.take(z, i - first, i);
+        };
+        if (!sparse || 4 * count > 3 * all) {  // hardly a row to leave out: one product, where the rows lie
+          if (sparse) {
+            torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) {
+                narrow(i);
+                states[i].whole = true;
+              }
+            });
+          }
           const Factor e = narrowed.factor(z, first);
-          multiply(weight.take(first, last - first), e, blocks.weight, v0 > 0);
-          if (R) multiply(low_rank.take(first, last - first), e, blocks.low_rank_weight, v0 > 0);
+          multiply(weight.take(first, all), e, blocks.weight, v0 > 0);
+          if (R) multiply(low_rank.take(first, all), e, blocks.low_rank_weight, v0 > 0);
           return;
         }
-        const std::vector<int64_t> whole = whole_rows(states, first, last, grad_tol);
-        const auto is_whole = [&](int64_t i) { return std::binary_search(whole.begin(), whole.end(), i); };
-        torch::stable::parallel_for(first, last, grain(D), [&](int64_t begin, int64_t end) {
+        torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
-            if (is_whole(i)) continue;
+            const bool is_whole = std::binary_search(whole.begin(), whole.end(), i);
+            if (is_whole) narrow(i);
+            states[i].whole = is_whole;
+            if (is_whole) continue;
             for (const int32_t j : states[i].likely) {
               add_row(weight.row(i), blocks.weight, j, z.row(i - first)[j]);
               if (R) add_row(low_rank.row(i), blocks.low_rank_weight, j, z.row(i - first)[j]);
@@ -184,11 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
           }
         });
         // The whole rows side by side, as the factor of one product; its rows are added to where they belong.
-        const auto count = static_cast<int64_t>(whole.size());
-        for (int64_t k = 0; k < count; ++k) {
-          if (whole[k] != first + k) std::copy_n(z.row(whole[k] - first), columns, z.row(k));
-          narrowed.take(z, k, first + k);
-        }
+        for (int64_t k = 0; k < count; ++k) narrowed.move(z, first, whole[k], first + k);
         const Factor e = narrowed.factor(z.take(0, count), first);
         const auto add_products = [&](const Matrix& out, const Factor& by) {
           const Matrix sums{partial.matrix(1, 1).data + first * out.columns, count, out.columns, out.columns};
