@@ -169,6 +169,12 @@ EVERY_ISA int64_t first_at_least(const float* z, int64_t n, float least) {
   return j;
 }
 
+EVERY_ISA int64_t count_at_least(const float* z, int64_t n, float least) {
+  int32_t found = 0;
+  for (int64_t j = 0; j < n; ++j) found += z[j] >= least;
+  return found;
+}
+
 EVERY_ISA void add_scaled(float* sums, const float* x, float factor, int64_t n) {
   for (int64_t j = 0; j < n; ++j) sums[j] += factor * x[j];
 }

@@ -56,6 +56,9 @@ double squashed_sum(const float* z, int64_t n, const LogitMap& map, float shift,
 // Index of the first of z (n,) that is at least `least`; n if there is none. NaN is not.
 int64_t first_at_least(const float* z, int64_t n, float least);
 
+// How many of z (n,) are.
+int64_t count_at_least(const float* z, int64_t n, float least);
+
 // sums (n,) += factor * x (n,); x float32 or bfloat16.
 void add_scaled(float* sums, const float* x, float factor, int64_t n);
 void add_scaled(float* sums, const uint16_t* x, float factor, int64_t n);
