@@ -42,8 +42,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stepwise": {"backward", "groups", "logps", "models", "objectives", "store"},
     "testing": {"reference", "kernels"},
     "integrations/__init__": set(),
-    "integrations/trl/__init__": {"accelerate"},
+    "integrations/trl/__init__": {"accelerate", "pairs"},
     "integrations/trl/accelerate": {"logps"},
+    "integrations/trl/metrics": {"groups", "logps", "losses", "objectives"},
+    "integrations/trl/pairs": {"accelerate", "groups", "losses", "metrics", "models", "objectives"},
 }
 SHARED_KERNEL_MODULES = {"launch", "library", "rows", "tile", "pair_losses"}
 SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
