@@ -42,10 +42,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stepwise": {"backward", "groups", "logps", "models", "objectives", "store"},
     "testing": {"reference", "kernels"},
     "integrations/__init__": set(),
-    "integrations/trl/__init__": {"accelerate", "pairs"},
+    "integrations/trl/__init__": {"accelerate", "groups", "pairs"},
     "integrations/trl/accelerate": {"logps"},
+    "integrations/trl/groups": {
+        *("backward", "data", "logps", "models", "objectives", "stepwise"),
+        *("metrics", "reference", "rows"),  # beside it
+    },
     "integrations/trl/metrics": {"groups", "logps", "losses", "objectives"},
-    "integrations/trl/pairs": {"accelerate", "groups", "losses", "metrics", "models", "objectives"},
+    "integrations/trl/pairs": {"accelerate", "groups", "losses", "metrics", "models", "objectives", "reference"},
+    "integrations/trl/reference": set(),
+    "integrations/trl/rows": {"backward", "data", "formats", "losses", "objectives"},
 }
 SHARED_KERNEL_MODULES = {"launch", "library", "rows", "tile", "pair_losses"}
 SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")

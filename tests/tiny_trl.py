@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import peft
@@ -85,3 +86,23 @@ def check_same(ours: Any, theirs: Any, *, weights: float = 1e-5, logs: float = 1
             {k: row[k] for k in sorted(names)}, {k: wanted[k] for k in sorted(names)}, rtol=logs, atol=logs
         )
     return names
+
+
+def run_as_rank(rank: int, port: int, folder: str) -> None:
+    """Two ranks of one group each, of different numbers of micro-batches; saves what each ends with."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **address)
+    torch.set_num_threads(1)
+    from tiny_tokenizers import byte_level_bpe
+
+    from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer
+
+    found = {}
+    for strategy in ("two_pass", "one_pass"):
+        options = {"per_device_train_batch_size": 1, "micro_batch_sequences": 2, "strategy": strategy}
+        config = GroupDPOConfig(output_dir=f"{folder}/{strategy}-{rank}", **COMMON | options)
+        trainer = GroupDPOTrainer(llama(), args=config, train_dataset=GROUPS, processing_class=byte_level_bpe())
+        _, _, weights = run(trainer)
+        found[strategy] = type(trainer.model_wrapped).__name__, weights, steps(trainer)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()

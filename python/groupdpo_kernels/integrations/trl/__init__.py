@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from .accelerate import Acceleration, accelerate, restore
 
 if TYPE_CHECKING:
+    from .groups import GroupDPOConfig, GroupDPOTrainer
     from .pairs import DPOTrainer
 
-__all__ = ["Acceleration", "DPOTrainer", "accelerate", "restore"]
+__all__ = ["Acceleration", "DPOTrainer", "GroupDPOConfig", "GroupDPOTrainer", "accelerate", "restore"]
 
-_MODULES = {"DPOTrainer": "pairs"}
+_MODULES = {"DPOTrainer": "pairs", "GroupDPOConfig": "groups", "GroupDPOTrainer": "groups"}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,6 @@ overridden; the version is checked). Cost: as TRL's, without its (B, L) statisti
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -36,6 +35,7 @@ from ...models import attach
 from ...objectives import Objective, preference_loss
 from .accelerate import installed_trl
 from .metrics import preference_metrics, record
+from .reference import check_adapter_alone_trains, check_no_earlier_reference, frozen_copy
 
 SUPPORTED = (1, 16), (2, 0)  # from, to before
 
@@ -88,13 +88,9 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         given = isinstance(model, nn.Module)
         is_peft = hasattr(model, "peft_config") or named.get("peft_config") is not None
         if ref_model is None and objective.needs_reference:
-            if "ref" in getattr(model, "peft_config", {}):
-                raise ValueError(
-                    "ref_model must be given for a model with an adapter named 'ref', which an earlier training has"
-                    " left behind: model.delete_adapter('ref') makes its present state the reference; got None"
-                )
+            check_no_earlier_reference(model)
             if given and not is_peft and not args.precompute_ref_log_probs:
-                ref_model = _frozen_copy(model)
+                ref_model = frozen_copy(model)
         precompute = args.precompute_ref_log_probs
         # TRL builds no reference model where it expects log-probabilities with the data.
         args.precompute_ref_log_probs = precompute or not objective.needs_reference
@@ -188,25 +184,6 @@ def _scored_here(model: Any) -> Callable[..., SimpleNamespace]:
         return SimpleNamespace(log_probs=token_logps[:, :-1])
 
     return score
-
-
-def _frozen_copy(model: nn.Module) -> nn.Module:
-    """The model as it is: the reference."""
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
-        raise ValueError("ref_model must be given for a model sharded by ZeRO-3, which cannot be copied; got None")
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def check_adapter_alone_trains(model: Any) -> None:
-    """ValueError where a weight outside the adapter trains: without its adapter the model would not stay what it was,
-    and could not be the reference."""
-    active = {model.active_adapter} if isinstance(model.active_adapter, str) else set(model.active_adapter)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not active & {*name.split(".")}:
-            raise ValueError(
-                "ref_model must be given, or precompute_ref_log_probs=True, where weights outside the adapter train"
-                f" (bias='all', say), for the reference would move with them; {name} trains, ref_model is None"
-            )
 
 
 def _check_objective(objective: Objective) -> None:
