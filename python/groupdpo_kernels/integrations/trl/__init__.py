@@ -10,10 +10,11 @@ from .accelerate import Acceleration, accelerate, restore
 if TYPE_CHECKING:
     from .groups import GroupDPOConfig, GroupDPOTrainer
     from .pairs import DPOTrainer
+    from .stepwise import StepwiseDPO
 
-__all__ = ["Acceleration", "DPOTrainer", "GroupDPOConfig", "GroupDPOTrainer", "accelerate", "restore"]
+__all__ = ["Acceleration", "DPOTrainer", "GroupDPOConfig", "GroupDPOTrainer", "StepwiseDPO", "accelerate", "restore"]
 
-_MODULES = {"DPOTrainer": "pairs", "GroupDPOConfig": "groups", "GroupDPOTrainer": "groups"}
+_MODULES = {"DPOTrainer": "pairs", "GroupDPOConfig": "groups", "GroupDPOTrainer": "groups", "StepwiseDPO": "stepwise"}
 
 
 def __getattr__(name: str) -> Any:

@@ -112,7 +112,7 @@ class GroupDPOTrainer(Trainer):
             for module in each.modules() if each is not None else ():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
-        pad_id = _pad_id(model, processing_class)
+        pad_id = pad_id_of(model, processing_class)
         train = self._tokenised(train_dataset, "train")
         super().__init__(
             model=model,
@@ -296,7 +296,7 @@ def _reference_of(model: Any, fresh: bool, precompute: bool) -> nn.Module | None
     return None
 
 
-def _pad_id(model: Any, tokenizer: Any) -> int:
+def pad_id_of(model: Any, tokenizer: Any) -> int:
     """What stands in the padding, masked and never scored."""
     if tokenizer is None:
         return model.config.get_text_config().pad_token_id or 0
