@@ -258,6 +258,9 @@ def test_resuming_gives_the_same_bits(make_trainer: Any, tmp_path: Path, with_lo
         ),
         ({"torch_empty_cache_steps": 3}, "torch_empty_cache_steps must be None for strategy 'two_pass'; got 3"),
         ({"micro_batch_tokens": 9}, r"micro_batch_tokens must be at least \d+, for row 1; got 9"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0.0: .*; got 0.1"),
+        ({"include_for_metrics": ["inputs"]}, r"include_for_metrics must be \[\]: .*; got \['inputs'\]"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be one of random, sequential"),
         ({"rule": "best"}, "rule must be one of best_vs_rest.*; got 'best'"),
         ({"format": "parquet"}, "format must be one of auto.*; got 'parquet'"),
         ({"max_length": 1}, "max_length must be at least 2, .*; got 1"),
@@ -300,6 +303,16 @@ def test_arguments(make_trainer: Any, bpe: Any) -> None:
         make_trainer(ranked, objective=Objective("plackett_luce"))
     with pytest.raises(ValueError, match="precompute_ref_log_probs must be False, for 'mpo' has no reference"):
         make_trainer({"precompute_ref_log_probs": True}, objective=simpo)
+
+
+def test_what_is_dropped_is_said(make_trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {"prompt": "Tea?", "positives": [" Hi.", " "], "negatives": [" No."]},
+        {"prompt": "Hi.", "positives": [" Hi."]},
+    ]
+    trainer = make_trainer(train_dataset=[*rows[:1], {**rows[1], "negatives": []}])
+    assert len(trainer.train_dataset) == 1
+    assert "dropped 1 response: empty (first: row 0" in caplog.text and "no negative (first: row 1" in caplog.text
 
 
 def test_tokenizers_without_a_pad_token(make_trainer: Any, bpe: Any) -> None:

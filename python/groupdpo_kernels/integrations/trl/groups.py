@@ -11,7 +11,7 @@ DPOConfig where it has them.
 The base is transformers.Trainer and not TRL's DPOTrainer, of which little would be left: it tokenises pairs, patches
 the forward of the model and refuses adapters on its head. So this works without TRL, too.
 
-Never: holds a second model with an adapter or with precomputed references; downloads; hides what it dropped (`report`).
+Never: holds a second model with an adapter or with precomputed references; downloads. Text alone, no images.
 Precondition: one device, or DistributedDataParallel. Cost: `two_pass` one more forward without the head, see
 `backward`; token ids of the data in memory; precomputed references on disk in output_dir/ref_logps, 4 bytes a response.
 Sources: GroupDPO (arXiv 2604.15602); defaults of the objective: docs/math.md.

@@ -10,7 +10,7 @@ too. Not logged, because the head here gives log-probabilities alone: entropy, l
 The reference is the model as it is given. TRL instead loads again the checkpoint that the model once came from; here a
 model given as an object is copied, so weights that have moved since (the stages of sDPO) are what it starts from. With
 `peft_config` it is the model without its adapter, for a PeftModel TRL's copy of the adapter, named "ref". An objective
-without a reference (simpo, cpo, orpo) holds none.
+without a reference (simpo, cpo, orpo) holds none; TRL refuses images with it, as it does with precomputed references.
 
 The options of DPOConfig that describe the loss must stay as they are (`Objective` has them): see REPLACED. Adapters on
 the LM head are refused by TRL; `GroupDPOTrainer` takes them.
@@ -66,8 +66,8 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
     that differs from TRL's default and from the objective; `ref_model`, `precompute_ref_log_probs` or `sync_ref_model`
     with an objective that has no reference; `ref_model=None` where the reference could not stay what it was: a
     PeftModel that has an adapter "ref" from an earlier training, an adapter that trains weights of the base model too,
-    a model that ZeRO-3 has sharded; a dataset without its columns; a tokenizer without an eos token. A
-    TRL outside SUPPORTED is a RuntimeError.
+    a model that ZeRO-3 has sharded; a dataset without its columns; a tokenizer without an eos token. A TRL
+    outside SUPPORTED is a RuntimeError.
     """
 
     def __init__(

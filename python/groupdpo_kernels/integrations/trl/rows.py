@@ -1,10 +1,11 @@
 """The data of `GroupDPOTrainer`: its options, rows as tokenised groups, and groups as the batch of a step.
 
-Never: shuffles, or drops anything that is not in the report. Cost: token ids in memory, int32.
+Never: shuffles, or drops anything without a warning that says what and why. Cost: token ids in memory, int32.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from ...data import Report, TokenGroup, collate, merge_prompts, read_groups, tok
 from ...formats import one_of
 from ...losses import LOSSES
 from ...objectives import Objective
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,6 +68,10 @@ class GroupDPOConfig(TrainingArguments):
         for name in ("micro_batch_sequences", "micro_batch_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
+        one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
+        for name, nothing in {"label_smoothing_factor": 0.0, "include_for_metrics": []}.items():
+            if (found := getattr(self, name)) != nothing:
+                raise ValueError(f"{name} must be {nothing}: it is of losses on labels; got {found!r}")
         if self.torch_empty_cache_steps is not None and self.strategy != "coupled":
             got = self.torch_empty_cache_steps
             raise ValueError(f"torch_empty_cache_steps must be None for strategy {self.strategy!r}; got {got}")
@@ -148,6 +155,8 @@ def tokenised(
         texts = merge_prompts(texts, **bad) if config.merge_prompts else texts
         limits: dict[str, Any] = {"max_length": config.max_length, "too_long": config.too_long}
         groups = list(tokenize_groups(texts, tokenizer, **limits, **bad))
+    if report.dropped:
+        logger.warning("%s_dataset: %s", name, report)
     if not groups:
         raise ValueError(f"{name}_dataset must hold a group that can be used; got none:\n{report}")
     row = LOSSES[objective.loss] if isinstance(objective.loss, str) else None
