@@ -141,6 +141,17 @@ def test_a_peft_model_is_its_own_reference(make_trainer: Any) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_the_reference_of_a_second_trainer_stands_still(make_trainer: Any, bpe: Any) -> None:
+    """Autocast left a forward on the model in the first run; what the second copies must not run it."""
+    tokens, model = list(tokenize_groups(read_groups(GROUPS), bpe)), llama()
+    run(make_trainer({"bf16": True}, model=model))
+    trainer = make_trainer({"bf16": True}, model=model, train_dataset=tokens)
+    assert "forward" in vars(model)
+    before = trainer.score(None, tokens)
+    _, start, end = run(trainer)
+    assert not torch.equal(start, end) and torch.equal(before, trainer.score(None, tokens))
+
+
 def test_dropout_is_replayed(make_trainer: Any) -> None:
     """With dropout left on, pass 2 sees the masks of pass 1, and the reference none."""
     settings = {"disable_dropout": False, "max_steps": 2}

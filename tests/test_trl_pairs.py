@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,26 @@ def test_a_copy_of_the_model_is_its_reference(make_trainer: Any) -> None:
     run(trainer)
     assert steps(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert not torch.equal(trainer.ref_model.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["copied", "given"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_a_copy_of_a_model_that_was_trained_before_stands_still(make_trainer: Any, bf16: bool, given: bool) -> None:
+    """The forwards that the first trainer left on the model lead back to it: its copy must not run them."""
+    model = llama()
+    run(make_trainer(model=model, options={"bf16": bf16}))
+    ref_model = copy.deepcopy(model) if given else None
+    trainer = make_trainer(model=model, ref_model=ref_model, options={"bf16": bf16})
+    assert "forward" in vars(model)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    before = trainer.compute_ref_log_probs(trainer.ref_model, inputs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*needs its real logits")
+        _, start, end = run(trainer)
+    assert not torch.equal(start, end)
+    assert all(map(torch.equal, before, trainer.compute_ref_log_probs(trainer.ref_model, inputs)))
+    losses = [row["loss"] for row in steps(trainer)]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < math.log(2) - 1e-3
 
 
 def test_the_first_loss_is_ln_2_in_bfloat16(make_trainer: Any) -> None:

@@ -42,6 +42,7 @@ from .reference import (
     check_adapter_alone_trains,
     check_no_earlier_reference,
     frozen_copy,
+    take_off_forwards_of,
 )
 from .rows import Collator, GroupDPOConfig, GroupRows, tokenised
 
@@ -108,6 +109,8 @@ class GroupDPOTrainer(Trainer):
         self._given = ref_logps is not None
         if ref_model is None and objective.needs_reference and not self._given:
             ref_model = _reference_of(model, peft_config is not None, args.precompute_ref_log_probs)
+        elif ref_model is not None:
+            take_off_forwards_of(model, ref_model)
         for each in (model, ref_model) if args.disable_dropout else ():
             for module in each.modules() if each is not None else ():
                 if isinstance(module, nn.Dropout):
@@ -130,7 +133,7 @@ class GroupDPOTrainer(Trainer):
             raise ValueError(f"GroupDPOTrainer runs on one device or under DistributedDataParallel; got {got}")
         self.ref_model = ref_model
         if ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._total_train_tokens = 0
         if args.precompute_ref_log_probs:

@@ -35,7 +35,7 @@ from ...models import attach
 from ...objectives import Objective, preference_loss
 from .accelerate import installed_trl
 from .metrics import preference_metrics, record
-from .reference import check_adapter_alone_trains, check_no_earlier_reference, frozen_copy
+from .reference import check_adapter_alone_trains, check_no_earlier_reference, frozen_copy, take_off_forwards_of
 
 SUPPORTED = (1, 16), (2, 0)  # from, to before
 
@@ -91,6 +91,8 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
             check_no_earlier_reference(model)
             if given and not is_peft and not args.precompute_ref_log_probs:
                 ref_model = frozen_copy(model)
+        elif given and ref_model is not None:
+            take_off_forwards_of(model, ref_model)
         precompute = args.precompute_ref_log_probs
         # TRL builds no reference model where it expects log-probabilities with the data.
         args.precompute_ref_log_probs = precompute or not objective.needs_reference

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from types import CellType
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,35 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     """The model as it is. ValueError for one that ZeRO-3 has sharded."""
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError("ref_model must be given for a model sharded by ZeRO-3, which cannot be copied; got None")
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    take_off_forwards_of(model, copied)
+    return copied
+
+
+def take_off_forwards_of(model: nn.Module, ref_model: nn.Module) -> None:
+    """Removes from the objects of ref_model what runs a forward of `model`.
+
+    TRL leaves a forward on the model that it trains, with the one before in its closure. A copy of such a model, made
+    here or by the user, would run the model itself: it would follow the policy and never be a reference.
+    """
+    modules = {*model.modules()}
+    for module in ref_model.modules():
+        forward = vars(module).get("forward")
+        if forward is not None and _leads_to(forward, modules, set()):
+            del module.forward
+
+
+def _leads_to(value: Any, modules: set[nn.Module], seen: set[int]) -> bool:
+    """Whether a callable holds one of the modules: bound to it, in a closure, an argument or an attribute."""
+    if isinstance(value, nn.Module):
+        return value in modules
+    if not callable(value) or isinstance(value, type) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
+    named = [getattr(value, name, None) for name in ("__self__", "__func__", "func")]
+    held = [*cells, *named, *(getattr(value, "args", None) or ()), *getattr(value, "__dict__", {}).values()]
+    return any(_leads_to(each, modules, seen) for each in held)
 
 
 def check_no_earlier_reference(model: Any) -> None:
