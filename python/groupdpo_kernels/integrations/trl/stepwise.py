@@ -76,7 +76,9 @@ class StepwiseDPO:
     ) -> None:
         self.args, self.processing_class, self.callbacks = args, processing_class, callbacks
         self.grouped = isinstance(args, GroupDPOConfig)
-        if not self.grouped and type(args).__name__ != "DPOConfig":
+        if not self.grouped and "DPOConfig" not in (
+            kind.__name__ for kind in type(args).__mro__
+        ):  # TRL is not imported
             raise TypeError(f"args must be a GroupDPOConfig or a trl.DPOConfig; got {type(args).__name__}")
         self.objective = objective or (GROUP_OBJECTIVE if self.grouped else Objective())
         if not self.objective.needs_reference:
