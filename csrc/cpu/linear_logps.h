@@ -75,10 +75,10 @@ struct Needs {
 // sum has one order.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
     const Head& head,
-    const Tensor& targets,        // (T,) int64
-    const Tensor& lse,            // (T,) float32, from the forward
-    const Tensor& d_token_logps,  // (T,) float32
-    const Tensor& d_lse,          // (T,) float32
+    const Tensor& targets,    // (T,) int64
+    const Tensor& lse,        // (T,) float32, from the forward
+    const Tensor& d_target,   // (T,) float32: d_logits at the target
+    const Tensor& d_softmax,  // (T,) float32: the coefficient of the softmax elsewhere
     const HeadOptions& options, const Needs& needs);
 
 }  // namespace groupdpo_kernels

@@ -191,7 +191,7 @@ EVERY_ISA double to_d_products(float* z, const float* bias, int64_t n, const Log
   const float at_target = here ? d_target * chain * squashed_slope(z[target], map) : 0;
   const double mass = squashed_to_weights(z, n, map, lse, bounded);
   for (int64_t j = 0; j < n; ++j) z[j] *= coefficient;
-  if (here) z[target] += at_target;
+  if (here) z[target] = at_target;
   return mass;
 }
 

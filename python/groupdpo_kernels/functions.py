@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops, preference_ops
 from .preference_ops import LossSpec
-from .reference import Head, HeadOptions
+from .reference import Head, HeadOptions, row_gradients
 from .replay import KnownLse
 from .sparse import Candidates, exact_rows
 
@@ -51,16 +51,17 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ctx.options, _, ctx.impl, ctx.known = inputs
-        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, output[1])
+        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *output[:2])
         ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        *head, targets, lse = ctx.saved_tensors
+        *head, targets, token_logps, lse = ctx.saved_tensors
         need = ctx.needs_input_grad  # (hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ...)
         needs = (need[0], need[1], need[3], need[4], need[5], ctx.known is not None)
-        g = ops.linear_logps_backward(Head(*head), targets, lse, d_token_logps, d_lse, ctx.options, needs, ctx.impl)
+        rows = row_gradients(token_logps, d_token_logps, d_lse)
+        g = ops.linear_logps_backward(Head(*head), targets, lse, *rows, ctx.options, needs, ctx.impl)
         if ctx.known is not None and g.mass is not None:
             ctx.known.drift = torch.where(targets == ctx.options.ignore_index, 0, g.mass.log())
         return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *[None] * 4
@@ -115,7 +116,8 @@ class FrozenLinearLogps(torch.autograd.Function):
             rows = exact_rows(doubts, dropped, d_token_logps, d_lse, live, ctx.grad_tol)
             rest = torch.where(rows, targets, ctx.options.ignore_index)
             needs = (need_hidden, False, False, need_low_rank, False, False)
-            g = ops.linear_logps_backward(Head(*head), rest, lse, d_token_logps, d_lse, ctx.options, needs, ctx.impl)
+            upstream = (d_token_logps * doubts, -d_token_logps)
+            g = ops.linear_logps_backward(Head(*head), rest, lse, *upstream, ctx.options, needs, ctx.impl)
             d_hidden, d_low_rank_hidden = (
                 None if x is None or exact is None else torch.where(rows[..., None], exact, x)
                 for x, exact in ((d_hidden, g.d_hidden), (d_low_rank_hidden, g.d_low_rank_hidden))

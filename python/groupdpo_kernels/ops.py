@@ -60,7 +60,7 @@ _LIBRARY.define(
     "add_weighted_rows_cpu(Tensor(a!) out, Tensor source, Tensor owned, Tensor index, Tensor coefficients) -> ()"
 )
 _LIBRARY.define(
-    f"linear_logps_backward_cpu({_HEAD}, Tensor lse, Tensor d_token_logps, Tensor d_lse, {_MAP},"
+    f"linear_logps_backward_cpu({_HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, {_MAP},"
     f" int workspace_bytes, {_NEEDS}) -> {_GRADIENTS}"
 )
 
@@ -162,11 +162,11 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_backward",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor lse, Tensor d_token_logps, Tensor d_lse, {_OPTIONS}, bool[] needs, str impl)"
+    schema=f"({_HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, {_OPTIONS}, bool[] needs, str impl)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_logps_backward(
-    hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_token_logps, d_lse, *rest
+    hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_target, d_softmax, *rest
 ):
     *options, needs, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
@@ -174,14 +174,14 @@ def _linear_logps_backward(
     with _exact(hidden.device):
         if impl == "triton":
             launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_backward")
-            out = launcher.linear_logps_backward(*head, targets, lse, d_token_logps, d_lse, *options, tuple(needs))
+            out = launcher.linear_logps_backward(*head, targets, lse, d_target, d_softmax, *options, tuple(needs))
         else:
-            out = host.backward(head, targets, lse, d_token_logps, d_lse, HeadOptions(*options), tuple(needs), impl)
+            out = host.backward(head, targets, lse, d_target, d_softmax, HeadOptions(*options), tuple(needs), impl)
     return tuple(hidden.new_empty(0) if x is None else x for x in out)
 
 
 @_linear_logps_backward.register_fake
-def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_token_logps, d_lse, *rest):
+def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_target, d_softmax, *rest):
     needs = rest[-2]
     inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
     mass = torch.empty_like(lse, memory_format=torch.contiguous_format) if needs[5] else hidden.new_empty(0)
@@ -247,11 +247,11 @@ def _linear_logps_jacobian(hidden, weight, bias, low_rank_hidden, low_rank_weigh
         if impl == "triton":  # exact: nothing is left out
             launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_jacobian")
             out = launcher.linear_logps_jacobian(*head, targets, *options)
-            nothing = torch.zeros_like(out[0]) if grad_tol > 0 else None
-            out = (*out, nothing, nothing)
+            bound = [torch.zeros_like(out[0]) if grad_tol > 0 else None for _ in range(2)]
+            out = (*out, *bound)
         else:
             out = host.jacobian(head, targets, HeadOptions(*options), grad_tol, impl)
-    return tuple(hidden.new_empty(0) if x is None else x for x in out)
+    return tuple((hidden if i < 4 else out[0]).new_empty(0) if x is None else x for i, x in enumerate(out))
 
 
 @_linear_logps_jacobian.register_fake
@@ -347,14 +347,14 @@ def linear_logps_backward(
     head: Head,
     targets: Tensor,
     lse: Tensor,
-    d_token_logps: Tensor,
-    d_lse: Tensor,
+    d_target: Tensor,
+    d_softmax: Tensor,
     options: HeadOptions,
     needs: tuple[bool, ...],
     impl: str,
 ) -> HeadGradients:
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_backward
-    out = op(*head, targets, lse, d_token_logps, d_lse, *astuple(options), list(needs), impl)
+    out = op(*head, targets, lse, d_target, d_softmax, *astuple(options), list(needs), impl)
     return HeadGradients(*(x if needed else None for x, needed in zip(out, needs)))
 
 
