@@ -2,7 +2,9 @@
 
 What is missing is said in one line and the install goes on as pure Python. GROUPDPO_KERNELS_BUILD=1 makes the
 extension required (a missing tool or a compiler error fails the install); GROUPDPO_KERNELS_BUILD=0 leaves it out.
-CMakeLists.txt owns the list of sources; this file only calls cmake.
+GROUPDPO_KERNELS_CUDA says the same of the extension's device code, which is built where a CUDA compiler is found: 1
+makes it, and with it the extension, required; 0 leaves it out. CMakeLists.txt owns the list of sources; this file only
+calls cmake.
 """
 
 from __future__ import annotations
@@ -20,9 +22,21 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-WISH = os.environ.get("GROUPDPO_KERNELS_BUILD", "")
-if WISH not in ("", "0", "1"):
-    raise SystemExit(f"GROUPDPO_KERNELS_BUILD must be 0 (never build), 1 (must build) or unset; got {WISH!r}")
+
+
+def wish(name: str) -> str:
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name} must be 0 (never build), 1 (must build) or unset; got {value!r}")
+    return value
+
+
+CUDA_WISH = wish("GROUPDPO_KERNELS_CUDA")
+WISH = wish("GROUPDPO_KERNELS_BUILD")
+if CUDA_WISH == "1":
+    if WISH == "0":
+        raise SystemExit("GROUPDPO_KERNELS_CUDA=1 wants the extension that GROUPDPO_KERNELS_BUILD=0 leaves out")
+    WISH = "1"
 
 
 def say(line: str) -> None:
@@ -72,6 +86,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "GROUPDPO_KERNELS_VERSION": self.distribution.get_version(),
             "GROUPDPO_KERNELS_MODULE": target.name,
+            "GROUPDPO_KERNELS_CUDA": {"": "AUTO", "0": "OFF", "1": "ON"}[CUDA_WISH],
         }
         options = [f"-D{name}={value}" for name, value in variables.items()]
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True)

@@ -1,12 +1,18 @@
-// Registration only: the module object `groupdpo_kernels._C` and the CPU implementations of the ops. No schema (ops.py
-// has them), no maths (cpu/ has it).
+// Registration only: the module object `groupdpo_kernels._C` and the C++ implementations of the ops, those for CUDA
+// where the build has them. No schema (ops.py and extension.py have them), no maths (cpu/ and cuda/ have it).
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
+
+#include <sstream>
+#include <string>
 
 #include "cpu/block.h"
 #include "cpu/linear_logps.h"
 #include "cpu/preference_weights.h"
 #include "cpu/row.h"
+#ifdef GROUPDPO_KERNELS_CUDA_CODE
+#include "cuda/ops.h"
+#endif
 
 namespace groupdpo_kernels {
 
@@ -71,6 +77,11 @@ Tensor preference_backward_cpu(Tensor d_loss, Tensor coefficients, Tensor cu_seq
 
 py::dict build_info() {
   using namespace py::literals;
+  py::list architectures;
+#ifdef GROUPDPO_KERNELS_CUDA_CODE
+  std::istringstream names(GROUPDPO_KERNELS_CUDA_CODE);
+  for (std::string name; std::getline(names, name, ',');) architectures.append(name);
+#endif
 #ifdef _OPENMP
   constexpr bool openmp = true;
 #else
@@ -79,7 +90,7 @@ py::dict build_info() {
   return py::dict("version"_a = GROUPDPO_KERNELS_VERSION, "torch"_a = GROUPDPO_KERNELS_TORCH_VERSION,
                   "compiler"_a = GROUPDPO_KERNELS_COMPILER, "abi"_a = "stable", "openmp"_a = openmp,
                   "cpu_capability"_a = cpu_capability(), "bf16_products"_a = bf16_products(),
-                  "cuda_architectures"_a = py::tuple());
+                  "cuda_architectures"_a = py::tuple(architectures));
 }
 
 }  // namespace
@@ -94,12 +105,22 @@ STABLE_TORCH_LIBRARY_IMPL(groupdpo_kernels, CPU, m) {
   m.impl("preference_weights_backward_cpu", TORCH_BOX(&preference_backward_cpu));
 }
 
+#ifdef GROUPDPO_KERNELS_CUDA_CODE
+STABLE_TORCH_LIBRARY_IMPL(groupdpo_kernels, CUDA, m) {
+  m.impl("add_weighted_rows_cuda", TORCH_BOX(&add_weighted_rows_cuda));
+}
+#endif
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of groupdpo_kernels: importing this module registers them with torch.";
   m.def("build_info", &build_info, "Versions and compiler of this build, and what it can use on this machine.");
   m.def("use_bf16_products", &use_bf16_products, py::arg("on"),
         "Whether bfloat16 is multiplied as it is (where this machine can) or widened to float32 first. Returns what was"
         " before.");
+#ifdef GROUPDPO_KERNELS_CUDA_CODE
+  m.def("cuda_error", &cuda_error, py::arg("device"),
+        "Why the device of that index cannot run this build's code, or ''.");
+#endif
   py::list losses;
   for (const char* name : kPreferenceLosses) losses.append(name);
   m.attr("PREFERENCE_LOSSES") = py::tuple(losses);

@@ -58,7 +58,7 @@ def sentencepiece_like() -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is no GPU; nothing else is ever skipped."""
+    """Tests marked `gpu` are skipped where there is no GPU; else only what compiles device code, where nvcc is not."""
     if torch.cuda.is_available():
         return
     for item in items:

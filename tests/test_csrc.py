@@ -298,7 +298,7 @@ def test_build_info() -> None:
     assert int(info["torch"].split(".")[0]) >= 2  # built against, not necessarily the one at hand
     assert info["abi"] == "stable"
     assert info["cpu_capability"] in ("avx512", "avx2", "default")
-    assert info["cuda_architectures"] == ()
+    assert all(name.startswith(("sm_", "compute_")) for name in info["cuda_architectures"])  # none without nvcc
     assert isinstance(info["bf16_products"], bool)
     assert info["compiler"] and isinstance(info["openmp"], bool)
 

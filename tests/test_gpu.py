@@ -1,4 +1,4 @@
-"""The Triton kernels on a real GPU: the same CASES, and what only a device shows. `make device` runs these."""
+"""The kernels on a real GPU: the same CASES, and what only a device shows. `make device` runs these."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from test_frozen_head import freeze, result_of
+from weighted_rows import Problem, check, make_problem
 
-from groupdpo_kernels import linear_logp_stats, linear_logps
+from groupdpo_kernels import extension, linear_logp_stats, linear_logps, sparse
+from groupdpo_kernels.reference import HeadOptions
 from groupdpo_kernels.testing import CASES, Case, check_budget, make_inputs, run
 
 pytestmark = pytest.mark.gpu
@@ -129,3 +131,83 @@ def test_autocast_and_compile():
     compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(hidden, weight), (hidden, weight))
     assert all(g.dtype == torch.float32 for g in eager)
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled))
+
+
+# --------------------------------------------------------------------------------- the device code of the C++ extension
+
+
+@pytest.fixture
+def device_code():
+    """A build without it is one that asked for none; one that has it must run."""
+    reasons = extension.cuda_extension_why_not(torch.device("cuda"))
+    if any("without device code" in reason or "not built" in reason for reason in reasons):
+        pytest.skip("; ".join(reasons))
+    assert not reasons
+
+
+def add_rows(problem: Problem) -> torch.Tensor:
+    on_device = Problem(*(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in problem))
+    for x, y in zip(on_device, problem):
+        x.copy_(y)
+    extension.add_weighted_rows_cuda(*on_device)
+    return on_device.out.cpu()
+
+
+@pytest.mark.usefixtures("device_code")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(("n", "padding"), ((1, 0), (37, 0), (264, 0), (264, 3), (520, 8), (4096, 0)))
+def test_weighted_rows(dtype, n, padding):
+    problem = make_problem(dtype, n, padding=padding)
+    found = add_rows(problem)
+    check(found, problem)
+    assert torch.equal(add_rows(problem).view(torch.uint8), found.view(torch.uint8))
+
+
+@pytest.mark.usefixtures("device_code")
+def test_weighted_rows_of_a_vocabulary():
+    """Most rows own nothing, neighbours own thousands; more elements than 2^31; on another stream, and captured."""
+    m, n, K, T = 600_000, 4096, 300_000, 2048
+    keys = (torch.rand(K, device="cuda") ** 6 * m).long().sort().values
+    owned = sparse.bounds(keys, m)
+    index, coefficients = torch.randint(T, (K,), device="cuda"), torch.randn(K, device="cuda")
+    source = torch.randn(T, n, device="cuda", dtype=torch.bfloat16)
+    out = torch.zeros(m, n, device="cuda", dtype=torch.bfloat16)
+    assert out.numel() > 2**31
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # a launch on the wrong stream would be over before what comes next
+        source.mul_(2)
+        extension.add_weighted_rows_cuda(out, source, owned[:-1], owned[1:], index, coefficients)
+    stream.synchronize()
+    rows = torch.cat([owned.diff().topk(50).indices, keys[-50:]]).unique()
+    assert not out[owned.diff() == 0].any()
+    columns = slice(n - 64, n)
+    for row in rows.tolist():
+        j = slice(int(owned[row]), int(owned[row + 1]))
+        right = (source[index[j], columns].double() * coefficients[j, None].double()).sum(0)
+        scale = float(right.abs().max())
+        torch.testing.assert_close(out[row, columns].double(), right, rtol=2**-8, atol=1e-5 * scale + 1e-4)
+
+    part, few = out[:1000].clone(), owned[:1001]
+    start, graph = part.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        extension.add_weighted_rows_cuda(part, source, few[:-1], few[1:], index, coefficients)
+    graph.replay()
+    by_torch = start.clone()
+    sparse.add_weighted_rows(by_torch, source, few, index, coefficients, HeadOptions())
+    torch.testing.assert_close(part, by_torch, rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.usefixtures("device_code")
+def test_weighted_rows_refuses_what_it_cannot_do():
+    p = Problem(*(x.cuda() for x in make_problem(torch.float32, 8)))
+    for wrong in (
+        p._replace(out=p.out.T.contiguous().T),
+        p._replace(source=p.source.double()),
+        p._replace(ends=p.ends[:-1]),
+        p._replace(index=p.index.int()),
+        p._replace(coefficients=p.coefficients.cpu()),
+    ):
+        with pytest.raises(RuntimeError):
+            extension.add_weighted_rows_cuda(*wrong)

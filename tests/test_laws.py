@@ -20,12 +20,13 @@ KERNELS = ROOT / "kernels" / "triton"
 # name when they first run one.
 MAY_IMPORT: dict[str, set[str]] = {
     "reference": set(),
+    "extension": set(),
     "store": set(),
     "blocks": {"reference"},
     "sparse": {"blocks", "reference"},
     "host": {"blocks", "reference", "sparse"},
-    "ops": {"host", "reference", "sparse"},
-    "preference_ops": {"ops"},
+    "ops": {"extension", "host", "reference", "sparse"},
+    "preference_ops": {"extension"},
     "replay": set(),
     "functions": {"ops", "preference_ops", "reference", "replay", "sparse"},
     "sharded": {"ops", "reference"},

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import host, sparse
+from .extension import extension_why_not
 from .reference import Head, HeadGradients, HeadOptions, LogpStats
 from .sparse import Candidates
 
@@ -67,20 +68,6 @@ _LIBRARY.define(
 
 # ---------------------------------------------------------------------------------------------------------------- which
 # implementation
-
-
-def extension_why_not() -> list[str]:
-    """Why the C++ extension cannot be used; empty if it can. Loading it registers its ops."""
-    try:
-        importlib.import_module("groupdpo_kernels._C")
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "groupdpo_kernels._C":
-            return [
-                "C++ extension is not built: run `pip install --no-build-isolation -e .`"
-                " with a C++ compiler, cmake, ninja and pybind11"
-            ]
-        return [f"C++ extension does not load: {error}"]
-    return []
 
 
 def _triton_why_not(hidden: Tensor, weight: Tensor) -> list[str]:

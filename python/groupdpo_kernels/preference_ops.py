@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import extension_why_not
+from .extension import extension_why_not
 
 IMPLS = ("triton", "cpu", "reference")  # in the order "auto" tries them
 _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")

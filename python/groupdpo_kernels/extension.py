@@ -1,0 +1,66 @@
+"""The C++ extension `groupdpo_kernels._C`: why it, or its device code, cannot be used; and the op of its device code.
+
+`add_weighted_rows_cuda` is sparse.add_weighted_rows on a GPU with begins and ends apart. The module loads on first use,
+never on import; `csrc/binding.cpp` registers what it has. Reads no value of a tensor. Cost: csrc/cuda/weighted_rows.cu.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
+# Registered for the CUDA key alone, and only by a build that has device code.
+_LIBRARY.define(
+    "add_weighted_rows_cuda(Tensor(a!) out, Tensor source, Tensor begins, Tensor ends, Tensor index,"
+    " Tensor coefficients) -> ()"
+)
+
+
+def extension_why_not() -> list[str]:
+    """Why the C++ extension cannot be used; empty if it can. Loading it registers its ops."""
+    try:
+        importlib.import_module("groupdpo_kernels._C")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "groupdpo_kernels._C":
+            return [
+                "C++ extension is not built: run `pip install --no-build-isolation -e .`"
+                " with a C++ compiler, cmake, ninja and pybind11"
+            ]
+        return [f"C++ extension does not load: {error}"]
+    return []
+
+
+def cuda_extension_why_not(device: torch.device) -> list[str]:
+    """Why the extension's device code cannot run on `device`; empty if it can. Loading it registers its ops."""
+    if reasons := extension_why_not():
+        return reasons
+    module = importlib.import_module("groupdpo_kernels._C")
+    reasons = []
+    if not module.build_info()["cuda_architectures"]:
+        reasons.append("C++ extension is built without device code: install again with nvcc on PATH")
+    if torch.version.cuda is None:
+        reasons.append(f"torch {torch.__version__} is not built for CUDA")
+    if device.type != "cuda":
+        reasons.append(f"device is {device}: the extension's device code wants an NVIDIA GPU")
+    if not reasons:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if error := module.cuda_error(index):
+            reasons.append(f"{torch.cuda.get_device_name(index)} cannot run the extension's device code: {error}")
+    return reasons
+
+
+def add_weighted_rows_cuda(
+    out: Tensor,  # (m, n) bf16|fp16|fp32 contiguous, added to; shares no memory with the rest
+    source: Tensor,  # (k, n), the dtype of out, last dim contiguous
+    begins: Tensor,  # (m,) int64
+    ends: Tensor,  # (m,) int64; a row that does not end after it begins owns nothing and is not touched
+    index: Tensor,  # (K,) int64 into source, all valid
+    coefficients: Tensor,  # (K,) float32; an entry of 0 is not read
+) -> None:
+    """out[i] += sum of coefficients[j] source[index[j]] over begins[i] <= j < ends[i]: in float32, in an order that
+    depends on the entries alone, rounded once. Only where `cuda_extension_why_not` is empty.
+    """
+    torch.ops.groupdpo_kernels.add_weighted_rows_cuda(out, source, begins, ends, index, coefficients)
