@@ -79,24 +79,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory against tokens and vocabulary.")
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="two small points a sweep, one round")
     parser.add_argument("--out", type=Path, help="write the picture here")
     options = parser.parse_args()
     base = replace(BASE, dtype=getattr(torch, options.dtype))
-    tokens: tuple[int, ...] = TOKENS
-    vocabularies: tuple[int, ...] = VOCABULARIES
-    rounds = options.rounds
-    if options.quick:
-        base, tokens, vocabularies, rounds = replace(base, T=32, D=64, V=500), (32, 64), (500, 1000), 1
     sweeps: dict[str, dict[int, dict[str, tuple[float, float]]]] = {}
     cases = {
-        "tokens": (f"tokens T (V = {base.V:,})", {T: replace(base, T=T) for T in tokens}),
-        "vocabulary": (f"vocabulary V (T = {base.T:,})", {V: replace(base, V=V) for V in vocabularies}),
+        "tokens": (f"tokens T (V = {base.V:,})", {T: replace(base, T=T) for T in TOKENS}),
+        "vocabulary": (f"vocabulary V (T = {base.T:,})", {V: replace(base, V=V) for V in VOCABULARIES}),
     }
     for label, (name_of_axis, of_size) in cases.items():
         sweeps[name_of_axis] = points = {}
         for size, case in of_size.items():
-            points[size] = measure(case, rounds)
+            points[size] = measure(case, options.rounds)
             figures = "; ".join(f"{name} {ms:.1f} ms, {mib:.0f} MiB" for name, (ms, mib) in points[size].items())
             print(f"{label} {size}: {figures}", flush=True)
     if options.out:

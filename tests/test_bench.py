@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from bench import memory, preference  # noqa: E402
+from bench import memory, preference, scaling  # noqa: E402
 from bench.measure import Differentiated, Gate, draw  # noqa: E402
 from bench.peers import PEERS, Unavailable, load_peer, maker  # noqa: E402
 from bench.report import directory, title  # noqa: E402
@@ -94,6 +94,39 @@ def test_quick_run_of_the_preference_weights(tmp_path):
         assert ours["ratio"]["median"] == 1 and 0 < ours["launches"] < eager["launches"]
         assert 0 <= ours["extra_mib"] <= eager["extra_mib"]
         assert f"| {case[0]} | {case[1]} | {case[2]} | {ours['tokens']:,} |" in done.stdout
+
+
+def test_quick_run_with_a_tolerance(tmp_path):
+    """A row with a tolerance has a gate of its own, and says what its rows are like."""
+    path = tmp_path / "run.json"
+    more = ("--profile", "confident", "--grad-tol", "0.0078125", "--peers", "--modes", "trained", "--dtype", "bfloat16")
+    done = subprocess.run(quick(path, *more), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    _, exact, sparse = load(path)["rows"]
+    assert sparse["implementation"] == "ours/reference grad_tol=0.0078125" and sparse["status"] == "ok"
+    assert exact.keys() < sparse.keys() and 0 <= sparse["exact_rows"] <= 1 < sparse["candidates"]
+    assert abs(sparse["entropy"] - 0.4) < 0.1 and exact["error"]["d_weight"] != sparse["error"]["d_weight"]
+
+
+def test_the_gate_of_a_tolerance():
+    """It lets through what the bound allows, and no gradient that is wrong."""
+    inputs = draw(CASE, CPU, profile="confident")
+    gate = Gate(CASE, inputs)
+
+    def complaints(function):
+        step = Differentiated(function, inputs, "trained")
+        out = step.forward()
+        return gate.check(out, step.backward(out), 2**-7)[1]
+
+    assert not complaints(maker("ours/reference grad_tol=0.0078125")(CASE, CPU))
+    assert complaints(lambda *x: UniformUpstream.apply(maker("ours/reference")(CASE, CPU)(*x)))
+
+
+def test_scaling(tmp_path):
+    point = scaling.measure(CASE, 1)
+    assert point.keys() == set(scaling.NAMES) and all(ms > 0 for ms, _ in point.values())
+    scaling.draw_picture({"tokens": {64: point, 128: point}, "vocabulary": {9: point}}, "t", tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
 def test_killed_run_keeps_its_rows(tmp_path):
