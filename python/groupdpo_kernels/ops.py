@@ -193,8 +193,14 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_to
 def _linear_logps_candidates(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     *options, grad_tol, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    impl = resolve(impl, hidden, weight)
     with _exact(hidden.device):
-        return tuple(host.candidates(head, targets, HeadOptions(*options), grad_tol, resolve(impl, hidden, weight)))
+        if impl == "triton":
+            launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_candidates")
+            most = sparse.capacity(targets.numel(), weight.shape[0], HeadOptions(*options).workspace_bytes)
+            least = sparse.least_probability(grad_tol)
+            return tuple(launcher.linear_logps_candidates(*head, targets, *options, least, most))
+        return tuple(host.candidates(head, targets, HeadOptions(*options), grad_tol, impl))
 
 
 @_linear_logps_candidates.register_fake
@@ -217,10 +223,16 @@ def _linear_logps_sparse_backward(hidden, weight, bias, low_rank_hidden, low_ran
     found, (d_token_logps, d_lse, *options, grad_tol, needs, impl) = Candidates(rest[0], *rest[:6]), rest[6:]
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
+    upstream = (d_token_logps, d_lse)
     with _exact(hidden.device):
-        out = host.sparse_backward(
-            head, targets, found, d_token_logps, d_lse, HeadOptions(*options), grad_tol, tuple(needs), impl
-        )
+        if impl == "triton":
+            launcher = importlib.import_module("groupdpo_kernels.kernels.sparse_backward")
+            live = targets != HeadOptions(*options).ignore_index
+            exact = sparse.exact_rows(found.doubts, found.dropped, *upstream, live, grad_tol)
+            kept = (found.lse, found.doubts, found.slopes, found.ids, found.weights)
+            out = launcher.linear_logps_sparse_backward(*head, targets, exact, *kept, *upstream, *options, tuple(needs))
+        else:
+            out = host.sparse_backward(head, targets, found, *upstream, HeadOptions(*options), grad_tol, needs, impl)
     return tuple(hidden.new_empty(0) if x is None else x for x in out[:5])
 
 
