@@ -135,11 +135,12 @@ def linear_logps_sparse_backward(
     needs: tuple[bool, ...],  # of the five
 ) -> tuple[Tensor | None, ...]:
     """The first five fields of HeadGradients, gradients in the input dtype; None where not needed."""
+    V, T, most = weight.shape[0], targets.numel(), ids.shape[-1]
+    workspace_bytes = max(workspace_bytes - 8 * T * most, workspace_bytes // 2)  # the candidates have the other part
     options = (logit_scale, softcap, temperature, ignore_index, workspace_bytes)
     head = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
     rest = torch.where(exact, targets, ignore_index)
     *gradients, _ = linear_logps_backward(*head, rest, lse, d_token_logps, d_lse, *options, (*needs, False))
-    V, T, most = weight.shape[0], targets.numel(), ids.shape[-1]
     if T == 0 or not any(needs):
         return tuple(gradients)
     d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = (
