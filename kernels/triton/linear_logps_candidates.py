@@ -101,7 +101,7 @@ def visit_kernel(
     rows,
     V,
     most,
-    least,
+    log2_least,
     stride_weight_v,
     stride_weight_d,
     stride_low_rank_v,
@@ -142,42 +142,38 @@ def visit_kernel(
                 R, BLOCK_R, PRECISION
             )  # fmt: skip
         y = squash(with_bias(acc, bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
-        z = cap * y if HAS_SOFTCAP else y
         at = base + local
         shift = finite_or_zero(tl.load(tile_max_ptr + at, mask=inside, other=0.0))
         row = tl.load(rows_ptr + t).to(tl.int64)
+        lse = tl.load(lse_ptr + row) * LOG2_E
         target = tl.load(targets_ptr + t) - v0
         other = (column[None, :] < V - v0) & (column[None, :] != target[:, None])
-        e = tl.where(other, tl.exp2(z - shift[:, None]), 0.0)
-        # Relative to the row's lse they are probabilities. No NaN is found.
-        lse = tl.load(lse_ptr + row) * LOG2_E
-        found = e >= (least * tl.exp2(lse - shift))[:, None]
+        z = tl.where(other, cap * y if HAS_SOFTCAP else y, -float("inf"))
+        # No NaN is found, and nothing in a row of -inf alone.
+        threshold = tl.where(lse == -float("inf"), float("inf"), lse + log2_least)
         if WRITE:
             start = tl.load(ends_ptr + at - rows, mask=inside & (tile_v > 0), other=0)
             # Never over the next tile's, had this visit found one more than the first.
             end = tl.minimum(tl.load(ends_ptr + at, mask=inside, other=0), most)
-            rest = tl.sum(tl.where(found, 0.0, e), 1)
-            tl.store(tile_sum_ptr + at, tl.sum(e, 1), mask=inside)
             # The next of each row in turn: they are few, and slots for a whole tile at once spill 1 KB a thread.
-            candidate = tl.where(found, column[None, :], BLOCK_V)
             last = tl.full((BLOCK_T,), -1, tl.int32)
             for slot in range(tl.max(end - start, 0)):
-                c = tl.min(tl.where(candidate > last[:, None], candidate, BLOCK_V), 1)
+                found = (z >= threshold[:, None]) & (column[None, :] > last[:, None])
+                c = tl.min(tl.where(found, column[None, :], BLOCK_V), 1)
                 c = tl.where(start + slot < end, c, BLOCK_V)
-                y_c = tl.sum(tl.where(column[None, :] == c[:, None], y, 0.0), 1)
-                p = tl.exp2((cap * y_c if HAS_SOFTCAP else y_c) - lse)
+                z_c = tl.sum(tl.where(column[None, :] == c[:, None], z, 0.0), 1)
+                p = tl.exp2(z_c - lse)
                 if HAS_SOFTCAP:
-                    p *= 1.0 - y_c * y_c
+                    p *= 1.0 - (z_c / cap) * (z_c / cap)
                 tl.store(ids_ptr + row * most + start + slot, v0 + c, mask=c < BLOCK_V)
                 tl.store(weights_ptr + row * most + start + slot, p, mask=c < BLOCK_V)
                 last = tl.where(c < BLOCK_V, c, last)
-            left = found & (column[None, :] > last[:, None])
-            if tl.max(tl.max(left.to(tl.int32), 1), 0) > 0:  # from z again: e would take registers in the loop
-                p = tl.sum(tl.where(left, tl.exp2(z - lse[:, None]), 0.0), 1)
-                rest += tl.where(p > 0, p * tl.exp2(lse - shift), 0.0)
-            tl.store(tile_rest_ptr + at, rest, mask=inside)
+            e = tl.exp2(z - shift[:, None])
+            tl.store(tile_sum_ptr + at, tl.sum(e, 1), mask=inside)
+            written = (z >= threshold[:, None]) & (column[None, :] <= last[:, None])
+            tl.store(tile_rest_ptr + at, tl.sum(tl.where(written, 0.0, e), 1), mask=inside)
         else:
-            tl.store(ends_ptr + at, tl.sum(found.to(tl.int32), 1), mask=inside)
+            tl.store(ends_ptr + at, tl.sum((z >= threshold[:, None]).to(tl.int32), 1), mask=inside)
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "tiles_v"], do_not_specialize_on_alignment=["count_ptr"])
@@ -302,7 +298,7 @@ def linear_logps_candidates(
         for write in (False, True):
             visit_kernel[(triton.cdiv(rows, visit.constants["BLOCK_T"]) * tiles_v,)](
                 compact, weight, *visit.tensors, compact_targets, live.rows, lse, visited, visited_count, *tiles, ends,
-                ids, weights, row0, rows, V, most, least, *head.strides, scale, cap,
+                ids, weights, row0, rows, V, most, math.log2(least), *head.strides, scale, cap,
                 WRITE=write, HAS_SOFTCAP=softcap is not None, **visit.constants,
             )  # fmt: skip
             if not write:
