@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations/trl/__init__": {"accelerate"},
     "integrations/trl/accelerate": {"logps"},
 }
-SHARED_KERNEL_MODULES = {"launch", "library", "rows", "tile", "pair_losses"}
+SHARED_KERNEL_MODULES = {"launch", "library", "live_products", "rows", "tile", "pair_losses"}
 # A launcher that begins with what another does.
 CONTINUES = {"linear_logps_candidates": "linear_logps_forward", "sparse_backward": "linear_logps_backward"}
 SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")

@@ -140,7 +140,7 @@ def linear_logps_sparse_backward(
     options = (logit_scale, softcap, temperature, ignore_index, workspace_bytes)
     head = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
     rest = torch.where(exact, targets, ignore_index)
-    *gradients, _ = linear_logps_backward(*head, rest, lse, d_token_logps, d_lse, *options, (*needs, False))
+    *gradients, _ = linear_logps_backward(*head, rest, lse, d_token_logps, d_lse, *options, (*needs, False), few=True)
     if T == 0 or not any(needs):
         return tuple(gradients)
     d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = (
