@@ -27,7 +27,8 @@ from unittest import mock
 import torch
 
 TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
-SPARSE_KERNELS = ("doubts_kernel", "select_kernel", "visit_kernel", "weighted_rows_kernel")
+SPARSE_KERNELS = ("d_logits_kernel", "doubts_kernel", "live_product_kernel", "select_kernel", "visit_kernel")
+SPARSE_KERNELS += ("weighted_rows_kernel",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

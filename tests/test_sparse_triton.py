@@ -22,6 +22,9 @@ BY_NAME = {case.name: case for case in CASES}
 NAMES = ("plain", "one_row", "one_column", "ragged_all", "unaligned_bf16", "fp16", "negative", "confident")
 NAMES += ("softcap", "softcap_tight_bf16", "everything", "everything_bf16", "low_rank_wide_bf16", "last_ignored")
 NAMES += ("most_ignored_bf16", "all_ignored", "empty", "strided_deep", "tiny_workspace", "tiny_workspace_bf16")
+# Of the backward: an interpreted vocabulary id takes a millisecond a gradient.
+BACKWARD = ("plain", "one_row", "one_column", "unaligned_bf16", "fp16", "softcap_tight_bf16", "everything")
+BACKWARD += ("low_rank_wide_bf16", "most_ignored_bf16", "strided_deep", "tiny_workspace")
 TOLERANCE = 0.2
 
 
@@ -39,7 +42,7 @@ def needs_of(head: Head) -> tuple[bool, ...]:
     return tuple(x is not None for x in head)
 
 
-def trained(T: int = 60, D: int = 48, V: int = 700, dtype: torch.dtype = torch.float32, **changes: Any) -> Case:
+def trained(T: int = 36, D: int = 48, V: int = 290, dtype: torch.dtype = torch.float32, **changes: Any) -> Case:
     """A case for `sure_inputs`."""
     return Case("trained", T, D, V, "", dtype, **changes)
 
@@ -150,7 +153,7 @@ def test_the_constant_of_the_specification() -> None:
 
 def test_wrong_ids_and_rows_that_are_not_finite_go_the_exact_way(poisoned_memory: None) -> None:
     """NaN in their row and nowhere else."""
-    case = trained(T=24, V=300, ignored="none")
+    case = trained(T=24, V=200, ignored="none")
     inputs = sure_inputs(case)
     clean = candidates(inputs, case.options)
     bad = [3, 4, 7, 8]
@@ -193,17 +196,17 @@ def check_gradients(inputs: Inputs, options: HeadOptions, grad_tol: float) -> Te
     return sparse.exact_rows(found.doubts, found.dropped, *upstream, live, grad_tol)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("empty", "all_ignored")])
+@pytest.mark.parametrize("name", BACKWARD)
 def test_the_gradients_of_the_specification(name: str, poisoned_memory: None) -> None:
     check_gradients(make_inputs(BY_NAME[name]), BY_NAME[name].options, TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("grad_tol", [1e-3, 0.05])
-def test_some_rows_exact_some_sparse(grad_tol: float, dtype: torch.dtype, poisoned_memory: None) -> None:
+def test_some_rows_exact_some_sparse(dtype: torch.dtype, poisoned_memory: None) -> None:
+    """The flat rows have more candidates than fit."""
     case = trained(dtype=dtype, bias=True, R=4)
     inputs = sure_inputs(case)
-    exact = check_gradients(inputs, case.options, grad_tol)
+    exact = check_gradients(inputs, case.options, 1e-3)
     assert 0 < int(exact.sum()) < int((inputs.targets != -100).sum())
 
 
@@ -217,7 +220,7 @@ def test_no_live_row(name: str, poisoned_memory: None) -> None:
 
 def test_the_error_is_within_the_tolerance() -> None:
     """Through the public function; in hidden the bound on d_logits holds times the largest row of the head."""
-    case = trained(T=90, V=900)
+    case = trained()
     inputs = sure_inputs(case)
     weights = inputs.weight.detach().norm(dim=1).max()
 
@@ -237,10 +240,10 @@ def test_the_error_is_within_the_tolerance() -> None:
     assert sizes[0] < 0.1 * sizes[1]
 
 
-@pytest.mark.parametrize("name", ["everything_bf16", "tiny_workspace_bf16"])
-def test_same_bits_twice(name: str, poisoned_memory: None) -> None:
-    case = BY_NAME[name]
-    inputs = make_inputs(case)
+@pytest.mark.parametrize("workspace_bytes", [2**28, 2**13])
+def test_same_bits_twice(workspace_bytes: int, poisoned_memory: None) -> None:
+    case = trained(24, 40, 150, torch.bfloat16, bias=True, R=4, softcap=20.0, workspace_bytes=workspace_bytes)
+    inputs = sure_inputs(case)
     first = candidates(inputs, case.options)
     gradients = backward(inputs, first, case.options)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -251,7 +254,7 @@ def test_same_bits_twice(name: str, poisoned_memory: None) -> None:
 
 
 def test_each_gradient_alone() -> None:
-    case = trained(T=20, D=24, V=150, dtype=torch.bfloat16, bias=True, R=3)
+    case = trained(12, 24, 90, torch.bfloat16, bias=True, R=3)
     inputs = sure_inputs(case)
     head, upstream = head_of(inputs), upstream_of(inputs)
     found = candidates(inputs, case.options)
@@ -268,7 +271,7 @@ def test_each_gradient_alone() -> None:
 
 
 def test_entries_in_several_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = trained(T=50, V=300, workspace_bytes=2**22)
+    case = trained(T=20, V=60, workspace_bytes=2**22)
     inputs = sure_inputs(case)
     found = candidates(inputs, case.options)
     whole = backward(inputs, found, case.options)
