@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import Differentiated, Step, draw
+from bench.measure import RANDOM, Differentiated, Step, draw
 from bench.peers import maker
 from groupdpo_kernels.testing import Case
 
@@ -41,7 +41,7 @@ def on_cuda(step: Step) -> dict[str, float]:
     return _figures(torch.cuda.max_memory_allocated() - before, sum(x.nbytes for x in gradients))
 
 
-def on_cpu(case: Case, name: str, mode: str, timeout: float = 600.0) -> dict[str, float]:
+def on_cpu(case: Case, name: str, mode: str, profile: str = RANDOM, timeout: float = 600.0) -> dict[str, float]:
     """Runs this file in a new process."""
     fields = asdict(case) | {"dtype": str(case.dtype).removeprefix("torch.")}
     environment = os.environ | {
@@ -49,7 +49,8 @@ def on_cpu(case: Case, name: str, mode: str, timeout: float = 600.0) -> dict[str
         "MALLOC_TRIM_THRESHOLD_": "65536",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    command = [sys.executable, "-m", "bench.memory", json.dumps({"case": fields, "name": name, "mode": mode})]
+    request = {"case": fields, "name": name, "mode": mode, "profile": profile}
+    command = [sys.executable, "-m", "bench.memory", json.dumps(request)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         raise RuntimeError(f"the memory process ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
@@ -66,7 +67,7 @@ def _resident(mark: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _measure_here(case: Case, name: str, mode: str) -> dict[str, float]:
+def _measure_here(case: Case, name: str, mode: str, profile: str) -> dict[str, float]:
     device = torch.device("cpu")
     small = case if name == "torch.compile" else replace(case, T=16, V=512)
     function = maker(name)(case, device)
@@ -74,15 +75,15 @@ def _measure_here(case: Case, name: str, mode: str) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True):
         warm.backward(warm.forward())
     del warm
-    step = Differentiated(function, draw(case, device), mode)
+    step = Differentiated(function, draw(case, device, profile=profile), mode)
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         gradients = step.backward(step.forward())
         peak = _resident("VmHWM") - before
     size = sum(x.nbytes for x in gradients)
-    return _figures(peak, size) | {"allocator_extra_mib": round((allocator_peak(profile) - size) / MiB, 1)}
+    return _figures(peak, size) | {"allocator_extra_mib": round((allocator_peak(profiled) - size) / MiB, 1)}
 
 
 def allocator_peak(profile: Any) -> int:
@@ -98,4 +99,4 @@ def allocator_peak(profile: Any) -> int:
 if __name__ == "__main__":
     request = json.loads(sys.argv[1])
     request["case"]["dtype"] = getattr(torch, request["case"]["dtype"])
-    print(json.dumps(_measure_here(Case(**request["case"]), request["name"], request["mode"])))
+    print(json.dumps(_measure_here(Case(**request.pop("case")), **request)))

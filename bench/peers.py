@@ -33,8 +33,8 @@ class Unavailable(Exception):
     """This implementation cannot run this case here."""
 
 
-def ours(impl: str) -> Maker:
-    """`linear_logps(impl=impl)`."""
+def ours(impl: str, grad_tol: float = 0.0) -> Maker:
+    """`linear_logps(impl=impl, grad_tol=grad_tol)`."""
 
     def maker(case: Case, device: torch.device) -> TokenLogps:
         probe = torch.empty(1, 8, dtype=case.dtype, device=device)
@@ -42,9 +42,15 @@ def ours(impl: str) -> Maker:
         if reasons:
             raise Unavailable("; ".join(reasons))
         settings: dict[str, Any] = {"softcap": case.softcap, "workspace_bytes": case.workspace_bytes, "impl": impl}
+        settings["grad_tol"] = grad_tol
         return lambda hidden, weight, targets: linear_logps(hidden, weight, targets, **settings)
 
     return maker
+
+
+def grad_tol_of(name: str) -> float:
+    """Of the name of an implementation: "ours/cpu grad_tol=0.0078125" has one, all others are exact."""
+    return float(name.partition(" grad_tol=")[2] or 0)
 
 
 # ----------------------------------------------------------------------------------------------------- eager and torch
@@ -145,8 +151,10 @@ PEERS: dict[str, Maker] = {
 
 
 def maker(name: str) -> Maker:
-    """The maker of a row: a key of PEERS, or "ours/<impl>"."""
-    return ours(name.removeprefix("ours/")) if name.startswith("ours/") else PEERS[name]
+    """The maker of a row: a key of PEERS, "ours/<impl>" or "ours/<impl> grad_tol=<tolerance>"."""
+    if not name.startswith("ours/"):
+        return PEERS[name]
+    return ours(name.removeprefix("ours/").partition(" ")[0], grad_tol_of(name))
 
 
 # ------------------------------------------------------------------------------------------------------------- why not

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import MODES
+from bench.measure import MODES, RANDOM
 from bench.peers import PACKAGES
 from groupdpo_kernels.testing import Case
 
@@ -52,9 +52,10 @@ def dtype_name(case: Case) -> str:
     return str(case.dtype).removeprefix("torch.")
 
 
-def title(case: Case) -> str:
+def title(case: Case, profile: str = RANDOM) -> str:
     cap = "" if case.softcap is None else f", softcap {case.softcap:g}"
-    return f"{case.name}: {case.T} x {case.D} x {case.V} {dtype_name(case)}{cap}"
+    rows = "" if profile == RANDOM else f", {profile} rows"
+    return f"{case.name}: {case.T} x {case.D} x {case.V} {dtype_name(case)}{cap}{rows}"
 
 
 def tables(cases: list[Case], modes: list[str], rows: list[Row]) -> str:
@@ -68,7 +69,7 @@ def tables(cases: list[Case], modes: list[str], rows: list[Row]) -> str:
             continue
         products = {m: f"{MODES[m]} product{'s' if MODES[m] > 1 else ''}" for m in shown}
         columns = [f"{heading[m]}, ms (/ {products[m]}) | extra MiB" for m in shown]
-        lines += ["", f"**{title(case)}**", "", f"| implementation | {' | '.join(columns)} |"]
+        lines += ["", f"**{title(case, of_case[0]['profile'])}**", "", f"| implementation | {' | '.join(columns)} |"]
         lines.append("|---" * (1 + 2 * len(shown)) + "|")
         for name in dict.fromkeys(r["implementation"] for r in of_case):
             by_mode = {r["mode"]: r for r in of_case if r["implementation"] == name}

@@ -3,6 +3,7 @@ products of the same shape and dtype.
 
     python bench/run.py                                          the defaults of this machine's device
     python bench/run.py --shapes memory --modes trained --rounds 0
+    python bench/run.py --profile trained --grad-tol 0.0078125   rows as peaked as a small model's
     python bench/run.py --device cuda --results bench/results    also writes bench/results/<gpu>/<date>.json
 
 A group of rows (a shape, a dtype, a mode) is measured in interleaved rounds: each round times the limit and every
@@ -26,9 +27,13 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import memory
-from bench.measure import MODES, Differentiated, Gate, Inputs, Products, Seconds, Step, clock, draw, spread
-from bench.peers import OURS, PEERS, Unavailable, maker
+from bench.measure import MODES, RANDOM, Differentiated, Gate, Inputs, Products, Seconds, Step, clock, draw, spread
+from bench.peers import OURS, PEERS, Unavailable, grad_tol_of, maker
 from bench.report import Report, Row, dtype_name, header, results_path, tables, title
+from groupdpo_kernels import ops
+from groupdpo_kernels.profiles import PROFILES, describe_rows
+from groupdpo_kernels.reference import Head
+from groupdpo_kernels.sparse import exact_rows
 from groupdpo_kernels.testing import Case
 
 LIMIT = "matrix products"
@@ -84,13 +89,14 @@ def measure_group(
     case: Case, inputs: Inputs, gate: Gate, mode: str, options: argparse.Namespace, report: Report
 ) -> None:
     shape = {"shape": case.name, "T": case.T, "D": case.D, "V": case.V, "softcap": case.softcap}
+    shape["profile"] = options.profile
 
     def new_row(name: str) -> Row:
         keys = {"dtype": dtype_name(case), "mode": mode, "implementation": name, "products": MODES[mode]}
         report.rows.append(shape | keys | {"status": "running"})
         return report.rows[-1]
 
-    say(f"{title(case)}, {mode}")
+    say(f"{title(case, options.profile)}, {mode}")
     entries = [Entry(Products(inputs, mode), new_row(LIMIT))] if options.rounds != 0 else []
     for name in options.implementations:
         row = new_row(name)
@@ -112,15 +118,36 @@ def measure_group(
 def admit(step: Step, row: Row, gate: Gate, case: Case, options: argparse.Namespace) -> bool:
     """The first call decides whether it is right; then its memory."""
     out = step.forward()
-    errors, red = gate.check(out, step.backward(out))
+    grad_tol = grad_tol_of(row["implementation"])
+    errors, red = gate.check(out, step.backward(out), grad_tol)
     del out
+    if grad_tol > 0:
+        row |= sparsity(gate.inputs, case, grad_tol)
     row["error"] = {name: float(f"{found:.3g}") for name, (found, _) in errors.items()}
     row["error_budget"] = {name: float(f"{budget:.3g}") for name, (_, budget) in errors.items()}
     row |= {"status": "red", "why": "; ".join(red)} if red else {"status": "gated"}
     if options.memory and not red:
         on_cpu = options.device.type == "cpu"
-        row |= memory.on_cpu(case, row["implementation"], row["mode"]) if on_cpu else memory.on_cuda(step)
+        named = case, row["implementation"], row["mode"], options.profile
+        row |= memory.on_cpu(*named) if on_cpu else memory.on_cuda(step)
     return not red
+
+
+def sparsity(inputs: Inputs, case: Case, grad_tol: float) -> dict[str, float]:
+    """What a tolerance means for these rows: the share that needs the exact path, candidates a row, and what the rows
+    look like. A figure with a tolerance says nothing without them."""
+    head = Head(inputs.hidden.detach(), inputs.weight.detach(), None, None, None)
+    found = ops.linear_logps_candidates(head, inputs.targets, case.options, grad_tol, "auto")
+    upstream, live = inputs.d_token_logps.to(found.lse), inputs.targets != case.options.ignore_index
+    exact = exact_rows(found.doubts, found.dropped, upstream, torch.zeros_like(upstream), live, grad_tol)
+    rows = describe_rows(head.hidden, head.weight, inputs.targets, grad_tol)
+    return {
+        "exact_rows": float(exact[live].float().mean()),
+        "candidates": float((found.weights > 0).sum(-1)[live].float().mean()),
+        "entropy": rows.entropy,
+        "not_target": rows.not_target,
+        "dropped": float(found.dropped[live].mean()),
+    }
 
 
 def measure_rounds(entries: list[Entry], options: argparse.Namespace, report: Report) -> None:
@@ -163,8 +190,10 @@ def parse() -> argparse.Namespace:
     )
     add("--dtype", nargs="+", choices=["bfloat16", "float16", "float32"])
     add("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    add("--profile", choices=[RANDOM, *PROFILES], default=RANDOM, help="of rows; default: %(default)s")
     add("--impl", nargs="*", choices=OURS, help="ours; default: triton on a GPU, cpu and reference on a CPU")
     add("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="default: all")
+    add("--grad-tol", type=float, nargs="*", default=[], help="a further row of each of ours with this tolerance")
     add("--rounds", type=int, help="default: as many as --seconds allows, 3 to 30; 0: gates and memory alone")
     add("--seconds", type=float, default=8.0, help="of timing a group of rows; default: %(default)s")
     add("--budget", type=float, default=330.0, help="seconds in all, on a GPU: later groups are left out, and named")
@@ -182,7 +211,8 @@ def parse() -> argparse.Namespace:
     chosen = [case for case in SHAPES if case.name in (options.shapes or shapes)]
     options.cases = [replace(case, dtype=getattr(torch, d)) for case in chosen for d in options.dtype or dtypes]
     impls = impls if options.impl is None else options.impl
-    options.implementations = [*(f"ours/{impl}" for impl in impls), *options.peers]
+    ours = [f"ours/{impl}{tol}" for impl in impls for tol in ("", *(f" grad_tol={x:g}" for x in options.grad_tol))]
+    options.implementations = [*ours, *options.peers]
     return options
 
 
@@ -196,11 +226,12 @@ def main() -> int:
         inputs = gate = None
         for mode in options.modes:
             if options.device.type == "cuda" and time.monotonic() - START > options.budget:
-                report.skipped.append(f"{title(case)}, {mode}: not measured, the {options.budget:g} s were spent")
+                name = title(case, options.profile)
+                report.skipped.append(f"{name}, {mode}: not measured, the {options.budget:g} s were spent")
                 continue
             if inputs is None or gate is None:
-                say(f"{title(case)}: inputs and float64")
-                inputs = draw(case, options.device)
+                say(f"{title(case, options.profile)}: inputs and float64")
+                inputs = draw(case, options.device, profile=options.profile)
                 gate = Gate(case, inputs)
             measure_group(case, inputs, gate, mode, options, report)
             release(options.device)

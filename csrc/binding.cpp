@@ -24,12 +24,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
                               {logit_scale, softcap, temperature, workspace_bytes}, stats);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expectations_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expectations_cpu(
     Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
-    std::optional<Tensor> low_rank_weight, Tensor targets, double logit_scale, std::optional<double> softcap,
-    double temperature, int64_t workspace_bytes) {
-  return linear_logps_expectations({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets,
-                                   {logit_scale, softcap, temperature, workspace_bytes});
+    std::optional<Tensor> low_rank_weight, Tensor targets, std::optional<Tensor> target_logits, double logit_scale,
+    std::optional<double> softcap, double temperature, int64_t workspace_bytes, double grad_tol, double least) {
+  return linear_logps_expectations({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, target_logits,
+                                   {logit_scale, softcap, temperature, workspace_bytes}, grad_tol, least);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> candidates_cpu(
@@ -46,11 +46,11 @@ void add_weighted_rows_cpu(Tensor out, Tensor source, Tensor owned, Tensor index
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
-    std::optional<Tensor> low_rank_weight, Tensor targets, Tensor lse, Tensor d_token_logps, Tensor d_lse,
+    std::optional<Tensor> low_rank_weight, Tensor targets, Tensor lse, Tensor d_target, Tensor d_softmax,
     double logit_scale, std::optional<double> softcap, double temperature, int64_t workspace_bytes, bool needs_hidden,
     bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight, bool needs_mass) {
   return linear_logps_backward(
-      {hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, lse, d_token_logps, d_lse,
+      {hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, lse, d_target, d_softmax,
       {logit_scale, softcap, temperature, workspace_bytes},
       {needs_hidden, needs_weight, needs_bias, needs_low_rank_hidden, needs_low_rank_weight, needs_mass});
 }

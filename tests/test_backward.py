@@ -175,6 +175,19 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     check_equal(model, split(responses(), [5, 6]), PreferenceGroups.from_lists(RAGGED), MPO, reference())
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable", "ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("strategy", ["two_pass", "one_pass"])
+def test_reentrant_checkpoints_hide_the_parameters_given(strategy: str) -> None:
+    """With LoRA torch says nothing: no leaf comes before the checkpoint, and the gradients would be missing."""
+    model = get_peft_model(gpt2(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    arguments = split(responses(), [5, 6]), forward_of(model), PreferenceGroups.from_lists(RAGGED), MPO, reference()
+    with pytest.raises(ValueError, match="forward must not use reentrant checkpoints where parameters is given"):
+        group_backward(*arguments, strategy=strategy, parameters=adapters)
+
+
 @pytest.mark.parametrize(
     ("strategy", "sizes"), [("two_pass", SPLITS[2]), ("one_pass", SPLITS[2]), ("one_pass", [1] * S)]
 )

@@ -15,7 +15,7 @@ sys.path.append(str(ROOT))
 from bench import memory, preference  # noqa: E402
 from bench.measure import Differentiated, Gate, draw  # noqa: E402
 from bench.peers import PEERS, Unavailable, load_peer, maker  # noqa: E402
-from bench.report import directory  # noqa: E402
+from bench.report import directory, title  # noqa: E402
 from groupdpo_kernels import seq_logps  # noqa: E402
 from groupdpo_kernels.testing import Case  # noqa: E402
 
@@ -129,6 +129,14 @@ def verdict(function, mode="trained", case=CASE):
     step = Differentiated(function, inputs, mode)
     out = step.forward()
     return Gate(case, inputs).check(out, step.backward(out))[1]
+
+
+def test_rows_of_a_profile():
+    """Other rows than the random ones; the table says which."""
+    random, trained = draw(CASE, CPU), draw(CASE, CPU, profile="trained")
+    assert [x.shape for x in vars(random).values()] == [x.shape for x in vars(trained).values()]
+    assert not torch.equal(random.weight, trained.weight) and trained.d_token_logps.unique().numel() == CASE.T
+    assert title(CASE) + ", trained rows" == title(CASE, "trained")
 
 
 @pytest.mark.parametrize("mode", ["forward", "trained", "frozen"])

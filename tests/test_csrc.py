@@ -36,7 +36,7 @@ def forward(head: list[Tensor | None], targets: Tensor, options: HeadOptions, st
 def backward(
     head: list[Tensor | None],
     targets: Tensor,
-    rowwise: list[Tensor],  # lse, d_token_logps, d_lse
+    rowwise: list[Tensor],  # lse, d_target, d_softmax
     options: HeadOptions,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
@@ -85,7 +85,8 @@ def test_values_and_gradients_within_the_error_budget(case: Case) -> None:
     inputs = make_inputs(case)
     head, targets, upstream, rows = live_rows(inputs)
     stats = forward(head, targets, case.options)
-    gradients = backward(head, targets, [stats[1], *upstream], case.options, [x is not None for x in head])
+    rowwise = [stats[1], *reference.row_gradients(stats[0], *upstream)]
+    gradients = backward(head, targets, rowwise, case.options, [x is not None for x in head])
 
     def spread(x: Tensor, shape: torch.Size) -> Tensor:
         return x.new_zeros(case.T, *x.shape[1:]).index_copy(0, rows, x).view(shape)

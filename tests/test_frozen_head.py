@@ -152,12 +152,13 @@ def test_when_it_is_chosen() -> None:
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("name", ["plain", "everything_bf16", "batched", "all_ignored"])
-def test_opcheck(name: str, impl: str) -> None:
+@pytest.mark.parametrize("grad_tol", [0.0, 0.05])
+def test_opcheck(name: str, grad_tol: float, impl: str) -> None:
     case = BY_NAME[name]
     inputs = make_inputs(case)
     pair = (None, None) if inputs.low_rank is None else tuple(x.detach() for x in inputs.low_rank)
     head = (inputs.hidden.detach(), inputs.weight.detach(), None if inputs.bias is None else inputs.bias.detach())
-    arguments = (*head, *pair, inputs.targets, *dataclasses.astuple(case.options), impl)
+    arguments = (*head, *pair, inputs.targets, *dataclasses.astuple(case.options), grad_tol, impl)
     opcheck(torch.ops.groupdpo_kernels.linear_logps_jacobian.default, arguments)
 
 

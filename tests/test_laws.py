@@ -42,9 +42,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"batches", "formats", "groups"},
     "stepwise": {"backward", "groups", "logps", "models", "objectives", "store"},
     "testing": {"reference", "kernels"},
+    "profiles": set(),
     "integrations/__init__": set(),
-    "integrations/trl/__init__": {"accelerate"},
+    "integrations/trl/__init__": {"accelerate", "groups", "pairs", "stepwise"},
     "integrations/trl/accelerate": {"logps"},
+    "integrations/trl/groups": {
+        *("backward", "data", "logps", "models", "objectives", "stepwise"),
+        *("metrics", "reference", "rows"),  # beside it
+    },
+    "integrations/trl/metrics": {"groups", "logps", "losses", "objectives"},
+    "integrations/trl/pairs": {"accelerate", "groups", "losses", "metrics", "models", "objectives", "reference"},
+    "integrations/trl/reference": set(),
+    "integrations/trl/stepwise": {
+        *("data", "logps", "models", "objectives", "stepwise"),
+        *("groups", "pairs", "reference", "rows"),  # beside it
+    },
+    "integrations/trl/rows": {"backward", "data", "formats", "losses", "objectives"},
 }
 SHARED_KERNEL_MODULES = {"launch", "library", "live_products", "rows", "tile", "pair_losses"}
 # A launcher that begins with what another does.

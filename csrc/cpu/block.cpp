@@ -3,6 +3,10 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <limits>
 
@@ -142,10 +146,30 @@ int64_t Gradient::scratch_per_row(const std::optional<Tensor>& input, bool neede
   return needed && input && input->scalar_type() != ScalarType::Float ? columns_of(*input) : 0;
 }
 
+namespace {
+
+// A fresh result of hundreds of megabytes costs as much to page in, 4 KiB at a time, as a quarter of a product; in
+// pages of 2 MiB two fifths of that. Only where the system leaves the choice to programs.
+Tensor in_large_pages(Tensor x) {
+#if defined(__linux__)
+  constexpr uintptr_t page = uintptr_t{1} << 21;
+  constexpr int64_t worth_it = int64_t{1} << 25;
+  const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
+  if (bytes >= worth_it) {
+    const auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+    const uintptr_t first = (begin + page - 1) & ~(page - 1), last = (begin + bytes) & ~(page - 1);
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: nothing depends on its success
+  }
+#endif
+  return x;
+}
+
+}  // namespace
+
 Gradient::Gradient(const Head& head, const std::optional<Tensor>& input, bool needed, int64_t block_rows)
     : needed_(needed && input),
       block_rows_(block_rows),
-      result_(needed_ ? torch::stable::new_empty(head.hidden, input->sizes())
+      result_(needed_ ? in_large_pages(torch::stable::new_empty(head.hidden, input->sizes()))
                       : torch::stable::new_empty(head.hidden, {0})) {
   const int64_t per_row = scratch_per_row(input, needed);
   if (per_row > 0) scratch_.emplace(block_rows * per_row);
@@ -222,6 +246,16 @@ void Narrowed::take(const Matrix& z, int64_t from, int64_t to) const {
   if (!bf16_) return;
   uint16_t* rows = reinterpret_cast<uint16_t*>(scratch_.matrix(1, 1).data);
   to_bf16(rows + to * z.columns, z.row(from), z.columns);
+}
+
+void Narrowed::move(const Matrix& z, int64_t first, int64_t from, int64_t to) const {
+  if (from == to) return;
+  if (!bf16_) {
+    std::copy_n(z.row(from - first), z.columns, z.row(to - first));
+    return;
+  }
+  uint16_t* rows = reinterpret_cast<uint16_t*>(scratch_.matrix(1, 1).data);
+  std::copy_n(rows + from * z.columns, z.columns, rows + to * z.columns);
 }
 
 Factor Narrowed::factor(const Matrix& z, int64_t first) const {

@@ -161,6 +161,7 @@ class Narrowed {
   Narrowed(const Head& head, BlockShape shape);
   void take(const Matrix& z, int64_t from, int64_t to) const;  // row `from` of z, as row `to`
   Factor factor(const Matrix& z, int64_t first) const;         // the rows of z, taken as `first` and following
+  void move(const Matrix& z, int64_t first, int64_t from, int64_t to) const;  // of those: row `from` to row `to`
 
  private:
   bool bf16_;
@@ -173,6 +174,9 @@ void check(const Head& head, const Tensor& targets);
 void check_row_vector(const Tensor& x, const char* name, int64_t T);
 
 LogitMap logit_map(const HeadOptions& options);
+
+// Float32 sums of exponentials by block err by at most this much of themselves: sparse.py.
+constexpr double kSumError = 0x1p-18;
 
 // How many rows of a block make a task worth its start.
 inline int64_t grain(int64_t columns) {

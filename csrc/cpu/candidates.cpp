@@ -62,6 +62,10 @@ class Collector {
     const double known = std::isnan(state.target_logit) ? state.expected_target : state.target_logit;
     raise(state, squashed_at(shift + std::log(state.rest + std::exp(known - shift)) + log_least_));
     if (block_top < squashed_logit(state.threshold, map_)) return;
+    if (count_at_least(z, n, state.threshold) > 2 * kRoom * most_) {
+      state.overflows = 2;
+      return;
+    }
     for (int64_t j = 0; (j += first_at_least(z + j, n - j, state.threshold)) < n; ++j) {
       if (j == target) continue;
       gathered[state.count++] = {z[j], static_cast<int32_t>(v0 + j)};
@@ -90,8 +94,7 @@ class Collector {
         weights[k] = static_cast<float>(p * squashed_slope(gathered[k].squashed, map_));
       }
     }
-    // Float32 sums of exponentials by block err by at most 2^-18 of themselves: sparse.py.
-    dropped = static_cast<float>(doubt - kept < 0 ? 0 : doubt - kept) + static_cast<float>(doubt) * 0x1p-18f;
+    dropped = static_cast<float>((doubt - kept < 0 ? 0 : doubt - kept) + doubt * kSumError);
   }
 
  private:

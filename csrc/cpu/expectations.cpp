@@ -1,6 +1,10 @@
 // The forward of a head that needs no gradient of its own: an online softmax that also gathers the expected row of the
 // weight, so that no backward has to rebuild the logits. Token blocks outside: the accumulator of a block is rescaled
 // whenever a row's maximum grows, which after the first few blocks of the vocabulary it hardly does.
+//
+// With grad_tol > 0 a row skips the second product in the blocks where its likely entries say nearly all: these are
+// added one by one, and what the others would add is bounded by their probability, which is counted as dropped.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -18,15 +22,52 @@ struct RowState {
   float rescale = 1;  // of what the row has accumulated, by the block at hand
   float target_logit = std::numeric_limits<float>::quiet_NaN();  // stays NaN where no block holds the target
   float target_slope = std::numeric_limits<float>::quiet_NaN();
+  // With a tolerance alone:
+  float expected_target = 0;  // the target's logit, before its block has come
+  double dropped = 0;         // sum of exp(z - shift) left out
+  double unlikely = 0;        // in the block at hand, without its likely entries
+  bool whole = false;         // needed all of the last block
+  std::vector<int32_t> likely;
 };
 
+constexpr size_t kMostLikely = 64;  // a block with more of them is no block to leave out
+
+// Before to_weights: the likely entries of squashed logits (n,), by a lower bound on the row's sum of exponentials.
+void find_likely(RowState& state, const float* z, int64_t n, const LogitMap& map, int64_t target, double least) {
+  state.likely.clear();
+  const double known = std::isnan(state.target_logit) ? state.expected_target : state.target_logit;
+  const double seen =
+      state.rest + std::exp(known - state.shift) + std::exp(static_cast<double>(state.top) - state.shift);
+  const double logit = state.shift + std::log(least * seen);
+  const float threshold = static_cast<float>(map.softcap > 0 ? logit * map.temperature / map.softcap : logit);
+  for (int64_t j = 0; (j += first_at_least(z + j, n - j, threshold)) < n; ++j) {
+    if (j == target) continue;
+    if (state.likely.size() == kMostLikely) return;
+    state.likely.push_back(static_cast<int32_t>(j));
+  }
+  state.unlikely = 0;
+  for (const int32_t j : state.likely) {
+    state.unlikely -= std::exp(static_cast<double>(squashed_logit(z[j], map)) - state.shift);
+  }
+}
+
 // products (n,) -> exp(z - shift) times the cap's slope, in place; 0 at the target.
-void add(RowState& state, float* z, const float* bias, int64_t n, const LogitMap& map, int64_t target) {
+// look: whether to find its likely entries.
+void add(RowState& state, float* z, const float* bias, int64_t n, const LogitMap& map, int64_t target, double least,
+         bool look) {
+  const float old_top = state.top;
   const float top = std::max(state.top, to_squashed(z, bias, n, map));
   const bool bounded = std::isfinite(top);
   const float shift = bounded ? top : 0;
   state.rescale = state.rest == 0 ? 0 : std::exp(state.shift - shift);
   state.rest *= state.rescale;
+  state.dropped *= state.rescale;
+  state.top = top;
+  state.shift = shift;
+  look |= least > 0 && (!state.whole || top > old_top);
+  state.unlikely = std::numeric_limits<double>::infinity();
+  if (look) find_likely(state, z, n, map, target, least);
+  const double before = state.rest;
   if (target >= 0 && target < n) {
     state.target_logit = squashed_logit(z[target], map);
     state.target_slope = squashed_slope(z[target], map);
@@ -36,8 +77,36 @@ void add(RowState& state, float* z, const float* bias, int64_t n, const LogitMap
   } else {
     state.rest += squashed_to_weights(z, n, map, shift, bounded);
   }
-  state.top = top;
-  state.shift = shift;
+  state.unlikely = std::max(0.0, state.unlikely + state.rest - before);
+}
+
+// Which rows of a range need their whole block: those with most in unlikely entries, until what the others leave out is
+// at most grad_tol of what surrounds their targets, both as probabilities over the rows so far.
+std::vector<int64_t> whole_rows(std::vector<RowState>& states, int64_t first, int64_t last, double grad_tol) {
+  std::vector<int64_t> order(last - first);
+  std::vector<double> cost(last - first);
+  double allowed = 0;
+  for (int64_t i = first; i < last; ++i) {
+    const RowState& state = states[i];
+    const double known = std::isnan(state.target_logit) ? state.expected_target : state.target_logit;
+    const double total = state.rest + std::exp(known - state.shift);
+    order[i - first] = i;
+    cost[i - first] =
+        std::isnan(state.unlikely / total) ? std::numeric_limits<double>::infinity() : state.unlikely / total;
+    if (total > 0 && std::isfinite(total)) allowed += (grad_tol * state.rest - state.dropped) / total;
+  }
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost[a - first] < cost[b - first]; });
+  auto row = order.begin();
+  while (row != order.end() && cost[*row - first] <= allowed) allowed -= cost[*row++ - first];
+  std::vector<int64_t> whole(row, order.end());
+  std::sort(whole.begin(), whole.end());
+  return whole;
+}
+
+// sums += factor * row i of m.
+void add_row(float* sums, const Factor& m, int64_t i, float factor) {
+  if (m.bf16) return add_scaled(sums, static_cast<const uint16_t*>(m.row(i)), factor, m.columns);
+  add_scaled(sums, static_cast<const float*>(m.row(i)), factor, m.columns);
 }
 
 void scale_row(const Matrix& m, int64_t i, float factor) {
@@ -47,29 +116,39 @@ void scale_row(const Matrix& m, int64_t i, float factor) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_expectations(const Head& head, const Tensor& targets,
-                                                                             const HeadOptions& options) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_expectations(
+    const Head& head, const Tensor& targets, const std::optional<Tensor>& target_logits, const HeadOptions& options,
+    double grad_tol, double least) {
   const NoGrad no_grad;
   check(head, targets);
-  const int64_t T = head.hidden.size(0), V = head.weight.size(0);
+  const int64_t T = head.hidden.size(0), D = head.hidden.size(1), V = head.weight.size(0);
   const int64_t R = head.low_rank_weight ? head.low_rank_weight->size(1) : 0;
-  const int64_t per_row = HeadBlocks::scratch_per_row(head) + static_cast<int64_t>(sizeof(RowState) / sizeof(float));
+  const bool sparse = grad_tol > 0;
+  STD_TORCH_CHECK(!sparse || (target_logits && least > 0), "grad_tol > 0 wants target_logits and a positive least");
+  if (sparse) check_row_vector(*target_logits, "target_logits", T);
+  const int64_t per_row = HeadBlocks::scratch_per_row(head) + static_cast<int64_t>(sizeof(RowState) / sizeof(float)) +
+                          (sparse ? std::max(D, R) + static_cast<int64_t>(kMostLikely) : 0);
   const BlockShape shape = block_shape(T, V, per_row, HeadBlocks::scratch_per_column(head),
                                        Narrowed::scratch_per_entry(head), options.workspace_bytes);
   const LogitMap map = logit_map(options);
   HeadBlocks blocks(head, shape);
   const Narrowed narrowed(head, shape);
+  const Scratch partial(sparse ? shape.rows * std::max(D, R) : 0);
 
   const auto result = [&](std::initializer_list<int64_t> sizes) {
     return torch::stable::new_zeros(head.hidden, sizes, ScalarType::Float);
   };
   const Tensor token_logps = result({T}), lse = result({T}), coefficients = result({T});
-  const Tensor expected_weight = result({T, head.weight.size(1)}), expected_low_rank = result({R ? T : 0, R});
+  const Tensor expected_weight = result({T, D}), expected_low_rank = result({R ? T : 0, R});
+  const Tensor doubts = result({sparse ? T : 0}), dropped = result({sparse ? T : 0});
   const int64_t* target = targets.const_data_ptr<int64_t>();
 
   for (int64_t t0 = 0; t0 < T; t0 += shape.rows) {
     const int64_t rows = std::min(shape.rows, T - t0);
     std::vector<RowState> states(rows);
+    if (sparse) {
+      for (int64_t i = 0; i < rows; ++i) states[i].expected_target = target_logits->const_data_ptr<float>()[t0 + i];
+    }
     blocks.take_tokens(t0, rows);
     const auto accumulator = [&](const Tensor& x) {
       const int64_t columns = x.size(1);
@@ -83,31 +162,80 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_expectations(con
         const Matrix z = blocks.products(first, last);
         torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
-            add(states[i], z.row(i - first), blocks.bias, columns, map, target[t0 + i] - v0);
-            narrowed.take(z, i - first, i);
+            // A row that needed all of the last block is looked at again where its maximum grows, and now and then.
+            add(states[i], z.row(i - first), blocks.bias, columns, map, target[t0 + i] - v0, least,
+                sparse && v0 / shape.columns % 4 == 0);
+            // While it is in cache; with a tolerance, the rows that needed all of the last block too.
+            if (!sparse || states[i].whole) narrowed.take(z, i - first, i);
             if (v0 > 0 && states[i].rescale != 1) {
               scale_row(weight, i, states[i].rescale);
               if (R) scale_row(low_rank, i, states[i].rescale);
             }
           }
         });
-        const Factor e = narrowed.factor(z, first);
-        multiply(weight.take(first, last - first), e, blocks.weight, v0 > 0);
-        if (R) multiply(low_rank.take(first, last - first), e, blocks.low_rank_weight, v0 > 0);
+        const std::vector<int64_t> whole = sparse ? whole_rows(states, first, last, grad_tol) : std::vector<int64_t>{};
+        const auto count = static_cast<int64_t>(whole.size()), all = last - first;
+        const auto narrow = [&](int64_t i) {
+          if (!states[i].whole) narrowed.take(z, i - first, i);
+        };
+        if (!sparse || 4 * count > 3 * all) {  // hardly a row to leave out: one product, where the rows lie
+          if (sparse) {
+            torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) {
+                narrow(i);
+                states[i].whole = true;
+              }
+            });
+          }
+          const Factor e = narrowed.factor(z, first);
+          multiply(weight.take(first, all), e, blocks.weight, v0 > 0);
+          if (R) multiply(low_rank.take(first, all), e, blocks.low_rank_weight, v0 > 0);
+          return;
+        }
+        torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const bool is_whole = std::binary_search(whole.begin(), whole.end(), i);
+            if (is_whole) narrow(i);
+            states[i].whole = is_whole;
+            if (is_whole) continue;
+            for (const int32_t j : states[i].likely) {
+              add_row(weight.row(i), blocks.weight, j, z.row(i - first)[j]);
+              if (R) add_row(low_rank.row(i), blocks.low_rank_weight, j, z.row(i - first)[j]);
+            }
+            states[i].dropped += states[i].unlikely;
+          }
+        });
+        // The whole rows side by side, as the factor of one product; its rows are added to where they belong.
+        for (int64_t k = 0; k < count; ++k) narrowed.move(z, first, whole[k], first + k);
+        const Factor e = narrowed.factor(z.take(0, count), first);
+        const auto add_products = [&](const Matrix& out, const Factor& by) {
+          const Matrix sums{partial.matrix(1, 1).data + first * out.columns, count, out.columns, out.columns};
+          multiply(sums, e, by, false);
+          torch::stable::parallel_for(0, count, grain(out.columns), [&](int64_t begin, int64_t end) {
+            for (int64_t k = begin; k < end; ++k) add_scaled(out.row(whole[k]), sums.row(k), 1, out.columns);
+          });
+        };
+        if (count > 0) add_products(weight, blocks.weight);
+        if (count > 0 && R) add_products(low_rank, blocks.low_rank_weight);
       });
     }
     for (int64_t i = 0; i < rows; ++i) {
       const RowState& state = states[i];
       const double total = state.rest + std::exp(static_cast<double>(state.target_logit) - state.shift);
-      const double row_lse = state.shift + std::log(total);
+      const double row_lse = state.shift + std::log(total), doubt = state.rest / total;
       token_logps.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(state.target_logit - row_lse);
       lse.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(row_lse);
-      coefficients.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(state.target_slope * (state.rest / total));
+      coefficients.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(state.target_slope * doubt);
+      if (sparse) {
+        doubts.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(doubt);
+        dropped.mutable_data_ptr<float>()[t0 + i] =
+            state.dropped == 0 ? 0 : static_cast<float>(state.dropped / total + doubt * kSumError);
+      }
       scale_row(weight, i, static_cast<float>(1 / total));
       if (R) scale_row(low_rank, i, static_cast<float>(1 / total));
     }
   }
-  return {token_logps, lse, coefficients, expected_weight, expected_low_rank};
+  return {token_logps, lse, coefficients, expected_weight, expected_low_rank, doubts, dropped};
 }
 
 }  // namespace groupdpo_kernels

@@ -37,10 +37,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
                                                                                 const HeadOptions& options, bool stats);
 
 // token_logps, lse and c_y (1 - p_y), all (T,), with y the target and c the cap's slope; sum over v != y of p_v c_v
-// weight_v (T, D); the same of low_rank_weight (T, R), or (0, 0). All float32. 4 T D V FLOP.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_expectations(const Head& head,
-                                                                             const Tensor& targets,  // (T,) int64
-                                                                             const HeadOptions& options);
+// weight_v (T, D); the same of low_rank_weight (T, R), or (0, 0); with grad_tol > 0 also 1 - p_y and at least the sum
+// of the p_v that the sums leave out, else (0,). All float32. 4 T D V FLOP, with grad_tol > 0 between half of that and
+// all. What is left out is within grad_tol of the sum of 1 - p_y, where all rows weigh the same.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_expectations(
+    const Head& head,
+    const Tensor& targets,                       // (T,) int64
+    const std::optional<Tensor>& target_logits,  // (T,) float32, with grad_tol > 0: need not be exact
+    const HeadOptions& options, double grad_tol,
+    double least);  // probability of an entry that is not left out
 
 // token_logps, lse, 1 - p_y, c_y, at least the sum of p_v over what is neither target nor candidate: (T,) float32. Then
 // the candidates, ids (T, most) int32 and p_v c_v (T, most) float32, by id, 0 past the last: entries of probability at
@@ -70,10 +75,10 @@ struct Needs {
 // sum has one order.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
     const Head& head,
-    const Tensor& targets,        // (T,) int64
-    const Tensor& lse,            // (T,) float32, from the forward
-    const Tensor& d_token_logps,  // (T,) float32
-    const Tensor& d_lse,          // (T,) float32
+    const Tensor& targets,    // (T,) int64
+    const Tensor& lse,        // (T,) float32, from the forward
+    const Tensor& d_target,   // (T,) float32: d_logits at the target
+    const Tensor& d_softmax,  // (T,) float32: the coefficient of the softmax elsewhere
     const HeadOptions& options, const Needs& needs);
 
 }  // namespace groupdpo_kernels

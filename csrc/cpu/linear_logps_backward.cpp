@@ -10,14 +10,14 @@
 namespace groupdpo_kernels {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
-    const Head& head, const Tensor& targets, const Tensor& lse, const Tensor& d_token_logps, const Tensor& d_lse,
+    const Head& head, const Tensor& targets, const Tensor& lse, const Tensor& d_target, const Tensor& d_softmax,
     const HeadOptions& options, const Needs& needs) {
   const NoGrad no_grad;
   check(head, targets);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
   check_row_vector(lse, "lse", T);
-  check_row_vector(d_token_logps, "d_token_logps", T);
-  check_row_vector(d_lse, "d_lse", T);
+  check_row_vector(d_target, "d_target", T);
+  check_row_vector(d_softmax, "d_softmax", T);
 
   const int64_t per_column = HeadBlocks::scratch_per_column(head) +
                              Gradient::scratch_per_row(head.weight, needs.weight) +
@@ -40,8 +40,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
 
   const int64_t* target = targets.const_data_ptr<int64_t>();
   const float* row_lse = lse.const_data_ptr<float>();
-  const float* d_target = d_token_logps.const_data_ptr<float>();
-  const float* d_row_lse = d_lse.const_data_ptr<float>();
+  const float* at_target = d_target.const_data_ptr<float>();
+  const float* elsewhere = d_softmax.const_data_ptr<float>();
 
   for (int64_t v0 = 0; v0 < V && T > 0; v0 += shape.columns) {
     const int64_t columns = std::min(shape.columns, V - v0);
@@ -56,9 +56,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
           for (int64_t i = begin; i < end; ++i) {
             const int64_t t = t0 + i;
             const bool known = target[t] >= 0 && target[t] < V;  // else NaN: never a plausible number
-            const float d_softmax = known ? d_row_lse[t] - d_target[t] : std::numeric_limits<float>::quiet_NaN();
-            const double seen = to_d_products(z.row(i - first), blocks.bias, columns, map, row_lse[t], d_softmax,
-                                              d_target[t], target[t] - v0);
+            const float d_others = known ? elsewhere[t] : std::numeric_limits<float>::quiet_NaN();
+            const double seen = to_d_products(z.row(i - first), blocks.bias, columns, map, row_lse[t], d_others,
+                                              at_target[t], target[t] - v0);
             if (row_mass) row_mass[t] += static_cast<float>(seen);
             narrowed.take(z, i - first, i);
           }

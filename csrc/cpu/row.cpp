@@ -169,6 +169,12 @@ EVERY_ISA int64_t first_at_least(const float* z, int64_t n, float least) {
   return j;
 }
 
+EVERY_ISA int64_t count_at_least(const float* z, int64_t n, float least) {
+  int32_t found = 0;
+  for (int64_t j = 0; j < n; ++j) found += z[j] >= least;
+  return found;
+}
+
 EVERY_ISA void add_scaled(float* sums, const float* x, float factor, int64_t n) {
   for (int64_t j = 0; j < n; ++j) sums[j] += factor * x[j];
 }
@@ -185,7 +191,7 @@ EVERY_ISA double to_d_products(float* z, const float* bias, int64_t n, const Log
   const float at_target = here ? d_target * chain * squashed_slope(z[target], map) : 0;
   const double mass = squashed_to_weights(z, n, map, lse, bounded);
   for (int64_t j = 0; j < n; ++j) z[j] *= coefficient;
-  if (here) z[target] += at_target;
+  if (here) z[target] = at_target;
   return mass;
 }
 

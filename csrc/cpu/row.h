@@ -33,8 +33,8 @@ int64_t first_index(const float* z, int64_t n, float value);
 // With stats, all of RowSums; else total alone. bounded: no z exceeds shift + 88.
 RowSums exp_sums(const float* z, int64_t n, float shift, bool bounded, bool stats);
 
-// products (n,) -> d_products, in place: the derivative of d_softmax * lse + d_target * logits[target]. target is an
-// index into the row; outside [0, n): none here. Returns sum exp(logits - lse).
+// products (n,) -> d_products, in place, where d_logits is d_softmax * exp(logits - lse), and d_target at the target.
+// target is an index into the row; outside [0, n): none here. Returns sum exp(logits - lse).
 double to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,
                      float d_target, int64_t target);
 
@@ -55,6 +55,9 @@ double squashed_sum(const float* z, int64_t n, const LogitMap& map, float shift,
 
 // Index of the first of z (n,) that is at least `least`; n if there is none. NaN is not.
 int64_t first_at_least(const float* z, int64_t n, float least);
+
+// How many of z (n,) are.
+int64_t count_at_least(const float* z, int64_t n, float least);
 
 // sums (n,) += factor * x (n,); x float32 or bfloat16.
 void add_scaled(float* sums, const float* x, float factor, int64_t n);

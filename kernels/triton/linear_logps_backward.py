@@ -38,8 +38,8 @@ def d_logits_kernel(
     targets_ptr,  # (T,) int64, compact, like all rowwise inputs
     count_ptr,  # (1,) int32: live rows
     lse_ptr,  # (T,) float32
-    d_target_ptr,  # (T,) float32: coefficient of 1[v = target]
-    d_softmax_ptr,  # (T,) float32: coefficient of softmax
+    d_target_ptr,  # (T,) float32: d_logits at the target
+    d_softmax_ptr,  # (T,) float32: coefficient of softmax elsewhere
     d_logits_ptr,  # (rows, stride_d_logits) input dtype; past `columns` zeros if FEW, else written but never read
     d_bias_ptr,  # (token tiles, stride_d_logits) float32, or None
     mass_ptr,  # (vocabulary tiles, rows) float32, or None
@@ -112,7 +112,7 @@ def d_logits_kernel(
             d = d_softmax[:, None] * p
             if hit:
                 d_target = tl.load(d_target_ptr + t, mask=t < live, other=0.0) * slope
-                d += tl.where(column[None, :] == target_column[:, None], d_target[:, None], 0.0)
+                d = tl.where(column[None, :] == target_column[:, None], d_target[:, None], d)
             if HAS_SOFTCAP:
                 d *= 1.0 - y * y
             if FEW:
@@ -153,8 +153,8 @@ def linear_logps_backward(
     low_rank_weight: Tensor | None,  # (V, R)
     targets: Tensor,  # (...) int64
     lse: Tensor,  # (...) float32, from the forward
-    d_token_logps: Tensor,  # (...) float32
-    d_lse: Tensor,  # (...) float32
+    d_target: Tensor,  # (...) float32, of reference.row_gradients, as the next
+    d_softmax: Tensor,  # (...) float32
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -189,7 +189,7 @@ def linear_logps_backward(
         if low_rank_hidden is None
         else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, low_rank_hidden.shape[-1])))
     )
-    compact_targets, compact_lse, d_target, d_softmax = _rowwise(live, targets, lse, d_token_logps, d_lse, V)
+    compact_targets, compact_lse, d_target, d_softmax = _rowwise(live, targets, lse, d_target, d_softmax, V)
 
     launch = launch_for(weight)
     rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
@@ -254,15 +254,12 @@ def _rowwise(
     live: LiveRows,
     targets: Tensor,  # (...) int64
     lse: Tensor,  # (...) float32
-    d_token_logps: Tensor,  # (...) float32
-    d_lse: Tensor,  # (...) float32
+    d_target: Tensor,  # (...) float32
+    d_softmax: Tensor,  # (...) float32
     V: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compact targets, lse, and the coefficients of 1[v = target] and of softmax in d_logits. A wrong id makes both
-    NaN.
-    """
-    targets, lse, d_token_logps, d_lse = (
-        x.reshape(-1)[live.rows.clamp(min=0)] for x in (targets, lse, d_token_logps, d_lse)
+    """The compact rows of each. A wrong id makes d_softmax NaN."""
+    targets, lse, d_target, d_softmax = (
+        x.reshape(-1)[live.rows.clamp(min=0)] for x in (targets, lse, d_target, d_softmax)
     )
-    d_target = torch.where((targets >= 0) & (targets < V), d_token_logps, torch.nan)
-    return targets, lse, d_target, d_lse - d_target
+    return targets, lse, d_target, torch.where((targets >= 0) & (targets < V), d_softmax, torch.nan)

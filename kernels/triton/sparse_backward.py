@@ -140,7 +140,8 @@ def linear_logps_sparse_backward(
     options = (logit_scale, softcap, temperature, ignore_index, workspace_bytes)
     head = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
     rest = torch.where(exact, targets, ignore_index)
-    *gradients, _ = linear_logps_backward(*head, rest, lse, d_token_logps, d_lse, *options, (*needs, False), few=True)
+    d_target, d_softmax = d_token_logps * doubts + d_lse * (1 - doubts), d_lse - d_token_logps
+    *gradients, _ = linear_logps_backward(*head, rest, lse, d_target, d_softmax, *options, (*needs, False), few=True)
     if T == 0 or not any(needs):
         return tuple(gradients)
     d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = (
@@ -151,16 +152,16 @@ def linear_logps_sparse_backward(
     if d_bias is not None:
         by_id.append((d_bias[:, None], torch.ones((), dtype=torch.float32, device=hidden.device).expand(T, 1)))
 
-    flat = [x.reshape(-1) for x in (targets, targets.ne(ignore_index) & ~exact, doubts, slopes, d_token_logps, d_lse)]
+    flat = [x.reshape(-1) for x in (targets, targets.ne(ignore_index) & ~exact, slopes, d_target, d_softmax)]
     chain = logit_scale / temperature
     rows = min(T, max(1, workspace_bytes // (ENTRY_BYTES * (most + 1))))
     for row0 in range(0, T, rows):
         span = slice(row0, min(row0 + rows, T))
-        y, sparse, doubt, slope, d_y, d_z = (x[span] for x in flat)
+        y, sparse, slope, at_target, at_others = (x[span] for x in flat)
         # The target first, then the candidates.
         coefficients = doubts.new_empty((y.shape[0], most + 1))
-        coefficients[:, 0] = chain * slope * (d_y * doubt + d_z * (1 - doubt))
-        torch.mul((chain * (d_z - d_y))[:, None], weights.view(-1, most)[span], out=coefficients[:, 1:])
+        coefficients[:, 0] = chain * slope * at_target
+        torch.mul((chain * at_others)[:, None], weights.view(-1, most)[span], out=coefficients[:, 1:])
         # Nothing of an exact row may pass, not even a NaN.
         coefficients.masked_fill_(~sparse[:, None], 0)
         columns = ids.new_empty(coefficients.shape)

@@ -76,7 +76,8 @@ def group_backward(
     do its gradients. A module that counts its forwards (batch normalisation) counts both passes.
 
     Raises ValueError or TypeError for what preference_loss refuses, for micro-batches that cannot be iterated twice or
-    do not hold the sequences of groups, for results of forward of another form. Warns if pass 2 does not repeat pass 1.
+    do not hold the sequences of groups, for results of forward of another form, for reentrant checkpoints with
+    `parameters`. Warns if pass 2 does not repeat pass 1.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
@@ -193,6 +194,8 @@ def _two_pass(step: _Step) -> PreferenceLoss:
                     upstream.append((run.auxiliary, torch.ones_like(run.auxiliary) * step.scale))
                 live = [(x, g) for x, g in upstream if x.requires_grad]
                 if live:
+                    if step.leaves is not None and not reached:
+                        _check_reachable([x for x, _ in live])
                     torch.autograd.backward([x for x, _ in live], [g for _, g in live], inputs=step.leaves)
                     reached = True
     finally:
@@ -243,6 +246,8 @@ def _one_pass(step: _Step) -> PreferenceLoss:
             run = step.run(micro_batch, at)
             roots = [x for x in (*run.seq_logps.unbind(), run.auxiliary) if x is not None and x.requires_grad]
             leaves = step.leaves or _leaves(roots)
+            if step.leaves is not None and at == 0:
+                _check_reachable(roots)
             step.check_copies(leaves)
             for k, root in enumerate(roots):
                 gradients = torch.autograd.grad(root.sum(), leaves, retain_graph=k < len(roots) - 1, allow_unused=True)
@@ -284,18 +289,30 @@ def _marking_last(items: Iterable[M]) -> Iterator[tuple[M, bool]]:
 
 def _leaves(roots: list[Tensor]) -> list[Tensor]:
     """All leaves that a backward from `roots` would fill."""
-    found: dict[Tensor, None] = {}
+    return list(dict.fromkeys(node.variable for node in _nodes(roots) if hasattr(node, "variable")))  # AccumulateGrad
+
+
+def _check_reachable(roots: list[Tensor]) -> None:
+    """A backward that is told its leaves passes by a reentrant checkpoint, which hides those inside it: their gradients
+    would be missing, and nothing says so where no leaf comes before it (LoRA).
+    """
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(roots)):
+        raise ValueError(
+            "forward must not use reentrant checkpoints where parameters is given: take use_reentrant=False, or"
+            " two_pass with parameters=None"
+        )
+
+
+def _nodes(roots: list[Tensor]) -> Iterator[Any]:
+    """Every node of the graph behind `roots`, once."""
     seen: set[Any] = set()
     stack = [torch.autograd.graph.get_gradient_edge(x).node for x in roots]
     while stack:
         node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):  # AccumulateGrad
-            found[node.variable] = None
-        stack += [parent for parent, _ in node.next_functions if parent is not None]
-    return list(found)
+        if node not in seen:
+            seen.add(node)
+            yield node
+            stack += [parent for parent, _ in node.next_functions if parent is not None]
 
 
 STRATEGIES: dict[str, Callable[[_Step], PreferenceLoss]] = {"two_pass": _two_pass, "one_pass": _one_pass}

@@ -141,8 +141,8 @@ def backward_in_blocks(
     low_rank_weight: Tensor | None,  # (V, R)
     targets: Tensor,  # (T,) int64, all valid
     lse: Tensor,  # (T,) float32 | float64, from the forward
-    d_token_logps: Tensor,  # (T,)
-    d_lse: Tensor,  # (T,)
+    d_target: Tensor,  # (T,) of reference.row_gradients, as the next
+    d_softmax: Tensor,  # (T,)
     options: HeadOptions,
     needs: tuple[bool, ...],  # which of HeadGradients
 ) -> HeadGradients:
@@ -178,10 +178,10 @@ def backward_in_blocks(
             p = torch.exp(z.sub_(lse[t, None]))
             if mass is not None:
                 mass[t] += p.sum(1)
-            d_raw = p.mul_((d_lse - d_token_logps)[t, None])
+            d_raw = p.mul_(d_softmax[t, None])
             local = targets[t] - v.start
             r = ((local >= 0) & (local < w.shape[0])).nonzero()[:, 0]
-            d_raw[r, local[r]] += d_token_logps[t][r]
+            d_raw[r, local[r]] = d_target[t][r].to(dtype)
             if d_cap is not None:
                 d_raw *= d_cap
             d_raw *= options.logit_scale / options.temperature
@@ -230,6 +230,10 @@ def target_logits(
     return out
 
 
+# Float32 sums of exponentials by block err by at most this much of themselves (64 additions a lane, then float64).
+SUM_ERROR = 2.0**-18
+
+
 class Expectations(NamedTuple):
     """What d token_logps / d hidden is made of, by row: with y the target and c the cap's slope (1 without a cap),
 
@@ -243,6 +247,8 @@ class Expectations(NamedTuple):
     coefficients: Tensor  # (T,) c_y (1 - p_y)
     expected_weight: Tensor  # (T, D) sum over v != y of p_v c_v weight_v
     expected_low_rank: Tensor | None  # (T, R) sum over v != y of p_v c_v low_rank_weight_v
+    doubts: Tensor | None = None  # (T,) with a tolerance: 1 - p_y, and
+    dropped: Tensor | None = None  # (T,) at least the p_v that the sums leave out
 
 
 def expectations_in_blocks(
@@ -253,19 +259,29 @@ def expectations_in_blocks(
     low_rank_weight: Tensor | None,  # (V, R)
     targets: Tensor,  # (T,) int64, all valid
     options: HeadOptions,
+    grad_tol: float = 0.0,
+    least: float = 0.0,  # probability of an entry that is never left out; 0 without a tolerance
 ) -> Expectations:
-    """Forward and expectations in one pass over the vocabulary, by online softmax: 4 T D V FLOP."""
+    """Forward and expectations in one pass over the vocabulary, by online softmax: 4 T D V FLOP.
+
+    grad_tol > 0: where the likely entries of a row say nearly all of a block, the others are left out of the
+    expectations, as long as what is left out so far is at most grad_tol of the sum of 1 - p_y so far, over the rows of
+    a block of tokens.
+    """
     dtype = accumulator(hidden.dtype)
     (T, D), V = hidden.shape, weight.shape[0]
     R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
     rows, columns = block_shape(T, D + R, V, options.workspace_bytes, dtype.itemsize)
-    target_logits, lse, coefficients = (hidden.new_zeros(T, dtype=dtype) for _ in range(3))
+    z_target, lse, coefficients, doubts, left_out = (hidden.new_zeros(T, dtype=dtype) for _ in range(5))
     expected_weight = hidden.new_zeros((T, D), dtype=dtype)
     expected_low_rank = None if low_rank_weight is None else hidden.new_zeros((T, R), dtype=dtype)
     for t in _spans(T, rows):
         h, y = hidden[t].to(dtype), targets[t]
         x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
         top, rest = h.new_full((h.shape[0],), -math.inf), h.new_zeros(h.shape[0])  # rest: without the target
+        dropped = torch.zeros_like(rest)
+        # A lower bound on the row's sum of exponentials from the start.
+        ahead = target_logits(hidden[t], weight, bias, x, low_rank_weight, y, options) if grad_tol > 0 else None
         for v in _spans(V, columns):
             w = weight[v].to(dtype)
             b = None if bias is None else bias[v].to(dtype)
@@ -273,14 +289,20 @@ def expectations_in_blocks(
             z, slope = _block_logits(h, w, b, x, u, options)
             here = (y >= v.start) & (y < v.stop)
             at = (y - v.start).clamp(0, z.shape[1] - 1)[:, None]
-            target_logits[t] += _at_target(z, y, v)
+            z_target[t] += _at_target(z, y, v)
             coefficients[t] += here.to(dtype) if slope is None else _at_target(slope, y, v)
             new_top = torch.maximum(top, z.max(1).values)
             shift = torch.where(torch.isfinite(new_top), new_top, 0)
             rescale = torch.exp(torch.where(top == -math.inf, -math.inf, top - shift))
             e = torch.exp(z - shift[:, None])
             e.scatter_(1, at, torch.where(here, 0, e.gather(1, at)[:, 0])[:, None])
-            rest = rest * rescale + e.sum(1)
+            rest, dropped = rest * rescale + e.sum(1), dropped * rescale
+            if ahead is not None:
+                total = rest + torch.exp(ahead - shift)
+                unlikely = torch.where(e < least * total[:, None], e, 0)
+                skips = _affordable(unlikely.sum(1) / total, (grad_tol * rest - dropped) / total)
+                dropped += torch.where(skips, unlikely.sum(1), 0)
+                e -= torch.where(skips[:, None], unlikely, 0)
             if slope is not None:
                 e *= slope
             for expected, factor in ((expected_weight, w), (expected_low_rank, u)):
@@ -288,13 +310,23 @@ def expectations_in_blocks(
                     expected[t].mul_(rescale[:, None]).addmm_(e, factor)
             top = new_top
         shift = torch.where(torch.isfinite(top), top, 0)
-        total = rest + torch.exp(target_logits[t] - shift)
+        total = rest + torch.exp(z_target[t] - shift)
         coefficients[t] *= rest / total
+        doubts[t] = rest / total
+        left_out[t] = torch.where(dropped == 0, 0, dropped / total + SUM_ERROR * doubts[t])
         for expected in (expected_weight, expected_low_rank):
             if expected is not None:
                 expected[t] /= total[:, None]
         lse[t] = shift + total.log()
-    return Expectations(target_logits - lse, lse, coefficients, expected_weight, expected_low_rank)
+    bound = (doubts, left_out) if grad_tol > 0 else ()
+    return Expectations(z_target - lse, lse, coefficients, expected_weight, expected_low_rank, *bound)
+
+
+def _affordable(cost: Tensor, allowance: Tensor) -> Tensor:  # (t,), (t,) -> (t,) bool
+    """The cheapest rows whose costs sum to at most the sum of all allowances; never one that is not finite."""
+    order = cost.argsort(stable=True)
+    fits = cost[order].cumsum(0) <= torch.where(torch.isfinite(allowance), allowance, 0).sum()
+    return torch.zeros_like(fits).scatter_(0, order, fits)
 
 
 def jacobian(

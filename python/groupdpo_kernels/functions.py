@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from . import ops, preference_ops
 from .preference_ops import LossSpec
-from .reference import Head, HeadOptions
+from .reference import Head, HeadOptions, row_gradients
 from .replay import KnownLse
-from .sparse import Candidates
+from .sparse import Candidates, exact_rows
 
 
 class LinearLogps(torch.autograd.Function):
@@ -51,16 +51,17 @@ class LinearLogps(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ctx.options, _, ctx.impl, ctx.known = inputs
-        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, output[1])
+        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *output[:2])
         ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        *head, targets, lse = ctx.saved_tensors
+        *head, targets, token_logps, lse = ctx.saved_tensors
         need = ctx.needs_input_grad  # (hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ...)
         needs = (need[0], need[1], need[3], need[4], need[5], ctx.known is not None)
-        g = ops.linear_logps_backward(Head(*head), targets, lse, d_token_logps, d_lse, ctx.options, needs, ctx.impl)
+        rows = row_gradients(token_logps, d_token_logps, d_lse)
+        g = ops.linear_logps_backward(Head(*head), targets, lse, *rows, ctx.options, needs, ctx.impl)
         if ctx.known is not None and g.mass is not None:
             ctx.known.drift = torch.where(targets == ctx.options.ignore_index, 0, g.mass.log())
         return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *[None] * 4
@@ -71,11 +72,14 @@ def _no_stats(like: Tensor) -> tuple[Tensor, ...]:
 
 
 class FrozenLinearLogps(torch.autograd.Function):
-    """`FrozenLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, impl)`.
+    """`FrozenLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, grad_tol,
+    impl)`.
 
     As LinearLogps, for a head that needs no gradient of its own: d token_logps / d hidden does not depend on the
     upstream gradient, so the forward stores it, in the dtype of hidden, and the backward scales its rows. Two products
-    in all, not three. Returns (token_logps, lse); only token_logps is differentiable, in hidden and low_rank_hidden.
+    in all, not three. With grad_tol > 0 the forward leaves out what it can (sparse.py), by the bound for upstream
+    gradients of one size; the backward knows their sizes, and sends rows through the exact path until it holds for
+    them. Returns (token_logps, lse); only token_logps is differentiable, in hidden and low_rank_hidden.
     """
 
     @staticmethod
@@ -88,22 +92,37 @@ class FrozenLinearLogps(torch.autograd.Function):
         low_rank_hidden: Tensor | None,  # (..., R)
         low_rank_weight: Tensor | None,  # (V, R)
         options: HeadOptions,
+        grad_tol: float,
         impl: str,
     ) -> tuple[Tensor, Tensor]:
         head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-        token_logps, lse, *jacobian = ops.linear_logps_jacobian(head, targets, options, impl)
-        ctx.save_for_backward(*jacobian)
+        token_logps, lse, *found = ops.linear_logps_jacobian(head, targets, options, grad_tol, impl)
+        ctx.save_for_backward(*found, *((lse, targets, *head) if grad_tol > 0 else ()))
+        ctx.options, ctx.grad_tol, ctx.impl = options, grad_tol, impl
         ctx.mark_non_differentiable(lse)
         return token_logps, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_token_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        need_hidden, need_low_rank = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         d_hidden, d_low_rank_hidden = (
             None if x is None or not needed else (x * d_token_logps[..., None]).to(x.dtype)
-            for x, needed in zip(ctx.saved_tensors, (ctx.needs_input_grad[0], ctx.needs_input_grad[4]))
+            for x, needed in zip(ctx.saved_tensors, (need_hidden, need_low_rank))
         )
-        return d_hidden, None, None, None, d_low_rank_hidden, None, None, None
+        if ctx.grad_tol > 0:
+            _, _, doubts, dropped, lse, targets, *head = ctx.saved_tensors
+            d_lse, live = torch.zeros_like(lse), targets != ctx.options.ignore_index
+            rows = exact_rows(doubts, dropped, d_token_logps, d_lse, live, ctx.grad_tol)
+            rest = torch.where(rows, targets, ctx.options.ignore_index)
+            needs = (need_hidden, False, False, need_low_rank, False, False)
+            upstream = (d_token_logps * doubts, -d_token_logps)
+            g = ops.linear_logps_backward(Head(*head), rest, lse, *upstream, ctx.options, needs, ctx.impl)
+            d_hidden, d_low_rank_hidden = (
+                None if x is None or exact is None else torch.where(rows[..., None], exact, x)
+                for x, exact in ((d_hidden, g.d_hidden), (d_low_rank_hidden, g.d_low_rank_hidden))
+            )
+        return d_hidden, None, None, None, d_low_rank_hidden, None, None, None, None
 
 
 class SparseLinearLogps(torch.autograd.Function):

@@ -74,22 +74,22 @@ def backward(
     head: Head,
     targets: Tensor,
     lse: Tensor,
-    d_token_logps: Tensor,
-    d_lse: Tensor,
+    d_target: Tensor,
+    d_softmax: Tensor,
     options: HeadOptions,
     needs: tuple[bool, ...],
     impl: str,
 ) -> HeadGradients:
     rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
     live = _live_head(head, rows)
-    rowwise = (lse, d_token_logps, d_lse)
-    y, z, d_y, d_z = (x.reshape(-1)[rows] for x in (targets, *rowwise))
+    rowwise = (lse, d_target, d_softmax)
+    y, z, at_y, elsewhere = (x.reshape(-1)[rows] for x in (targets, *rowwise))
     out: tuple[Tensor | None, ...]
     if impl == "cpu":
         op = torch.ops.groupdpo_kernels.linear_logps_backward_cpu
-        out = op(*live, y, z, d_y, d_z, *_of_extension(options), *needs)
+        out = op(*live, y, z, at_y, elsewhere, *_of_extension(options), *needs)
     else:
-        out = blocks.backward_in_blocks(*live, y, z, d_y, d_z, options, needs)
+        out = blocks.backward_in_blocks(*live, y, z, at_y, elsewhere, options, needs)
     gradients = [x if needed else None for x, needed in zip(out, needs)]
     for i, source in ((0, head.hidden), (3, head.low_rank_hidden), (5, targets)):  # by row: back to the input's shape
         gradient = gradients[i]
@@ -99,16 +99,23 @@ def backward(
 
 
 def jacobian(
-    head: Head, targets: Tensor, options: HeadOptions, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden)."""
+    head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden, doubts, dropped), the last two
+    with grad_tol > 0 alone.
+    """
     rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
     live, y = _live_head(head, rows), targets.reshape(-1)[rows]
+    # Half of it: the sizes of the upstream gradients, which differ, come with the backward.
+    forward_tol, least = grad_tol / 2, sparse.least_probability(grad_tol)
     if impl == "cpu":
         op = torch.ops.groupdpo_kernels.linear_logps_expectations_cpu
-        found = blocks.Expectations(*op(*live, y, *_of_extension(options)))
+        at_target = blocks.target_logits(*live, y, options) if grad_tol > 0 else None
+        found = blocks.Expectations(*op(*live, y, at_target, *_of_extension(options), forward_tol, least))
+        if grad_tol == 0:
+            found = found._replace(doubts=None, dropped=None)
     else:
-        found = blocks.expectations_in_blocks(*live, y, options)
+        found = blocks.expectations_in_blocks(*live, y, options, forward_tol, least)
     d_hidden, d_low_rank = blocks.jacobian(found, live, y, options)
     low_rank_hidden = head.low_rank_hidden
     return (
@@ -116,6 +123,8 @@ def jacobian(
         _put(found.lse, rows, targets.shape),
         _put(d_hidden, rows, head.hidden.shape),
         None if d_low_rank is None or low_rank_hidden is None else _put(d_low_rank, rows, low_rank_hidden.shape),
+        None if found.doubts is None else _put(found.doubts, rows, targets.shape),
+        None if found.dropped is None else _put(found.dropped, rows, targets.shape),
     )
 
 
@@ -164,7 +173,8 @@ def sparse_backward(
     live = targets != options.ignore_index
     exact = sparse.exact_rows(found.doubts, found.dropped, d_token_logps, d_lse, live, grad_tol)
     rest = torch.where(exact, targets, options.ignore_index)
-    gradients = backward(head, rest, found.lse, d_token_logps, d_lse, options, (*needs, False), impl)
+    d_target = d_token_logps * found.doubts + d_lse * (1 - found.doubts)
+    gradients = backward(head, rest, found.lse, d_target, d_lse - d_token_logps, options, (*needs, False), impl)
 
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(-1, x.shape[-1])

@@ -306,11 +306,14 @@ def _run(
         return LogpStats(*ShardedLinearLogps.apply(*arguments, extra, impl, process_group))
     tape = replay.active()
     known = None if tape is None else tape.take(targets.shape)
-    if grad_tol > 0 and not extra and _differentiates(head):
+    sparse = grad_tol > 0 and not extra and _differentiates(head)
+    # A GPU does not have the products of a row at hand once it knows that the row needs them: candidates are cheaper.
+    stores = not outputs and _stores_derivative(head, options) and not (sparse and hidden.device.type != "cpu")
+    if stores and (known is None or sparse):
+        stats = LogpStats(*FrozenLinearLogps.apply(*arguments, float(grad_tol), impl))
+    elif sparse:
         # Also where the lse is known: the candidates cost the one product that it would save, and save two.
         stats = LogpStats(*SparseLinearLogps.apply(*arguments, float(grad_tol), impl))
-    elif known is None and not outputs and _stores_derivative(head, options):
-        stats = LogpStats(*FrozenLinearLogps.apply(*arguments, impl))
     else:
         stats = LogpStats(*LinearLogps.apply(*arguments, extra, impl, None if extra else known))
     if tape is not None and stats.lse is not None:

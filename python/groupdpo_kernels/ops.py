@@ -32,37 +32,30 @@ _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
 # The C++ op (csrc/binding.cpp registers it for the CPU key). Rows are live and ids are valid by the time it is called.
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_rank_hidden, Tensor? low_rank_weight, Tensor targets"
 _MAP = "float logit_scale, float? softcap, float temperature"
-_EXPECTATIONS = (
-    "(Tensor token_logps, Tensor lse, Tensor coefficients, Tensor expected_weight, Tensor expected_low_rank)"
-)
-_CANDIDATES = (
-    "(Tensor token_logps, Tensor lse, Tensor doubts, Tensor slopes, Tensor dropped, Tensor ids, Tensor weights)"
-)
-_STATS = "(Tensor token_logps, Tensor lse, Tensor entropy, Tensor mean_logits, Tensor log_sum_sq_probs, Tensor is_top1)"
-_GRADIENTS = (
-    "(Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low_rank_hidden, Tensor d_low_rank_weight, Tensor mass)"
-)
 _NEEDS = (
     "bool needs_hidden, bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight,"
     " bool needs_mass"
 )
-_LIBRARY.define(f"linear_logps_forward_cpu({_HEAD}, {_MAP}, int workspace_bytes, bool stats) -> {_STATS}")
-_LIBRARY.define(f"linear_logps_expectations_cpu({_HEAD}, {_MAP}, int workspace_bytes) -> {_EXPECTATIONS}")
+_SIX, _SEVEN = (f"({', '.join(['Tensor'] * n)})" for n in (6, 7))
+_LIBRARY.define(f"linear_logps_forward_cpu({_HEAD}, {_MAP}, int workspace_bytes, bool stats) -> {_SIX}")
+_LIBRARY.define(
+    f"linear_logps_expectations_cpu({_HEAD}, Tensor? target_logits, {_MAP}, int workspace_bytes, float grad_tol,"
+    f" float least) -> {_SEVEN}"
+)
 _LIBRARY.define(
     f"linear_logps_candidates_cpu({_HEAD}, Tensor target_logits, {_MAP}, int workspace_bytes, float least, int most)"
-    f" -> {_CANDIDATES}"
+    f" -> {_SEVEN}"
 )
 _LIBRARY.define(
     "add_weighted_rows_cpu(Tensor(a!) out, Tensor source, Tensor owned, Tensor index, Tensor coefficients) -> ()"
 )
 _LIBRARY.define(
-    f"linear_logps_backward_cpu({_HEAD}, Tensor lse, Tensor d_token_logps, Tensor d_lse, {_MAP},"
-    f" int workspace_bytes, {_NEEDS}) -> {_GRADIENTS}"
+    f"linear_logps_backward_cpu({_HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, {_MAP},"
+    f" int workspace_bytes, {_NEEDS}) -> {_SIX}"
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------- which
-# implementation
+# ------------------------------------------------------------------------------------------------- which implementation
 
 
 def extension_why_not() -> list[str]:
@@ -133,7 +126,7 @@ _OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_ind
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_forward",
     mutates_args=(),
-    schema=f"({_HEAD}, {_OPTIONS}, bool stats, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, {_OPTIONS}, bool stats, str impl) -> {_SIX}",
 )
 def _linear_logps_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     *options, stats, impl = rest
@@ -158,11 +151,10 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_backward",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor lse, Tensor d_token_logps, Tensor d_lse, {_OPTIONS}, bool[] needs, str impl)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, {_OPTIONS}, bool[] needs, str impl) -> {_SIX}",
 )
 def _linear_logps_backward(
-    hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_token_logps, d_lse, *rest
+    hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_target, d_softmax, *rest
 ):
     *options, needs, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
@@ -170,14 +162,14 @@ def _linear_logps_backward(
     with _exact(hidden.device):
         if impl == "triton":
             launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_backward")
-            out = launcher.linear_logps_backward(*head, targets, lse, d_token_logps, d_lse, *options, tuple(needs))
+            out = launcher.linear_logps_backward(*head, targets, lse, d_target, d_softmax, *options, tuple(needs))
         else:
-            out = host.backward(head, targets, lse, d_token_logps, d_lse, HeadOptions(*options), tuple(needs), impl)
+            out = host.backward(head, targets, lse, d_target, d_softmax, HeadOptions(*options), tuple(needs), impl)
     return tuple(hidden.new_empty(0) if x is None else x for x in out)
 
 
 @_linear_logps_backward.register_fake
-def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_token_logps, d_lse, *rest):
+def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_target, d_softmax, *rest):
     needs = rest[-2]
     inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
     mass = torch.empty_like(lse, memory_format=torch.contiguous_format) if needs[5] else hidden.new_empty(0)
@@ -187,8 +179,7 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_to
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_candidates",
     mutates_args=(),
-    schema=f"({_HEAD}, {_OPTIONS}, float grad_tol, str impl)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, {_OPTIONS}, float grad_tol, str impl) -> {_SEVEN}",
 )
 def _linear_logps_candidates(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     *options, grad_tol, impl = rest
@@ -245,19 +236,21 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_jacobian",
     mutates_args=(),
-    schema=f"({_HEAD}, {_OPTIONS}, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, {_OPTIONS}, float grad_tol, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_logps_jacobian(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    *options, impl = rest
+    *options, grad_tol, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
     with _exact(hidden.device):
-        if impl == "triton":
+        if impl == "triton":  # exact: nothing is left out
             launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_jacobian")
             out = launcher.linear_logps_jacobian(*head, targets, *options)
+            bound = [torch.zeros_like(out[0]) if grad_tol > 0 else None for _ in range(2)]
+            out = (*out, *bound)
         else:
-            out = host.jacobian(head, targets, HeadOptions(*options), impl)
-    return tuple(hidden.new_empty(0) if x is None else x for x in out)
+            out = host.jacobian(head, targets, HeadOptions(*options), grad_tol, impl)
+    return tuple((hidden if i < 4 else out[0]).new_empty(0) if x is None else x for i, x in enumerate(out))
 
 
 @_linear_logps_jacobian.register_fake
@@ -265,7 +258,12 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     row = [torch.empty_like(targets, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2)]
     shapes = [(0,) if x is None else x.shape for x in (hidden, low_rank_hidden)]
-    return (*row, *(hidden.new_empty(shape) for shape in shapes))
+    bound = targets.shape if rest[-2] > 0 else (0,)
+    return (
+        *row,
+        *(hidden.new_empty(shape) for shape in shapes),
+        *(targets.new_empty(bound, dtype=dtype) for _ in "12"),
+    )
 
 
 def not_differentiable(name: str) -> RuntimeError:
@@ -348,24 +346,26 @@ def linear_logps_backward(
     head: Head,
     targets: Tensor,
     lse: Tensor,
-    d_token_logps: Tensor,
-    d_lse: Tensor,
+    d_target: Tensor,
+    d_softmax: Tensor,
     options: HeadOptions,
     needs: tuple[bool, ...],
     impl: str,
 ) -> HeadGradients:
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_backward
-    out = op(*head, targets, lse, d_token_logps, d_lse, *astuple(options), list(needs), impl)
+    out = op(*head, targets, lse, d_target, d_softmax, *astuple(options), list(needs), impl)
     return HeadGradients(*(x if needed else None for x, needed in zip(out, needs)))
 
 
 def linear_logps_jacobian(
-    head: Head, targets: Tensor, options: HeadOptions, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden)."""
+    head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden, doubts, dropped), the last two of
+    sparse.Candidates, (0,) without grad_tol.
+    """
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_jacobian
-    token_logps, lse, hidden, low_rank = op(*head, targets, *astuple(options), impl)
-    return token_logps, lse, hidden, None if head.low_rank_hidden is None else low_rank
+    token_logps, lse, hidden, low_rank, *bound = op(*head, targets, *astuple(options), grad_tol, impl)
+    return token_logps, lse, hidden, None if head.low_rank_hidden is None else low_rank, bound[0], bound[1]
 
 
 def linear_logps_candidates(

@@ -141,6 +141,19 @@ def linear_logp_stats(
     return LogpStats._make([*values, is_top1])
 
 
+def row_gradients(
+    token_logps: Tensor,  # (...)
+    d_token_logps: Tensor,  # (...)
+    d_lse: Tensor,  # (...)
+) -> tuple[Tensor, Tensor]:  # (...), (...)
+    """(d_target, d_softmax): d_logits at the target, and the coefficient of p_v at every other entry.
+
+    1 - p_y comes from the log-probability: as g - g p_y, with p_y rebuilt from an lse in float32, it would lose all of
+    its digits in a row that is sure of its target (at lse = 65 and p_y = 0.999 it has three left).
+    """
+    return d_lse * torch.exp(token_logps) - d_token_logps * torch.expm1(token_logps), d_lse - d_token_logps
+
+
 def linear_logps(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (V, D)

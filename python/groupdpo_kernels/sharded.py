@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .ops import Head
-from .reference import HeadOptions
+from .reference import HeadOptions, row_gradients
 
 _IGNORED = -100  # in the ids of a shard, whatever the caller's ignore_index: that one could be a valid id here
 
@@ -83,7 +83,7 @@ class ShardedLinearLogps(torch.autograd.Function):
         outputs = [torch.where(live, x, 0) for x in values]
         empty = lse.new_empty(0)
         outputs += [empty.clone() for _ in range(5 - len(outputs))] + [empty.bool()]
-        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, ids, inside, wrong, outputs[1])
+        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, ids, inside, wrong, *outputs[:2])
         ctx.options, ctx.impl, ctx.process_group = options, impl, process_group
         ctx.mark_non_differentiable(*outputs[2:])
         return tuple(outputs)
@@ -91,16 +91,16 @@ class ShardedLinearLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        *head, ids, inside, wrong, lse = ctx.saved_tensors
+        *tensors, ids, inside, wrong, token_logps, lse = ctx.saved_tensors
+        head = Head(*tensors)
         need = ctx.needs_input_grad
         needs = (need[0], need[1], need[3], need[4], need[5], False)
-        # A row whose target lives elsewhere has no 1[v = target] here, and its softmax keeps the coefficient d_lse -
-        # d_token_logps.
-        d_target = torch.where(inside, d_token_logps, 0)
-        d_rest = torch.where(wrong, torch.nan, d_lse - d_token_logps + d_target)
-        gradients = list(
-            ops.linear_logps_backward(Head(*head), ids, lse, d_target, d_rest, ctx.options, needs, ctx.impl)
-        )
+        d_target, d_softmax = row_gradients(token_logps, d_token_logps, d_lse)
+        d_softmax = torch.where(wrong, torch.nan, d_softmax)
+        # A row whose target lives elsewhere has id 0 here: an entry like any other.
+        p = torch.exp(ops.token_logps_of(head, ids, lse, ctx.options))
+        d_target = torch.where(inside, d_target, d_softmax * p)
+        gradients = list(ops.linear_logps_backward(head, ids, lse, d_target, d_softmax, ctx.options, needs, ctx.impl))
         for i in (0, 3):
             if (partial := gradients[i]) is not None:
                 total = partial.float() if partial.dtype.itemsize == 2 else partial

@@ -20,12 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import _at_target, _block_logits, _spans, block_shape
+from .blocks import SUM_ERROR, _at_target, _block_logits, _spans, block_shape
 from .reference import Head, HeadGradients, HeadOptions, accumulator
-
-# Float32 sums of exponentials by block err by at most this much of themselves (64 additions a lane, then float64).
-_SUM_ERROR = 2.0**-18
-
 
 AddWeightedRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, HeadOptions], None]
 
@@ -102,7 +98,7 @@ def candidates_in_blocks(
         doubts[t] = rest / total
         p = torch.exp(best - lse[t, None])
         p = torch.where(p >= least, p, 0)
-        dropped[t] = (doubts[t] - p.sum(1)).clamp(min=0) + _SUM_ERROR * doubts[t]
+        dropped[t] = (doubts[t] - p.sum(1)).clamp(min=0) + SUM_ERROR * doubts[t]
         weights[t] = p * best_slopes
         ids[t] = torch.where(p > 0, best_ids, 0).to(torch.int32)
     return Candidates(target_logits - lse, lse, doubts, slopes, dropped, ids, weights)

@@ -131,19 +131,28 @@ def restore() -> None:
 # ----------------------------------------------------------------------------------------------------------- TRL's side
 
 
-def _function_of_trl() -> Any:
+def installed_trl(who: str, supported: tuple[tuple[int, int], tuple[int, int]]) -> Any:
+    """The module, if its version is at least the first and before the second; ImportError or RuntimeError if not."""
     try:
         trl = importlib.import_module("trl")
-        utils = importlib.import_module("trl.trainer.utils")
     except ModuleNotFoundError as error:
         if error.name != "trl":
             raise
         raise ImportError("TRL is not installed: pip install 'groupdpo-kernels[trl]'") from error
-    at_least, before = SUPPORTED
-    wanted = f"accelerate() knows TRL {'.'.join(map(str, at_least))} and later, before {'.'.join(map(str, before))}"
     version = re.match(r"(\d+)\.(\d+)", trl.__version__)
-    if version is None or not at_least <= (int(version[1]), int(version[2])) < before:
-        raise RuntimeError(f"{wanted}; installed is {trl.__version__}")
+    if version is None or not supported[0] <= (int(version[1]), int(version[2])) < supported[1]:
+        raise RuntimeError(f"{_wanted(who, supported)}; installed is {trl.__version__}")
+    return trl
+
+
+def _wanted(who: str, supported: tuple[tuple[int, int], tuple[int, int]]) -> str:
+    at_least, before = (".".join(map(str, version)) for version in supported)
+    return f"{who} knows TRL {at_least} and later, before {before}"
+
+
+def _function_of_trl() -> Any:
+    trl, wanted = installed_trl("accelerate()", SUPPORTED), _wanted("accelerate()", SUPPORTED)
+    utils = importlib.import_module("trl.trainer.utils")
     function: Any = getattr(utils, "_ChunkedLogProbFunction", None)
     if not hasattr(function, "forward"):
         raise RuntimeError(

@@ -1,0 +1,345 @@
+"""GroupDPO in a trainer: several positives and negatives to a prompt, at the memory of one micro-batch.
+
+    trainer = GroupDPOTrainer(model, args=GroupDPOConfig("out", strategy="two_pass"), train_dataset=rows,
+                              processing_class=tokenizer, objective=GROUP_OBJECTIVE)
+
+Rows of every layout that `data` reads become groups; a step takes `per_device_train_batch_size` groups, cuts their
+responses into micro-batches and gives them to `group_backward` (strategy "two_pass" or "one_pass") or, with "coupled",
+keeps the graph of the whole step. All three give the same gradient. Names of options and metrics are those of TRL's
+DPOConfig where it has them.
+
+The base is transformers.Trainer and not TRL's DPOTrainer, of which little would be left: it tokenises pairs, patches
+the forward of the model and refuses adapters on its head. So this works without TRL, too.
+
+Never: holds a second model with an adapter or with precomputed references; downloads. Text alone, no images.
+Precondition: one device, or DistributedDataParallel. Cost: `two_pass` one more forward without the head, see
+`backward`; token ids of the data in memory; precomputed references on disk in output_dir/ref_logps, 4 bytes a response.
+Sources: GroupDPO (arXiv 2604.15602); defaults of the objective: docs/math.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, set_seed
+
+from ...backward import group_backward
+from ...data import MicroBatch, Report, TokenGroup
+from ...logps import seq_logps
+from ...models import attach
+from ...objectives import Objective, PreferenceLoss, preference_loss
+from ...stepwise import reference_logps
+from .metrics import preference_metrics, record
+from .reference import (
+    add_reference_adapter,
+    as_reference,
+    check_adapter_alone_trains,
+    check_no_earlier_reference,
+    frozen_copy,
+    take_off_forwards_of,
+)
+from .rows import Collator, GroupDPOConfig, GroupRows, tokenised
+
+GROUP_OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
+
+
+class GroupDPOTrainer(Trainer):
+    """A transformers.Trainer on groups of responses; see the module.
+
+    Args:
+        model: a causal LM; one with an adapter (a PeftModel) is its own reference, adapter included.
+        ref_model: None: the model as it is given, or `ref_logps`, or none where the objective has no reference.
+        train_dataset, eval_dataset: rows of a layout of `data.FORMATS` (a `datasets.Dataset`, a list of dicts), or
+            a list of TokenGroup; eval_dataset may be a dict of these.
+        processing_class: the tokenizer; not needed with TokenGroups. Without a pad token eos pads.
+        objective: any `Objective`; pairwise losses where every group is a pair.
+        ref_logps: (S,) floating, of all responses of train_dataset, which then must be TokenGroups; no other reference
+            is held, and none evaluates.
+        peft_config: makes the adapter; on the LM head too. callbacks, optimizers: as in transformers.
+
+    Attributes: `report`, what was read and dropped, by dataset. Logged: TRL's rewards/*, logps/*, num_tokens, aux_loss,
+    and positive_mass, balance_weight (AdaDPO), pass_drift (two_pass: the largest difference of a response's
+    log-probability between the passes). The auxiliary loss is the mean over micro-batches, weighted by their tokens.
+
+    Raises ValueError or TypeError, naming argument, expectation and value, for: a reference that nobody reads or that
+    could not stay what it is (`reference`), rows of no known columns or without a usable group, a response longer than
+    micro_batch_tokens, a pairwise loss on larger groups, DeepSpeed, FSDP, several GPUs in one process.
+    """
+
+    model: Any
+    objective: Objective
+    config: GroupDPOConfig
+    report: defaultdict[str, Report]
+    data_collator: Collator
+    loss_is_scaled_for_ga = False  # compute_loss is a mean over groups: Trainer divides by the accumulation steps
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: GroupDPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        objective: Objective = GROUP_OBJECTIVE,
+        ref_logps: Tensor | None = None,
+        peft_config: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+    ) -> None:
+        args = GroupDPOConfig() if args is None else args
+        _check_arguments(model, ref_model, args, objective, ref_logps, peft_config)
+        self.objective, self.report = objective, defaultdict(Report)
+        self.tokenizer, self.config = processing_class, args
+        set_seed(args.seed)  # before the adapter draws its weights
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        if hasattr(model, "peft_config") and args.gradient_checkpointing and args.reentrant:
+            model.enable_input_require_grads()  # its regions run again only where an input of theirs requires grad
+        self.aux_coef = _aux_coef(model, args)
+        self._given = ref_logps is not None
+        if ref_model is None and objective.needs_reference and not self._given:
+            ref_model = _reference_of(model, peft_config is not None, args.precompute_ref_log_probs)
+        elif ref_model is not None:
+            take_off_forwards_of(model, ref_model)
+        for each in (model, ref_model) if args.disable_dropout else ():
+            for module in each.modules() if each is not None else ():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        pad_id = pad_id_of(model, processing_class)
+        train = self._tokenised(train_dataset, "train")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(args.layout, args.micro_batch_tokens, args.micro_batch_sequences, pad_id),
+            train_dataset=train if ref_logps is None else GroupRows(train.groups, ref_logps),
+            eval_dataset=None if eval_dataset is None else self._tokenised(eval_dataset, "eval"),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or args.n_gpu > 1:
+            kinds = {"DeepSpeed": self.is_deepspeed_enabled, "FSDP": self.is_fsdp_enabled, "DataParallel": True}
+            got = next(kind for kind, on in kinds.items() if on)
+            raise ValueError(f"GroupDPOTrainer runs on one device or under DistributedDataParallel; got {got}")
+        self.ref_model = ref_model
+        if ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._total_train_tokens = 0
+        if args.precompute_ref_log_probs:
+            self.train_dataset = self._scored(self.train_dataset)
+            self.eval_dataset = self._scored(self.eval_dataset)
+
+    # --------------------------------------------------------------------------------------------------------- the data
+
+    def _tokenised(self, rows: Any, name: str) -> Any:
+        return tokenised(rows, name, self.tokenizer, self.config, self.objective, self.report)
+
+    def _scored(self, rows: Any) -> Any:
+        """The same with the reference's log-probabilities, from disk as far as they are there."""
+        if isinstance(rows, dict):
+            return {key: self._scored(value) for key, value in rows.items()}
+        if rows is None or rows.ref_logps is not None or not self.objective.needs_reference:
+            return rows
+        model = self.accelerator.unwrap_model(self.model) if self.ref_model is None else self.ref_model
+        if self.ref_model is None and self.state.global_step > 0:
+            if not hasattr(model, "peft_config"):
+                raise ValueError(
+                    "ref_model must be given to evaluate rows that were not there before training, with"
+                    " precompute_ref_log_probs=True: the model has moved since; got None"
+                )
+            check_adapter_alone_trains(model)
+        options = {"layout": self.config.layout, "bf16": self.config.bf16}
+        folder = Path(str(self.args.output_dir)) / "ref_logps"
+        values = reference_logps(
+            model, rows.groups, folder, score=self.score, count=lambda group: len(group.responses), options=options
+        )
+        return GroupRows(rows.groups, values)
+
+    @torch.no_grad()
+    def score(self, model: Any, groups: Sequence[TokenGroup]) -> Tensor:  # (S,) float32
+        """Log-probabilities of the responses under the reference. The signature is that of `stepwise`'s `score`."""
+        step = self.data_collator([(group, None) for group in groups])["step"].to(self.args.device)
+        with as_reference(self.accelerator.unwrap_model(self.model), self.ref_model) as reference:
+            return torch.cat([seq_logps(*self._forward(reference, mb)) for mb in step.micro_batches])
+
+    def evaluate(self, eval_dataset: Any = None, *more: Any, **named: Any) -> dict[str, float]:
+        """As in transformers; `eval_dataset` may be rows, as in __init__."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._tokenised(eval_dataset, "eval")
+            if self.config.precompute_ref_log_probs:
+                eval_dataset = self._scored(eval_dataset)
+        return super().evaluate(eval_dataset, *more, **named)
+
+    # -------------------------------------------------------------------------------------------------------- the steps
+
+    def _forward(self, model: Any, mb: MicroBatch, share: float | None = None) -> tuple[Tensor, ...]:
+        """(token_logps (t,), cu_seqlens (s+1,)); with a share of the step also its part of the auxiliary loss."""
+        weight = 0.0 if share is None else self.aux_coef * share
+        options = {"output_router_logits": True} if weight else {}
+        with self.accelerator.autocast():
+            values, outputs = attach(model).with_outputs(mb.input_ids, mb.targets, **mb.inputs, **options)
+        scored = mb.live(values), mb.cu_seqlens
+        return (*scored, weight * outputs.aux_loss) if weight else scored
+
+    def _reference(self, inputs: dict[str, Any]) -> Tensor | None:  # (S,)
+        if not self.objective.needs_reference or "ref_logps" in inputs:
+            return inputs.get("ref_logps")
+        if self._given:
+            raise ValueError("ref_model must be given to evaluate: ref_logps are those of train_dataset; got ref_logps")
+        step, model = inputs["step"], self.accelerator.unwrap_model(self.model)
+        with torch.no_grad(), as_reference(model, self.ref_model) as reference:
+            return torch.cat([seq_logps(*self._forward(reference, mb)) for mb in step.micro_batches])
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Fills .grad; returns the loss, both divided by the accumulation steps as Trainer does."""
+        if self.config.strategy == "coupled":
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # of schedule-free optimisers
+            self.optimizer.train()  # type: ignore[union-attr]
+        inputs = self._prepare_inputs(inputs)
+        step, ref_logps = inputs["step"], self._reference(inputs)
+        bare, shares = self.accelerator.unwrap_model(model), _shares(step.micro_batches)
+        seen: dict[bool, list[Tensor]] = {False: [], True: []}  # by whether a graph is kept: pass 2
+        parts: list[Tensor] = []
+        two_pass = self.config.strategy == "two_pass"
+
+        def forward(at: tuple[int, MicroBatch]) -> tuple[Tensor, ...]:
+            graph = torch.is_grad_enabled()
+            # Without a graph past DistributedDataParallel, whose buffers are a collective, once for each forward.
+            scored = self._forward(model if graph else bare, at[1], shares[at[0]])
+            seen[graph].append(seq_logps(scored[0].detach(), scored[1]))
+            parts.extend(aux.detach() for aux in scored[2:] if graph)
+            return scored
+
+        result = group_backward(
+            list(enumerate(step.micro_batches)),
+            forward,
+            step.groups,
+            self.objective,
+            ref_logps,
+            strategy=self.config.strategy,
+            scale=1 / self.current_gradient_accumulation_steps,
+            # None with two_pass: a backward that is told its leaves finds none inside a reentrant checkpoint.
+            parameters=None if two_pass else [p for p in model.parameters() if p.requires_grad],
+            no_sync=getattr(model, "no_sync", None),
+        )
+        more = {"pass_drift": (torch.cat(seen[True]) - torch.cat(seen[False])).abs().max()} if two_pass else {}
+        return self._logged(inputs, result, parts, more) / self.current_gradient_accumulation_steps
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:  # () differentiable
+        """The loss of a step with its whole graph: evaluation, and strategy "coupled"."""
+        step, ref_logps = inputs["step"], self._reference(inputs)
+        shares = _shares(step.micro_batches)
+        runs = [self._forward(model, mb, share) for mb, share in zip(step.micro_batches, shares)]
+        token_logps, lengths = torch.cat([run[0] for run in runs]), torch.cat([run[1].diff() for run in runs])
+        cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0))
+        result = preference_loss(token_logps, cu_seqlens, step.groups, self.objective, ref_logps)
+        return self._logged(inputs, result, [aux for run in runs for aux in run[2:]], {})
+
+    def _logged(
+        self, inputs: dict[str, Any], result: PreferenceLoss, parts: list[Tensor], more: dict[str, Tensor]
+    ) -> Tensor:  # ()
+        """The whole loss, its numbers noted for the log."""
+        mode, loss = "train" if self.model.training else "eval", result.loss
+        values = {**preference_metrics(result, inputs["step"].groups, self.objective), **more}
+        if parts:
+            auxiliary = torch.stack(parts).sum()
+            loss, values["aux_loss"] = loss + auxiliary.to(loss), auxiliary / self.aux_coef
+        record(self._metrics[mode], values, self.accelerator.gather)
+        if mode == "train":
+            tokens = torch.tensor(inputs["num_tokens"], device=self.accelerator.device)
+            self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return loss
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
+        mode = "train" if self.model.training else "eval"
+        prefix = "eval_" if mode == "eval" else ""
+        logs.update({f"{prefix}{name}": math.fsum(seen) / len(seen) for name, seen in self._metrics[mode].items()})
+        super().log(logs, *more, **named)
+        self._metrics[mode].clear()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 6 * int(inputs["num_tokens"]) * int(self.model.num_parameters(exclude_embeddings=True))
+
+
+def _shares(micro_batches: Sequence[MicroBatch]) -> list[float]:
+    sizes = [mb.input_ids.numel() for mb in micro_batches]
+    return [size / sum(sizes) for size in sizes]
+
+
+def _reference_of(model: Any, fresh: bool, precompute: bool) -> nn.Module | None:
+    """A copy of the model; or None where the model itself will do: before it trains, without its adapter, or with its
+    adapter "ref"."""
+    if not hasattr(model, "peft_config"):
+        return None if precompute else frozen_copy(model)
+    if not precompute:
+        check_adapter_alone_trains(model)
+    if not fresh:
+        check_no_earlier_reference(model)
+        add_reference_adapter(model)
+    return None
+
+
+def pad_id_of(model: Any, tokenizer: Any) -> int:
+    """What stands in the padding, masked and never scored."""
+    if tokenizer is None:
+        return model.config.get_text_config().pad_token_id or 0
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None and eos is None:
+        raise ValueError("processing_class must have a pad_token, or an eos_token, which pads then; got None for both")
+    return eos if pad is None else pad
+
+
+def _aux_coef(model: Any, args: GroupDPOConfig) -> float:
+    text_config, coef = model.config.get_text_config(), args.router_aux_loss_coef
+    if not hasattr(text_config, "output_router_logits"):
+        if coef:
+            name = type(model).__name__
+            raise ValueError(f"router_aux_loss_coef must be None or 0 for {name}, which has no router; got {coef}")
+        return 0.0
+    return getattr(text_config, "router_aux_loss_coef", 0.0) if coef is None else coef
+
+
+def _check_arguments(
+    model: Any, ref_model: Any, args: GroupDPOConfig, objective: Objective, ref_logps: Any, peft_config: Any
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a model (AutoModelForCausalLM.from_pretrained loads one); got {model!r:.60}")
+    if not isinstance(args, GroupDPOConfig):
+        raise TypeError(f"args must be a GroupDPOConfig; got {type(args).__name__}")
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective; got {objective!r}")
+    if ref_model is model:
+        raise ValueError("ref_model must be another object than model, or None for a copy of it; got model")
+    if peft_config is not None and hasattr(model, "peft_config"):
+        raise ValueError("peft_config must be None for a model that has an adapter; got both")
+    if args.merge_prompts and objective.loss == "plackett_luce":
+        raise ValueError("merge_prompts must be False for 'plackett_luce': merged rows have no ranking; got True")
+    given = {"ref_model": ref_model, "ref_logps": ref_logps}
+    for name, value in given.items():
+        if value is not None and not objective.needs_reference:
+            got = type(value).__name__
+            raise ValueError(f"{name} must be None, for {objective.loss!r} has no reference; got a {got}")
+    if ref_logps is not None and (ref_model is not None or args.precompute_ref_log_probs):
+        raise ValueError("ref_logps must be the only reference, without ref_model and precompute_ref_log_probs")
+    if args.precompute_ref_log_probs and not objective.needs_reference:
+        raise ValueError(f"precompute_ref_log_probs must be False, for {objective.loss!r} has no reference; got True")

@@ -1,0 +1,118 @@
+"""Which model is the reference of a trainer: the model as it is given, whatever it trains.
+
+    full fine-tuning      a frozen copy, or the reference model given
+    peft_config           the model without its adapter
+    a PeftModel           base and adapter as given: a second adapter, "ref", holds a copy (TRL's name and way)
+
+Never: loads anything. Precondition: weights outside the adapter do not train where an adapter tells the two apart;
+`check_adapter_alone_trains` raises otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from types import CellType
+from typing import Any
+
+from torch import nn
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """The model as it is. ValueError for one that ZeRO-3 has sharded."""
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError("ref_model must be given for a model sharded by ZeRO-3, which cannot be copied; got None")
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    take_off_forwards_of(model, copied)
+    return copied
+
+
+def take_off_forwards_of(model: nn.Module, ref_model: nn.Module) -> None:
+    """Removes from the objects of ref_model what runs a forward of `model`.
+
+    TRL leaves a forward on the model that it trains, with the one before in its closure. A copy of such a model, made
+    here or by the user, would run the model itself: it would follow the policy and never be a reference.
+    """
+    modules = {*model.modules()}
+    for module in ref_model.modules():
+        forward = vars(module).get("forward")
+        if forward is not None and _leads_to(forward, modules, set()):
+            del module.forward
+
+
+def _leads_to(value: Any, modules: set[nn.Module], seen: set[int]) -> bool:
+    """Whether a callable holds one of the modules: bound to it, in a closure, an argument or an attribute."""
+    if isinstance(value, nn.Module):
+        return value in modules
+    if not callable(value) or isinstance(value, type) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
+    named = [getattr(value, name, None) for name in ("__self__", "__func__", "func")]
+    held = [*cells, *named, *(getattr(value, "args", None) or ()), *getattr(value, "__dict__", {}).values()]
+    return any(_leads_to(each, modules, seen) for each in held)
+
+
+def check_no_earlier_reference(model: Any) -> None:
+    """ValueError for an adapter "ref": it is what an earlier training started from, not what this one does."""
+    if "ref" in getattr(model, "peft_config", {}):
+        raise ValueError(
+            "ref_model must be given for a model with an adapter named 'ref', which an earlier training has left"
+            " behind: model.delete_adapter('ref') makes its present state the reference; got None"
+        )
+
+
+def check_adapter_alone_trains(model: Any) -> None:
+    """ValueError where a weight outside the adapter trains: without its adapter the model would not stay as it was."""
+    active = {*_active(model)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not active & {*name.split(".")}:
+            raise ValueError(
+                "ref_model must be given, or precompute_ref_log_probs=True, where weights outside the adapter train"
+                f" (bias='all', say), for the reference would move with them; {name} trains, ref_model is None"
+            )
+
+
+def add_reference_adapter(model: Any) -> None:
+    """A copy of the active adapter, named "ref", that does not train."""
+    (active,) = _active(model)
+    model.add_adapter("ref", model.peft_config[active])
+    for name, parameter in model.named_parameters():
+        if f".{active}." in name:
+            model.get_parameter(name.replace(f".{active}.", ".ref.")).data.copy_(parameter.data)
+
+
+@contextlib.contextmanager
+def as_reference(
+    model: Any,
+    ref_model: Any = None,
+) -> Iterator[Any]:
+    """The reference, in evaluation mode: `ref_model` if there is one, else the model itself, with the adapter "ref" or
+    without its adapter. The model's mode is again what it was afterwards.
+    """
+    if ref_model is not None:
+        yield ref_model
+        return
+    training = model.training
+    model.eval()  # no dropout, no gradient checkpointing
+    try:
+        if not hasattr(model, "peft_config"):
+            yield model
+        elif "ref" not in model.peft_config:
+            with model.disable_adapter():
+                yield model
+        else:
+            active = model.active_adapter
+            model.set_adapter("ref")
+            try:
+                yield model
+            finally:
+                model.set_adapter(active)
+    finally:
+        model.train(training)
+
+
+def _active(model: Any) -> list[str]:
+    active = model.active_adapter
+    return [active] if isinstance(active, str) else list(active)

@@ -1,0 +1,171 @@
+"""The data of `GroupDPOTrainer`: its options, rows as tokenised groups, and groups as the batch of a step.
+
+Never: shuffles, or drops anything without a warning that says what and why. Cost: token ids in memory, int32.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from ...backward import STRATEGIES
+from ...data import Report, TokenGroup, collate, merge_prompts, read_groups, tokenize_groups
+from ...formats import one_of
+from ...losses import LOSSES
+from ...objectives import Objective
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class GroupDPOConfig(TrainingArguments):
+    """Options of `GroupDPOTrainer`; batch sizes count groups. Defaults that transformers has otherwise are TRL's.
+
+    Args:
+        strategy: "two_pass", "one_pass" (few trainable parameters, micro-batches of one response) or "coupled".
+        micro_batch_sequences, micro_batch_tokens: limits of a micro-batch, padding included. None: no limit.
+        layout: "padded", or "packed" for models that keep sequences apart by their position_ids.
+        format, rule: as in `data.read_groups`; merge_prompts: rows of one prompt become one group.
+        max_length, too_long, on_bad: as in `data.tokenize_groups`.
+        precompute_ref_log_probs: the reference scores the data once, before training; kept on disk.
+        disable_dropout: sets the probability of every nn.Dropout to 0.
+        router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts. None: that of the model's config.
+
+    Raises ValueError for another strategy or layout, a limit below 1, fp16 (the backward has no loss scale), and for
+    what a strategy cannot do.
+    """
+
+    learning_rate: float = 1e-6
+    logging_steps: float = 10
+    gradient_checkpointing: bool = True
+    bf16: bool | None = None  # type: ignore[assignment]  # None: True
+    strategy: str = "two_pass"
+    micro_batch_sequences: int | None = 4
+    micro_batch_tokens: int | None = None
+    layout: str = "padded"
+    format: str = "auto"
+    rule: str = "best_vs_rest"
+    merge_prompts: bool = False
+    max_length: int | None = 1024
+    too_long: str = "drop"
+    on_bad: str = "drop"
+    precompute_ref_log_probs: bool = False
+    disable_dropout: bool = True
+    router_aux_loss_coef: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fp16:
+            raise ValueError("fp16 must be False, because the backward has no loss scale: take bf16; got True")
+        self.bf16 = True if self.bf16 is None else self.bf16
+        one_of("strategy", self.strategy, (*STRATEGIES, "coupled"))
+        one_of("layout", self.layout, ("padded", "packed"))
+        for name in ("micro_batch_sequences", "micro_batch_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
+        for name, nothing in {"label_smoothing_factor": 0.0, "include_for_metrics": []}.items():
+            if (found := getattr(self, name)) != nothing:
+                raise ValueError(f"{name} must be {nothing}: it is of losses on labels; got {found!r}")
+        if self.torch_empty_cache_steps is not None and self.strategy != "coupled":
+            got = self.torch_empty_cache_steps
+            raise ValueError(f"torch_empty_cache_steps must be None for strategy {self.strategy!r}; got {got}")
+        super().__post_init__()
+        if self.strategy == "one_pass" and self.gradient_checkpointing and self.reentrant:
+            raise ValueError(
+                "gradient_checkpointing_kwargs must leave use_reentrant False for strategy 'one_pass', which takes the"
+                " gradient of each response by itself; got use_reentrant=True"
+            )
+
+    @property
+    def reentrant(self) -> bool:
+        """Whether gradient checkpointing, where it is on, is of the reentrant kind."""
+        options = self.gradient_checkpointing_kwargs
+        return isinstance(options, dict) and bool(options.get("use_reentrant"))
+
+
+class GroupRows(torch.utils.data.Dataset[tuple[TokenGroup, Tensor | None]]):
+    """Tokenised groups, with the reference's log-probabilities of their responses where they are known."""
+
+    def __init__(self, groups: Sequence[TokenGroup], ref_logps: Tensor | None = None) -> None:
+        self.groups = groups
+        sizes = [len(group.responses) for group in groups]
+        if ref_logps is not None and ref_logps.shape != (sum(sizes),):
+            raise ValueError(f"ref_logps must be (S,) = ({sum(sizes)},); got {tuple(ref_logps.shape)}")
+        self.ref_logps = None if ref_logps is None else ref_logps.split(sizes)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> tuple[TokenGroup, Tensor | None]:
+        return self.groups[index], None if self.ref_logps is None else self.ref_logps[index]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Groups -> {"rows": (G,), "step": PreferenceBatch, "num_tokens": int} and, where known, "ref_logps": (S,)."""
+
+    layout: str
+    max_tokens: int | None
+    max_sequences: int | None
+    pad_id: int
+
+    def __call__(self, items: Sequence[tuple[TokenGroup, Tensor | None]]) -> dict[str, Any]:
+        groups, known = [group for group, _ in items], [ref for _, ref in items if ref is not None]
+        limits: dict[str, Any] = {"max_tokens": self.max_tokens, "max_sequences": self.max_sequences}
+        return {
+            "rows": torch.tensor([group.row for group in groups]),
+            "step": collate(groups, self.layout, **limits, pad_id=self.pad_id),
+            "num_tokens": sum(len(g.prompt) * len(g.responses) + sum(map(len, g.responses)) for g in groups),
+            **({"ref_logps": torch.cat(known)} if known else {}),
+        }
+
+
+def tokenised(
+    rows: Any,
+    name: str,
+    tokenizer: Any,
+    config: GroupDPOConfig,
+    objective: Objective,
+    reports: Mapping[str, Report],
+) -> Any:  # GroupRows, or a dict of them
+    """Rows, or a dict of rows, as groups of token ids, each checked against what a step needs of it.
+
+    Args:
+        rows: of a layout of `data.FORMATS`, or TokenGroups; GroupRows stay as they are.
+        name: of the data, for errors and its report.
+    """
+    if isinstance(rows, GroupRows):
+        return rows
+    if isinstance(rows, Mapping):
+        return {key: tokenised(value, key, tokenizer, config, objective, reports) for key, value in rows.items()}
+    if isinstance(rows, str) or not isinstance(rows, Iterable):
+        raise TypeError(f"{name}_dataset must be rows, or a list of TokenGroup; got {rows!r:.60}")
+    groups, report = list(rows), reports[name]
+    if not all(isinstance(group, TokenGroup) for group in groups):
+        if tokenizer is None:
+            raise ValueError(f"processing_class must be given, to tokenise {name}_dataset; got None")
+        bad: dict[str, Any] = {"on_bad": config.on_bad, "report": report}
+        texts = read_groups(groups, config.format, rule=config.rule, **bad)
+        texts = merge_prompts(texts, **bad) if config.merge_prompts else texts
+        limits: dict[str, Any] = {"max_length": config.max_length, "too_long": config.too_long}
+        groups = list(tokenize_groups(texts, tokenizer, **limits, **bad))
+    if report.dropped:
+        logger.warning("%s_dataset: %s", name, report)
+    if not groups:
+        raise ValueError(f"{name}_dataset must hold a group that can be used; got none:\n{report}")
+    row = LOSSES[objective.loss] if isinstance(objective.loss, str) else None
+    pairs = row is not None and row.pair is not None and not row.every_pair
+    for group in groups:
+        longest, most = len(group.prompt) + max(map(len, group.responses)), config.micro_batch_tokens
+        if most is not None and longest > most:
+            raise ValueError(f"micro_batch_tokens must be at least {longest}, for row {group.row}; got {most}")
+        if pairs and len(group.responses) != 2:
+            got = f"row {group.row} of {name}_dataset has {len(group.responses)} responses"
+            raise ValueError(f"groups must be pairs for loss {objective.loss!r}; {got}")
+    return GroupRows(groups)

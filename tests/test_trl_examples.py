@@ -1,0 +1,53 @@
+"""The examples with a trainer, as they are: each runs in seconds and learns what it says."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
+
+
+def test_group_dpo(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    found = example("trl_group_dpo").main()
+    assert found["eval_rewards/accuracies"] > 0.95 and found["eval_positive_mass"] > 0.9
+    printed = capsys.readouterr().out
+    assert "80 rows" in printed and "held-out reward accuracy: 1.000" in printed
+
+
+def test_sdpo(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    found = example("trl_sdpo").main()
+    assert found.keys() == {1, 2}
+    for first, last in found.values():
+        assert first == pytest.approx(math.log(2), abs=1e-6) and last < 0.1
+    assert "stages on disk: ['stage-1', 'stage-2']" in capsys.readouterr().out
+
+
+def test_adadpo(example: Any) -> None:
+    found = example("adadpo").main()
+    assert all(logged["eval_rewards/accuracies"] > 0.95 for logged in found.values())
+    assert 1 < found["AdaDPO"]["eval_balance_weight"] <= 2
+    assert found["AdaDPO"]["change"] > found["DPO"]["change"] + 0.5
+
+
+def test_the_task_is_what_it_says(example: Any) -> None:
+    task = example("trl_task")
+    training, held_out = task.make_groups()
+    for group in training + held_out:
+        odd = int(group["prompt"][:-1]) % 2
+        for side, parity in (("positives", odd), ("negatives", 1 - odd)):
+            assert 1 <= len(group[side]) <= 3 and all(
+                int(digit) % 2 == parity for text in group[side] for digit in text
+            )
+    assert not {group["prompt"] for group in training} & {group["prompt"] for group in held_out}
+    assert task.make_tokenizer()("47:135")["input_ids"] == [task.SYMBOLS.index(symbol) for symbol in "47:135"]
