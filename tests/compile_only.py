@@ -27,6 +27,8 @@ from unittest import mock
 import torch
 
 TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
+SPARSE_KERNELS = ("d_logits_kernel", "doubts_kernel", "live_product_kernel", "select_kernel", "visit_kernel")
+SPARSE_KERNELS += ("weighted_rows_kernel",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,10 +40,11 @@ class Row:
     dtype: str
     everything: bool = False
     aligned: bool = True
+    sparse: bool = False  # the kernels that grad_tol > 0 adds, alone
 
     def __str__(self) -> str:
         words = [self.architecture, self.dtype, "everything" if self.everything else "plain"]
-        return " ".join(words if self.aligned else [*words, "unaligned"])
+        return " ".join([*words, *["unaligned"] * (not self.aligned), *["sparse"] * self.sparse])
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,21 @@ def all_rows() -> list[Row]:
         for architecture, itemsize in table
         for everything in (False, True)
     ]
-    return [*rows, Row("sm_90", "fp16")]
+    sparse = [
+        Row(architecture, "bf16", everything, sparse=True)
+        for architecture in ("sm_80", "sm_90", "sm_100", "gfx942")
+        for everything in (False, True)
+    ]
+    return [*rows, Row("sm_90", "fp16"), *sparse, Row("sm_90", "fp32", True, sparse=True)]
 
 
 @contextlib.contextmanager
-def as_on(architecture: str, build: bool = True) -> Iterator[list[tuple[str, Any, str]]]:
-    """Within it a launch compiles for `architecture` and stops there. Yields the growing list of compilations: the
-    kernel's name, what was compiled, the assembler's log. Without `build` only the specialisation's key is made.
+def as_on(
+    architecture: str, build: bool = True, kernels: Sequence[str] | None = None
+) -> Iterator[list[tuple[str, Any, str]]]:
+    """Within it a launch compiles for `architecture` and stops there; with `kernels`, of these alone. Yields the
+    growing list of compilations: the kernel's name, what was compiled, the assembler's log. Without `build` only the
+    specialisation's key is made.
     """
     from triton import knobs
     from triton.runtime import driver
@@ -113,6 +124,8 @@ def as_on(architecture: str, build: bool = True) -> Iterator[list[tuple[str, Any
         return kernel
 
     def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if kernels is not None and self.fn.__name__ not in kernels:
+            return None
         if self not in functions:
             functions.add(self)
             self.device_caches.clear()
@@ -138,8 +151,10 @@ def as_on(architecture: str, build: bool = True) -> Iterator[list[tuple[str, Any
 def launch_all(row: Row, T: int = 8192, D: int = 4096, V: int = 128256, workspace_bytes: int = 2**28) -> None:
     """Forward and backward of an LM head on meta tensors."""
     from groupdpo_kernels.kernels.linear_logps_backward import linear_logps_backward
+    from groupdpo_kernels.kernels.linear_logps_candidates import linear_logps_candidates
     from groupdpo_kernels.kernels.linear_logps_forward import linear_logps_forward
     from groupdpo_kernels.kernels.linear_logps_jacobian import linear_logps_jacobian
+    from groupdpo_kernels.kernels.sparse_backward import linear_logps_sparse_backward
 
     def meta(*shape: int, dtype: torch.dtype = DTYPES[row.dtype]) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -149,6 +164,12 @@ def launch_all(row: Row, T: int = 8192, D: int = 4096, V: int = 128256, workspac
     targets = meta(T, dtype=torch.int64)
     rowwise = [meta(T, dtype=torch.float32) for _ in range(3)]
     options = (1.0, 30.0 if row.everything else None, 1.0, -100, workspace_bytes)
+    if row.sparse:
+        _, lse, doubts, slopes, _, ids, weights = linear_logps_candidates(*head, targets, *options, 1e-4, min(T, 256))
+        found = (targets > 0, lse, doubts, slopes, ids, weights)
+        needs = (True, True, *(row.everything,) * 3)
+        linear_logps_sparse_backward(*head, targets, *found, *rowwise[1:], *options, needs)
+        return
     linear_logps_forward(*head, targets, *options, row.everything)
     linear_logps_jacobian(*head, targets, *options)
     linear_logps_backward(*head, targets, *rowwise, *options, (True, True, *(row.everything,) * 4))
@@ -161,7 +182,7 @@ def compile_row(row: Row) -> list[Compiled]:
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.compilation.scope():
         knobs.cache.dir = folder  # a cached kernel has no assembler log
         knobs.compilation.disable_line_info = True
-        with as_on(row.architecture) as compilations:
+        with as_on(row.architecture, kernels=SPARSE_KERNELS if row.sparse else None) as compilations:
             launch_all(row)
         return [describe(row, *compilation) for compilation in compilations]
 

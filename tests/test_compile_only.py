@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 import triton
 from compile_budgets import BUDGETS, SHARED_LIMIT
-from compile_only import Compiled, Row, all_rows, as_on, compile_rows, launch_all, worst
+from compile_only import SPARSE_KERNELS, Compiled, Row, all_rows, as_on, compile_rows, launch_all, worst
 
 VERSION = ".".join(triton.__version__.split(".")[:2])
 GATE = [
@@ -21,6 +21,9 @@ GATE = [
     Row("sm_100", "bf16", everything=True),
     Row("sm_80", "bf16", everything=True),
     Row("gfx942", "bf16", everything=True),
+    Row("sm_90", "bf16", sparse=True),
+    Row("sm_80", "bf16", everything=True, sparse=True),
+    Row("gfx942", "bf16", everything=True, sparse=True),
 ]
 KERNELS = [
     "advance_kernel",
@@ -42,7 +45,7 @@ def compiled() -> dict[Row, dict[str, Compiled]]:
 
 @pytest.mark.parametrize("row", GATE, ids=str)
 def test_kernels_build_within_their_budgets(row: Row, compiled: dict[Row, dict[str, Compiled]]) -> None:
-    assert sorted(compiled[row]) == KERNELS
+    assert sorted(compiled[row]) == sorted(SPARSE_KERNELS if row.sparse else KERNELS)
     for name, kernel in compiled[row].items():
         registers, spills, shared = BUDGETS[VERSION][str(row)].get(name, (192, 0, 4096))
         assert kernel.registers <= registers, kernel
@@ -50,13 +53,16 @@ def test_kernels_build_within_their_budgets(row: Row, compiled: dict[Row, dict[s
         assert kernel.shared <= min(shared, SHARED_LIMIT[row.architecture]), kernel
 
 
-@pytest.mark.parametrize("name", ["tiles_kernel", "d_logits_kernel", "weights_kernel"])
+@pytest.mark.parametrize(
+    "name", ["tiles_kernel", "d_logits_kernel", "weights_kernel", "visit_kernel", "live_product_kernel"]
+)
 def test_products_use_the_matrix_units(name: str, compiled: dict[Row, dict[str, Compiled]]) -> None:
     for row, kernels in compiled.items():
-        if row.dtype == "bf16":
+        if row.dtype == "bf16" and name in kernels:
             unit = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}[row.architecture]
             assert kernels[name].instructions.get(unit, 0) > 0, kernels[name]
-            load = {"sm_80": "LDGSTS", "sm_90": "UTMALDG", "sm_100": "UTMALDG"}.get(row.architecture)
+            descriptors = "LDGSTS" if name in ("visit_kernel", "live_product_kernel") else "UTMALDG"
+            load = {"sm_80": "LDGSTS", "sm_90": descriptors, "sm_100": descriptors}.get(row.architecture)
             assert load is None or kernels[name].instructions.get(load, 0) > 0, kernels[name]
 
 
@@ -71,7 +77,8 @@ def test_every_row_has_a_budget() -> None:
 
 def test_no_spills_where_it_is_trained() -> None:
     for version, budgets in BUDGETS.items():
-        assert all(spills == 0 for _, spills, _ in budgets["sm_90 bf16 plain"].values()), version
+        for row in ("sm_90 bf16 plain", "sm_90 bf16 plain sparse"):
+            assert all(spills == 0 for _, spills, _ in budgets[row].values()), version
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
@@ -87,4 +94,17 @@ def test_one_compilation_serves_every_batch(architecture: str, everything: bool)
         for T in (1, 2, 7, 16, 37, 1000, 4096):
             for workspace_bytes in (2**28, 2**21):
                 launch_all(row, T=T, D=128, V=4099, workspace_bytes=workspace_bytes)
+        assert Counter(name for name, *_ in compilations) == first
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
+def test_one_compilation_serves_every_sparse_batch(everything: bool) -> None:
+    with as_on("sm_90", build=False, kernels=SPARSE_KERNELS) as compilations:
+        row = Row("sm_90", "bf16", everything, sparse=True)
+        launch_all(row, T=48, D=128, V=4099)
+        first = Counter(name for name, *_ in compilations)
+        assert sorted(first) == sorted(SPARSE_KERNELS)
+        assert first["select_kernel"] == first["doubts_kernel"] == 1 and first["visit_kernel"] == 2
+        for T in (1, 2, 7, 16, 37, 1000, 4096):
+            launch_all(row, T=T, D=128, V=4099)
         assert Counter(name for name, *_ in compilations) == first

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from test_frozen_head import freeze, result_of
+from test_sparse_triton import BACKWARD, NAMES, head_of, needs_of, upstream_of
 from weighted_rows import Problem, check, make_problem
 
-from groupdpo_kernels import extension, linear_logp_stats, linear_logps, sparse
+from groupdpo_kernels import extension, host, linear_logp_stats, linear_logps, ops, sparse
 from groupdpo_kernels.reference import HeadOptions
 from groupdpo_kernels.testing import CASES, Case, check_budget, make_inputs, run
 
@@ -211,3 +212,57 @@ def test_weighted_rows_refuses_what_it_cannot_do():
     ):
         with pytest.raises(RuntimeError):
             extension.add_weighted_rows_cuda(*wrong)
+
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES, *BACKWARD} - {"tiny_workspace", "tiny_workspace_bf16"}))
+def test_sparse(name, poisoned_memory):
+    """Candidates and gradients of the specification on the same device."""
+    case, grad_tol = BY_NAME[name], 0.2
+    inputs = make_inputs(case, "cuda")
+    head, upstream = head_of(inputs), upstream_of(inputs)
+    found = ops.linear_logps_candidates(head, inputs.targets, case.options, grad_tol, "triton")
+    wanted = host.candidates(head, inputs.targets, case.options, grad_tol, "reference")
+    for field in ("token_logps", "lse", "doubts", "slopes", "dropped"):
+        torch.testing.assert_close(getattr(found, field), getattr(wanted, field), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.weights.sum(-1), wanted.weights.sum(-1), rtol=1e-3, atol=1e-4)
+    arguments = (head, inputs.targets, found, *upstream, case.options, grad_tol, needs_of(head))
+    wanted = host.sparse_backward(*arguments, "reference")
+    for x, y in zip(ops.linear_logps_sparse_backward(*arguments, "triton"), wanted):
+        assert (x is None) == (y is None)
+        if x is not None and x.numel():
+            eps = 2**-6 if x.dtype != torch.float32 else 1e-3
+            assert (x.double() - y.double()).norm() <= eps * y.double().norm()
+
+
+def test_sparse_reads_nothing_back_and_repeats():
+    inputs = big()
+    with torch.no_grad():  # a trained model's rows: most are sure of an id
+        rows = inputs.weight[inputs.targets.clamp(min=0)].float()
+        sure = 14 * rows / rows.square().sum(-1, keepdim=True)
+        inputs.hidden.copy_(torch.where((torch.arange(8192, device="cuda") % 10 > 0)[:, None], sure, inputs.hidden))
+    leaves = (inputs.hidden, inputs.weight)
+
+    def gradients():
+        logps = linear_logps(*leaves, inputs.targets, grad_tol=0.02, impl="triton")
+        return logps, *torch.autograd.grad((logps * inputs.d_token_logps.float()).sum(), leaves)
+
+    once = gradients()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = gradients()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, once, again))
+    results = sum(x.nbytes for x in again)
+    extra = torch.cuda.max_memory_allocated() - before - results
+    assert extra <= 2**28 + 4 * inputs.hidden.numel() + 2**26
+    exact = linear_logps(*leaves, inputs.targets, impl="triton")
+    exact = torch.autograd.grad((exact * inputs.d_token_logps.float()).sum(), leaves)
+    for x, y in zip(again[1:], exact):
+        assert (x.float() - y.float()).norm() <= 0.1 * y.float().norm()

@@ -6,8 +6,8 @@ product; the library's matrix products turn the block into d_hidden and d_weight
 go over the vocabulary: each block of d_weight is finished in one product over all rows (accumulated in float32, rounded
 once), d_hidden is accumulated in one float32 (T, D) buffer. No floating-point atomics, no locks: the same bits every
 time. Cost: 2 T D V FLOP and as many again for each of d_hidden and d_weight; what is not needed is neither computed nor
-allocated. Never holds (T, V). Ignored rows cost no arithmetic here; the library's products run over their zero rows.
-docs/math.md, section 1.
+allocated. Never holds (T, V). Ignored rows cost no arithmetic here; the library's products run over their zero rows,
+those of live_products.py, for `few` live rows, do not. docs/math.md, section 1.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .launch import LOG2_E, head_arguments, launch_for, programs, scale_and_cap, why_not
 from .library import add_product, block_shape
+from .live_products import add_rows, reduce_rows
 from .rows import LiveRows, gather_rows, live_rows
 from .tile import add_low_rank, halves, product, squash, tile_position, with_bias
 
@@ -39,7 +40,7 @@ def d_logits_kernel(
     lse_ptr,  # (T,) float32
     d_target_ptr,  # (T,) float32: d_logits at the target
     d_softmax_ptr,  # (T,) float32: coefficient of softmax elsewhere
-    d_logits_ptr,  # (rows, stride_d_logits) input dtype; what lies past `columns` is written but never read
+    d_logits_ptr,  # (rows, stride_d_logits) input dtype; past `columns` zeros if FEW, else written but never read
     d_bias_ptr,  # (token tiles, stride_d_logits) float32, or None
     mass_ptr,  # (vocabulary tiles, rows) float32, or None
     row0,  # the block is rows row0 : row0 + rows, columns column0 : column0 + columns
@@ -61,6 +62,7 @@ def d_logits_kernel(
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
     NEEDS_MASS: tl.constexpr,
+    FEW: tl.constexpr,  # the products are those of live_products.py
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -113,6 +115,8 @@ def d_logits_kernel(
                 d = tl.where(column[None, :] == target_column[:, None], d_target[:, None], d)
             if HAS_SOFTCAP:
                 d *= 1.0 - y * y
+            if FEW:
+                d = tl.where((v0 + column < V)[None, :], d, 0.0)
             tl.store(
                 block + row[:, None] * stride_d_logits + column[None, :],
                 d.to(d_logits_ptr.dtype.element_ty),
@@ -122,18 +126,18 @@ def d_logits_kernel(
                 tl.store(d_bias_ptr + tile_t.to(tl.int64) * stride_d_logits + tile_v * BLOCK_V + column, tl.sum(d, 0))
         if NEEDS_MASS:
             tl.store(mass_ptr + tile_v.to(tl.int64) * rows + (t - row0), mass, mask=t < live)
-    # Tiles of ignored rows: zeros, no arithmetic.
+    # Tiles of ignored rows: zeros, no arithmetic; or nothing, where no product reads them.
     for tile in tl.range(live_tiles_t * tiles_v + tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0)):
         tile_t = tile // tiles_v
         tile_v = tile % tiles_v
         block = d_logits_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_d_logits + tile_v * BLOCK_V
         column = tl.arange(0, BLOCK_V)
-        zero = tl.zeros((BLOCK_T, BLOCK_V), d_logits_ptr.dtype.element_ty)
-        tl.store(
-            block + row[:, None] * stride_d_logits + column[None, :],
-            zero,
-            mask=(tile_t * BLOCK_T + row < rows)[:, None],
-        )
+        if not FEW:
+            tl.store(
+                block + row[:, None] * stride_d_logits + column[None, :],
+                tl.zeros((BLOCK_T, BLOCK_V), d_logits_ptr.dtype.element_ty),
+                mask=(tile_t * BLOCK_T + row < rows)[:, None],
+            )
         if NEEDS_BIAS:
             tl.store(
                 d_bias_ptr + tile_t.to(tl.int64) * stride_d_logits + tile_v * BLOCK_V + column,
@@ -157,8 +161,11 @@ def linear_logps_backward(
     ignore_index: int,
     workspace_bytes: int,
     needs: tuple[bool, ...],
+    few: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """The fields of HeadGradients, gradients in the input dtype; None where not needed."""
+    """The fields of HeadGradients, gradients in the input dtype; None where not needed. `few`: most rows are likely to
+    be ignored, so the products are worth counting them.
+    """
     V, D = weight.shape
     T = targets.numel()
     inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
@@ -210,13 +217,19 @@ def linear_logps_backward(
                 *head.tensors, compact_targets, live.live, compact_lse, d_target, d_softmax, d_logits, tile_sums,
                 tile_mass, row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
                 HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=d_bias is not None,
-                NEEDS_MASS=mass is not None, **head.constants,
+                NEEDS_MASS=mass is not None, FEW=few, **head.constants,
             )  # fmt: skip
             for accumulator, factor in zip(by_row, (weight, low_rank_weight)):
-                if accumulator is not None and factor is not None:
+                if accumulator is not None and factor is not None and few:
+                    add_rows(accumulator[row0 : row0 + height], d_logits, factor[span], live.live, row0, launch)
+                elif accumulator is not None and factor is not None:
                     add_product(accumulator[row0 : row0 + height], d_logits, factor[span])
             for (gradient, factor), accumulator in zip(by_column, accumulated):
-                if accumulator is not None and factor is not None:
+                out = gradient[span] if accumulator is None and gradient is not None else accumulator
+                if out is not None and factor is not None and few:
+                    b = factor[row0 : row0 + height]
+                    reduce_rows(out, d_logits, b, live.live, row0, launch, add=accumulator is not None)
+                elif accumulator is not None and factor is not None:
                     add_product(accumulator, d_logits.T, factor[row0 : row0 + height])
                 elif gradient is not None and factor is not None:
                     torch.mm(d_logits.T, factor, out=gradient[span])

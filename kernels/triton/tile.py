@@ -48,16 +48,34 @@ def product(
         # Rows are clamped rather than masked: one mask less in the loop, and the last row is read again instead.
         t = tl.minimum(t0 + tl.arange(0, BLOCK_T), T - 1).to(tl.int64)
         v = tl.minimum(v0 + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
-        d = tl.arange(0, BLOCK_D)
-        hidden_ptrs = hidden + t[:, None] * D + d[None, :]
-        weight_ptrs = weight + v[None, :] * stride_weight_v + d[:, None] * stride_weight_d
-        for d0 in range(0, D, BLOCK_D):
-            inside = d0 + d < D
-            h = tl.load(hidden_ptrs, mask=inside[None, :], other=0.0)
-            w = tl.load(weight_ptrs, mask=inside[:, None], other=0.0)
-            acc = tl.dot(h, w, acc, input_precision=PRECISION)
-            hidden_ptrs += BLOCK_D
-            weight_ptrs += BLOCK_D * stride_weight_d
+        acc = add_product_of_rows(acc, hidden, weight, t, v, stride_weight_v, stride_weight_d, D, BLOCK_D, PRECISION)
+    return acc
+
+
+@triton.jit
+def add_product_of_rows(
+    acc,  # (BLOCK_T, BLOCK_V) float32
+    hidden_ptr,  # (T, D) contiguous
+    weight_ptr,  # (V, D)
+    t,  # (BLOCK_T,) int64, any valid rows
+    v,  # (BLOCK_V,) int64
+    stride_weight_v,
+    stride_weight_d,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + hidden[t] @ weight[v].T, through pointers."""
+    d = tl.arange(0, BLOCK_D)
+    hidden_ptrs = hidden_ptr + t[:, None] * D + d[None, :]
+    weight_ptrs = weight_ptr + v[None, :] * stride_weight_v + d[:, None] * stride_weight_d
+    for d0 in range(0, D, BLOCK_D):
+        inside = d0 + d < D
+        h = tl.load(hidden_ptrs, mask=inside[None, :], other=0.0)
+        w = tl.load(weight_ptrs, mask=inside[:, None], other=0.0)
+        acc = tl.dot(h, w, acc, input_precision=PRECISION)
+        hidden_ptrs += BLOCK_D
+        weight_ptrs += BLOCK_D * stride_weight_d
     return acc
 
 
@@ -81,6 +99,25 @@ def add_low_rank(
     """acc plus the second segment of the product: low_rank_hidden @ low_rank_weight.T."""
     t = tl.minimum(t0 + tl.arange(0, BLOCK_T), T - 1).to(tl.int64)
     v = tl.minimum(v0 + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
+    return add_low_rank_of_rows(
+        acc, low_rank_hidden_ptr, low_rank_weight_ptr, t, v, stride_low_rank_v, stride_low_rank_r, R, BLOCK_R, PRECISION
+    )
+
+
+@triton.jit
+def add_low_rank_of_rows(
+    acc,  # (BLOCK_T, BLOCK_V) float32
+    low_rank_hidden_ptr,  # (T, R) contiguous
+    low_rank_weight_ptr,  # (V, R)
+    t,  # (BLOCK_T,) int64, any valid rows
+    v,  # (BLOCK_V,) int64
+    stride_low_rank_v,
+    stride_low_rank_r,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + low_rank_hidden[t] @ low_rank_weight[v].T."""
     for r0 in tl.static_range(0, R, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         x = tl.load(low_rank_hidden_ptr + t[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)

@@ -33,41 +33,30 @@ _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
 # The C++ op (csrc/binding.cpp registers it for the CPU key). Rows are live and ids are valid by the time it is called.
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_rank_hidden, Tensor? low_rank_weight, Tensor targets"
 _MAP = "float logit_scale, float? softcap, float temperature"
-_EXPECTATIONS = (
-    "(Tensor token_logps, Tensor lse, Tensor coefficients, Tensor expected_weight, Tensor expected_low_rank,"
-    " Tensor doubts, Tensor dropped)"
-)
-_CANDIDATES = (
-    "(Tensor token_logps, Tensor lse, Tensor doubts, Tensor slopes, Tensor dropped, Tensor ids, Tensor weights)"
-)
-_STATS = "(Tensor token_logps, Tensor lse, Tensor entropy, Tensor mean_logits, Tensor log_sum_sq_probs, Tensor is_top1)"
-_GRADIENTS = (
-    "(Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_low_rank_hidden, Tensor d_low_rank_weight, Tensor mass)"
-)
 _NEEDS = (
     "bool needs_hidden, bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight,"
     " bool needs_mass"
 )
-_LIBRARY.define(f"linear_logps_forward_cpu({_HEAD}, {_MAP}, int workspace_bytes, bool stats) -> {_STATS}")
+_SIX, _SEVEN = (f"({', '.join(['Tensor'] * n)})" for n in (6, 7))
+_LIBRARY.define(f"linear_logps_forward_cpu({_HEAD}, {_MAP}, int workspace_bytes, bool stats) -> {_SIX}")
 _LIBRARY.define(
     f"linear_logps_expectations_cpu({_HEAD}, Tensor? target_logits, {_MAP}, int workspace_bytes, float grad_tol,"
-    f" float least) -> {_EXPECTATIONS}"
+    f" float least) -> {_SEVEN}"
 )
 _LIBRARY.define(
     f"linear_logps_candidates_cpu({_HEAD}, Tensor target_logits, {_MAP}, int workspace_bytes, float least, int most)"
-    f" -> {_CANDIDATES}"
+    f" -> {_SEVEN}"
 )
 _LIBRARY.define(
     "add_weighted_rows_cpu(Tensor(a!) out, Tensor source, Tensor owned, Tensor index, Tensor coefficients) -> ()"
 )
 _LIBRARY.define(
     f"linear_logps_backward_cpu({_HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, {_MAP},"
-    f" int workspace_bytes, {_NEEDS}) -> {_GRADIENTS}"
+    f" int workspace_bytes, {_NEEDS}) -> {_SIX}"
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------- which
-# implementation
+# ------------------------------------------------------------------------------------------------- which implementation
 
 
 def _triton_why_not(hidden: Tensor, weight: Tensor) -> list[str]:
@@ -124,7 +113,7 @@ _OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_ind
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_forward",
     mutates_args=(),
-    schema=f"({_HEAD}, {_OPTIONS}, bool stats, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, {_OPTIONS}, bool stats, str impl) -> {_SIX}",
 )
 def _linear_logps_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     *options, stats, impl = rest
@@ -149,8 +138,7 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_backward",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, {_OPTIONS}, bool[] needs, str impl)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, {_OPTIONS}, bool[] needs, str impl) -> {_SIX}",
 )
 def _linear_logps_backward(
     hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_target, d_softmax, *rest
@@ -178,14 +166,19 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_ta
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_candidates",
     mutates_args=(),
-    schema=f"({_HEAD}, {_OPTIONS}, float grad_tol, str impl)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, {_OPTIONS}, float grad_tol, str impl) -> {_SEVEN}",
 )
 def _linear_logps_candidates(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     *options, grad_tol, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    impl = resolve(impl, hidden, weight)
     with _exact(hidden.device):
-        return tuple(host.candidates(head, targets, HeadOptions(*options), grad_tol, resolve(impl, hidden, weight)))
+        if impl == "triton":
+            launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_candidates")
+            most = sparse.capacity(targets.numel(), weight.shape[0], HeadOptions(*options).workspace_bytes)
+            least = sparse.least_probability(grad_tol)
+            return tuple(launcher.linear_logps_candidates(*head, targets, *options, least, most))
+        return tuple(host.candidates(head, targets, HeadOptions(*options), grad_tol, impl))
 
 
 @_linear_logps_candidates.register_fake
@@ -208,10 +201,16 @@ def _linear_logps_sparse_backward(hidden, weight, bias, low_rank_hidden, low_ran
     found, (d_token_logps, d_lse, *options, grad_tol, needs, impl) = Candidates(rest[0], *rest[:6]), rest[6:]
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
+    upstream = (d_token_logps, d_lse)
     with _exact(hidden.device):
-        out = host.sparse_backward(
-            head, targets, found, d_token_logps, d_lse, HeadOptions(*options), grad_tol, tuple(needs), impl
-        )
+        if impl == "triton":
+            launcher = importlib.import_module("groupdpo_kernels.kernels.sparse_backward")
+            live = targets != HeadOptions(*options).ignore_index
+            exact = sparse.exact_rows(found.doubts, found.dropped, *upstream, live, grad_tol)
+            kept = (found.lse, found.doubts, found.slopes, found.ids, found.weights)
+            out = launcher.linear_logps_sparse_backward(*head, targets, exact, *kept, *upstream, *options, tuple(needs))
+        else:
+            out = host.sparse_backward(head, targets, found, *upstream, HeadOptions(*options), grad_tol, needs, impl)
     return tuple(hidden.new_empty(0) if x is None else x for x in out[:5])
 
 

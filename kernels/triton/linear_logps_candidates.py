@@ -1,0 +1,316 @@
+"""Token log-probabilities, lse, and each row's candidates: the vocabulary entries of probability at least `least`.
+
+The first visit is that of linear_logps_forward.py, and leaves each (row, vocabulary tile)'s maximum. Only a tile whose
+maximum reaches the row's lse + log(least) can hold a candidate: those pairs, and the one with the target, are visited
+again. The rows of a vocabulary tile are gathered, their products rebuilt, twice: once to count, and after a prefix sum
+over the tiles once to write, each row's candidates in the order of their ids. What a row's capacity cannot hold, and
+what is too unlikely, is summed where it stands, apart from the target: neither doubts nor dropped is a difference, so
+nothing cancels in a row that is sure of its target. Candidates are not written from the first visit because lse is not
+known there and compacting in its epilogue spills.
+
+Cost: 2 T D V FLOP, and 4 D BLOCK_V for each pair visited, at most T V / BLOCK_V of them; workspace 20 T V / BLOCK_V
+bytes by token chunks within half of the byte budget (the candidates themselves are the other half), and one compact
+copy of hidden. Nothing is read back: grids are for all pairs, programs past the device's counts stop at once. No
+atomics: the same bits every time. A wrong id, or a row that is not finite, has NaN for its dropped.
+In Triton, not CUDA C++: the product on tiles is tile.py's, and the rest is one prefix sum. docs/math.md, section 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import LN_2, LOG2_E, HeadArguments, Launch, chunk_rows, head_arguments, launch_for, programs, scale_and_cap
+from .linear_logps_forward import combine_kernel, tiles_kernel, why_not
+from .rows import gather_rows, live_rows
+from .tile import add_low_rank_of_rows, add_product_of_rows, finite_or_zero, squash, with_bias
+
+__all__ = ["linear_logps_candidates", "why_not"]
+
+# Float32 sums of exponentials err by at most this much of themselves (the specification's figure: sparse.py).
+SUM_ERROR = tl.constexpr(2.0**-18)
+# The two visits may round a logit differently: a pair is visited from this far, in bits, below the threshold.
+SLACK = 2.0**-8
+
+
+@triton.jit(do_not_specialize=["row0", "rows"], do_not_specialize_on_alignment=["count_ptr"])
+def select_kernel(
+    tile_max_ptr,  # (tiles_v, rows) float32, base 2, like all tile_*
+    tile_sum_ptr,  # (tiles_v, rows) float32
+    tile_rest_ptr,  # (tiles_v, rows) float32, out: the tile's sum, to be replaced in the pairs visited
+    ends_ptr,  # (tiles_v, rows) int32, out: zeros, for the counts of the pairs visited
+    visited_ptr,  # (tiles_v, rows) int32, out: each tile's rows to visit, from the chunk's start, then nothing
+    visited_count_ptr,  # (tiles_v,) int32, out: how many
+    targets_ptr,  # (T,) int64, compact
+    rows_ptr,  # (T,) int32: original row of a compact one
+    count_ptr,  # (1,) int32: live rows
+    lse_ptr,  # (T,) float32, natural, original order
+    row0,
+    rows,
+    threshold,  # log2(least) - SLACK
+    TILE_V: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """One program a vocabulary tile: a stable partition of its rows."""
+    tile_v = tl.program_id(0)
+    live = tl.load(count_ptr)
+    base = tile_v.to(tl.int64) * rows
+    visited = 0
+    for r0 in range(0, rows, BLOCK_ROWS):
+        local = r0 + tl.arange(0, BLOCK_ROWS)
+        t = row0 + local
+        inside = (local < rows) & (t < live)
+        lse = tl.load(lse_ptr + tl.load(rows_ptr + t, mask=inside, other=0), mask=inside, other=0.0) * LOG2_E
+        top = tl.load(tile_max_ptr + base + local, mask=inside, other=-float("inf"))
+        target = tl.load(targets_ptr + t, mask=inside, other=-1)
+        own = (target >= tile_v * TILE_V) & (target < (tile_v + 1) * TILE_V)
+        wanted = (inside & ((top >= lse + threshold) | own)).to(tl.int32)
+        position = visited + tl.cumsum(wanted, 0) - 1
+        tl.store(visited_ptr + base + position, local, mask=wanted > 0)
+        tl.store(ends_ptr + base + local, tl.zeros((BLOCK_ROWS,), tl.int32), mask=local < rows)
+        tile_sum = tl.load(tile_sum_ptr + base + local, mask=inside, other=0.0)
+        tl.store(tile_rest_ptr + base + local, tile_sum, mask=inside)
+        visited += tl.sum(wanted, 0)
+    tl.store(visited_count_ptr + tile_v, visited)
+
+
+@triton.jit(do_not_specialize=["row0", "rows", "most"])
+def visit_kernel(
+    hidden_ptr,  # (T, D) compact
+    weight_ptr,  # (V, D)
+    bias_ptr,  # (V,)
+    low_rank_hidden_ptr,  # (T, R) compact
+    low_rank_weight_ptr,  # (V, R)
+    targets_ptr,  # (T,) int64, compact
+    rows_ptr,  # (T,) int32: original row of a compact one
+    lse_ptr,  # (T,) float32, natural, original order
+    visited_ptr,  # (tiles_v, rows) int32
+    visited_count_ptr,  # (tiles_v,) int32
+    tile_max_ptr,  # (tiles_v, rows) float32: what the tile's exponentials are relative to
+    tile_sum_ptr,  # (tiles_v, rows) float32, out: sum without the target
+    tile_rest_ptr,  # (tiles_v, rows) float32, out: sum of what is neither target nor written
+    ends_ptr,  # (tiles_v, rows) int32, out: the tile's candidates; or in: the row's, up to and with the tile
+    ids_ptr,  # (T, most) int32, original order, out
+    weights_ptr,  # (T, most) float32, original order, out
+    row0,
+    rows,
+    V,
+    most,
+    log2_least,
+    stride_weight_v,
+    stride_weight_d,
+    stride_low_rank_v,
+    stride_low_rank_r,
+    scale,
+    cap,
+    WRITE: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program a vocabulary tile and block of its rows to visit: counts their candidates, or writes them."""
+    blocks = tl.cdiv(rows, BLOCK_T)  # programs side by side share the tile's weights
+    tile_v = tl.program_id(0) // blocks
+    first = tl.program_id(0) % blocks * BLOCK_T
+    visited = tl.load(visited_count_ptr + tile_v)
+    if first < visited:
+        inside = first + tl.arange(0, BLOCK_T) < visited
+        base = tile_v.to(tl.int64) * rows
+        local = tl.load(visited_ptr + base + first + tl.arange(0, BLOCK_T), mask=inside, other=0)
+        t = (row0 + local).to(tl.int64)
+        v0 = tile_v * BLOCK_V
+        column = tl.arange(0, BLOCK_V)
+        v = tl.minimum(v0 + column, V - 1).to(tl.int64)
+        acc = add_product_of_rows(
+            tl.zeros((BLOCK_T, BLOCK_V), tl.float32), hidden_ptr, weight_ptr, t, v, stride_weight_v, stride_weight_d,
+            D, BLOCK_D, PRECISION
+        )  # fmt: skip
+        if R > 0:
+            acc = add_low_rank_of_rows(
+                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t, v, stride_low_rank_v, stride_low_rank_r,
+                R, BLOCK_R, PRECISION
+            )  # fmt: skip
+        y = squash(with_bias(acc, bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
+        at = base + local
+        shift = finite_or_zero(tl.load(tile_max_ptr + at, mask=inside, other=0.0))
+        row = tl.load(rows_ptr + t).to(tl.int64)
+        lse = tl.load(lse_ptr + row) * LOG2_E
+        target = tl.load(targets_ptr + t) - v0
+        other = (column[None, :] < V - v0) & (column[None, :] != target[:, None])
+        z = tl.where(other, cap * y if HAS_SOFTCAP else y, -float("inf"))
+        # No NaN is found, and nothing in a row of -inf alone.
+        threshold = tl.where(lse == -float("inf"), float("inf"), lse + log2_least)
+        if WRITE:
+            start = tl.load(ends_ptr + at - rows, mask=inside & (tile_v > 0), other=0)
+            # Never over the next tile's, had this visit found one more than the first.
+            end = tl.minimum(tl.load(ends_ptr + at, mask=inside, other=0), most)
+            # The next of each row in turn: they are few, and slots for a whole tile at once spill 1 KB a thread.
+            last = tl.full((BLOCK_T,), -1, tl.int32)
+            for slot in range(tl.max(end - start, 0)):
+                found = (z >= threshold[:, None]) & (column[None, :] > last[:, None])
+                c = tl.min(tl.where(found, column[None, :], BLOCK_V), 1)
+                c = tl.where(start + slot < end, c, BLOCK_V)
+                z_c = tl.sum(tl.where(column[None, :] == c[:, None], z, 0.0), 1)
+                p = tl.exp2(z_c - lse)
+                if HAS_SOFTCAP:
+                    p *= 1.0 - (z_c / cap) * (z_c / cap)
+                tl.store(ids_ptr + row * most + start + slot, v0 + c, mask=c < BLOCK_V)
+                tl.store(weights_ptr + row * most + start + slot, p, mask=c < BLOCK_V)
+                last = tl.where(c < BLOCK_V, c, last)
+            e = tl.exp2(z - shift[:, None])
+            tl.store(tile_sum_ptr + at, tl.sum(e, 1), mask=inside)
+            written = (z >= threshold[:, None]) & (column[None, :] <= last[:, None])
+            tl.store(tile_rest_ptr + at, tl.sum(tl.where(written, 0.0, e), 1), mask=inside)
+        else:
+            tl.store(ends_ptr + at, tl.sum((z >= threshold[:, None]).to(tl.int32), 1), mask=inside)
+
+
+@triton.jit(do_not_specialize=["row0", "rows", "tiles_v"], do_not_specialize_on_alignment=["count_ptr"])
+def doubts_kernel(
+    tile_max_ptr,  # (tiles_v, rows) float32
+    tile_sum_ptr,  # (tiles_v, rows) float32: without the target
+    tile_rest_ptr,  # (tiles_v, rows) float32: without the candidates either
+    target_logits_ptr,  # (T,) float32, compact, base 2
+    rows_ptr,  # (T,) int32: original row of a compact one
+    count_ptr,  # (1,) int32
+    doubts_ptr,  # (T,) float32, original order, like all that follow
+    slopes_ptr,
+    dropped_ptr,
+    row0,
+    rows,
+    tiles_v,
+    cap,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    local = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    t = row0 + local
+    inside = (local < rows) & (t < tl.load(count_ptr))
+    top = tl.full((BLOCK_ROWS,), -float("inf"), tl.float32)
+    others = tl.zeros((BLOCK_ROWS,), tl.float32)
+    rest = tl.zeros((BLOCK_ROWS,), tl.float32)
+    for k0 in range(0, tiles_v, BLOCK_TILES):
+        k = k0 + tl.arange(0, BLOCK_TILES)
+        mask = (k < tiles_v)[:, None] & inside[None, :]
+        at = k[:, None].to(tl.int64) * rows + local[None, :]
+        tile_max = tl.load(tile_max_ptr + at, mask=mask, other=-float("inf"))
+        new_top = tl.maximum(top, tl.max(tile_max, 0))
+        shift = finite_or_zero(new_top)
+        rescale = tl.exp2(top - shift)
+        factor = tl.exp2(tile_max - shift[None, :])
+        others = others * rescale + tl.sum(tl.load(tile_sum_ptr + at, mask=mask, other=0.0) * factor, 0)
+        rest = rest * rescale + tl.sum(tl.load(tile_rest_ptr + at, mask=mask, other=0.0) * factor, 0)
+        top = new_top
+    # A wrong id has no target logit: NaN from here on.
+    target_logit = tl.load(target_logits_ptr + t, mask=inside, other=0.0)
+    total = others + tl.exp2(target_logit - finite_or_zero(top))
+    y = target_logit / cap if HAS_SOFTCAP else target_logit * 0.0
+    out = tl.load(rows_ptr + t, mask=inside, other=0)
+    tl.store(doubts_ptr + out, others / total, mask=inside)
+    tl.store(slopes_ptr + out, 1.0 - y * y, mask=inside)
+    tl.store(dropped_ptr + out, rest / total + SUM_ERROR * (others / total), mask=inside)
+
+
+def visit_shape(launch: Launch) -> dict[str, int]:
+    """Of the second visit: 64 rows, since a tile is visited for few."""
+    return {"BLOCK_T": min(64, launch.BLOCK_T), "num_warps": 8, "num_stages": 3}
+
+
+def linear_logps_candidates(
+    hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    low_rank_hidden: Tensor | None,  # (..., R)
+    low_rank_weight: Tensor | None,  # (V, R)
+    targets: Tensor,  # (...) int64
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    workspace_bytes: int,
+    least: float,  # probability of a candidate
+    most: int,  # candidates a row
+) -> tuple[Tensor, ...]:
+    """The seven tensors of Candidates: token_logps, lse, doubts, slopes, dropped (...), ids, weights (..., most)."""
+    V, D = weight.shape
+    T = targets.numel()
+    new = functools.partial(torch.empty, device=hidden.device)
+    # Ignored rows keep these zeros.
+    by_row = [new(targets.shape, dtype=torch.float32).zero_() for _ in range(5)]
+    ids = new((*targets.shape, most), dtype=torch.int32).zero_()
+    weights = new(ids.shape, dtype=torch.float32).zero_()
+    token_logps, lse, doubts, slopes, dropped = by_row
+    if T == 0:
+        return *by_row, ids, weights
+
+    live = live_rows(targets.reshape(-1), ignore_index)
+    compact = gather_rows(hidden, live.rows, hidden.new_empty((T, D)))
+    compact_targets = targets.reshape(-1)[live.rows.clamp(min=0)]
+    low_rank = (
+        None
+        if low_rank_hidden is None
+        else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, low_rank_hidden.shape[-1])))
+    )
+    # NaN stays where no tile holds the target: a wrong id is never a plausible number.
+    target_logits = torch.full_like(new(T, dtype=torch.float32), torch.nan)
+
+    # Statistics, which these kernels have room for, are not asked for.
+    unused, unused_int8, unused_bool = (new(0, dtype=dtype) for dtype in (torch.float32, torch.int8, torch.bool))
+
+    launch = launch_for(weight)
+    tiles_v = triton.cdiv(V, launch.BLOCK_V)
+    chunk = chunk_rows(T, 20 * tiles_v, workspace_bytes // 2, launch)
+    tiles = [new(tiles_v * chunk, dtype=torch.float32) for _ in range(3)]
+    ends, visited = (new(tiles_v * chunk, dtype=torch.int32) for _ in range(2))
+    visited_count = new(tiles_v, dtype=torch.int32)
+    scale, cap = scale_and_cap(logit_scale, softcap, temperature * LN_2.value)
+    head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
+    visit = _visit_arguments(head, launch)
+    for row0 in range(0, T, chunk):
+        rows = min(chunk, T - row0)
+        # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
+        tiles_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, hidden.device)](
+            *head.tensors, compact_targets, live.live, target_logits, *tiles[:2], *tiles, unused_int8,
+            row0, rows, T, V,
+            *head.strides, scale, cap, HAS_SOFTCAP=softcap is not None, STATS=False, **head.constants,
+        )  # fmt: skip
+        combine_kernel[(triton.cdiv(rows, 32),)](
+            *tiles[:2], *tiles, unused_int8, target_logits, compact_targets, live.rows, live.live,
+            token_logps, lse, unused, unused, unused, unused_bool, row0, rows, V,
+            STATS=False, TILE_V=launch.BLOCK_V, BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
+        )  # fmt: skip
+        select_kernel[(tiles_v,)](
+            *tiles, ends, visited, visited_count, compact_targets, live.rows, live.live, lse, row0, rows,
+            math.log2(least) - SLACK, TILE_V=launch.BLOCK_V, BLOCK_ROWS=1024, num_warps=4,
+        )  # fmt: skip
+        for write in (False, True):
+            visit_kernel[(triton.cdiv(rows, visit.constants["BLOCK_T"]) * tiles_v,)](
+                compact, weight, *visit.tensors, compact_targets, live.rows, lse, visited, visited_count, *tiles, ends,
+                ids, weights, row0, rows, V, most, math.log2(least), *head.strides, scale, cap,
+                WRITE=write, HAS_SOFTCAP=softcap is not None, **visit.constants,
+            )  # fmt: skip
+            if not write:
+                ends[: tiles_v * rows].view(tiles_v, rows).cumsum_(0)
+        doubts_kernel[(triton.cdiv(rows, 32),)](
+            *tiles, target_logits, live.rows, live.live, doubts, slopes, dropped, row0, rows, tiles_v, cap,
+            HAS_SOFTCAP=softcap is not None, BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
+        )  # fmt: skip
+    return *by_row, ids, weights
+
+
+def _visit_arguments(head: HeadArguments, launch: Launch) -> HeadArguments:
+    """Of the head, what the second visit takes besides hidden and weight: no descriptors, a tile of its own."""
+    constants = {name: x for name, x in head.constants.items() if name not in ("GROUP_T", "TMA", "FLATTEN")}
+    return HeadArguments(head.tensors[2:], head.strides, constants | visit_shape(launch))

@@ -1,0 +1,312 @@
+"""grad_tol > 0 through the Triton kernels, interpreted: the candidates of the specification and its gradients, the
+bound in float64, the same bits twice, memory within the budget and nothing read back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_workspace import FULL_SIZES, Allocations, launching_nothing, on_meta
+from torch import Tensor
+
+from groupdpo_kernels import blocks, host, linear_logps, ops, sparse
+from groupdpo_kernels.kernels import linear_logps_candidates as launcher
+from groupdpo_kernels.kernels import sparse_backward
+from groupdpo_kernels.reference import Head, HeadGradients, HeadOptions, logits
+from groupdpo_kernels.sparse import Candidates
+from groupdpo_kernels.testing import CASES, Case, Inputs, make_inputs, triton_on_cpu
+
+BY_NAME = {case.name: case for case in CASES}
+# Interpreted tiles are slow: the cases that differ in these kernels.
+NAMES = ("plain", "one_row", "one_column", "ragged_all", "unaligned_bf16", "fp16", "negative", "confident")
+NAMES += ("softcap", "softcap_tight_bf16", "everything", "everything_bf16", "low_rank_wide_bf16", "last_ignored")
+NAMES += ("most_ignored_bf16", "all_ignored", "empty", "strided_deep", "tiny_workspace", "tiny_workspace_bf16")
+# Of the backward: an interpreted vocabulary id takes a millisecond a gradient.
+BACKWARD = ("plain", "one_row", "one_column", "unaligned_bf16", "fp16", "softcap_tight_bf16", "everything")
+BACKWARD += ("low_rank_wide_bf16", "most_ignored_bf16", "strided_deep", "tiny_workspace")
+TOLERANCE = 0.2
+
+
+def head_of(inputs: Inputs) -> Head:
+    pair = (None, None) if inputs.low_rank is None else (inputs.low_rank[0].detach(), inputs.low_rank[1].detach())
+    bias = None if inputs.bias is None else inputs.bias.detach()
+    return Head(inputs.hidden.detach(), inputs.weight.detach(), bias, *pair)
+
+
+def upstream_of(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return inputs.d_token_logps.float(), inputs.d_lse.float()
+
+
+def needs_of(head: Head) -> tuple[bool, ...]:
+    return tuple(x is not None for x in head)
+
+
+def trained(T: int = 36, D: int = 48, V: int = 290, dtype: torch.dtype = torch.float32, **changes: Any) -> Case:
+    """A case for `sure_inputs`."""
+    return Case("trained", T, D, V, "", dtype, **changes)
+
+
+def sure_inputs(case: Case) -> Inputs:
+    """Two rows of three are sure of an id, most often their target; the others are flat."""
+    inputs = make_inputs(case)
+    with torch.no_grad():
+        rows = inputs.weight[inputs.targets.clamp(min=0)].float()
+        rows[::5] = rows[::5].roll(1, 0)
+        sure = (12 * rows / rows.square().sum(-1, keepdim=True)).to(case.dtype)
+        inputs.hidden.copy_(torch.where((torch.arange(case.T) % 3 > 0)[:, None], sure, inputs.hidden))
+    return inputs
+
+
+def candidates(inputs: Inputs, options: HeadOptions, grad_tol: float = TOLERANCE, BLOCK_T: int = 64) -> Candidates:
+    with triton_on_cpu(BLOCK_T, 128, 64):
+        return ops.linear_logps_candidates(head_of(inputs), inputs.targets, options, grad_tol, "triton")
+
+
+def backward(
+    inputs: Inputs, found: Candidates, options: HeadOptions, grad_tol: float = TOLERANCE, BLOCK_T: int = 64
+) -> HeadGradients:
+    head = head_of(inputs)
+    with triton_on_cpu(BLOCK_T, 128, 64):
+        return ops.linear_logps_sparse_backward(
+            head, inputs.targets, found, *upstream_of(inputs), options, grad_tol, needs_of(head), "triton"
+        )
+
+
+def dense(found: Candidates, V: int) -> Tensor:  # (T, V)
+    most = found.ids.shape[-1]
+    out = torch.zeros(found.lse.numel(), V, dtype=found.weights.dtype)
+    return out.scatter_add_(1, found.ids.view(-1, most).long(), found.weights.view(-1, most))
+
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_candidates_of_the_specification(name: str, poisoned_memory: None) -> None:
+    case = BY_NAME[name]
+    inputs = make_inputs(case)
+    found = candidates(inputs, case.options)
+    wanted = host.candidates(head_of(inputs), inputs.targets, case.options, TOLERANCE, "reference")
+    for x, y in zip(found, wanted):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    for field in ("token_logps", "lse", "doubts", "slopes"):
+        torch.testing.assert_close(getattr(found, field), getattr(wanted, field), rtol=1e-5, atol=2e-5)
+    if case.T == 0:
+        return
+    # The specification subtracts what it keeps from the doubt.
+    torch.testing.assert_close(found.dropped, wanted.dropped, rtol=1e-5, atol=1e-5 + case.name.startswith("tiny"))
+    if not case.name.startswith("tiny"):  # there they do not fit
+        mine, its = dense(found, case.V), dense(wanted, case.V)
+        assert torch.equal(mine != 0, its != 0)
+        torch.testing.assert_close(mine, its, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["confident", "everything", "tiny_workspace", "last_ignored"])
+def test_slots_and_the_bound_on_the_rest(name: str, poisoned_memory: None) -> None:
+    """Candidates first, in the order of their ids, of probability at least `least`, never the target; `dropped` is at
+    least the probability of all others, and hardly more."""
+    case = BY_NAME[name]
+    inputs = make_inputs(case)
+    found = candidates(inputs, case.options)
+    wide = inputs.to(torch.float64)
+    pair = None if wide.low_rank is None else (wide.low_rank[0].detach(), wide.low_rank[1].detach())
+    z = logits(wide.hidden.detach(), wide.weight.detach(), None if wide.bias is None else wide.bias.detach(), pair,
+               case.options)  # fmt: skip
+    p = z.softmax(-1)
+    full = 0
+    for t, y in enumerate(inputs.targets.tolist()):
+        kept = int((found.weights[t] != 0).sum())
+        ids = found.ids[t, :kept].long()
+        assert not found.weights[t, kept:].any() and not found.ids[t, kept:].any()
+        if y == case.options.ignore_index:
+            assert not any(x[t].any() for x in found)
+            continue
+        assert (ids.diff() > 0).all() and y not in ids
+        assert (p[t, ids] >= sparse.least_probability(TOLERANCE) * (1 - 1e-5)).all()
+        full += kept == found.ids.shape[1]
+        p[t, y], doubt = 0, float(1 - p[t, y])
+        rest = float(p[t].sum() - p[t, ids].sum())
+        torch.testing.assert_close(float(found.doubts[t]), doubt, rtol=1e-5, atol=1e-15)
+        assert rest * (1 - 1e-6) <= found.dropped[t] <= rest * (1 + 1e-5) + 2**-17 * doubt
+    assert (full > 0) == (name == "tiny_workspace")
+
+
+def test_nothing_cancels_in_a_row_that_is_sure() -> None:
+    """At p_y = 1 - 1e-9: beyond float32's 1 - p."""
+    case = Case("sure", 24, 64, 300, "", ignored="none")
+    inputs = make_inputs(case)
+    with torch.no_grad():
+        rows = inputs.weight[inputs.targets]
+        inputs.hidden.copy_(33 * rows / rows.square().sum(-1, keepdim=True))
+    found = candidates(inputs, case.options)
+    wide = inputs.to(torch.float64)
+    p = logits(wide.hidden.detach(), wide.weight.detach()).softmax(-1).scatter(1, inputs.targets[:, None], 0)
+    assert p.sum(1).median() < 1e-8
+    torch.testing.assert_close(found.doubts.double(), p.sum(1), rtol=3e-5, atol=0)
+    assert (found.dropped.double() >= p.sum(1) * (1 - 3e-5)).all()  # not one candidate
+
+
+def test_the_constant_of_the_specification() -> None:
+    assert launcher.SUM_ERROR.value == blocks.SUM_ERROR
+
+
+def test_wrong_ids_and_rows_that_are_not_finite_go_the_exact_way(poisoned_memory: None) -> None:
+    """NaN in their row and nowhere else."""
+    case = trained(T=24, V=200, ignored="none")
+    inputs = sure_inputs(case)
+    clean = candidates(inputs, case.options)
+    bad = [3, 4, 7, 8]
+    inputs.targets[3], inputs.targets[4] = case.V, -1
+    with torch.no_grad():
+        inputs.hidden[7, 2], inputs.hidden[8, 2] = torch.nan, torch.inf
+    found = candidates(inputs, case.options)
+    good = torch.ones(case.T, dtype=torch.bool).index_fill(0, torch.tensor(bad), False)
+    for field, x, y in zip(Candidates._fields, found, clean):
+        assert torch.equal(x[good], y[good]), field
+    assert found.token_logps[bad].isnan().all() and found.dropped[bad].isnan().all()
+    gradients = backward(inputs, found, case.options)
+    assert gradients.d_hidden is not None
+    assert gradients.d_hidden[bad].isnan().any(1).all() and gradients.d_hidden[good].isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------ backward
+
+
+def check_gradients(inputs: Inputs, options: HeadOptions, grad_tol: float) -> Tensor:
+    """Those of the reference over the same candidates, in the overall norm and in every row. Returns which rows are
+    exact."""
+    found = candidates(inputs, options, grad_tol)
+    head, upstream = head_of(inputs), upstream_of(inputs)
+    gradients = backward(inputs, found, options, grad_tol)
+    wanted = host.sparse_backward(
+        head, inputs.targets, found, *upstream, options, grad_tol, needs_of(head), "reference"
+    )
+    eps = {torch.float32: 3e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}[inputs.hidden.dtype]
+    for name, x, y, like in zip(HeadGradients._fields, gradients, wanted, head):
+        assert (x is None) == (y is None) == (like is None)
+        if x is None or y is None or like is None:
+            continue
+        assert (x.shape, x.dtype) == (like.shape, like.dtype) and x.is_contiguous()
+        difference = (x.double() - y.double()).view(-1, x.shape[-1])
+        size = y.double().view(-1, x.shape[-1]).norm(dim=1)
+        assert (difference.norm(dim=1) <= eps * (size + size.max().clamp(min=0))).all(), name
+        assert not x.view(size.shape[0], -1)[size == 0].any(), name
+    live = inputs.targets != options.ignore_index
+    return sparse.exact_rows(found.doubts, found.dropped, *upstream, live, grad_tol)
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_the_gradients_of_the_specification(name: str, poisoned_memory: None) -> None:
+    check_gradients(make_inputs(BY_NAME[name]), BY_NAME[name].options, TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_some_rows_exact_some_sparse(dtype: torch.dtype, poisoned_memory: None) -> None:
+    """The flat rows have more candidates than fit."""
+    case = trained(dtype=dtype, bias=True, R=4)
+    inputs = sure_inputs(case)
+    exact = check_gradients(inputs, case.options, 1e-3)
+    assert 0 < int(exact.sum()) < int((inputs.targets != -100).sum())
+
+
+@pytest.mark.parametrize("name", ["empty", "all_ignored"])
+def test_no_live_row(name: str, poisoned_memory: None) -> None:
+    case = BY_NAME[name]
+    inputs = make_inputs(case)
+    for gradient in backward(inputs, candidates(inputs, case.options), case.options):
+        assert gradient is None or not gradient.any()
+
+
+def test_the_error_is_within_the_tolerance() -> None:
+    """Through the public function; in hidden the bound on d_logits holds times the largest row of the head."""
+    case = trained()
+    inputs = sure_inputs(case)
+    weights = inputs.weight.detach().norm(dim=1).max()
+
+    def gradients(grad_tol: float, impl: str) -> list[Tensor]:
+        logps = linear_logps(inputs.hidden, inputs.weight, inputs.targets, grad_tol=grad_tol, impl=impl)
+        return list(torch.autograd.grad(logps.sum(), [inputs.hidden, inputs.weight]))
+
+    truth = gradients(0.0, "reference")
+    logps = linear_logps(inputs.hidden, inputs.weight, inputs.targets).detach()
+    doubt = (1 - logps.exp())[inputs.targets != -100].sum()
+    sizes = []
+    with triton_on_cpu(64, 128, 64):
+        for grad_tol in (1e-3, 0.1):
+            d_hidden, d_weight = (a - b for a, b in zip(gradients(grad_tol, "triton"), truth))
+            assert d_hidden.norm(dim=1).sum() <= grad_tol * doubt * weights + 1e-4
+            sizes.append(float(d_weight.norm()))
+    assert sizes[0] < 0.1 * sizes[1]
+
+
+@pytest.mark.parametrize("workspace_bytes", [2**28, 2**13])
+def test_same_bits_twice(workspace_bytes: int, poisoned_memory: None) -> None:
+    case = trained(24, 40, 150, torch.bfloat16, bias=True, R=4, softcap=20.0, workspace_bytes=workspace_bytes)
+    inputs = sure_inputs(case)
+    first = candidates(inputs, case.options)
+    gradients = backward(inputs, first, case.options)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    again = candidates(inputs, case.options, BLOCK_T=32)  # nor does it depend on which rows share a tile
+    assert all(map(torch.equal, first, again))
+    for a, b in zip(gradients, backward(inputs, again, case.options)):
+        assert (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+
+
+def test_each_gradient_alone() -> None:
+    case = trained(12, 24, 90, torch.bfloat16, bias=True, R=3)
+    inputs = sure_inputs(case)
+    head, upstream = head_of(inputs), upstream_of(inputs)
+    found = candidates(inputs, case.options)
+    full = backward(inputs, found, case.options)
+    for i in range(5):
+        needs = tuple(j == i for j in range(5))
+        with triton_on_cpu(64, 128, 64):
+            alone = ops.linear_logps_sparse_backward(
+                head, inputs.targets, found, *upstream, case.options, TOLERANCE, needs, "triton"
+            )
+        for j, (a, b) in enumerate(zip(alone, full)):
+            assert (a is None) == (j != i) or b is None
+            assert a is None or (b is not None and torch.equal(a, b))
+
+
+def test_entries_in_several_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = trained(T=20, V=60, workspace_bytes=2**22)
+    inputs = sure_inputs(case)
+    found = candidates(inputs, case.options)
+    whole = backward(inputs, found, case.options)
+    monkeypatch.setattr(sparse_backward, "ENTRY_BYTES", 2**22 // (found.ids.shape[1] + 1) // 17)
+    parts = backward(inputs, found, case.options)
+    for a, b in zip(whole, parts):
+        assert a is None or (b is not None and torch.allclose(a, b, rtol=1e-5, atol=1e-6))
+    assert whole.d_hidden is not None and parts.d_hidden is not None and torch.equal(whole.d_hidden, parts.d_hidden)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def step(case: Case, inputs: Inputs, *frozen: str) -> Allocations:
+    for name, leaf in inputs.leaves.items():
+        leaf.requires_grad_(name not in frozen)
+    with Allocations() as counted:
+        for op in (ops._linear_logps_candidates, ops._linear_logps_sparse_backward):
+            counted.inside[op._opoverload] = op._init_fn
+        logps = linear_logps(
+            inputs.hidden, inputs.weight, inputs.targets, inputs.bias, low_rank=inputs.low_rank, softcap=case.softcap,
+            workspace_bytes=case.workspace_bytes, grad_tol=0.01, impl="triton",
+        )  # fmt: skip
+        logps.backward(inputs.d_token_logps.float())
+    return counted
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias", "low_rank_weight")], ids=["trained_head", "frozen_head"])
+@pytest.mark.parametrize("case", FULL_SIZES, ids=lambda case: case.name)
+def test_the_peak_of_the_launchers(case: Case, frozen: tuple[str, ...]) -> None:
+    """On the meta device, so nothing can be read back. Beyond the gradients: one float32 (T, D) buffer, the workspace,
+    a few numbers a row, and of a trained head a few a vocabulary entry."""
+    inputs = on_meta(case)
+    with launching_nothing():
+        counted = step(case, inputs, *frozen)
+    results = sum(x.numel() * x.element_size() for x in inputs.leaves.values() if x.requires_grad)
+    rows = 4 * case.T * (case.D + 2 * case.R) + 192 * case.T + (0 if frozen else 48 * case.V)
+    assert counted.peak <= results + rows + case.workspace_bytes
