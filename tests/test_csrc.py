@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 import groupdpo_kernels
 from groupdpo_kernels import ops, reference
 from groupdpo_kernels.reference import HeadOptions
-from groupdpo_kernels.testing import CASES, Case, Inputs, Result, check_budget, make_inputs
+from groupdpo_kernels.testing import CASES, Case, Inputs, Result, check_budget, error, exact, make_inputs
 
 NEVER = ops.extension_why_not()
 INPUTS = ("hidden", "weight", "bias", "low_rank_hidden", "low_rank_weight")
@@ -98,6 +98,38 @@ def test_values_and_gradients_within_the_error_budget(case: Case) -> None:
         else:
             assert x.shape == (0,)
     check_budget(result, inputs, case.options)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("workspace_bytes", [2**28, 2**17])
+@pytest.mark.parametrize(
+    ("T", "D", "V", "R"), [(1, 64, 1, 0), (1, 65, 70, 0), (300, 96, 1, 3), (300, 130, 900, 0), (37, 64, 700, 65)]
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 9.0, "logit_scale": 1.3, "temperature": 0.8}], ids=["plain", "all"]
+)
+def test_bf16_as_it_is(T: int, D: int, V: int, R: int, workspace_bytes: int, options: dict[str, float]) -> None:
+    """Heads wide enough for the units of a processor that has them."""
+    case = Case("bf16", T, D, V, "", torch.bfloat16, bool(R), R, workspace_bytes=workspace_bytes, **options)
+    test_values_and_gradients_within_the_error_budget(case)
+
+
+@pytest.mark.parametrize(("T", "D", "V"), [(1, 1, 2), (1, 1, 1), (3, 1, 40), (1, 7, 40), (200, 1, 1), (5, 2, 1)])
+@pytest.mark.parametrize("R", [0, 1])
+def test_shapes_of_one(T: int, D: int, V: int, R: int) -> None:
+    """A gradient of one number may cancel: errors are by the largest, not row by row."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case("one", T, D, V, "", dtype, True, R, ignored="none")
+        inputs = make_inputs(case)
+        head, targets, upstream, _ = live_rows(inputs)
+        stats = forward(head, targets, case.options, False)
+        rowwise = [stats[1], *reference.row_gradients(stats[0], *upstream)]
+        gradients = backward(head, targets, rowwise, case.options, [x is not None for x in head])
+        truth = exact(inputs, case.options)
+        assert error(stats[0], truth["token_logps"].reshape(-1)) < 1e-5
+        for name, x in zip(INPUTS, gradients):
+            if x.numel() and V > 1:  # else p_y = 1, and nothing but rounding is left
+                assert error(x, truth[f"d_{name}"].reshape(x.shape)) < 8 * torch.finfo(dtype).eps, name
 
 
 def test_statistics_are_empty_unless_asked_for() -> None:

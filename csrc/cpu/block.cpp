@@ -56,10 +56,10 @@ Tensor wrap(const Factor& f) {
 #if HAS_BF16_LIBRARY
 void multiply_bf16(const Matrix& out, const Factor& a, const Factor& b, bool accumulate) {
   constexpr int row_major = 101, as_it_is = 111, transposed = 112;
-  const auto flag = [](const Factor& f) { return f.column_stride == 1 ? as_it_is : transposed; };
-  const auto leading = [](const Factor& f) {
-    return static_cast<int>(f.column_stride == 1 ? f.row_stride : f.column_stride);
-  };
+  // Both strides of a transposed column are 1: the leading dimension decides.
+  const auto plain = [](const Factor& f) { return f.column_stride == 1 && f.row_stride >= f.columns; };
+  const auto flag = [&](const Factor& f) { return plain(f) ? as_it_is : transposed; };
+  const auto leading = [&](const Factor& f) { return static_cast<int>(plain(f) ? f.row_stride : f.column_stride); };
   cblas_gemm_bf16bf16f32(row_major, flag(a), flag(b), static_cast<int>(out.rows), static_cast<int>(out.columns),
                          static_cast<int>(a.columns), 1, static_cast<const uint16_t*>(a.data), leading(a),
                          static_cast<const uint16_t*>(b.data), leading(b), accumulate ? 1 : 0, out.data,
@@ -96,8 +96,10 @@ bool in_bf16(const Head& head) {
   const auto ready = [](const std::optional<Tensor>& x) {
     return !x || (is_factor(*x, true) && x->stride(0) <= std::numeric_limits<int>::max());
   };
-  return bf16_on && ready(head.hidden) && ready(head.weight) && ready(head.low_rank_hidden) &&
-         ready(head.low_rank_weight);
+  // Below two tiles of the unit there is nothing to gain, and a gradient of few columns sums few roundings of d_logits.
+  constexpr int64_t enough = 64;
+  return bf16_on && head.hidden.size(1) >= enough && ready(head.hidden) && ready(head.weight) &&
+         ready(head.low_rank_hidden) && ready(head.low_rank_weight);
 }
 
 void multiply(const Matrix& out, const Factor& a, const Factor& b, bool accumulate) {

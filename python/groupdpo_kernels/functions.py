@@ -1,7 +1,7 @@
 """The autograd Functions over the ops: what plugs into any model.
 
-They save their inputs and one lse a row, never anything of size (T, V). First order only: a second backward through
-them raises.
+They save their inputs and two numbers a row (a frozen head's: the derivative; with a tolerance: the candidates), never
+anything of size (T, V). First order only: a second backward through them raises.
 """
 
 from __future__ import annotations
