@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import pytest
+import tiny_trl
 import torch
 import trl
 import trl.trainer.utils
@@ -265,19 +266,7 @@ def test_unknown_functions_are_refused(monkeypatch: pytest.MonkeyPatch, function
 PROMPTS = ["Tea?", "How long does tea steep?", "Be brief.", "Hi."]
 CHOSEN = [" Green.", " Three minutes.", " Hello.", " Hello. Tea?"]
 REJECTED = [" Coffee.", " An hour. No idea.", " No.", " No idea."]
-COMMON: dict[str, Any] = {
-    "max_steps": 3,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 0.05,
-    "lr_scheduler_type": "constant",
-    "optim": "sgd",  # a gradient's rounding stays a rounding; Adam would divide small ones by their own size
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": [],
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
-}
+COMMON = tiny_trl.COMMON | {"max_steps": 3}
 
 
 def sft(model: Any, tokenizer: Any, **common: Any) -> Any:

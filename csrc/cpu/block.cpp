@@ -118,7 +118,7 @@ void multiply(const Matrix& out, const Factor& a, const Factor& b, bool accumula
 Scratch::Scratch(int64_t floats) : floats_(torch::stable::empty({floats}, ScalarType::Float, std::nullopt, cpu)) {}
 
 Matrix Scratch::matrix(int64_t rows, int64_t columns) const {
-  return {floats_.mutable_data_ptr<float>(), rows, columns, columns};
+  return {data(), rows, columns, columns};
 }
 
 int64_t Rows::scratch_per_row(const std::optional<Tensor>& source, bool bf16) {
@@ -222,7 +222,7 @@ Narrowed::Narrowed(const Head& head, BlockShape shape)
 
 void Narrowed::take(const Matrix& z, int64_t from, int64_t to) const {
   if (!bf16_) return;
-  uint16_t* rows = reinterpret_cast<uint16_t*>(scratch_.matrix(1, 1).data);
+  uint16_t* rows = reinterpret_cast<uint16_t*>(scratch_.data());
   to_bf16(rows + to * z.columns, z.row(from), z.columns);
 }
 
@@ -232,13 +232,13 @@ void Narrowed::move(const Matrix& z, int64_t first, int64_t from, int64_t to) co
     std::copy_n(z.row(from - first), z.columns, z.row(to - first));
     return;
   }
-  uint16_t* rows = reinterpret_cast<uint16_t*>(scratch_.matrix(1, 1).data);
+  uint16_t* rows = reinterpret_cast<uint16_t*>(scratch_.data());
   std::copy_n(rows + from * z.columns, z.columns, rows + to * z.columns);
 }
 
 Factor Narrowed::factor(const Matrix& z, int64_t first) const {
   if (!bf16_) return z;
-  return Factor(scratch_.matrix(1, 1).data, true, first + z.rows, z.columns, z.columns).take(first, z.rows);
+  return Factor(scratch_.data(), true, first + z.rows, z.columns, z.columns).take(first, z.rows);
 }
 
 void check(const Head& head, const Tensor& targets) {

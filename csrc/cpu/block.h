@@ -67,6 +67,7 @@ void multiply(const Matrix& out, const Factor& a, const Factor& b, bool accumula
 class Scratch {
  public:
   explicit Scratch(int64_t floats);
+  float* data() const { return floats_.mutable_data_ptr<float>(); }
   Matrix matrix(int64_t rows, int64_t columns) const;  // contiguous, from the start
 
  private:

@@ -60,7 +60,7 @@ class Collector {
     state.shift = shift;
     if (state.overflows > 1) return;  // a flat row: the exact path is for it
     const double known = std::isnan(state.target_logit) ? state.expected_target : state.target_logit;
-    raise(state, squashed_at(shift + std::log(state.rest + std::exp(known - shift)) + log_least_));
+    raise(state, squashed_at(shift + std::log(state.rest + std::exp(known - shift)) + log_least_, map_));
     if (block_top < squashed_logit(state.threshold, map_)) return;
     if (count_at_least(z, n, state.threshold) > 2 * kRoom * most_) {
       state.overflows = 2;
@@ -81,7 +81,7 @@ class Collector {
               float& dropped) const {
     double kept = 0;
     if (state.overflows < 2) {
-      raise(state, squashed_at(row_lse + log_least_));
+      raise(state, squashed_at(row_lse + log_least_, map_));
       Entry* end = std::partition(gathered, gathered + state.count,
                                   [&](const Entry& entry) { return entry.squashed >= state.threshold; });
       state.count = static_cast<int32_t>(end - gathered);
@@ -98,10 +98,6 @@ class Collector {
   }
 
  private:
-  float squashed_at(double logit) const {
-    return static_cast<float>(map_.softcap > 0 ? logit * map_.temperature / map_.softcap : logit);
-  }
-
   static void raise(RowState& state, float threshold) {
     if (threshold > state.threshold) state.threshold = threshold;  // false for NaN
   }
@@ -142,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
   const Tensor weights = torch::stable::new_zeros(head.hidden, {T, most}, ScalarType::Float);
   const int64_t* target = targets.const_data_ptr<int64_t>();
   const Scratch room(shape.rows * kRoom * most * 2);
-  Entry* gathered = reinterpret_cast<Entry*>(room.matrix(1, 1).data);
+  Entry* gathered = reinterpret_cast<Entry*>(room.data());
 
   for (int64_t t0 = 0; t0 < T; t0 += shape.rows) {
     const int64_t rows = std::min(shape.rows, T - t0);

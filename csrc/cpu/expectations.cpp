@@ -32,14 +32,17 @@ struct RowState {
 
 constexpr size_t kMostLikely = 64;  // a block with more of them is no block to leave out
 
+// exp(z - shift) of the target: as expected until its block has come.
+double target_sum(const RowState& state) {
+  const double known = std::isnan(state.target_logit) ? state.expected_target : state.target_logit;
+  return std::exp(known - state.shift);
+}
+
 // Before to_weights: the likely entries of squashed logits (n,), by a lower bound on the row's sum of exponentials.
 void find_likely(RowState& state, const float* z, int64_t n, const LogitMap& map, int64_t target, double least) {
   state.likely.clear();
-  const double known = std::isnan(state.target_logit) ? state.expected_target : state.target_logit;
-  const double seen =
-      state.rest + std::exp(known - state.shift) + std::exp(static_cast<double>(state.top) - state.shift);
-  const double logit = state.shift + std::log(least * seen);
-  const float threshold = static_cast<float>(map.softcap > 0 ? logit * map.temperature / map.softcap : logit);
+  const double seen = state.rest + target_sum(state) + std::exp(static_cast<double>(state.top) - state.shift);
+  const float threshold = squashed_at(state.shift + std::log(least * seen), map);
   for (int64_t j = 0; (j += first_at_least(z + j, n - j, threshold)) < n; ++j) {
     if (j == target) continue;
     if (state.likely.size() == kMostLikely) return;
@@ -88,8 +91,7 @@ std::vector<int64_t> whole_rows(std::vector<RowState>& states, int64_t first, in
   double allowed = 0;
   for (int64_t i = first; i < last; ++i) {
     const RowState& state = states[i];
-    const double known = std::isnan(state.target_logit) ? state.expected_target : state.target_logit;
-    const double total = state.rest + std::exp(known - state.shift);
+    const double total = state.rest + target_sum(state);
     order[i - first] = i;
     cost[i - first] =
         std::isnan(state.unlikely / total) ? std::numeric_limits<double>::infinity() : state.unlikely / total;
@@ -209,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
         for (int64_t k = 0; k < count; ++k) narrowed.move(z, first, whole[k], first + k);
         const Factor e = narrowed.factor(z.take(0, count), first);
         const auto add_products = [&](const Matrix& out, const Factor& by) {
-          const Matrix sums{partial.matrix(1, 1).data + first * out.columns, count, out.columns, out.columns};
+          const Matrix sums{partial.data() + first * out.columns, count, out.columns, out.columns};
           multiply(sums, e, by, false);
           torch::stable::parallel_for(0, count, grain(out.columns), [&](int64_t begin, int64_t end) {
             for (int64_t k = begin; k < end; ++k) add_scaled(out.row(whole[k]), sums.row(k), 1, out.columns);

@@ -107,6 +107,10 @@ float squashed_logit(float y, const LogitMap& map) {
   return map.softcap > 0 ? map.softcap * y / map.temperature : y;
 }
 
+float squashed_at(double logit, const LogitMap& map) {
+  return static_cast<float>(map.softcap > 0 ? logit * map.temperature / map.softcap : logit);
+}
+
 float squashed_slope(float y, const LogitMap& map) {
   return map.softcap > 0 ? 1 - y * y : 1;
 }

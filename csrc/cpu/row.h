@@ -44,6 +44,7 @@ float to_squashed(float* z, const float* bias, int64_t n, const LogitMap& map);
 
 // What one entry of to_squashed stands for: its logit, and the derivative of the cap there.
 float squashed_logit(float y, const LogitMap& map);
+float squashed_at(double logit, const LogitMap& map);  // the inverse
 float squashed_slope(float y, const LogitMap& map);
 
 // to_squashed's result (n,) -> exp(logit - shift) times the derivative of the cap, in place. Returns sum exp(logit -

@@ -173,8 +173,8 @@ def sparse_backward(
     live = targets != options.ignore_index
     exact = sparse.exact_rows(found.doubts, found.dropped, d_token_logps, d_lse, live, grad_tol)
     rest = torch.where(exact, targets, options.ignore_index)
-    d_target = d_token_logps * found.doubts + d_lse * (1 - found.doubts)
-    gradients = backward(head, rest, found.lse, d_target, d_lse - d_token_logps, options, (*needs, False), impl)
+    d_target, d_softmax = d_token_logps * found.doubts + d_lse * (1 - found.doubts), d_lse - d_token_logps
+    gradients = backward(head, rest, found.lse, d_target, d_softmax, options, (*needs, False), impl)
 
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(-1, x.shape[-1])
@@ -186,8 +186,8 @@ def sparse_backward(
         Head(hidden, head.weight, head.bias, low_rank_hidden, head.low_rank_weight),
         targets.reshape(-1),
         Candidates(*(x.reshape(-1) for x in found[:5]), *(x.reshape(-1, x.shape[-1]) for x in found[5:])),
-        d_token_logps.reshape(-1),
-        d_lse.reshape(-1),
+        d_target.reshape(-1),
+        d_softmax.reshape(-1),
         (live & ~exact).reshape(-1),
         options,
         _add_weighted_rows if impl == "cpu" else sparse.add_weighted_rows,

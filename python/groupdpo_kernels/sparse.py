@@ -129,14 +129,14 @@ def add_candidates(
     head: Head,  # (T, .) rows
     targets: Tensor,  # (T,) int64, all valid
     found: Candidates,
-    d_token_logps: Tensor,  # (T,)
-    d_lse: Tensor,  # (T,)
+    d_target: Tensor,  # (T,) of reference.row_gradients, as the next
+    d_softmax: Tensor,  # (T,)
     rows: Tensor,  # (T,) bool: those to add
     options: HeadOptions,
     add_weighted_rows: AddWeightedRows,
 ) -> None:
     """The gradients of `rows`, over candidates and target alone: every sum in a fixed order, 4 D FLOP an entry."""
-    row, column, coefficients = entries(targets, found, d_token_logps, d_lse, rows, options)
+    row, column, coefficients = entries(targets, found, d_target, d_softmax, rows, options)
     by_row = bounds(row, targets.shape[0])
     order = column.argsort(stable=True)
     by_column = bounds(column[order], head.weight.shape[0])
@@ -161,17 +161,15 @@ def add_candidates(
 def entries(
     targets: Tensor,  # (T,) int64
     found: Candidates,
-    d_token_logps: Tensor,  # (T,)
-    d_lse: Tensor,  # (T,)
+    d_target: Tensor,  # (T,) of reference.row_gradients, as the next
+    d_softmax: Tensor,  # (T,)
     rows: Tensor,  # (T,) bool
     options: HeadOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (K,) int64, (K,) int64, (K,) float32
     """The entries of d_logits through the map that are kept, by row: row, vocabulary id, value. Reads their number."""
     chain = options.logit_scale / options.temperature
-    dtype = found.weights.dtype
-    d_y, d_z = (x.to(dtype) for x in (d_token_logps, d_lse))
-    at_target = chain * found.slopes * (d_y * found.doubts + d_z * (1 - found.doubts))
-    values = torch.cat((at_target[:, None], chain * (d_z - d_y)[:, None] * found.weights), 1)
+    at_target, others = (chain * x.to(found.weights.dtype) for x in (d_target, d_softmax))
+    values = torch.cat(((found.slopes * at_target)[:, None], others[:, None] * found.weights), 1)
     ids = torch.cat((targets[:, None], found.ids), 1)
     kept = rows[:, None] & torch.cat((rows[:, None], found.weights != 0), 1)
     row, slot = kept.nonzero(as_tuple=True)
