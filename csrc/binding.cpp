@@ -25,9 +25,9 @@ namespace py = pybind11;
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
     Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
     std::optional<Tensor> low_rank_weight, Tensor targets, double logit_scale, std::optional<double> softcap,
-    double temperature, int64_t workspace_bytes, bool stats) {
+    double temperature, int64_t workspace_bytes, bool stats, std::optional<Tensor> products) {
   return linear_logps_forward({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets,
-                              {logit_scale, softcap, temperature, workspace_bytes}, stats);
+                              {logit_scale, softcap, temperature, workspace_bytes}, stats, products);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expectations_cpu(
@@ -54,11 +54,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
     std::optional<Tensor> low_rank_weight, Tensor targets, Tensor lse, Tensor d_target, Tensor d_softmax,
     double logit_scale, std::optional<double> softcap, double temperature, int64_t workspace_bytes, bool needs_hidden,
-    bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight, bool needs_mass) {
+    bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight, bool needs_mass,
+    std::optional<Tensor> products) {
   return linear_logps_backward(
       {hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, lse, d_target, d_softmax,
       {logit_scale, softcap, temperature, workspace_bytes},
-      {needs_hidden, needs_weight, needs_bias, needs_low_rank_hidden, needs_low_rank_weight, needs_mass});
+      {needs_hidden, needs_weight, needs_bias, needs_low_rank_hidden, needs_low_rank_weight, needs_mass}, products);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_forward_cpu(

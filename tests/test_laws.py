@@ -26,11 +26,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sparse": {"blocks", "reference"},
     "host": {"blocks", "reference", "sparse"},
     "ops": {"extension", "host", "reference", "sparse"},
+    "kept": {"host", "ops", "reference"},
     "preference_ops": {"extension"},
     "replay": set(),
-    "functions": {"ops", "preference_ops", "reference", "replay", "sparse"},
+    "functions": {"kept", "ops", "preference_ops", "reference", "replay", "sparse"},
     "sharded": {"ops", "reference"},
-    "logps": {"functions", "ops", "reference", "replay", "sharded"},
+    "logps": {"functions", "kept", "ops", "reference", "replay", "sharded"},
     "losses": {"logps", "groups", "objectives"},  # the last two for typing only
     "objectives": {"functions", "groups", "logps", "losses", "ops", "preference_ops"},  # groups for typing only
     "groups": {"objectives"},

@@ -3,6 +3,10 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <limits>
 
@@ -179,6 +183,26 @@ BlockShape block_shape(int64_t T, int64_t V, int64_t per_row, int64_t per_column
   return {rows, columns};
 }
 
+Kept::Kept(const Head& head, const std::optional<Tensor>& products) {
+  if (!products) return;
+  STD_TORCH_CHECK(products->scalar_type() == ScalarType::Float && products->dim() == 2 && products->is_contiguous() &&
+                      products->size(0) == head.hidden.size(0) && products->size(1) <= head.weight.size(0),
+                  "products must be contiguous float32 (T, K) with T = ", head.hidden.size(0),
+                  ", K <= V = ", head.weight.size(0));
+  all_ = {products->mutable_data_ptr<float>(), products->size(0), products->size(1), products->size(1)};
+}
+
+void Kept::populate() const {
+#ifdef __linux__
+  constexpr int populate_write = 23;  // MADV_POPULATE_WRITE, of Linux 5.14: older headers lack the name
+  constexpr uintptr_t page = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(all_.data) + page - 1) / page * page;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(all_.row(all_.rows)) / page * page;
+  // A fault a page costs twice as much. A refusal changes nothing: the pages come one by one.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, populate_write);
+#endif
+}
+
 int64_t HeadBlocks::scratch_per_row(const Head& head) {
   const bool bf16 = in_bf16(head);
   return Rows::scratch_per_row(head.hidden, bf16) + Rows::scratch_per_row(head.low_rank_hidden, bf16);
@@ -199,11 +223,13 @@ HeadBlocks::HeadBlocks(const Head& head, BlockShape shape)
       products_(shape.rows * shape.columns) {}
 
 void HeadBlocks::take_tokens(int64_t begin, int64_t count) {
+  token0_ = begin;
   hidden = hidden_.rows(begin, count);
   low_rank_hidden = low_rank_hidden_.rows(begin, count);
 }
 
 void HeadBlocks::take_vocabulary(int64_t begin, int64_t count) {
+  column0_ = begin;
   weight = weight_.rows(begin, count);
   low_rank_weight = low_rank_weight_.rows(begin, count);
   bias = static_cast<const float*>(bias_.rows(begin, count).data);
@@ -214,6 +240,17 @@ Matrix HeadBlocks::products(int64_t begin, int64_t end) const {
   const Matrix z = all_products().take(begin, count);
   multiply(z, hidden.take(begin, count), weight.transposed(), false);
   if (low_rank_weight.data) multiply(z, low_rank_hidden.take(begin, count), low_rank_weight.transposed(), true);
+  return z;
+}
+
+Matrix HeadBlocks::products(int64_t begin, int64_t end, const Kept& kept) const {
+  if (column0_ + weight.rows > kept.columns()) return products(begin, end);
+  const Matrix z = all_products().take(begin, end - begin);
+  torch::stable::parallel_for(begin, end, grain(z.columns), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      std::copy_n(kept.row(token0_ + i, column0_), z.columns, z.row(i - begin));
+    }
+  });
   return z;
 }
 

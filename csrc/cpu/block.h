@@ -131,6 +131,19 @@ void over_rows(int64_t rows, const F& f) {
   }
 }
 
+// Products of all tokens with the first K of a head's vocabulary, between forward and backward. A block that is not kept
+// whole is computed whole: no ragged products.
+class Kept {
+ public:
+  Kept(const Head& head, const std::optional<Tensor>& products);  // (T, K) float32
+  void populate() const;                                         // pages in memory at once, where the system can
+  int64_t columns() const { return all_.columns; }
+  float* row(int64_t token, int64_t column0) const { return all_.row(token) + column0; }
+
+ private:
+  Matrix all_;
+};
+
 // The blocks of a head that are at hand.
 class HeadBlocks {
  public:
@@ -144,6 +157,8 @@ class HeadBlocks {
   // hidden @ weight^T + low_rank_hidden @ low_rank_weight^T of the blocks taken, without bias, for the rows begin ..
   // end of the token block. Valid until the next call for these rows.
   Matrix products(int64_t begin, int64_t end) const;
+  // The same, from what is kept where it is.
+  Matrix products(int64_t begin, int64_t end, const Kept& kept) const;
 
   Factor hidden, low_rank_hidden;  // tokens taken
   Factor weight, low_rank_weight;  // vocabulary taken
@@ -152,6 +167,7 @@ class HeadBlocks {
  private:
   Rows hidden_, low_rank_hidden_, weight_, low_rank_weight_, bias_;
   Scratch products_;
+  int64_t token0_ = 0, column0_ = 0;  // where the blocks taken begin
 };
 
 // A block of products as the factor of a second product: rounded to bfloat16 where the other factor is, as every

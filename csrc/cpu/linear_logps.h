@@ -31,10 +31,13 @@ struct HeadOptions {
 };
 
 // token_logps, lse, entropy, mean_logits, log_sum_sq_probs (T,) float32, is_top1 (T,) bool; the last four are (0,)
-// without stats. 2 T D V FLOP.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(const Head& head,
-                                                                                const Tensor& targets,  // (T,) int64
-                                                                                const HeadOptions& options, bool stats);
+// without stats. 2 T D V FLOP. `products` becomes hidden @ weight^T + low_rank_hidden @ low_rank_weight^T of the first K
+// of V, for the backward.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
+    const Head& head,
+    const Tensor& targets,  // (T,) int64
+    const HeadOptions& options, bool stats,
+    const std::optional<Tensor>& products);  // (T, K) float32
 
 // token_logps, lse and c_y (1 - p_y), all (T,), with y the target and c the cap's slope; sum over v != y of p_v c_v
 // weight_v (T, D); the same of low_rank_weight (T, R), or (0, 0); with grad_tol > 0 also 1 - p_y and at least the sum
@@ -72,13 +75,14 @@ struct Needs {
 
 // d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight in the dtype of the inputs, then mass; (0,) where
 // not needed. 2 T D V FLOP for the logits again, and as many for each of d_hidden and d_weight. Deterministic: every
-// sum has one order.
+// sum has one order. What the forward has kept in `products` is read, not computed: the bits are the same.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
     const Head& head,
     const Tensor& targets,    // (T,) int64
     const Tensor& lse,        // (T,) float32, from the forward
     const Tensor& d_target,   // (T,) float32: d_logits at the target
     const Tensor& d_softmax,  // (T,) float32: the coefficient of the softmax elsewhere
-    const HeadOptions& options, const Needs& needs);
+    const HeadOptions& options, const Needs& needs,
+    const std::optional<Tensor>& products);  // (T, K) float32
 
 }  // namespace groupdpo_kernels

@@ -1,6 +1,7 @@
 // Rebuilds blocks of the logits from the saved lse and turns them into gradients. Vocabulary blocks outside, token
 // blocks inside: a block of d_weight gathers all tokens in float32 and is rounded once, so there is no float32 copy of
-// (V, D); d_hidden gathers all of the vocabulary in one float32 (T, D) buffer.
+// (V, D); d_hidden gathers all of the vocabulary in one float32 (T, D) buffer. Products that
+// the forward has kept are read, not computed.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -11,7 +12,7 @@ namespace groupdpo_kernels {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
     const Head& head, const Tensor& targets, const Tensor& lse, const Tensor& d_target, const Tensor& d_softmax,
-    const HeadOptions& options, const Needs& needs) {
+    const HeadOptions& options, const Needs& needs, const std::optional<Tensor>& products) {
   const NoGrad no_grad;
   check(head, targets);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
@@ -28,6 +29,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
                                        Narrowed::scratch_per_entry(head), options.workspace_bytes);
   const LogitMap map = logit_map(options);
   HeadBlocks blocks(head, shape);
+  const Kept kept(head, products);
   const Narrowed narrowed(head, shape);
   const Gradient d_hidden(head, head.hidden, needs.hidden, T);
   const Gradient d_low_rank_hidden(head, head.low_rank_hidden, needs.low_rank_hidden, T);
@@ -51,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
       const int64_t rows = std::min(shape.rows, T - t0);
       blocks.take_tokens(t0, rows);
       over_rows(rows, [&](int64_t first, int64_t last) {
-        const Matrix z = blocks.products(first, last);
+        const Matrix z = blocks.products(first, last, kept);
         torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
             const int64_t t = t0 + i;

@@ -1,5 +1,6 @@
 // Streams blocks of the vocabulary past blocks of tokens: log-sum-exp, the target's logit and the statistics of every
 // row, one pass, logits never stored. Token blocks outside: what a row has gathered so far lives for one block only.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -46,9 +47,9 @@ void add(RowState& state, const float* z, int64_t n, int64_t column0, int64_t ta
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(const Head& head, const Tensor& targets,
-                                                                                const HeadOptions& options,
-                                                                                bool stats) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
+    const Head& head, const Tensor& targets, const HeadOptions& options, bool stats,
+    const std::optional<Tensor>& products) {
   const NoGrad no_grad;
   check(head, targets);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
@@ -56,6 +57,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
   const BlockShape shape = block_shape(T, V, per_row, HeadBlocks::scratch_per_column(head), 1, options.workspace_bytes);
   const LogitMap map = logit_map(options);
   HeadBlocks blocks(head, shape);
+  const Kept kept(head, products);
+  kept.populate();
 
   const auto row_result = [&](bool wanted, ScalarType dtype) {
     return torch::stable::new_empty(head.hidden, {wanted ? T : 0}, dtype);
@@ -71,11 +74,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
     blocks.take_tokens(t0, rows);
     for (int64_t v0 = 0; v0 < V; v0 += shape.columns) {
       const int64_t columns = std::min(shape.columns, V - v0);
+      const int64_t keeps = std::clamp<int64_t>(kept.columns() - v0, 0, columns);
       blocks.take_vocabulary(v0, columns);
       over_rows(rows, [&](int64_t first, int64_t last) {
         const Matrix z = blocks.products(first, last);
         torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
+            if (keeps > 0) std::copy_n(z.row(i - first), keeps, kept.row(t0 + i, v0));
             to_logits(z.row(i - first), blocks.bias, columns, map);
             add(states[i], z.row(i - first), columns, v0, target[t0 + i], stats);
           }

@@ -1,7 +1,7 @@
 """The autograd Functions over the ops: what plugs into any model.
 
-They save their inputs and two numbers a row (a frozen head's: the derivative; with a tolerance: the candidates), never
-anything of size (T, V). First order only: a second backward through them raises.
+They save their inputs and two numbers a row (a frozen head's: the derivative; with a tolerance: the candidates), and of
+products only what kept.py's budget allows. First order only: a second backward through them raises.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops, preference_ops
+from . import kept, ops, preference_ops
 from .preference_ops import LossSpec
 from .reference import Head, HeadOptions, row_gradients
 from .replay import KnownLse
@@ -65,6 +65,51 @@ class LinearLogps(torch.autograd.Function):
         if ctx.known is not None and g.mass is not None:
             ctx.known.drift = torch.where(targets == ctx.options.ignore_index, 0, g.mass.log())
         return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *[None] * 4
+
+
+class KeptLinearLogps(torch.autograd.Function):
+    """`KeptLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, stats,
+    columns)`.
+
+    As LinearLogps with impl="cpu", for the same bits: the products with the first `columns` of the vocabulary are
+    computed once (kept.py). They are a seventh output, (T, columns) float32, for the backward alone: memory is theirs
+    until the graph and that output are gone.
+    """
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,  # (..., D)
+        weight: Tensor,  # (V, D)
+        targets: Tensor,  # (...) int64
+        bias: Tensor | None,  # (V,)
+        low_rank_hidden: Tensor | None,  # (..., R)
+        low_rank_weight: Tensor | None,  # (V, R)
+        options: HeadOptions,
+        stats: bool,
+        columns: int,
+    ) -> tuple[Tensor, ...]:
+        head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+        out, products = kept.keeping_forward(head, targets, options, stats, columns)
+        return *cast(tuple[Tensor, ...], tuple(out)), products
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ctx.options, *_ = inputs
+        saved = (*output[:2], output[6])
+        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *saved)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)  # zeros for the products would be as large as they are
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_token_logps: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        *head, targets, token_logps, lse, products = ctx.saved_tensors
+        need = ctx.needs_input_grad  # (hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ...)
+        needs = (need[0], need[1], need[3], need[4], need[5])
+        upstream = (torch.zeros_like(lse) if x is None else x for x in (d_token_logps, d_lse))
+        rows = row_gradients(token_logps, *upstream)
+        g = kept.keeping_backward(Head(*head), targets, lse, *rows, products, ctx.options, needs)
+        return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *[None] * 3
 
 
 def _no_stats(like: Tensor) -> tuple[Tensor, ...]:

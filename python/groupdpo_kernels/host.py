@@ -59,12 +59,23 @@ def _of_extension(options: HeadOptions) -> tuple[float, float | None, float, int
     return options.logit_scale, options.softcap, options.temperature, options.workspace_bytes
 
 
-def forward(head: Head, targets: Tensor, options: HeadOptions, stats: bool, impl: str) -> LogpStats:
+def forward(
+    head: Head,
+    targets: Tensor,
+    options: HeadOptions,
+    stats: bool,
+    impl: str,
+    products: Tensor | None = None,  # (T, K) float32 of kept.py, with impl "cpu": filled for the live rows, first
+) -> LogpStats:
     rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
     live = _live_head(head, rows)
     live_targets = targets.reshape(-1)[rows]
     if impl == "cpu":
-        out = torch.ops.groupdpo_kernels.linear_logps_forward_cpu(*live, live_targets, *_of_extension(options), stats)
+        op, kept = (
+            torch.ops.groupdpo_kernels.linear_logps_forward_cpu,
+            None if products is None else products[: len(rows)],
+        )
+        out = op(*live, live_targets, *_of_extension(options), stats, kept)
     else:
         out = blocks.forward_in_blocks(*live, live_targets, options)
     return LogpStats(*(_put(x, rows, targets.shape) if stats or i < 2 else x.new_empty(0) for i, x in enumerate(out)))
@@ -79,6 +90,7 @@ def backward(
     options: HeadOptions,
     needs: tuple[bool, ...],
     impl: str,
+    products: Tensor | None = None,  # as forward left them
 ) -> HeadGradients:
     rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
     live = _live_head(head, rows)
@@ -86,8 +98,11 @@ def backward(
     y, z, at_y, elsewhere = (x.reshape(-1)[rows] for x in (targets, *rowwise))
     out: tuple[Tensor | None, ...]
     if impl == "cpu":
-        op = torch.ops.groupdpo_kernels.linear_logps_backward_cpu
-        out = op(*live, y, z, at_y, elsewhere, *_of_extension(options), *needs)
+        op, kept = (
+            torch.ops.groupdpo_kernels.linear_logps_backward_cpu,
+            None if products is None else products[: len(y)],
+        )
+        out = op(*live, y, z, at_y, elsewhere, *_of_extension(options), *needs, kept)
     else:
         out = blocks.backward_in_blocks(*live, y, z, at_y, elsewhere, options, needs)
     gradients = [x if needed else None for x, needed in zip(out, needs)]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import ops, replay
-from .functions import FrozenLinearLogps, LinearLogps, RefuseGradient, SparseLinearLogps
+from .functions import FrozenLinearLogps, KeptLinearLogps, LinearLogps, RefuseGradient, SparseLinearLogps
+from .kept import columns_to_keep
 from .reference import Head, HeadOptions, LogpStats
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -55,7 +56,8 @@ def linear_logps(
         grad_tol: allowed relative L1 error of the gradient in the logits, over the call; 0: exact. A trained model's
             rows are then differentiated over their likely entries alone, those that this bound forbids exactly, so it
             holds whatever the data; 2**-7 is about the rounding of bfloat16. Vocabulary-parallel calls are exact.
-        workspace_bytes: bound on temporaries, beyond gradients and one float32 (T, D) buffer.
+        workspace_bytes: bound on temporaries, beyond gradients and one float32 (T, D) buffer. On a CPU what fits is
+            kept for the backward, where that is faster (kept.py).
         process_group: the vocabulary is split over this group in order of rank: weight and bias (and low_rank[1])
             are this rank's rows, targets are global ids, hidden is the same on all ranks. Gradients of hidden (and
             low_rank[0]) are summed over the group.
@@ -314,6 +316,8 @@ def _run(
     elif sparse:
         # Also where the lse is known: the candidates cost the one product that it would save, and save two.
         stats = LogpStats(*SparseLinearLogps.apply(*arguments, float(grad_tol), impl))
+    elif known is None and _differentiates(head) and (columns := columns_to_keep(head, targets, options, impl)):
+        stats = LogpStats(*KeptLinearLogps.apply(*arguments, extra, columns)[:6])
     else:
         stats = LogpStats(*LinearLogps.apply(*arguments, extra, impl, None if extra else known))
     if tape is not None and stats.lse is not None:

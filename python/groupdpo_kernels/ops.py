@@ -31,28 +31,30 @@ IMPLS = ("triton", "cuda", "cpu", "reference")  # in the order "auto" tries them
 _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
 
 # The C++ op (csrc/binding.cpp registers it for the CPU key). Rows are live and ids are valid by the time it is called.
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_rank_hidden, Tensor? low_rank_weight, Tensor targets"
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_rank_hidden, Tensor? low_rank_weight, Tensor targets"
 _MAP = "float logit_scale, float? softcap, float temperature"
 _NEEDS = (
     "bool needs_hidden, bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight,"
     " bool needs_mass"
 )
 _SIX, _SEVEN = (f"({', '.join(['Tensor'] * n)})" for n in (6, 7))
-_LIBRARY.define(f"linear_logps_forward_cpu({_HEAD}, {_MAP}, int workspace_bytes, bool stats) -> {_SIX}")
 _LIBRARY.define(
-    f"linear_logps_expectations_cpu({_HEAD}, Tensor? target_logits, {_MAP}, int workspace_bytes, float grad_tol,"
+    f"linear_logps_forward_cpu({HEAD}, {_MAP}, int workspace_bytes, bool stats, Tensor(a!)? products=None) -> {_SIX}"
+)
+_LIBRARY.define(
+    f"linear_logps_expectations_cpu({HEAD}, Tensor? target_logits, {_MAP}, int workspace_bytes, float grad_tol,"
     f" float least) -> {_SEVEN}"
 )
 _LIBRARY.define(
-    f"linear_logps_candidates_cpu({_HEAD}, Tensor target_logits, {_MAP}, int workspace_bytes, float least, int most)"
+    f"linear_logps_candidates_cpu({HEAD}, Tensor target_logits, {_MAP}, int workspace_bytes, float least, int most)"
     f" -> {_SEVEN}"
 )
 _LIBRARY.define(
     "add_weighted_rows_cpu(Tensor(a!) out, Tensor source, Tensor owned, Tensor index, Tensor coefficients) -> ()"
 )
 _LIBRARY.define(
-    f"linear_logps_backward_cpu({_HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, {_MAP},"
-    f" int workspace_bytes, {_NEEDS}) -> {_SIX}"
+    f"linear_logps_backward_cpu({HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, {_MAP},"
+    f" int workspace_bytes, {_NEEDS}, Tensor? products=None) -> {_SIX}"
 )
 
 
@@ -101,25 +103,25 @@ def resolve(impl: str, hidden: Tensor, weight: Tensor) -> str:
 
 
 @contextlib.contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Inputs have their dtype already: an active autocast must not narrow the float32 arithmetic inside."""
     with contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
         yield
 
 
-_OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_index, int workspace_bytes"
+OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_index, int workspace_bytes"
 
 
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_forward",
     mutates_args=(),
-    schema=f"({_HEAD}, {_OPTIONS}, bool stats, str impl) -> {_SIX}",
+    schema=f"({HEAD}, {OPTIONS}, bool stats, str impl) -> {_SIX}",
 )
 def _linear_logps_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     *options, stats, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
-    with _exact(hidden.device):
+    with exact_arithmetic(hidden.device):
         if impl == "triton":
             launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_forward")
             return tuple(launcher.linear_logps_forward(*head, targets, *options, stats))
@@ -138,7 +140,7 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_backward",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, {_OPTIONS}, bool[] needs, str impl) -> {_SIX}",
+    schema=f"({HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, {OPTIONS}, bool[] needs, str impl) -> {_SIX}",
 )
 def _linear_logps_backward(
     hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_target, d_softmax, *rest
@@ -146,7 +148,7 @@ def _linear_logps_backward(
     *options, needs, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
-    with _exact(hidden.device):
+    with exact_arithmetic(hidden.device):
         if impl == "triton":
             launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_backward")
             out = launcher.linear_logps_backward(*head, targets, lse, d_target, d_softmax, *options, tuple(needs))
@@ -166,13 +168,13 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_ta
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_candidates",
     mutates_args=(),
-    schema=f"({_HEAD}, {_OPTIONS}, float grad_tol, str impl) -> {_SEVEN}",
+    schema=f"({HEAD}, {OPTIONS}, float grad_tol, str impl) -> {_SEVEN}",
 )
 def _linear_logps_candidates(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     *options, grad_tol, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
-    with _exact(hidden.device):
+    with exact_arithmetic(hidden.device):
         if impl == "triton":
             launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_candidates")
             most = sparse.capacity(targets.numel(), weight.shape[0], HeadOptions(*options).workspace_bytes)
@@ -193,8 +195,8 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_sparse_backward",
     mutates_args=(),
-    schema=f"({_HEAD}, Tensor lse, Tensor doubts, Tensor slopes, Tensor dropped, Tensor ids, Tensor weights,"
-    f" Tensor d_token_logps, Tensor d_lse, {_OPTIONS}, float grad_tol, bool[] needs, str impl)"
+    schema=f"({HEAD}, Tensor lse, Tensor doubts, Tensor slopes, Tensor dropped, Tensor ids, Tensor weights,"
+    f" Tensor d_token_logps, Tensor d_lse, {OPTIONS}, float grad_tol, bool[] needs, str impl)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_logps_sparse_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
@@ -202,7 +204,7 @@ def _linear_logps_sparse_backward(hidden, weight, bias, low_rank_hidden, low_ran
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
     upstream = (d_token_logps, d_lse)
-    with _exact(hidden.device):
+    with exact_arithmetic(hidden.device):
         if impl == "triton":
             launcher = importlib.import_module("groupdpo_kernels.kernels.sparse_backward")
             live = targets != HeadOptions(*options).ignore_index
@@ -223,13 +225,13 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_jacobian",
     mutates_args=(),
-    schema=f"({_HEAD}, {_OPTIONS}, float grad_tol, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({HEAD}, {OPTIONS}, float grad_tol, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_logps_jacobian(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     *options, grad_tol, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
-    with _exact(hidden.device):
+    with exact_arithmetic(hidden.device):
         if impl == "triton":  # exact: nothing is left out
             launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_jacobian")
             out = launcher.linear_logps_jacobian(*head, targets, *options)
@@ -317,7 +319,7 @@ def check_offsets(name: str, offsets: Tensor, total: int, what: str) -> None:
 
 def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOptions) -> Tensor:
     """token_logps (...) from a known lse: 2 T D FLOP."""
-    with _exact(head.hidden.device), torch.no_grad():
+    with exact_arithmetic(head.hidden.device), torch.no_grad():
         return host.token_logps_of(head, targets, lse, options)
 
 
