@@ -369,6 +369,19 @@ def test_trainers(name: str, checkpoint: Path, bpe: Any, monkeypatch: pytest.Mon
         torch.testing.assert_close([row[k] for k in names], [wanted[k] for k in names], rtol=1e-4, atol=1e-5)
 
 
+def test_twenty_steps_of_dpo(checkpoint: Path, bpe: Any) -> None:
+    """Loss within 1e-5 at every step, the gradient's norm within 1e-4 of itself."""
+    settings = {"max_steps": 20, "learning_rate": 0.02}
+    stock, start, expected = trained("DPO", checkpoint, bpe, **settings)
+    with accelerate():
+        ours, *_ = trained("DPO", checkpoint, bpe, **settings)
+    rows = [(a, b) for a, b in zip(ours.state.log_history, stock.state.log_history) if "loss" in b]
+    assert len(rows) == 20 and (expected - start).norm() > 1e-3 * start.norm()
+    assert rows[-1][1]["loss"] < rows[0][1]["loss"] - 0.05
+    assert max(abs(a["loss"] - b["loss"]) for a, b in rows) < 1e-5
+    assert max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in rows) < 1e-4
+
+
 def test_a_trainer_in_bfloat16(checkpoint: Path, bpe: Any) -> None:
     """TRL's default, autocast over float32 weights: at most twice as far from the float32 run as TRL's own."""
     *_, exact = trained("DPO", checkpoint, bpe)
