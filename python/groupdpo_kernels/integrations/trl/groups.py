@@ -230,13 +230,18 @@ class GroupDPOTrainer(Trainer):
             self.objective,
             ref_logps,
             strategy=self.config.strategy,
-            scale=1 / self.current_gradient_accumulation_steps,
+            scale=self._scale(),
             # None with two_pass: a backward that is told its leaves finds none inside a reentrant checkpoint.
             parameters=None if two_pass else [p for p in model.parameters() if p.requires_grad],
             no_sync=getattr(model, "no_sync", None),
         )
         more = {"pass_drift": (torch.cat(seen[True]) - torch.cat(seen[False])).abs().max()} if two_pass else {}
         return self._logged(inputs, result, parts, more) / self.current_gradient_accumulation_steps
+
+    def _scale(self) -> float | Tensor:
+        """Of the gradient: 1 / accumulation steps, times that of the gradient scaler, which fp16 has."""
+        share, scaler = 1 / self.current_gradient_accumulation_steps, self.accelerator.scaler
+        return share if scaler is None else scaler.scale(torch.tensor(share, device=self.accelerator.device))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -37,14 +37,13 @@ class GroupDPOConfig(TrainingArguments):
         disable_dropout: sets the probability of every nn.Dropout to 0.
         router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts. None: that of the model's config.
 
-    Raises ValueError for another strategy or layout, a limit below 1, fp16 (the backward has no loss scale), and for
-    what a strategy cannot do.
+    Raises ValueError for another strategy or layout, a limit below 1, and for what a strategy cannot do.
     """
 
     learning_rate: float = 1e-6
     logging_steps: float = 10
     gradient_checkpointing: bool = True
-    bf16: bool | None = None  # type: ignore[assignment]  # None: True
+    bf16: bool | None = None  # type: ignore[assignment]  # None: unless fp16
     strategy: str = "two_pass"
     micro_batch_sequences: int | None = 4
     micro_batch_tokens: int | None = None
@@ -60,9 +59,7 @@ class GroupDPOConfig(TrainingArguments):
     router_aux_loss_coef: float | None = None
 
     def __post_init__(self) -> None:
-        if self.fp16:
-            raise ValueError("fp16 must be False, because the backward has no loss scale: take bf16; got True")
-        self.bf16 = True if self.bf16 is None else self.bf16
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         one_of("strategy", self.strategy, (*STRATEGIES, "coupled"))
         one_of("layout", self.layout, ("padded", "packed"))
         for name in ("micro_batch_sequences", "micro_batch_tokens"):
