@@ -8,12 +8,14 @@ a micro-batch at a time. With memory to spare, `preference_loss(...).loss.backwa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from trl_task import make_groups, make_model, make_tokenizer  # type: ignore[import-not-found]
 
-from groupdpo_kernels import Objective, group_backward, model_logps
-from groupdpo_kernels.data import MicroBatch, collate, read_groups, tokenize_groups
+from groupdpo_kernels import Objective, group_backward, model_logps, seq_logps
+from groupdpo_kernels.data import collate, read_groups, tokenize_groups
 
 
 def main(steps: int = 60) -> list[float]:
@@ -21,11 +23,11 @@ def main(steps: int = 60) -> list[float]:
     groups = list(tokenize_groups(read_groups(make_groups()[0]), make_tokenizer()))  # 80 prompts, 2 to 6 answers each
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
 
-    def forward(mb: MicroBatch) -> tuple[Tensor, Tensor]:  # log-probabilities of answer tokens, and where answers begin
+    def forward(mb: Any) -> tuple[Tensor, Tensor]:  # log-probabilities of answer tokens, and where answers begin
         return mb.live(model_logps(model, mb.input_ids, mb.targets, **mb.inputs)), mb.cu_seqlens
 
     with torch.no_grad():  # the reference is the model as it is now: scored once, then no second model is held
-        reference = [torch.cat([sums(*forward(mb)) for mb in collate([group]).micro_batches]) for group in groups]
+        reference = [torch.cat([seq_logps(*forward(mb)) for mb in collate([group]).micro_batches]) for group in groups]
     for step in range(steps):
         chosen = [8 * step % 80 + i for i in range(8)]
         batch = collate([groups[i] for i in chosen], max_sequences=16)
@@ -37,10 +39,6 @@ def main(steps: int = 60) -> list[float]:
         if step % 10 == 0 or step == steps - 1:
             print(f"step {step:2}: loss {losses[-1]:.3f}")
     return losses
-
-
-def sums(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return torch.stack([answer.sum() for answer in token_logps.split(cu_seqlens.diff().tolist())])
 
 
 if __name__ == "__main__":

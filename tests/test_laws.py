@@ -45,12 +45,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": {"reference", "kernels"},
     "profiles": set(),
     "cli/__init__": {"app"},
-    "cli/app": {"check", "logps", "train"},  # beside it: one module for each command
-    "cli/check": {"extension", "logps", "preference_ops", "selftest"},
+    "cli/app": {"__version__", "check", "logps", "train"},  # beside it: one module for each command
+    "cli/check": {"__version__", "extension", "logps", "preference_ops", "selftest"},
     "cli/curves": set(),
     "cli/loading": {"formats", "store"},
     "cli/logps": {"loading", "scoring"},
-    "cli/scoring": {"batches", "data", "formats", "loading", "models", "store"},
+    "cli/scoring": {"__version__", "batches", "data", "formats", "loading", "models", "store"},
     "cli/selftest": {"groups", "logps", "objectives", "ops", "preference_ops", "reference", "testing"},
     "cli/train": {"loading", "logps", "training"},
     "cli/training": {"curves", "integrations", "loading", "objectives", "store"},

@@ -27,6 +27,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..batches import micro_batches
 from ..data import Group, Report, TokenGroup, tokenize_groups
 from ..formats import BadRow, Prompt, one_of, read_responses
@@ -125,15 +126,16 @@ def score_file(
 
 
 def _identity(model: Any, tokenizer: Any, source: Path, options: ScoringOptions) -> dict[str, Any]:
-    """What the lines depend on, by names for a message."""
+    """What the lines depend on, by names for a message: first what a person can read."""
     parameter = next(model.parameters())
     return {
-        "input": file_digest(source),
-        "model": digest([description(model), tensor_digests(model)]),
-        "tokenizer": tokenizer_digest(tokenizer),
+        **asdict(options),
         "device": parameter.device.type,
         "dtype": str(parameter.dtype).removeprefix("torch."),
-        **asdict(options),
+        "groupdpo_kernels": __version__,
+        "input": file_digest(source),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "model": digest([description(model), tensor_digests(model)]),
     }
 
 

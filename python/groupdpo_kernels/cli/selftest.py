@@ -126,12 +126,12 @@ def _grad_tol(tolerance: float, device: torch.device, impl: str, T: int = 60, V:
     z, y = torch.randn(T, V, generator=generator), torch.randint(V, (T,), generator=generator)
     z.mul_(torch.logspace(-2, 1.3, T)[:, None])[::2].scatter_(1, y[::2, None], 25.0)  # flat to peaked; half are sure
     upstream = torch.randn(T, generator=generator)
-    hidden, weight = z.to(device).requires_grad_(), torch.eye(V, device=device).requires_grad_()
+    hidden, weight = z.clone().to(device).requires_grad_(), torch.eye(V, device=device).requires_grad_()
     linear_logps(hidden, weight, y.to(device), grad_tol=tolerance, impl=impl).backward(upstream.to(device))
     g = upstream.double()[:, None]
     truth = (-g * z.double().softmax(-1)).scatter_add_(1, y[:, None], g)
     assert hidden.grad is not None
-    return float((hidden.grad.detach().cpu().double() - truth).abs().sum() / (tolerance * truth.abs().sum()))
+    return float((hidden.grad.cpu().double() - truth).abs().sum() / (tolerance * truth.abs().sum()))
 
 
 def _preference(objective: Objective, device: torch.device, impl: str) -> float:

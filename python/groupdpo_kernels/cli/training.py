@@ -151,11 +151,12 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str
         **{f"{name} data": file_digest(path) for name, path in data.items()},
         "settings": _plain(settings),
     }
-    if (done := _begin(folder, identity)) is not None:
+    if (done := _earlier(folder, identity)) is not None:
         listener.note(f"{folder} holds the whole run already")
         return done
     with _wider_log(listener):
         trainer = _make_trainer(model, config, objective, settings, rows, tokenizer, listener)
+    write_json(folder / "run.json", identity)  # not before: what is refused leaves the folder to what is not
     for name in data:
         listener.note(f"{data[name]}: {trainer.report[name]}")
     checkpoint = _last_whole(folder)
@@ -270,14 +271,12 @@ def _plain(settings: TrainSettings) -> dict[str, Any]:
     return found
 
 
-def _begin(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Notes what the run depends on, or compares it with what was noted. The report of a run that is done."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _earlier(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Compares what the run depends on with what an earlier one noted. The report of a run that is done."""
     note = folder / "run.json"
     if not note.exists():
         if (folder / "report.json").exists() or [*folder.glob("checkpoint-*")]:
             raise ValueError(f"output_dir must be empty or hold a run; {folder} holds another trainer's")
-        write_json(note, identity)
         return None
     try:
         begun = dict(json.loads(note.read_text()))
