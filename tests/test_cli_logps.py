@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -116,6 +117,15 @@ def test_a_kill_around_the_last_rename(folder: Path, tmp_path: Path) -> None:
     out.rename(tmp_path / "out.jsonl.part")  # the state says done, the rename did not come
     assert invoke("logps", folder, rows, out).exit_code == 0
     assert out.read_bytes() == content and not (tmp_path / "out.jsonl.part").exists()
+
+
+def test_one_process_a_file(folder: Path, tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "out.jsonl"
+    with open(tmp_path / "out.jsonl.part", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "is being written by another process" in refused("logps", folder, rows, out)
+        assert "is being written by another process" in refused("logps", folder, rows, out, "--overwrite")
+    assert invoke("logps", folder, rows, out).exit_code == 0
 
 
 def test_another_input_model_or_option_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -84,8 +84,14 @@ per_device_train_batch_size = 2
     assert not broken.exists()
     ours, theirs = weights(out), weights(whole)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name in ("report.json", "curves.png"):  # a kill after the last step, in the middle of what comes then
+        (whole / name).unlink()
+    (whole / "model").rename(whole / ".model.tmp")
+    assert invoke("train", config, "--out", whole).exit_code == 0
+    assert all(torch.equal(ours[name], value) for name, value in weights(whole).items())
+    assert not (whole / ".model.tmp").exists()
     reports = [json.loads((place / "report.json").read_text()) for place in (out, whole)]
-    assert reports[0]["resumed_from"] is not None and reports[1]["resumed_from"] is None
+    assert reports[0]["resumed_from"] is not None and reports[1]["resumed_from"] == "checkpoint-60"
     numbers = [[(row["step"], row["loss"], row["rewards/margins"]) for row in report["history"]] for report in reports]
     assert numbers[0] == numbers[1] and len(numbers[0]) == 60
 
@@ -148,7 +154,7 @@ def test_files_of_settings(tmp_path: Path) -> None:
         read_settings(Path(__file__))
 
 
-def test_bad_input(folder: Path, tmp_path: Path) -> None:
+def test_bad_input(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each before anything is trained: one message that names the argument, what it must be, and what it is."""
     rows, out, given = folder / "rows.jsonl", tmp_path / "out", tmp_path / "given.jsonl"
     known = ("--model", folder, "--out", out)
@@ -190,4 +196,7 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
     make("llama", vocab_size=300).save_pretrained(small)
     message = refused("train", "--model", small, "--tokenizer", folder, "--data", rows, "--out", tmp_path / "three")
     assert "no more ids than the model has embeddings" in message
+    assert "device must be one of auto, cpu, cuda; got 'cuda:1'" in says("--device", "cuda:1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "train runs in one process; got WORLD_SIZE=2" in says()
     assert not (out / "model").exists() and not [*out.glob("checkpoint-*")]

@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli/scoring": {"__version__", "batches", "data", "formats", "loading", "models", "store"},
     "cli/selftest": {"groups", "logps", "objectives", "ops", "preference_ops", "reference", "testing"},
     "cli/train": {"loading", "logps", "training"},
-    "cli/training": {"curves", "integrations", "loading", "objectives", "store"},
+    "cli/training": {"check", "curves", "formats", "integrations", "loading", "objectives", "store"},
     "integrations/__init__": set(),
     "integrations/trl/__init__": {"accelerate", "groups", "pairs", "stepwise"},
     "integrations/trl/accelerate": {"logps"},

@@ -196,6 +196,6 @@ def _test(console: Console) -> list[Outcome]:
     for outcome in outcomes:
         if not outcome.passed:
             about = f"{outcome.device} {outcome.impl}: {outcome.what}, {outcome.case}"
-            reason = outcome.detail or f"its error is {outcome.share} of what is allowed"
+            reason = outcome.detail or f"its error is {outcome.share:.3g} of what is allowed"
             console.print(f"[bold red]FAIL[/] {escape(f'{about}: {reason}')}", highlight=False)
     return outcomes

@@ -9,7 +9,7 @@ The state holds hashes of the file, the model, the tokenizer and the options; wh
 refused, and says which. Never: drops a response silently (one that cannot be scored is a line with its reason), holds
 the logits or all rows.
 Precondition: one process a file (a lock says so); the same number of threads, for the same bytes.
-Cost: two readings of the file, a hash of the weights, one forward.
+Cost: three readings of the file, a hash of the weights, one forward.
 """
 
 from __future__ import annotations
@@ -218,10 +218,11 @@ class _Output:
         target.parent.mkdir(parents=True, exist_ok=True)
         self.file: IO[bytes] = open(self.part, "ab")  # noqa: SIM115  closed by __exit__
         try:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(f"{target} is being written by another process") from None
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.close()
+            raise ValueError(f"{target} is being written by another process") from None
+        try:
             if not overwrite:
                 self._take_over()
             self.file.truncate(0 if self.done else self.bytes)

@@ -7,6 +7,7 @@ own, a result that is not compared. Cost: about ten seconds on two cores; on a G
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -57,6 +58,8 @@ def self_test(devices: list[torch.device], progress: Callable[[Outcome], None] =
         try:
             share = compare()
             passed = share <= 1
+            if not math.isfinite(share):
+                share, detail = None, f"its error is {share}"
         except Exception as error:  # also what a driver, a compiler or a broken install raises: the test goes on
             passed, detail = False, f"{type(error).__name__}: {error}".strip()
         found.append(Outcome(str(device), impl, what, case, passed, share, detail, time.perf_counter() - began))

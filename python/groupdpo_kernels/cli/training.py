@@ -30,8 +30,10 @@ from typing import Any
 
 import torch
 
+from ..formats import one_of
 from ..objectives import AdaBalance, Objective
 from ..store import description, digest, file_digest, tensor_digests, write_json
+from .check import versions
 from .curves import draw
 from .loading import check_fit, device_of, existing, jsonl, load_model, load_tokenizer, tokenizer_digest
 
@@ -132,6 +134,11 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str
     the model or the folder.
     """
     listener = listener or Listener()
+    one_of("device", settings.device, ("auto", "cpu", "cuda"))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"train runs in one process; got WORLD_SIZE={os.environ['WORLD_SIZE']}: take GroupDPOTrainer")
+    if settings.device != "cpu" and torch.cuda.device_count() > 1:
+        raise ValueError(f"train takes one GPU; torch finds {torch.cuda.device_count()}: set CUDA_VISIBLE_DEVICES")
     objective = make_objective(settings.objective)
     folder, data = Path(settings.output_dir), {"train": existing("data", Path(settings.data))}
     if settings.eval_data is not None:
@@ -339,7 +346,7 @@ def _report(trainer: Any, identity: dict[str, Any], began: float, checkpoint: Pa
         },
         "evaluation": next(reversed(_evaluations(trainer)), None),
         "run": identity,
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "versions": versions(),
         "history": history,
     }
     return _without_nan(report)
