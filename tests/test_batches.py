@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from groupdpo_kernels import data
 from groupdpo_kernels.backward import group_backward
+from groupdpo_kernels.batches import micro_batches
 from groupdpo_kernels.data import (
     Group,
     Report,
@@ -250,6 +251,24 @@ def test_collate_refuses() -> None:
         collate(groups, "ragged")
     with pytest.raises(ValueError, match="max_sequences must be at least 1"):
         collate(groups, max_sequences=0)
+
+
+def test_responses_without_sides_become_micro_batches(bpe: Any) -> None:
+    """What is only scored needs no positive and no negative, and a long one gets a micro-batch by itself."""
+    texts = [Group("Tea?", [" Green."], [True], 0), Group("Hi.", [" No idea. " * 9], [False], 1)]
+    assert tokens_of(bpe, *texts) == []
+    empty, report = Group("Hi.", [""], [True], 2), Report()
+    short, long = tokens_of(bpe, *texts, empty, both_sides=False, report=report)
+    assert (short.row, long.row) == (0, 1) and report.dropped == {"empty": 1}
+    sequences = [(g.prompt, g.responses[0]) for g in (short, long, short)]
+    found = micro_batches(sequences, max_tokens=20)
+    assert [len(mb.input_ids) for mb in found] == [1, 1, 1] and found[1].input_ids.shape[1] > 20
+    for mb, (_, response) in zip(found, sequences):
+        assert torch.equal(mb.live(mb.targets), response.long())
+    (packed,) = micro_batches(sequences, "packed")
+    assert packed.cu_seqlens.diff().tolist() == [len(response) for _, response in sequences]
+    with pytest.raises(ValueError, match="max_tokens must be at least 1; got 0"):
+        micro_batches(sequences, max_tokens=0)
 
 
 def test_batches_move_and_pass_through_a_loader() -> None:

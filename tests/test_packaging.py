@@ -92,6 +92,24 @@ def test_torch_is_the_one_requirement() -> None:
     assert build_system is not None and "torch" not in build_system[1]  # an isolated build would download it again
 
 
+def test_the_command_line_is_an_extra() -> None:
+    """`pip install 'groupdpo-kernels[cli]'` brings all that the commands import, and the script that runs them."""
+    distribution = importlib.metadata.distribution("groupdpo-kernels")
+    (script,) = distribution.entry_points.select(group="console_scripts")
+    assert (script.name, script.value) == ("groupdpo-kernels", "groupdpo_kernels.cli:main")
+    assert callable(script.load()) and "cli" in distribution.metadata.get_all("Provides-Extra", [])
+    wanted = {r.split(";")[0].strip() for r in distribution.requires or [] if 'extra == "cli"' in r}
+    assert wanted == {"groupdpo-kernels[hf]", "accelerate", "matplotlib", "rich", "tomli", "typer"}
+    tomli = next(r for r in distribution.requires or [] if r.startswith("tomli"))
+    assert 'python_version < "3.11"' in tomli  # later ones have tomllib
+    imported = {
+        name
+        for path in (ROOT / "python" / "groupdpo_kernels" / "cli").glob("*.py")
+        for name in re.findall(r"^\s*(?:from|import) ([a-z]\w*)", path.read_text(), re.M)
+    }
+    assert imported - set(sys.stdlib_module_names) == {"matplotlib", "peft", "rich", "torch", "transformers", "typer"}
+
+
 def test_cmake_lists_every_source() -> None:
     listed = set(re.findall(r"^\s+(csrc/\S+\.(?:cpp|cu))$", (ROOT / "CMakeLists.txt").read_text(), re.M))
     present = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".cu")}
@@ -114,6 +132,7 @@ def test_pure_python_wheel(tmp_path: Path) -> None:
         "groupdpo_kernels/__init__.py",
         "groupdpo_kernels/kernels/__init__.py",
     } <= names
+    assert any(name.endswith("dist-info/entry_points.txt") for name in names)
     for source in (*(ROOT / "python" / "groupdpo_kernels").rglob("*.py"), *(ROOT / "kernels" / "triton").rglob("*.py")):
         folder = ROOT / "python" if ROOT / "python" in source.parents else ROOT / "kernels" / "triton"
         prefix = "" if folder.name == "python" else "groupdpo_kernels/kernels/"

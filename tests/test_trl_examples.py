@@ -1,4 +1,4 @@
-"""The examples with a trainer, as they are: each runs in seconds and learns what it says."""
+"""The examples as they are, with a trainer and without: each runs in seconds and learns what it says."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def test_adadpo(example: Any) -> None:
     assert all(logged["eval_rewards/accuracies"] > 0.95 for logged in found.values())
     assert 1 < found["AdaDPO"]["eval_balance_weight"] <= 2
     assert found["AdaDPO"]["change"] > found["DPO"]["change"] + 0.5
+
+
+def test_plain_pytorch(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = example("plain_pytorch").main()
+    assert len(losses) == 60 and max(losses[-8:]) < 0.6 * min(losses[:8])
+    assert "step  0: loss 3." in capsys.readouterr().out
 
 
 def test_the_task_is_what_it_says(example: Any) -> None:

@@ -46,6 +46,7 @@ def tokenize_groups(
     chat: bool | None = None,
     template_options: Mapping[str, Any] | None = None,
     add_eos: bool = True,
+    both_sides: bool = True,
     on_bad: str = "drop",
     report: Report | None = None,
 ) -> Iterator[TokenGroup]:
@@ -63,6 +64,7 @@ def tokenize_groups(
             leaves each as it is.
         template_options: for the chat template, as {"enable_thinking": False}.
         add_eos: whether plain text ends with the tokenizer's eos. A chat template ends its turns itself.
+        both_sides: whether a group without a positive or a negative is dropped. False: only one without a response.
         on_bad: "drop" what cannot be used, or "error".
         report: is filled.
     """
@@ -72,11 +74,18 @@ def tokenize_groups(
         raise ValueError(f"max_length must be at least 2, a token of each; got {max_length}")
     texts = _Texts(tokenizer, chat, dict(template_options or {}))
     limit = _Limit(max_length, too_long, getattr(tokenizer, "bos_token_id", None))
-    return _tokenize_groups(groups, texts, _Encoder(tokenizer, add_eos), limit, on_bad, report or Report())
+    encoder = _Encoder(tokenizer, add_eos)
+    return _tokenize_groups(groups, texts, encoder, limit, both_sides, on_bad, report or Report())
 
 
 def _tokenize_groups(
-    groups: Iterable[Group], texts: _Texts, encoder: _Encoder, limit: _Limit, on_bad: str, report: Report
+    groups: Iterable[Group],
+    texts: _Texts,
+    encoder: _Encoder,
+    limit: _Limit,
+    both_sides: bool,
+    on_bad: str,
+    report: Report,
 ) -> Iterator[TokenGroup]:
     pending = iter(groups)
     while chunk := list(islice(pending, 256)):
@@ -93,13 +102,19 @@ def _tokenize_groups(
             if r.plain:
                 prompt = encoder.lead + prompt
                 mine = [ids + encoder.eos if ids and ids[-1:] != encoder.eos else ids for ids in mine]
-            yield from _usable(group, prompt, mine, limit, on_bad, report)
+            yield from _usable(group, prompt, mine, limit, both_sides, on_bad, report)
 
 
 def _usable(
-    group: Group, prompt: list[int], responses: list[list[int]], limit: _Limit, on_bad: str, report: Report
+    group: Group,
+    prompt: list[int],
+    responses: list[list[int]],
+    limit: _Limit,
+    both_sides: bool,
+    on_bad: str,
+    report: Report,
 ) -> Iterator[TokenGroup]:
-    """The group of the responses that have tokens and room, if it has both sides still."""
+    """The group of the responses that have tokens and room, if it has both sides still, or one where that will do."""
     if not prompt:
         report.drop(BadRow("no prompt", "its prompt has no tokens"), group.row, on_bad)
         return
@@ -113,12 +128,13 @@ def _usable(
             report.drop(BadRow("too long", detail), group.row, choice)
         else:
             kept.append((ids, side))
-    if report.has_both_sides([side for _, side in kept], group.row, on_bad):
+    sides = [side for _, side in kept]
+    if report.has_both_sides(sides, group.row, on_bad) if both_sides else sides:
         report.keep("tokenized", len(kept))
         prompt = limit.cut(prompt, max(len(ids) for ids, _ in kept))
         flat = torch.frombuffer(array("i", chain(prompt, *(ids for ids, _ in kept))), dtype=torch.int32)
         first, *rest = flat.split([len(prompt), *(len(ids) for ids, _ in kept)])
-        yield TokenGroup(first, rest, [side for _, side in kept], group.row)
+        yield TokenGroup(first, rest, sides, group.row)
 
 
 class _Limit(NamedTuple):
@@ -292,10 +308,6 @@ def collate(
             first. Groups stay whole; `order` says where each sequence came from.
         pad_id: what stands in the padding; masked and never scored.
     """
-    one_of("layout", layout, ("packed", "padded"))
-    for name, value in {"max_tokens": max_tokens, "max_sequences": max_sequences}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
     if not groups:
         raise ValueError("groups must hold at least one group; got none")
     longest = [len(g.prompt) + max(map(len, g.responses)) for g in groups]
@@ -305,13 +317,31 @@ def collate(
     places = sorted(range(len(groups)), key=lambda g: -longest[g]) if sort else range(len(groups))
     first = list(accumulate((len(g.responses) for g in groups), initial=0))
     sequences = [(groups[g].prompt, response) for g in places for response in groups[g].responses]
-    lengths = [len(prompt) + len(response) for prompt, response in sequences]
-    parts = _split(lengths, layout, max_tokens, max_sequences)
+    limits: dict[str, Any] = {"max_tokens": max_tokens, "max_sequences": max_sequences}
     return PreferenceBatch(
-        [_micro_batch(sequences[start:end], layout, pad_id) for start, end in parts],
+        micro_batches(sequences, layout, **limits, pad_id=pad_id),
         PreferenceGroups.from_lists(groups[g].positive for g in places),
         torch.tensor([i for g in places for i in range(first[g], first[g + 1])]),
     )
+
+
+def micro_batches(
+    sequences: Sequence[tuple[Tensor, Tensor]],  # prompt (p,) and response (n,) each, integer
+    layout: str = "padded",
+    *,
+    max_tokens: int | None = None,
+    max_sequences: int | None = None,
+    pad_id: int = 0,
+) -> list[MicroBatch]:
+    """Sequences that need belong to no group, in order, as tensors; the options are those of `collate`. A sequence
+    longer than max_tokens is a micro-batch by itself."""
+    one_of("layout", layout, ("packed", "padded"))
+    for name, value in {"max_tokens": max_tokens, "max_sequences": max_sequences}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
+    parts = _split(lengths, layout, max_tokens, max_sequences)
+    return [_micro_batch(sequences[start:end], layout, pad_id) for start, end in parts]
 
 
 def _split(
@@ -329,7 +359,7 @@ def _split(
     yield start, len(lengths)
 
 
-def _micro_batch(sequences: list[tuple[Tensor, Tensor]], layout: str, pad_id: int) -> MicroBatch:
+def _micro_batch(sequences: Sequence[tuple[Tensor, Tensor]], layout: str, pad_id: int) -> MicroBatch:
     prompts, responses = (torch.tensor([len(x) for x in side]) for side in zip(*sequences))
     lengths = prompts + responses  # (S,)
     flat = torch.cat([x for pair in sequences for x in pair]).long()  # (N,), like all that follow

@@ -268,6 +268,10 @@ def _numbered(row: Row) -> Scored:
     return Scored(_conversation(row["prompt"]), [row[c] for c in names], [row.get(f"{c}_reward") for c in names])
 
 
+def _single(row: Row) -> Sided:
+    return _sided(row.get("prompt"), row["response"] if "response" in row else row["completion"], [])
+
+
 @dataclass(frozen=True)
 class Format:
     needs: tuple[str, ...]  # columns; "|" between alternatives, [0-9] for a number
@@ -293,6 +297,9 @@ FORMATS: dict[str, Format] = {
     "pairs": Format(("chosen", "rejected"), _pairs),  # TRL, and prompt where it is there
 }
 
+# A prompt and one response of no side, or a list of them: to be scored, not to learn a preference from.
+SINGLE = Format(("prompt", "response|completion"), _single)
+
 
 def one_of(name: str, value: Any, known: Collection[str]) -> None:
     """ValueError unless the argument has one of the known values."""
@@ -300,15 +307,25 @@ def one_of(name: str, value: Any, known: Collection[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
 
 
-def recognise(columns: Collection[str], name: str = "auto") -> Format:
+def recognise(columns: Collection[str], name: str = "auto", formats: Mapping[str, Format] = FORMATS) -> Format:
     """The format of that name, or the first that finds its columns. ValueError says what was found and wanted."""
-    one_of("format", name, ["auto", *FORMATS])
-    candidates = {n: f for n, f in FORMATS.items() if name in ("auto", n)}
+    one_of("format", name, ["auto", *formats])
+    candidates = {n: f for n, f in formats.items() if name in ("auto", n)}
     for candidate in candidates.values():
         if candidate.fits(columns):
             return candidate
     wanted = "; ".join(f"{n}: {', '.join(f.needs)}" for n, f in candidates.items())
     raise ValueError(f"the columns must be those of a format ({wanted}); got {', '.join(sorted(columns))}")
+
+
+def read_responses(row: Row) -> tuple[Prompt, list[str]]:
+    """A prompt and its responses, of `SINGLE` or of any format, whatever side they stand on. A None is as no column.
+
+    ValueError for columns of no format, BadRow for a row without the structure of its format.
+    """
+    full = {name: value for name, value in row.items() if value is not None}
+    found = read(recognise(full, formats={"single": SINGLE, **FORMATS}), full)
+    return found.prompt, found.responses
 
 
 def read(fmt: Format, row: Row) -> Sided | Scored:

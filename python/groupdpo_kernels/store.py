@@ -2,6 +2,7 @@
 
 `digest` hashes plain values, tensors and arrays, `tensor_digests` a model's weights; `write` puts tensors and plain
 values into a file; `read` gives them back if the file is whole and carries the keys that it is asked for.
+`replacing` and `write_json` write other files as whole.
 
 Never: shows a half-written file under its name, whenever the process dies and however many write it at once; unpickles
 anything but tensors and plain values; removes what a living process writes.
@@ -22,7 +23,7 @@ import os
 import pickle
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
@@ -123,17 +124,15 @@ class _HashingFile:
         self.file.flush()
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Once this returns the file is there, whole and on disk; until then it is as it was."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write in place of `path`: at the end of the block it is there, whole and on disk; until then, and after
+    an exception, `path` is as it was."""
     _remove_left_behind(path.parent)
     temporary = path.with_name(f".{path.name}~{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(bytes(_HEADER))
-            payload = _HashingFile(file)
-            torch.save(content, cast(IO[bytes], payload))
-            file.seek(0)
-            file.write(_MAGIC + payload.sha.digest())
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -145,6 +144,32 @@ def write(path: Path, content: dict[str, Any]) -> None:
             os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Once this returns the file is there, whole and on disk; until then it is as it was."""
+    with replacing(path) as file:
+        file.write(bytes(_HEADER))
+        payload = _HashingFile(file)
+        torch.save(content, cast(IO[bytes], payload))
+        file.seek(0)
+        file.write(_MAGIC + payload.sha.digest())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """The same for people to read: no checksum. ValueError for a number that JSON has not (NaN)."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    with replacing(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+def file_digest(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with open(path, "rb") as file:
+        sha = _hash()
+        while block := file.read(2**20):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def read(path: Path, **keys: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What tests, benchmarks and self-checks share: the CASES, inputs drawn from them, budgets, Triton on CPU tensors.
 
-Never imported by the package itself. Needs torch; `triton_on_cpu` needs triton and numpy.
+Never imported by the package itself, but for the command `check`. Needs torch; `triton_on_cpu` needs triton and numpy.
 """
 
 from __future__ import annotations
@@ -231,8 +231,10 @@ def _magnitude(inputs: Inputs, options: HeadOptions) -> float:
     return max(1.0, float(total.max()) * abs(options.logit_scale) / options.temperature)
 
 
-def check_budget(actual: Result, inputs: Inputs, options: HeadOptions, factor: float = 2.0) -> None:
-    """AssertionError unless each result is within `factor` times eager PyTorch's error against float64, in three views.
+def check_budget(actual: Result, inputs: Inputs, options: HeadOptions, factor: float = 2.0) -> float:
+    """The largest share of its budget that a result takes.
+
+    AssertionError unless each result is within `factor` times eager PyTorch's error against float64, in three views.
 
     Gradients have the precision of the inputs, and so has their peer. Values are float32 whatever the inputs: their
     peer is eager on inputs widened to float32, so logits rounded to 16 bits do not pass. Where eager is exact by luck,
@@ -244,6 +246,7 @@ def check_budget(actual: Result, inputs: Inputs, options: HeadOptions, factor: f
     wide_peers = run(eager, inputs.to(torch.float32), options) if narrow else peers
     accumulator = torch.float64 if inputs.hidden.dtype == torch.float64 else torch.float32
     slack = 2 * torch.finfo(accumulator).eps * _magnitude(inputs, options)
+    largest = 0.0
     for name, value in actual.items():
         of_inputs = name.startswith("d_")
         dtype = torch.bool if name == "is_top1" else inputs.hidden.dtype if of_inputs else accumulator
@@ -264,6 +267,8 @@ def check_budget(actual: Result, inputs: Inputs, options: HeadOptions, factor: f
             budget = factor * max(peer[view], rounded[view], slack * spread if of_inputs else slack / size)
             if not found <= budget:
                 raise AssertionError(f"{name}: {view} error {found:.3e} exceeds the budget {budget:.3e}")
+            largest = max(largest, found / budget if budget else 0.0)
+    return largest
 
 
 # ------------------------------------------------------------------------------------------------- Triton without a GPU

@@ -1,0 +1,68 @@
+"""The commands, and what an error looks like.
+
+A command is a function whose parameters typer reads, in a module of its own, and a line in `COMMANDS`. Heavy imports
+belong into its body: `--help` waits for none of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from .. import __version__
+from .check import check
+from .logps import logps
+from .train import train
+
+COMMANDS: tuple[Callable[..., Any], ...] = (check, logps, train)
+
+
+class _Group(TyperGroup):
+    """Wrong input is one message and exit code 2, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            if isinstance(error, BrokenPipeError) or os.environ.get("GROUPDPO_KERNELS_TRACEBACK") == "1":
+                raise
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False)
+            raise typer.Exit(2) from error
+
+
+def _plain(error: BaseException) -> str:
+    from rich.markup import escape
+
+    return escape(str(error) or type(error).__name__)
+
+
+app = typer.Typer(
+    name="groupdpo-kernels",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="GROUPDPO_KERNELS_TRACEBACK=1 shows where an error comes from.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show it and stop."),
+) -> None:
+    """Preference optimisation of language models without the logits: check this machine, score, train."""
+
+
+for command in COMMANDS:
+    app.command()(command)

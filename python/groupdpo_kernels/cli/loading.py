@@ -1,0 +1,115 @@
+"""Rows from disk, tokenizers and models from disk or a hub, with errors that name what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..formats import one_of
+from ..store import digest
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def needs(command: str, *packages: str) -> None:
+    """ImportError that says what to install."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"{command} needs {', '.join(missing)}: pip install 'groupdpo-kernels[cli]'")
+
+
+def jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a file of one JSON object a line; empty lines are none. ValueError names the line."""
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, must be a JSON object: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}, must be a JSON object; got {line.strip()!r:.60}")
+            yield row
+
+
+def existing(what: str, path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{what} must be a file; {path} is {'a folder' if path.is_dir() else 'not there'}")
+    return path
+
+
+def device_of(name: str) -> torch.device:
+    """ "auto": the GPU if torch can use one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that torch can use; torch {torch.__version__} finds no GPU, got {name!r}")
+    return device
+
+
+def load_tokenizer(where: str) -> Any:
+    from transformers import AutoTokenizer
+
+    _check_place("tokenizer", where)
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, TypeError, KeyError) as error:  # a folder of a model alone gives any of these
+        raise ValueError(f"tokenizer must be a folder or a hub name that holds one; {where}: {error}") from error
+
+
+def load_model(where: str, dtype: str, device: torch.device, seed: int = 0) -> Any:
+    """A causal LM of a folder, a hub name, or a config.json, whose weights are then drawn with this seed."""
+    import transformers
+
+    one_of("dtype", dtype, DTYPES)
+    _check_place("model", where)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that it changes itself
+    if Path(where).is_file():
+        try:
+            config = json.loads(Path(where).read_text())
+            kind = config.pop("model_type")
+        except (ValueError, KeyError, AttributeError) as error:
+            wanted = "a folder, a hub name or a config.json with a model_type"
+            raise ValueError(f"model must be {wanted}; {where}: {error!r}") from None
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **config))
+        model = model.to(DTYPES[dtype] or model.dtype)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype] or "auto")
+    return model.to(device)
+
+
+def check_fit(model: Any, tokenizer: Any) -> None:
+    """ValueError for a tokenizer with ids that the model has no embedding of."""
+    rows, ids = model.get_input_embeddings().num_embeddings, len(tokenizer)
+    if ids > rows:
+        raise ValueError(f"tokenizer must have no more ids than the model has embeddings, {rows}; got {ids}")
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Hash of what decides its ids. Before its first use: a tokenizer may keep a limit of its last call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return digest([type(tokenizer).__qualname__, content, special, str(tokenizer.chat_template)])
+
+
+def _check_place(what: str, where: str) -> None:
+    """A path that is not there would be taken for a hub name, and end in an error about a network."""
+    path = Path(where)
+    local = path.is_absolute() or where.startswith((".", "~")) or where.endswith(".json") or where.count(os.sep) > 1
+    if local and not path.exists():
+        raise FileNotFoundError(f"{what} must be a folder or a hub name; {where} is not there")

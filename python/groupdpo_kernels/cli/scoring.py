@@ -1,0 +1,282 @@
+"""Log-probabilities of the responses in a JSONL file, to a JSONL file that a kill at any moment does no harm.
+
+Responses are scored in windows of fixed size: sorted by length inside one, in micro-batches of so many tokens, written
+in their order. A window's lines are appended to `OUT.part` and synchronised, then the place up to which they count is
+noted in `OUT.state.json`, by rename. A run that was killed goes on after the last whole window and ends with the bytes
+of one that was not: windows do not depend on where it stopped. At its end `OUT.part` becomes `OUT`.
+
+The state holds hashes of the file, the model, the tokenizer and the options; where one of them is another the run is
+refused, and says which. Never: drops a response silently (one that cannot be scored is a line with its reason), holds
+the logits or all rows.
+Precondition: one process a file (a lock says so); the same number of threads, for the same bytes.
+Cost: three readings of the file, a hash of the weights, one forward.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..batches import micro_batches
+from ..data import Group, Report, TokenGroup, tokenize_groups
+from ..formats import BadRow, Prompt, one_of, read_responses
+from ..models import attach
+from ..store import description, digest, file_digest, tensor_digests, write_json
+from .loading import jsonl, tokenizer_digest
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What decides the lines that are written.
+
+    Args:
+        max_length: the most tokens of prompt and response. None: any number.
+        too_long: "skip" writes a line with the reason instead; "truncate_prompt" cuts the left of the prompt.
+        max_tokens: of a micro-batch, padding included; one longer response is a micro-batch by itself.
+        window: responses sorted and written together; what a kill can cost.
+        token_logps: whether the log-probability of each token is written, too.
+        chat: as in `data.tokenize_groups`. add_eos: whether plain text ends with the tokenizer's eos.
+    """
+
+    max_length: int | None = None
+    too_long: str = "skip"
+    max_tokens: int = 8192
+    window: int = 256
+    token_logps: bool = False
+    chat: bool | None = None
+    add_eos: bool = True
+
+    def __post_init__(self) -> None:
+        one_of("too_long", self.too_long, ("skip", "truncate_prompt"))
+        for name, least in {"max_length": 2, "max_tokens": 1, "window": 1}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+class Response(NamedTuple):
+    row: int  # of the file, from 0; empty lines are none
+    place: int  # in its row
+    prompt: Prompt
+    text: str
+
+
+class Summary(NamedTuple):
+    responses: int
+    skipped: int
+    resumed_at: int  # responses that were there already
+
+
+def read(path: Path) -> Iterator[Response]:
+    """The responses of a file in order. ValueError names the row: its columns, or what is wrong with it."""
+    for i, row in enumerate(jsonl(path)):
+        try:
+            prompt, responses = read_responses(row)
+        except (BadRow, ValueError) as error:
+            raise ValueError(f"{path}, row {i}: {error}") from None
+        if not responses:
+            raise ValueError(f"{path}, row {i}: it has no response")
+        for k, text in enumerate(responses):
+            yield Response(i, k, prompt, text)
+
+
+def score_file(
+    model: Any,
+    tokenizer: Any,
+    source: Path,
+    target: Path,
+    options: ScoringOptions,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Summary:
+    """Scores `source` into `target`, from where an earlier call stood. Lines: row, response, logp, num_tokens, and
+    token_logps where asked for; or logp null and `skipped`, why.
+
+    Args:
+        overwrite: begins again whatever is there.
+        progress: called with the responses done and their number.
+
+    Raises ValueError for a row or option that is wrong, for what was begun otherwise, and for a log-probability that
+    is not finite, naming the row; FileExistsError for a target of another making.
+    """
+    total = sum(1 for _ in read(source))
+    if not total:
+        raise ValueError(f"{source} must hold at least one row; it is empty")
+    with _Output(target, _identity(model, tokenizer, source, options), overwrite) as output:
+        progress(output.responses, total)
+        resumed_at = output.responses
+        pending = itertools.islice(read(source), resumed_at, None)
+        while window := list(itertools.islice(pending, options.window)):
+            lines = _score(model, tokenizer, window, options)
+            output.append([json.dumps(line, allow_nan=False) for line in lines], sum("skipped" in x for x in lines))
+            progress(output.responses, total)
+        output.finish()
+        return Summary(output.responses, output.skipped, resumed_at)
+
+
+def _identity(model: Any, tokenizer: Any, source: Path, options: ScoringOptions) -> dict[str, Any]:
+    """What the lines depend on, by names for a message: first what a person can read."""
+    parameter = next(model.parameters())
+    return {
+        **asdict(options),
+        "device": parameter.device.type,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "groupdpo_kernels": __version__,
+        "input": file_digest(source),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "model": digest([description(model), tensor_digests(model)]),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- one window
+
+
+class _Reasons(Report):
+    """A report that knows why each response was dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_row: dict[int, str] = {}
+
+    def drop(self, bad: BadRow, row: int, on_bad: str = "drop") -> None:
+        super().drop(bad, row, on_bad)
+        self.by_row[row] = f"{bad.reason}: {bad}"
+
+
+def _score(model: Any, tokenizer: Any, window: list[Response], options: ScoringOptions) -> list[dict[str, Any]]:
+    """A line for each response, in order."""
+    reasons = _Reasons()
+    groups = (Group(response.prompt, [response.text], [True], at) for at, response in enumerate(window))
+    found = tokenize_groups(
+        groups,
+        tokenizer,
+        max_length=options.max_length,
+        too_long="drop" if options.too_long == "skip" else options.too_long,
+        chat=options.chat,
+        add_eos=options.add_eos,
+        both_sides=False,
+        report=reasons,
+    )
+    longest_first = sorted(found, key=lambda group: -_length(group))
+    values = _token_logps(model, longest_first, options.max_tokens)
+    by_place = {group.row: logps for group, logps in zip(longest_first, values)}
+    return [_line(response, by_place.get(at), reasons.by_row, at, options) for at, response in enumerate(window)]
+
+
+def _length(group: TokenGroup) -> int:
+    return len(group.prompt) + len(group.responses[0])
+
+
+@torch.no_grad()
+def _token_logps(model: Any, groups: list[TokenGroup], max_tokens: int) -> Iterator[Tensor]:  # (n,) float32 each
+    """Of each response, on the CPU, a micro-batch at a time."""
+    device, score = next(model.parameters()).device, attach(model)
+    sequences = [(group.prompt, group.responses[0]) for group in groups]
+    for mb in micro_batches(sequences, max_tokens=max_tokens) if sequences else ():
+        moved = mb.to(device)
+        live = moved.live(score(moved.input_ids, moved.targets, **moved.inputs))
+        yield from live.cpu().split(mb.cu_seqlens.diff().tolist())
+
+
+def _line(
+    response: Response, logps: Tensor | None, reasons: dict[int, str], at: int, options: ScoringOptions
+) -> dict[str, Any]:
+    line: dict[str, Any] = {"row": response.row, "response": response.place}
+    if logps is None:
+        return line | {"logp": None, "num_tokens": None, "skipped": reasons[at]}
+    # The shortest text that gives the number back: nine digits do for float32, and the sum is one of float64.
+    tokens = [float(f"{x:.9g}") for x in logps.tolist()]
+    total = math.fsum(tokens)
+    if not math.isfinite(total):
+        raise ValueError(f"row {response.row}, response {response.place}: its log-probability is {total}")
+    line |= {"logp": total, "num_tokens": len(tokens)}
+    return line | {"token_logps": tokens} if options.token_logps else line
+
+
+# ------------------------------------------------------------------------------------------------------------- the file
+
+
+class _Output:
+    """OUT.part and OUT.state.json, and OUT in the end."""
+
+    def __init__(self, target: Path, identity: dict[str, Any], overwrite: bool) -> None:
+        self.target, self.identity = target, identity
+        self.part, self.state = (target.with_name(target.name + end) for end in (".part", ".state.json"))
+        self.responses = self.skipped = self.bytes = 0
+        self.done = False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.file: IO[bytes] = open(self.part, "ab")  # noqa: SIM115  closed by __exit__
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.close()
+            raise ValueError(f"{target} is being written by another process") from None
+        try:
+            if not overwrite:
+                self._take_over()
+            self.file.truncate(0 if self.done else self.bytes)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.part.exists() and not self.part.stat().st_size:
+            self.part.unlink()
+        self.file.close()
+
+    def append(self, lines: list[str], skipped: int) -> None:
+        self.file.write("".join(f"{line}\n" for line in lines).encode())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.responses += len(lines)
+        self.skipped += skipped
+        self.bytes = self.file.tell()
+        self._note()
+
+    def finish(self) -> None:
+        if not self.done:
+            self.done = True
+            self._note()
+            os.replace(self.part, self.target)
+
+    def _note(self) -> None:
+        counts = {"responses": self.responses, "skipped": self.skipped, "bytes": self.bytes}
+        write_json(self.state, {"done": self.done, **counts, "identity": self.identity})
+
+    def _take_over(self) -> None:
+        """What an earlier run wrote, if it was of the same input, model and options; its lines, not its word, count."""
+        begin_again = "give another name, or --overwrite to begin again"
+        if not self.state.exists():
+            if self.target.exists():
+                raise FileExistsError(f"{self.target} is there, and no run wrote it: {begin_again}")
+            return
+        try:
+            known = json.loads(self.state.read_text())
+            begun, finished = dict(known["identity"]), bool(known["done"])
+            responses, skipped, size = (int(known[name]) for name in ("responses", "skipped", "bytes"))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.state} must be the state of a run; it is not: {begin_again}") from None
+        for name, now in self.identity.items():
+            if (was := begun.get(name)) != now:
+                hashed = name in ("input", "model", "tokenizer")
+                what = f"the {name} has changed" if hashed else f"{name} was {was} and is {now}"
+                raise ValueError(f"{self.target} was begun otherwise: {what}; {begin_again}")
+        self.done = finished and self.target.exists()  # else killed before the rename
+        there = (self.target if self.done else self.part).stat().st_size
+        if there < size or (self.done and there > size):
+            raise ValueError(f"{self.target} must have {size} bytes of the earlier run; it has {there}: {begin_again}")
+        self.responses, self.skipped, self.bytes = responses, skipped, size

@@ -1,0 +1,110 @@
+"""`train`: preference training from a small file or from flags, which go before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .loading import needs
+from .logps import bar
+
+# Flag: section and name of the setting; "" is the top.
+PLACES = {
+    **{name: ("", name) for name in ("model", "data", "output_dir", "eval_data", "tokenizer", "device", "dtype")},
+    **{name: ("objective", name) for name in ("loss", "beta", "average", "reference_free", "nll_weight")},
+    **{name: ("objective", name) for name in ("label_smoothing", "gamma", "alpha", "tau", "balance")},
+    "lora_rank": ("lora", "r"),
+    **{name: ("training", name) for name in ("strategy", "learning_rate", "max_length", "seed", "max_steps", "bf16")},
+    **{name: ("training", name) for name in ("micro_batch_sequences", "micro_batch_tokens", "save_steps", "rule")},
+    "epochs": ("training", "num_train_epochs"),
+    "groups_per_step": ("training", "per_device_train_batch_size"),
+    "merge_prompts": ("training", "merge_prompts"),
+}
+
+
+def train(
+    config: Path | None = typer.Argument(None, help="A .toml or .json file of settings; flags go before it."),
+    model: str | None = typer.Option(None, help="A folder, a hub name, or a config.json (random weights)."),
+    data: str | None = typer.Option(None, help="JSONL of preferences: pairs, sets, ratings, ranks."),
+    output_dir: str | None = typer.Option(None, "--out", help="A folder; one that holds this run goes on."),
+    eval_data: str | None = typer.Option(None, help="The same, held out."),
+    tokenizer: str | None = typer.Option(None, help="Where the tokenizer is. Default: with the model."),
+    device: str | None = typer.Option(None, help="auto, cpu or cuda."),
+    dtype: str | None = typer.Option(None, help="Of the weights: float32 (default), bfloat16, auto (as saved)."),
+    loss: str | None = typer.Option(None, help="sigmoid (DPO), mpo, all_pairs, simpo, ... (default sigmoid)."),
+    beta: float | None = typer.Option(None),
+    average: bool | None = typer.Option(None, "--average/--sum", help="Scores per token, or of the whole response."),
+    reference_free: bool | None = typer.Option(None, "--reference-free/--reference"),
+    nll_weight: float | None = typer.Option(None, help="Of the negative log-likelihood of the positives."),
+    label_smoothing: float | None = typer.Option(None),
+    gamma: float | None = typer.Option(None, help="Of simpo."),
+    alpha: float | None = typer.Option(None, help="Of rdpo."),
+    tau: float | None = typer.Option(None, help="Of discopop."),
+    balance: bool | None = typer.Option(None, "--balance/--no-balance", help="AdaDPO's; its options: in the file."),
+    strategy: str | None = typer.Option(None, help="two_pass (default), one_pass or coupled."),
+    learning_rate: float | None = typer.Option(None, "--learning-rate", "--lr"),
+    epochs: float | None = typer.Option(None),
+    max_steps: int | None = typer.Option(None, help="Before --epochs."),
+    groups_per_step: int | None = typer.Option(None, help="Default 8."),
+    micro_batch_sequences: int | None = typer.Option(None, help="Responses in memory at a time (default 4)."),
+    micro_batch_tokens: int | None = typer.Option(None, help="The same in tokens, padding included."),
+    max_length: int | None = typer.Option(None, help="The most tokens of prompt and response (default 1024)."),
+    rule: str | None = typer.Option(None, help="How ratings become sides (default best_vs_rest)."),
+    merge_prompts: bool | None = typer.Option(None, help="Rows of one prompt become one group."),
+    lora_rank: int | None = typer.Option(None, help="Trains an adapter of this rank on every linear layer."),
+    bf16: bool | None = typer.Option(None, "--bf16/--fp32", help="Of the arithmetic (default: bf16 on a GPU)."),
+    seed: int | None = typer.Option(None),
+    save_steps: int | None = typer.Option(None, help="Between checkpoints (default 100)."),
+) -> None:
+    """Train a model on groups of preferences; the same command again goes on where it was stopped or killed."""
+    given = dict(locals())
+    del given["config"]
+    needs("train", "transformers", "accelerate", "matplotlib")
+    if lora_rank is not None:
+        needs("train --lora-rank", "peft")
+    from .training import Listener, TrainSettings, read_settings
+    from .training import train as run
+
+    settings = read_settings(config) if config is not None else {}
+    for name, value in given.items():
+        section, key = PLACES[name]
+        if value is not None and section:
+            settings[section] = {**(settings.get(section) or {}), key: value}
+        elif value is not None:
+            settings[key] = value
+    for name, flag in {"model": "--model", "data": "--data", "output_dir": "--out"}.items():
+        if name not in settings:
+            raise ValueError(f"{flag} must be given, or {name} in the config file")
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    with bar(console) as progress:
+        task = progress.add_task("training", total=None)
+
+        def step(done: int, total: int, numbers: dict[str, float]) -> None:
+            words = [f"{word} {numbers[name]:.3f}" for name, word in SHOWN.items() if name in numbers]
+            progress.update(task, completed=done, total=total, description=" ".join(words) or "training")
+            if words and not console.is_terminal and (done % max(1, total // 20) == 0):
+                console.print(f"step {done} of {total}: {', '.join(words)}")
+
+        report = run(TrainSettings(**settings), Listener(progress.console.print, step))
+    _print_report(console, report, settings["output_dir"])
+
+
+SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+
+
+def _print_report(console: Console, report: dict[str, Any], folder: str) -> None:
+    table = Table(title=f"{report['steps']} steps of {report['groups_per_step']} groups in {report['seconds']:.0f} s")
+    columns = {"first step": ("first", ""), f"last {report['last']['mean_of_steps']}": ("last", "")}
+    if report["evaluation"] is not None:
+        columns["held out"] = ("evaluation", "eval_")
+    for heading in ("", *columns):
+        table.add_column(heading, justify="right")
+    for name, word in SHOWN.items():
+        values = (report[part].get(prefix + name) for part, prefix in columns.values())
+        table.add_row(word, *("-" if value is None else f"{value:.3f}" for value in values))
+    console.print(table)
+    console.print(f"{folder}/model  {folder}/report.json  {folder}/curves.png")

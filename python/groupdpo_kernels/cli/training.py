@@ -1,0 +1,365 @@
+"""Preference training as a run in a folder: settings, checkpoints, a report, a picture; the same call again goes on.
+
+    output_dir/run.json          what the run depends on: settings, and hashes of model, tokenizer and data
+    output_dir/ref_logps/        the reference's log-probabilities, scored once before the first step
+    output_dir/checkpoint-N/     the last two; one that has no `whole` in it was cut short by a kill, and is removed
+    output_dir/model/            the trained model (or adapter) and its tokenizer
+    output_dir/report.json, curves.png
+
+The steps are those of `integrations.trl.GroupDPOTrainer`, which is a transformers.Trainer and needs no TRL: a loop of
+our own would have to write its checkpoints, schedules, adapters and mixed precision again.
+
+Never: trains on other data, settings or weights than those that the folder was begun with; shows a half-written model
+under its name. Precondition: one process a folder. Cost: that of the trainer, and a hash of weights and data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..formats import one_of
+from ..objectives import AdaBalance, Objective
+from ..store import description, digest, file_digest, tensor_digests, write_json
+from .check import versions
+from .curves import draw
+from .loading import check_fit, device_of, existing, jsonl, load_model, load_tokenizer, tokenizer_digest
+
+SECTIONS = ("objective", "lora", "training")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """What a run is. From a file: these names on top, and the three sections as tables.
+
+    Args:
+        model: a folder, a hub name, or a config.json, whose weights are then drawn.
+        data: JSONL in a format of `data.FORMATS`. eval_data: the same, held out.
+        tokenizer: a folder or a hub name. None: that of the model.
+        device: auto, cpu or cuda. dtype: of the weights.
+        objective: the fields of `Objective`; balance: those of `AdaBalance`, or true.
+        lora: the fields of peft.LoraConfig; target_modules is "all-linear" unless it is there. None: all weights train.
+        training: the fields of `GroupDPOConfig`, and so of transformers.TrainingArguments. A step takes
+            per_device_train_batch_size x gradient_accumulation_steps groups.
+    """
+
+    model: str
+    data: str
+    output_dir: str
+    eval_data: str | None = None
+    tokenizer: str | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    objective: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a .toml or .json file; what is missing is left to flags and defaults."""
+    existing("config", path)
+    try:
+        if path.suffix == ".toml":
+            found = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli").loads(
+                path.read_text()
+            )
+        elif path.suffix == ".json":
+            found = json.loads(path.read_text())
+        else:
+            raise ValueError("its name must end in .toml or .json")
+    except ValueError as error:
+        raise ValueError(f"config {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"config {path}: must be an object; got a {type(found).__name__}")
+    check_names("config", found, [field.name for field in dataclasses.fields(TrainSettings)])
+    for name in SECTIONS:
+        if found.get(name) is not None and not isinstance(found[name], dict):
+            raise ValueError(f"config {path}: {name} must be a table; got {found[name]!r:.60}")
+    return found
+
+
+def check_names(what: str, given: Mapping[str, Any], known: list[str]) -> None:
+    """ValueError for a name that is none of the known."""
+    import difflib
+
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(known[:30])}"
+            raise ValueError(f"{what} has no option {name!r}; {hint}")
+
+
+def make_objective(given: Mapping[str, Any]) -> Objective:
+    options = dict(given)
+    check_names("objective", options, [field.name for field in dataclasses.fields(Objective)])
+    balance = options.get("balance")
+    if isinstance(balance, Mapping):
+        check_names("objective.balance", balance, [field.name for field in dataclasses.fields(AdaBalance)])
+        options["balance"] = AdaBalance(**balance)
+    elif isinstance(balance, bool):
+        options["balance"] = AdaBalance() if balance else None
+    try:
+        return Objective(**options)
+    except TypeError as error:  # text where a number should be
+        raise TypeError(f"objective must have numbers for numbers; got {options}: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+@dataclasses.dataclass
+class Listener:
+    """What a run tells as it goes; each does nothing unless it is given."""
+
+    note: Callable[[str], None] = lambda line: None
+    step: Callable[[int, int, dict[str, float]], None] = lambda done, total, numbers: None
+
+
+def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str, Any]:
+    """Runs to the end, or goes on to it; gives what report.json holds.
+
+    Raises ValueError, TypeError or OSError before the first step for whatever is wrong with the settings, the data,
+    the model or the folder.
+    """
+    listener = listener or Listener()
+    one_of("device", settings.device, ("auto", "cpu", "cuda"))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"train runs in one process; got WORLD_SIZE={os.environ['WORLD_SIZE']}: take GroupDPOTrainer")
+    if settings.device != "cpu" and torch.cuda.device_count() > 1:
+        raise ValueError(f"train takes one GPU; torch finds {torch.cuda.device_count()}: set CUDA_VISIBLE_DEVICES")
+    objective = make_objective(settings.objective)
+    folder, data = Path(settings.output_dir), {"train": existing("data", Path(settings.data))}
+    if settings.eval_data is not None:
+        data["eval"] = existing("eval_data", Path(settings.eval_data))
+    config = _make_config(settings, objective)
+    rows = {name: list(jsonl(path)) for name, path in data.items()}
+    for name, found in rows.items():
+        if not found:
+            raise ValueError(f"{data[name]} must hold at least one row; it is empty")
+    tokenizer = load_tokenizer(settings.model if settings.tokenizer is None else settings.tokenizer)
+    token_hash = tokenizer_digest(tokenizer)
+    model = load_model(settings.model, settings.dtype, device_of(settings.device), config.seed)
+    check_fit(model, tokenizer)
+    identity = {
+        "model": digest([description(model), tensor_digests(model)]),
+        "tokenizer": token_hash,
+        **{f"{name} data": file_digest(path) for name, path in data.items()},
+        "settings": _plain(settings),
+    }
+    if (done := _earlier(folder, identity)) is not None:
+        listener.note(f"{folder} holds the whole run already")
+        return done
+    with _wider_log(listener):
+        trainer = _make_trainer(model, config, objective, settings, rows, tokenizer, listener)
+    write_json(folder / "run.json", identity)  # not before: what is refused leaves the folder to what is not
+    for name in data:
+        listener.note(f"{data[name]}: {trainer.report[name]}")
+    checkpoint = _last_whole(folder)
+    began = time.time()
+    if checkpoint is not None:
+        listener.note(f"going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if "eval" in data and not any(row["step"] == trainer.state.global_step for row in _evaluations(trainer)):
+        trainer.evaluate()
+    _save_model(trainer, folder / "model")
+    report = _report(trainer, identity, began, checkpoint)
+    title = f"{objective.loss}, {report['steps']} steps of {report['groups_per_step']} groups, {settings.model}"
+    draw(report["history"], folder / "curves.png", title)
+    write_json(folder / "report.json", report)
+    return report
+
+
+def _make_config(settings: TrainSettings, objective: Objective) -> Any:
+    """GroupDPOConfig: the settings' options over what suits a command line."""
+    from ..integrations.trl.groups import GroupDPOConfig
+
+    given = dict(settings.training)
+    ours = ("output_dir", "resume_from_checkpoint", "push_to_hub", "disable_tqdm", "use_cpu", "save_strategy")
+    known = [field.name for field in dataclasses.fields(GroupDPOConfig) if field.init and field.name not in ours]
+    check_names("training", given, known)
+    on_gpu = device_of(settings.device).type == "cuda"
+    defaults = {
+        "logging_steps": 1,
+        "save_steps": 100,
+        "save_total_limit": 2,
+        "report_to": [],
+        "bf16": on_gpu,
+        "gradient_checkpointing": on_gpu,  # time for memory, of which a CPU has plenty
+        "precompute_ref_log_probs": objective.needs_reference,
+        "eval_strategy": "no" if settings.eval_data is None else "epoch",
+    }
+    if (limit := given.get("save_total_limit", 2)) is not None and limit < 2:
+        raise ValueError(f"training.save_total_limit must be at least 2: one may be cut short; got {limit}")
+    fixed = {"output_dir": settings.output_dir, "disable_tqdm": True, "use_cpu": not on_gpu, "save_strategy": "steps"}
+    return GroupDPOConfig(**{**defaults, **given, **fixed})
+
+
+def _make_trainer(
+    model: Any,
+    config: Any,
+    objective: Objective,
+    settings: TrainSettings,
+    rows: dict[str, list[dict[str, Any]]],
+    tokenizer: Any,
+    listener: Listener,
+) -> Any:
+    from transformers import PrinterCallback, TrainerCallback
+
+    from ..integrations.trl.groups import GroupDPOTrainer
+
+    class Telling(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
+            listener.step(state.global_step, state.max_steps, dict(logs or {}))
+
+        def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "whole", {"step": state.global_step})
+
+    adapter = None
+    if settings.lora is not None:
+        from peft import LoraConfig
+
+        options = {"target_modules": "all-linear", **settings.lora}
+        check_names("lora", options, [field.name for field in dataclasses.fields(LoraConfig)])
+        adapter = LoraConfig(task_type="CAUSAL_LM", **options)
+    trainer = GroupDPOTrainer(
+        model,
+        args=config,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("eval"),
+        processing_class=tokenizer,
+        objective=objective,
+        peft_config=adapter,
+        callbacks=[Telling()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@contextlib.contextmanager
+def _wider_log(listener: Listener) -> Iterator[None]:
+    """Passes on how far the scoring of the reference is."""
+    import logging
+
+    class Passing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            listener.note(f"reference: {record.getMessage()}")
+
+    logger, handler = logging.getLogger("groupdpo_kernels.stepwise"), Passing()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+# ---------------------------------------------------------------------------------------------------------- the folder
+
+
+def _plain(settings: TrainSettings) -> dict[str, Any]:
+    """As JSON gives it back, without where it is."""
+    found = json.loads(json.dumps(dataclasses.asdict(settings)))
+    for name in ("output_dir", "model", "data", "eval_data", "tokenizer"):  # what is there counts, by its hash
+        found.pop(name)
+    return found
+
+
+def _earlier(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Compares what the run depends on with what an earlier one noted. The report of a run that is done."""
+    note = folder / "run.json"
+    if not note.exists():
+        if (folder / "report.json").exists() or [*folder.glob("checkpoint-*")]:
+            raise ValueError(f"output_dir must be empty or hold a run; {folder} holds another trainer's")
+        return None
+    try:
+        begun = dict(json.loads(note.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{note} must be the note of a run; it is not: give another output_dir") from None
+    for name in [*begun, *identity]:
+        if (was := begun.get(name)) != (now := identity.get(name)):
+            what = "; ".join(_changes(was, now)) if name == "settings" else f"the {name} has changed"
+            raise ValueError(f"{folder} was begun otherwise: {what}; give another output_dir, or delete this one")
+    report = folder / "report.json"
+    return json.loads(report.read_text()) if report.exists() else None
+
+
+def _changes(was: Any, now: Any, name: str = "") -> Iterator[str]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in dict.fromkeys((*was, *now)):
+            yield from _changes(was.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif was != now:
+        yield f"{name} was {was!r} and is {now!r}"
+
+
+def _last_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; others are removed, or they would count as kept ones."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / "whole").exists():
+            found.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _save_model(trainer: Any, place: Path) -> None:
+    beside = place.with_name(f".{place.name}.tmp")
+    for path in (beside, place):
+        shutil.rmtree(path, ignore_errors=True)
+    trainer.save_model(str(beside))
+    os.replace(beside, place)
+
+
+def _report(trainer: Any, identity: dict[str, Any], began: float, checkpoint: Path | None) -> dict[str, Any]:
+    history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
+    parameters = list(trainer.model.parameters())
+    curve = [row for row in history if "loss" in row]
+    last = curve[-max(1, len(curve) // 10) :]
+    names = [name for name, value in curve[-1].items() if isinstance(value, (int, float)) and name != "step"]
+    report = {
+        "steps": trainer.state.global_step,
+        "groups_per_step": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "device": str(trainer.args.device),
+        "seconds": round(time.time() - began, 2),
+        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "data": {name: vars(report) for name, report in trainer.report.items()},
+        "first": curve[0],
+        "last": {
+            "mean_of_steps": len(last),
+            **{n: math.fsum(row.get(n, 0.0) for row in last) / len(last) for n in names},
+        },
+        "evaluation": next(reversed(_evaluations(trainer)), None),
+        "run": identity,
+        "versions": versions(),
+        "history": history,
+    }
+    return _without_nan(report)
+
+
+def _evaluations(trainer: Any) -> list[dict[str, Any]]:
+    return [row for row in trainer.state.log_history if "eval_loss" in row]
+
+
+def _without_nan(x: Any) -> Any:
+    """JSON has no NaN: a number that is none is null."""
+    if isinstance(x, dict):
+        return {name: _without_nan(value) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_without_nan(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
