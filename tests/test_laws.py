@@ -56,14 +56,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli/train": {"loading", "logps", "training"},
     "cli/training": {"check", "curves", "formats", "integrations", "loading", "objectives", "store"},
     "integrations/__init__": set(),
+    "integrations/replacement": set(),
+    "integrations/one_column": {"models"},
+    "integrations/axolotl": {"one_column", "replacement", "trl"},
+    "integrations/llama_factory": {"models", "replacement"},
+    "integrations/ms_swift": {"one_column", "replacement"},
+    "integrations/open_instruct": {"logps", "models", "replacement"},
+    "integrations/openrlhf": {"models", "replacement"},
     "integrations/trl/__init__": {"accelerate", "groups", "pairs", "stepwise"},
-    "integrations/trl/accelerate": {"logps"},
+    "integrations/trl/accelerate": {"logps", "replacement"},
     "integrations/trl/groups": {
         *("backward", "data", "logps", "models", "objectives", "stepwise"),
         *("metrics", "reference", "rows"),  # beside it
     },
     "integrations/trl/metrics": {"groups", "logps", "losses", "objectives"},
-    "integrations/trl/pairs": {"accelerate", "groups", "losses", "metrics", "models", "objectives", "reference"},
+    "integrations/trl/pairs": {
+        *("groups", "losses", "models", "objectives", "one_column"),
+        *("accelerate", "metrics", "reference"),  # beside it
+    },
     "integrations/trl/reference": set(),
     "integrations/trl/stepwise": {
         *("data", "logps", "models", "objectives", "stepwise"),

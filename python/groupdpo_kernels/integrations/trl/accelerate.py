@@ -15,23 +15,28 @@ the weight in the autocast dtype until the backward. Formulas: docs/math.md.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import inspect
-import re
-import sys
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...logps import linear_logp_stats
+from ..replacement import (
+    REQUIRED,
+    Acceleration,
+    Replacement,
+    Swap,
+    Versions,
+    check,
+    imported,
+    wanted,
+)
 
 SUPPORTED = (1, 15), (2, 0)  # from, to before: 1.14 has another signature
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in the order TRL returns them
 PARAMETERS: dict[str, Any] = {
-    **dict.fromkeys(("hidden", "weight", "bias", "targets", "temperature", "chunk_size"), inspect.Parameter.empty),
+    **dict.fromkeys(("hidden", "weight", "bias", "targets", "temperature", "chunk_size"), REQUIRED),
     "final_logit_softcapping": None,
     "logit_scale": 1.0,
     "outputs": OUTPUTS,
@@ -39,10 +44,6 @@ PARAMETERS: dict[str, Any] = {
 
 # TRL leaves ignored rows out, or scores them as token 0 and masks them itself: no id means "ignored" here.
 _NO_ID = -(2**63)
-
-_lock = threading.RLock()
-_original: Any = None
-_holds: set[Acceleration] = set()
 
 
 class TokenStatistics:
@@ -86,27 +87,6 @@ class TokenStatistics:
         return stats.token_logps.float(), entropy, squares, mean, stats.is_top1
 
 
-class Acceleration(contextlib.AbstractContextManager["Acceleration"]):
-    """What `accelerate()` returns. Leaving it as a context ends this acceleration; TRL's function is back when the last
-    one has ended, in whatever order and thread.
-    """
-
-    def __enter__(self) -> Acceleration:
-        global _original
-        with _lock:
-            if not _holds:
-                _original = _function_of_trl()
-                _replace(_original, TokenStatistics)
-            _holds.add(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with _lock:
-            if self in _holds and len(_holds) == 1:
-                restore()
-            _holds.discard(self)
-
-
 def accelerate() -> Acceleration:
     """TRL's trainers run on this package from now on, those that exist included, until `restore()`; or, in
     `with accelerate():`, until the end of the block. Calling it again changes nothing.
@@ -115,67 +95,39 @@ def accelerate() -> Acceleration:
         ImportError: TRL is not installed.
         RuntimeError: this version of TRL is not one that this module knows.
     """
-    return Acceleration().__enter__()
+    return _replacement.accelerate()
 
 
 def restore() -> None:
     """TRL's own function is back, whoever has called `accelerate()` and however often. Without it, nothing happens."""
-    global _original
-    with _lock:
-        if _holds:
-            _replace(TokenStatistics, _original)
-        _holds.clear()
-        _original = None
+    _replacement.restore()
 
 
 # ----------------------------------------------------------------------------------------------------------- TRL's side
 
 
-def installed_trl(who: str, supported: tuple[tuple[int, int], tuple[int, int]]) -> Any:
+def installed_trl(who: str, supported: Versions) -> Any:
     """The module, if its version is at least the first and before the second; ImportError or RuntimeError if not."""
-    try:
-        trl = importlib.import_module("trl")
-    except ModuleNotFoundError as error:
-        if error.name != "trl":
-            raise
-        raise ImportError("TRL is not installed: pip install 'groupdpo-kernels[trl]'") from error
-    version = re.match(r"(\d+)\.(\d+)", trl.__version__)
-    if version is None or not supported[0] <= (int(version[1]), int(version[2])) < supported[1]:
-        raise RuntimeError(f"{_wanted(who, supported)}; installed is {trl.__version__}")
+    trl = imported("trl", "TRL", "pip install 'groupdpo-kernels[trl]'")
+    check(who, "TRL", trl.__version__, supported)
     return trl
 
 
-def _wanted(who: str, supported: tuple[tuple[int, int], tuple[int, int]]) -> str:
-    at_least, before = (".".join(map(str, version)) for version in supported)
-    return f"{who} knows TRL {at_least} and later, before {before}"
-
-
-def _function_of_trl() -> Any:
-    trl, wanted = installed_trl("accelerate()", SUPPORTED), _wanted("accelerate()", SUPPORTED)
+def _function_of_trl() -> Swap:
+    trl = installed_trl("accelerate()", SUPPORTED)
     utils = importlib.import_module("trl.trainer.utils")
     function: Any = getattr(utils, "_ChunkedLogProbFunction", None)
     if not hasattr(function, "forward"):
         raise RuntimeError(
-            f"{wanted}; in the installed {trl.__version__} trl.trainer.utils._ChunkedLogProbFunction is {function!r},"
-            " not an autograd Function (TRL 1.15 has none without Triton)"
+            f"{wanted('accelerate()', 'TRL', SUPPORTED)}; in the installed {trl.__version__}"
+            f" trl.trainer.utils._ChunkedLogProbFunction is {function!r}, not an autograd Function"
+            " (TRL 1.15 has none without Triton)"
         )
-    _, *parameters = inspect.signature(function.forward).parameters.values()  # the first is ctx
-    found = {parameter.name: parameter.default for parameter in parameters}
-    if list(found.items()) != list(PARAMETERS.items()):
-        raise RuntimeError(
-            f"{wanted}, whose _ChunkedLogProbFunction.forward takes ({', '.join(PARAMETERS)}); in the installed"
-            f" {trl.__version__} it takes ({', '.join(found)}) or has other defaults"
-        )
-    return function
+    check("accelerate()", "TRL", trl.__version__, SUPPORTED, (function.forward, PARAMETERS))
+    return Swap([(function, TokenStatistics)])
 
 
-def _replace(old: Any, new: Any) -> None:
-    """In every module of TRL that holds `old`, under whatever name."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] == "trl":
-            for name, value in list(vars(module).items()):
-                if value is old:
-                    setattr(module, name, new)
+_replacement = Replacement("trl", _function_of_trl)
 
 
 def _refuse_zero3(*tensors: Tensor | None) -> None:

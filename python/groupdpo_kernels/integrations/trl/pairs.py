@@ -33,6 +33,7 @@ from ...groups import PreferenceGroups
 from ...losses import LOSSES
 from ...models import attach
 from ...objectives import Objective, preference_loss
+from ..one_column import completion_targets
 from .accelerate import installed_trl
 from .metrics import preference_metrics, record
 from .reference import check_adapter_alone_trains, check_no_earlier_reference, frozen_copy, take_off_forwards_of
@@ -129,7 +130,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         return super().compute_ref_log_probs(_scored_here(model), inputs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        targets = _targets(inputs["input_ids"], inputs["completion_mask"])
+        targets = completion_targets(inputs["input_ids"], inputs["completion_mask"])
         forward = {k: v for k, v in inputs.items() if k not in _NOT_OF_THE_MODEL}
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
         token_logps, outputs = attach(model).with_outputs(forward.pop("input_ids"), targets, **forward, **options)
@@ -168,21 +169,11 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
 _NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
-def _targets(
-    input_ids: Tensor,  # (2B, L) int64
-    completion_mask: Tensor,  # (2B, L) int64
-) -> Tensor:  # (2B, L) int64
-    """The token after each position where that is of a completion, -100 elsewhere."""
-    targets = torch.full_like(input_ids, -100)
-    targets[:, :-1] = input_ids[:, 1:].where(completion_mask[:, 1:] == 1, -100)
-    return targets
-
-
 def _scored_here(model: Any) -> Callable[..., SimpleNamespace]:
     """The model as TRL calls it for log-probabilities, with those of `model_logps`."""
 
     def score(input_ids: Tensor, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:
-        token_logps = attach(model)(input_ids, _targets(input_ids, (labels != -100).long()), **inputs)
+        token_logps = attach(model)(input_ids, completion_targets(input_ids, (labels != -100).long()), **inputs)
         return SimpleNamespace(log_probs=token_logps[:, :-1])
 
     return score

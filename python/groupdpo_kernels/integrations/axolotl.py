@@ -1,0 +1,132 @@
+"""Axolotl's DPO and IPO (`rl: dpo`, `rl: ipo`) without the logits, as a plugin of its own kind:
+
+    plugins:
+      - groupdpo_kernels.integrations.axolotl.GroupDPOPlugin
+
+Axolotl's DPO trainer is TRL's, of the version that Axolotl pins. With TRL 1.15 and later the plugin calls the
+`accelerate()` of integrations.trl. With TRL 1.9, which Axolotl 0.19 pins, DPOTrainer builds logits: its `_compute_loss`
+and `compute_ref_log_probs` run as TRL wrote them (every loss, ld_alpha, precomputed references, the auxiliary loss), on
+a model whose logits are the log-probabilities of the targets. Not logged then, because nobody has the logits: entropy,
+logits/*, mean_token_accuracy. `dpo_use_weighting` (WPO) runs as before, on real logits; what a `compute_metrics` asks
+for is computed in a forward of its own.
+
+Never: changes Axolotl, or a trainer. Precondition: Axolotl and TRL in SUPPORTED, and parameters as in PARAMETERS; else
+a RuntimeError before the model is loaded, and nothing is replaced. Cost: as `model_logps`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .one_column import OneColumn, completion_targets
+from .replacement import (
+    REQUIRED,
+    Acceleration,
+    Replacement,
+    Swap,
+    Versions,
+    check,
+    distribution_version,
+    imported,
+)
+from .trl import accelerate as accelerate_trl
+from .trl import restore as restore_trl
+
+SUPPORTED: dict[str, Versions] = {"axolotl": ((0, 19), (0, 20)), "trl": ((1, 9), (1, 10))}  # from, to before
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "_compute_loss": dict.fromkeys(("model", "inputs", "return_outputs"), REQUIRED),
+    "compute_ref_log_probs": dict.fromkeys(("model", "inputs"), REQUIRED),
+}
+FROM_LOGITS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
+_NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+
+
+def accelerate() -> Acceleration:
+    """What the plugin does: until `restore()`, or until the end of `with accelerate():`. ImportError or RuntimeError
+    where TRL is not one that this module, or integrations.trl, knows."""
+    trl = imported("trl", "TRL", "pip install axolotl")
+    return _replacement.accelerate() if trl.__version__.startswith("1.9.") else accelerate_trl()
+
+
+def restore() -> None:
+    """TRL's own are back."""
+    restore_trl()
+    _replacement.restore()
+
+
+def __getattr__(name: str) -> Any:
+    if name != "GroupDPOPlugin":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _plugin()
+
+
+@functools.cache
+def _plugin() -> type:
+    """The class, when Axolotl asks for it by name."""
+    axolotl = imported("axolotl.integrations.base", "Axolotl", "pip install axolotl")
+    hook, found = axolotl.BasePlugin.pre_model_load, distribution_version("axolotl")
+    check("GroupDPOPlugin", "Axolotl", found, SUPPORTED["axolotl"], (hook, {"cfg": REQUIRED}))
+
+    class GroupDPOPlugin(axolotl.BasePlugin):  # type: ignore[name-defined]
+        """Accelerates from when Axolotl begins to load the model until the process ends."""
+
+        def pre_model_load(self, cfg: Any) -> None:
+            rl = getattr(cfg.rl, "value", cfg.rl)
+            if rl not in ("dpo", "ipo"):
+                raise ValueError(f"rl must be dpo or ipo with GroupDPOPlugin; got {rl!r}")
+            accelerate()
+
+    return GroupDPOPlugin
+
+
+def _find() -> Swap:
+    trl = imported("trl", "TRL", "pip install axolotl")
+    check("integrations.axolotl", "TRL", trl.__version__, SUPPORTED["trl"])
+    theirs = imported("trl.trainer.dpo_trainer", "TRL", "pip install axolotl")
+    methods = [(getattr(theirs.DPOTrainer, name), parameters) for name, parameters in PARAMETERS.items()]
+    methods.append((theirs.selective_log_softmax, dict.fromkeys(("logits", "index"), REQUIRED)))
+    check("integrations.axolotl", "TRL", trl.__version__, SUPPORTED["trl"], *methods)
+    loss, references = theirs.DPOTrainer._compute_loss, theirs.DPOTrainer.compute_ref_log_probs
+    select = theirs.selective_log_softmax
+
+    @functools.wraps(select)
+    def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
+        return logits.squeeze(-1).clone() if logits.shape[-1] == 1 else select(logits, index)  # masked in place
+
+    @functools.wraps(references)
+    def compute_ref_log_probs(self: Any, model: Any, inputs: dict[str, Any]) -> Any:  # (chosen, rejected), (B,) each
+        targets = completion_targets(inputs["input_ids"], inputs["completion_mask"])
+        return references(self, OneColumn(model, targets), inputs)
+
+    @functools.wraps(loss)
+    def _compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if self.use_weighting:
+            return loss(self, model, inputs, return_outputs)
+        precomputed = self.precompute_ref_logps
+        if not precomputed:  # TRL would call a model of its own choice
+            reference = self.model if self.ref_model is None else self.ref_model
+            chosen, rejected = self.compute_ref_log_probs(reference, inputs)
+            inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        targets = completion_targets(inputs["input_ids"], inputs["completion_mask"])
+        self.precompute_ref_logps = True
+        try:
+            value = loss(self, OneColumn(model, targets), inputs, False)
+        finally:
+            self.precompute_ref_logps = precomputed
+        for name in FROM_LOGITS:
+            self._metrics["train" if self.model.training else "eval"].pop(name, None)
+        if not return_outputs:
+            return value
+        with torch.no_grad():
+            own = {k: v for k, v in inputs.items() if k not in _NOT_OF_THE_MODEL}
+            return value, model(**own, use_cache=False)
+
+    pairs = [(select, selective_log_softmax), (loss, _compute_loss), (references, compute_ref_log_probs)]
+    return Swap(pairs, (theirs.DPOTrainer,))
+
+
+_replacement = Replacement("trl", _find)

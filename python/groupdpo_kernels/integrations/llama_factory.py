@@ -1,0 +1,105 @@
+"""LLaMA-Factory's DPO (and ORPO, SimPO, IPO, hinge: `stage: dpo`) without the logits.
+
+    from groupdpo_kernels.integrations.llama_factory import accelerate
+    from llamafactory.train.tuner import run_exp
+
+    with accelerate():
+        run_exp(config)  # what `llamafactory-cli train` calls
+
+Replaces `CustomDPOTrainer.concatenated_forward`, of the policy and of the reference, for trainers that exist too; the
+numbers are the same, ld_alpha included. Nobody has the logits, so the metrics logits/chosen and logits/rejected are
+NaN.
+
+Never: touches a trainer. Precondition: LLaMA-Factory in SUPPORTED with the parameters in PARAMETERS; else a
+RuntimeError, and nothing is replaced. Cost: as `model_logps`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models import attach
+from .replacement import (
+    REQUIRED,
+    Acceleration,
+    Replacement,
+    Swap,
+    check,
+    distribution_version,
+    imported,
+    wanted,
+)
+
+SUPPORTED = (0, 9), (0, 10)  # from, to before; 0.9.4 and later: 0.9.3 returns a tuple
+PARAMETERS: dict[str, Any] = {"model": REQUIRED, "batch": REQUIRED, "is_ref_model": False}
+
+
+def accelerate() -> Acceleration:
+    """As that of TRL: until `restore()`, or until the end of `with accelerate():`. ImportError or RuntimeError where
+    there is no LLaMA-Factory that this module knows."""
+    return _replacement.accelerate()
+
+
+def restore() -> None:
+    """LLaMA-Factory's own is back."""
+    _replacement.restore()
+
+
+def sequence_logps(
+    token_logps: Tensor,  # (2B, L) 0 where labels say so
+    targets: Tensor,  # (2B, L) -100: not scored
+    ld_alpha: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(sums, lengths), (2B,) each, as LLaMA-Factory's get_batch_logps: with ld_alpha (LD-DPO), tokens beyond the length
+    of the shorter response of a pair count ld_alpha times. Its length is that from the first scored token on."""
+    live = targets != -100
+    lengths = live.sum(1)
+    if ld_alpha is None:
+        return token_logps.sum(1), lengths
+    shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+    positions = torch.arange(targets.shape[1], device=targets.device)
+    shared = positions < (live.int().argmax(1) + shorter).unsqueeze(1)
+    return (token_logps * torch.where(shared, 1.0, ld_alpha)).sum(1), lengths
+
+
+def _find() -> Swap:
+    theirs = imported("llamafactory.train.dpo.trainer", "LLaMA-Factory", "pip install llamafactory")
+    original = theirs.CustomDPOTrainer.concatenated_forward
+    who, found = "integrations.llama_factory", distribution_version("llamafactory")
+    check(who, "LLaMA-Factory", found, SUPPORTED, (original, PARAMETERS))
+    if "dict" not in str(original.__annotations__.get("return")):  # 0.9.3: a tuple
+        knows = wanted(who, "LLaMA-Factory", SUPPORTED)
+        raise RuntimeError(f"{knows}, where {original.__qualname__} returns a dict; the installed {found} returns none")
+
+    @functools.wraps(original)
+    def concatenated_forward(
+        self: Any,
+        model: Any,
+        batch: dict[str, Tensor],  # input_ids and labels (2B, L), chosen half first, and what the model takes
+        is_ref_model: bool = False,
+    ) -> dict[str, Tensor]:
+        inputs = {**batch}
+        targets = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
+        token_logps = attach(model)(inputs.pop("input_ids"), targets, **inputs, return_dict=True)
+        logps, lengths = sequence_logps(token_logps, targets, None if is_ref_model else self.ld_alpha)
+        averaged = logps / lengths
+        if self.loss_type in ("ipo", "orpo", "simpo"):
+            logps = averaged
+        chosen, rejected = logps.chunk(2)
+        unknown = logps.new_full((), torch.nan)
+        return {
+            "chosen_logps": chosen,
+            "rejected_logps": rejected,
+            "chosen_logits": unknown,
+            "rejected_logits": unknown,
+            "chosen_logps_avg": averaged.chunk(2)[0],
+        }
+
+    return Swap([(original, concatenated_forward)], (theirs.CustomDPOTrainer,))
+
+
+_replacement = Replacement("llamafactory", _find)

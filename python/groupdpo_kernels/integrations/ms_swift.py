@@ -1,0 +1,92 @@
+"""ms-swift's DPO (`--rlhf_type dpo`, all its losses) without the logits.
+
+    from groupdpo_kernels.integrations.ms_swift import accelerate
+    from swift.pipelines import rlhf_main
+
+    with accelerate():
+        rlhf_main(arguments)
+
+Replaces `DPOTrainer.concatenated_forward`, of the policy and of the reference, for trainers that exist too. ms-swift's
+own still does all but the head: padding-free and packed batches, ld_alpha, the auxiliary loss, images; its
+`logits_to_keep` is left out, because rows that are not scored cost nothing here. Nobody has the logits, so the metrics
+logits/chosen and logits/rejected are NaN. Sequence parallelism and encoder-decoders run as before, on real logits.
+
+Never: changes a trainer beyond the call. Precondition: ms-swift in SUPPORTED with the parameters in PARAMETERS; else a
+RuntimeError, and nothing is replaced. Cost: as `model_logps`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .one_column import OneColumn
+from .replacement import (
+    REQUIRED,
+    Acceleration,
+    Replacement,
+    Swap,
+    check,
+    distribution_version,
+    imported,
+)
+
+SUPPORTED = (4, 0), (5, 0)  # from, to before
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "concatenated_forward": {"model": REQUIRED, "batch": REQUIRED, "is_ref_model": False},
+    "get_per_token_logps": {"logits": REQUIRED, "labels": REQUIRED, "label_pad_token_id": -100, "reduction": "mean"},
+    "get_use_logits_to_keep": {"default_value": True},
+}
+
+
+def accelerate() -> Acceleration:
+    """As that of TRL: until `restore()`, or until the end of `with accelerate():`. ImportError or RuntimeError where
+    there is no ms-swift that this module knows."""
+    return _replacement.accelerate()
+
+
+def restore() -> None:
+    """ms-swift's own is back."""
+    _replacement.restore()
+
+
+def _find() -> Swap:
+    theirs = imported("swift.rlhf_trainers.dpo_trainer", "ms-swift", "pip install ms-swift")
+    methods = [(getattr(theirs.DPOTrainer, name), parameters) for name, parameters in PARAMETERS.items()]
+    check("integrations.ms_swift", "ms-swift", distribution_version("ms-swift"), SUPPORTED, *methods)
+    original = theirs.DPOTrainer.concatenated_forward
+
+    @functools.wraps(original)
+    def concatenated_forward(
+        self: Any,
+        model: Any,
+        batch: dict[str, Any],  # labels (2B, L), chosen half first, or (1, L) of packed sequences
+        is_ref_model: bool = False,
+    ) -> dict[str, Tensor]:
+        if self.is_encoder_decoder or self.template.sequence_parallel_size != 1:
+            return original(self, model, batch, is_ref_model)
+        targets = torch.roll(batch["labels"], -1, 1)  # what ms-swift predicts; the first of a sequence is -100
+        with contextlib.ExitStack() as until_the_end:
+            for name, ours in (("get_per_token_logps", _column), ("get_use_logits_to_keep", lambda *_: False)):
+                vars(self)[name] = ours
+                until_the_end.callback(vars(self).pop, name)
+            return original(self, OneColumn(model, targets), batch, is_ref_model)
+
+    return Swap([(original, concatenated_forward)], (theirs.DPOTrainer,))
+
+
+def _column(
+    logits: Tensor,  # (B, L, 1), of OneColumn
+    labels: Tensor,  # (B, L), shifted
+    label_pad_token_id: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities, mean logits, mask), (B, L) each, as ms-swift's get_per_token_logps; nobody has the second."""
+    return logits.squeeze(-1), torch.full_like(logits.detach().squeeze(-1), torch.nan), labels != label_pad_token_id
+
+
+_replacement = Replacement("swift", _find)

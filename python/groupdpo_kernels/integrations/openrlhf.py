@@ -1,0 +1,109 @@
+"""OpenRLHF's Actor scores tokens without its logits: SFT, DPO, and the policy and reference of PPO and its kin.
+
+    from groupdpo_kernels.integrations.openrlhf import accelerate
+
+    accelerate()  # in each process that trains, before or after its Actors are made; restore() undoes it
+
+Replaces `Actor.forward` wherever it returns log-probabilities (`return_logprobs=True`, or an `action_mask`): the same
+numbers at every position, packed samples and temperature included, with None for the logits of the output. With an
+action mask only its positions are scored; the rest is zero either way. OpenRLHF's own forward still runs, with real
+logits, where those are asked for: `return_entropy=True`, no log-probabilities at all, and models with images.
+
+Never: touches an Actor. Precondition: OpenRLHF in SUPPORTED with the parameters in PARAMETERS; else a RuntimeError, and
+nothing is replaced. Cost: as `model_logps`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models import attach
+from .replacement import (
+    REQUIRED,
+    Acceleration,
+    Replacement,
+    Swap,
+    check,
+    distribution_version,
+    imported,
+)
+
+SUPPORTED = (0, 10), (0, 12)  # from, to before
+PARAMETERS: dict[str, Any] = {
+    "sequences": REQUIRED,
+    "action_mask": None,
+    "attention_mask": None,
+    "return_output": False,
+    "allgather_logits": False,
+    "return_logprobs": False,
+    "ring_attn_group": None,
+    "packed_seq_lens": None,
+    "return_entropy": False,
+    "mm_inputs": REQUIRED,
+}
+
+
+def accelerate() -> Acceleration:
+    """As that of TRL: until `restore()`, or until the end of `with accelerate():`. ImportError or RuntimeError where
+    there is no OpenRLHF that this module knows."""
+    return _replacement.accelerate()
+
+
+def restore() -> None:
+    """OpenRLHF's own forward is back."""
+    _replacement.restore()
+
+
+def _find() -> Swap:
+    theirs = imported("openrlhf.models.actor", "OpenRLHF", "pip install openrlhf")
+    original = theirs.Actor.forward
+    found = distribution_version("openrlhf")
+    check("integrations.openrlhf", "OpenRLHF", found, SUPPORTED, (original, PARAMETERS))
+
+    @functools.wraps(original)
+    def forward(
+        self: Any,
+        sequences: Tensor,  # (B, L) int64
+        action_mask: Tensor | None = None,  # (B, A): of the last A tokens, those that count
+        attention_mask: Any = None,  # (B, L) int64, needed
+        return_output: bool = False,
+        allgather_logits: bool = False,
+        return_logprobs: bool = False,
+        ring_attn_group: Any = None,
+        packed_seq_lens: Any = None,
+        return_entropy: bool = False,
+        **mm_inputs: Any,
+    ) -> Any:  # log_probs (B, L - 1) or (B, A) float32, or (log_probs, output)
+        if return_entropy or (action_mask is None and not return_logprobs) or getattr(self, "is_vlm", False):
+            options = (return_output, allgather_logits, return_logprobs, ring_attn_group, packed_seq_lens)
+            return original(self, sequences, action_mask, attention_mask, *options, return_entropy, **mm_inputs)
+        if self.packing_samples:
+            ids, position_ids, targets, *layout = theirs.unpad_and_slice_tensor(
+                sequences, attention_mask, ring_attn_group
+            )
+            attended = None
+        else:
+            ids, attended, targets = sequences, attention_mask, torch.roll(sequences, -1, 1)
+            targets[:, -1] = -100  # the first token, dropped below
+            if action_mask is not None:
+                A = action_mask.shape[1]
+                targets[:, : -A - 1] = -100
+                targets[:, -A - 1 : -1].masked_fill_(action_mask == 0, -100)
+            position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+        score = attach(self.model, temperature=self.temperature).with_outputs
+        log_probs, output = score(ids, targets, attention_mask=attended, position_ids=position_ids, **mm_inputs)
+        if self.packing_samples:
+            log_probs = theirs.gather_and_pad_tensor(log_probs, ring_attn_group, *layout, *sequences.shape)
+        log_probs = log_probs[:, :-1]
+        if action_mask is not None:
+            log_probs = log_probs[:, -action_mask.shape[1] :] * action_mask.float()
+        return (log_probs, output) if return_output else log_probs
+
+    return Swap([(original, forward)], (theirs.Actor,))
+
+
+_replacement = Replacement("openrlhf", _find)
