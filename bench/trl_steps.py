@@ -96,8 +96,8 @@ def trainer_of(row: str, name: str, V: int, dtype: str, steps: int, folder: str)
         more["peft_config"] = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
     if name.startswith("GroupDPOTrainer"):
         strategy = name.partition(", ")[2]
-        config = GroupDPOConfig(**common, strategy=strategy, per_device_train_batch_size=GROUPS)
-        return GroupDPOTrainer(model_of(V), args=config, train_dataset=groups[:GROUPS], **more)
+        ours = GroupDPOConfig(**common, strategy=strategy, per_device_train_batch_size=GROUPS)
+        return GroupDPOTrainer(model_of(V), args=ours, train_dataset=groups[:GROUPS], **more)
     flat = [(g["prompt"], g["positives"][0], n) for g in groups[:GROUPS] for n in g["negatives"]]
     pairs = flat if row == "groups" else [(g["prompt"], g["positives"][0], g["negatives"][0]) for g in groups[:PAIRS]]
     data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs])

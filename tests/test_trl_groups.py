@@ -100,7 +100,7 @@ def test_a_gradient_scaler(make_trainer: Any, strategy: str) -> None:
     expected, found = run(trainer(None)), run(trainer(2.0**16))
     assert found[0].accelerator.scaler.get_scale() == 2.0**16  # in use, and no overflow
     (_, start, wanted), (*_, weights) = expected, found
-    assert 0 < (wanted - start).norm() and (weights - wanted).norm() < 1e-5 * (wanted - start).norm()
+    assert (wanted - start).norm() > 0 and (weights - wanted).norm() < 1e-5 * (wanted - start).norm()
     overflowed, start, weights = run(trainer(2.0**127))
     assert torch.equal(weights, start) and overflowed.accelerator.scaler.get_scale() == 2.0**123
 
