@@ -74,7 +74,7 @@ def model_of(V: int) -> Any:
 def trainer_of(row: str, name: str, V: int, dtype: str, steps: int, folder: str) -> Any:
     import peft
     import trl
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-untyped]
 
     from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer, accelerate
 
