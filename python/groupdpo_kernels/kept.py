@@ -87,10 +87,8 @@ def _keeping_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight, tar
 @_keeping_forward.register_fake
 def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     stats, columns = rest[-2:]
-    row = [torch.empty_like(targets, dtype=torch.float32, memory_format=torch.contiguous_format) for _ in range(2)]
-    shape = targets.shape if stats else (0,)
-    more = [targets.new_empty(shape, dtype=d) for d in (torch.float32,) * 3 + (torch.bool,)]
-    return (*row, *more, hidden.new_empty((targets.numel(), columns), dtype=torch.float32))
+    products = hidden.new_empty((targets.numel(), columns), dtype=torch.float32)
+    return (*ops.fake_stats(hidden, targets, stats), products)
 
 
 @torch.library.custom_op(

@@ -130,7 +130,11 @@ def _linear_logps_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight
 
 @_linear_logps_forward.register_fake
 def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    stats = rest[-2]
+    return fake_stats(hidden, targets, rest[-2])
+
+
+def fake_stats(hidden: Tensor, targets: Tensor, stats: bool) -> tuple[Tensor, ...]:
+    """The shapes and dtypes of LogpStats."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     row = [torch.empty_like(targets, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2)]
     shape = targets.shape if stats else (0,)
