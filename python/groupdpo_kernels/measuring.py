@@ -22,7 +22,6 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -48,7 +47,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
-# ---------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 def measure_memory(workload: Workload, device: torch.device, limit: int | None) -> Row:
@@ -127,7 +126,8 @@ def _breakdown(step: TrainingStep, peak: int) -> Row:
     """Of a further step under the tracker. What was measured beyond what it counts is "not tracked": the workspace of
     ops and of libraries, and what an allocator holds."""
     vocabulary = int(step.model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
-    tracker = MemoryTracker(vocabulary, batch_of(step.workload), step.device.type, fake=False)
+    load = step.workload
+    tracker = MemoryTracker(vocabulary, batch_of(load), load.tokens, step.device.type, fake=False)
     follow_layers(layers_of(step.model), tracker.begin)
     with tracker:
         peaks = track(step, tracker)
@@ -136,7 +136,7 @@ def _breakdown(step: TrainingStep, peak: int) -> Row:
     return {"breakdown": sums | {"not tracked": peak - sum(sums.values())}, "tracked_bytes": found.total}
 
 
-# ------------------------------------------------------------------------------------------------------------------ time
+# ----------------------------------------------------------------------------------------------------------------- time
 
 
 def measure_time(workloads: list[Workload], device: torch.device, seconds: float, rounds: int) -> list[Row]:
@@ -162,7 +162,7 @@ def measure_time(workloads: list[Workload], device: torch.device, seconds: float
             break
         order = list(times)
         for i in order[r % len(order) :] + order[: r % len(order)] if order else []:
-            times[i].append(_clock(lambda i=i: step.run(workloads[i]), device))
+            times[i].append(_clock(step, workloads[i], device))
     for i, found in times.items():
         rows[i]["seconds"] = _spread(found)
         if 0 in times:
@@ -170,11 +170,11 @@ def measure_time(workloads: list[Workload], device: torch.device, seconds: float
     return rows
 
 
-def _clock(run: Callable[[], None], device: torch.device) -> float:
+def _clock(step: TrainingStep, workload: Workload, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    run()
+    step.run(workload)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
@@ -186,7 +186,7 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "q25": low, "q75": high, "min": min(values), "rounds": len(values)}
 
 
-# ------------------------------------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------------------------------------------ processes
 
 
 def _failure(error: BaseException) -> Row:

@@ -1,10 +1,10 @@
 """Memory of a training step on hardware that is not there: which group fits, and what is in the way.
 
-The step of workloads.py runs on fake tensors (shapes, no memory, no arithmetic) under the tracker of tracking.py. A deep
-model is not run in depth: a step of n equal layers has parts (a layer's forward, its backward, the head, the optimizer),
-the peak of each is linear in n and in the size of a batch, and the peak of the step is the largest of them. So two
-depths and two group sizes give all others, exactly; models of up to four layers, and groups no larger than those that
-were run, are run as they are.
+The step of workloads.py runs on fake tensors (shapes, no memory, no arithmetic) under the tracker of tracking.py. A
+deep model is not run in depth: a step of n equal layers has parts (a layer's forward, its backward, the head, the
+optimizer), the peak of each is linear in n and in the size of a batch, and the peak of the step is the largest of them.
+So two depths and two group sizes give all others, exactly; models of up to four layers, and groups no larger than those
+that were run, are run as they are.
 
 Stated, not tracked: the workspace of our ops (`tracking.head_workspace`); FSDP, as FSDP2 does it by layer: parameters,
 gradients and the optimizer's state are split over the ranks, the embedding and the head are whole from the forward to
@@ -70,7 +70,7 @@ class Hardware:
         return int(self.memory * (1 - self.headroom))
 
 
-# ------------------------------------------------------------------------------------------------------------- a trace
+# -------------------------------------------------------------------------------------------------------------- a trace
 
 
 def trace(workload: Workload, model: nn.Module, device: str | None) -> dict[str, Peak]:
@@ -81,7 +81,7 @@ def trace(workload: Workload, model: nn.Module, device: str | None) -> dict[str,
     step.group_of(2)
     vocabulary = int(step.model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
     assume_logit_map(step.model, LogitMap(vocabulary))
-    tracker = MemoryTracker(vocabulary, batch_of(workload), device, fake=True)
+    tracker = MemoryTracker(vocabulary, batch_of(workload), workload.tokens, device, fake=True)
     follow_layers(layers_of(step.model), tracker.begin)
     with mode, tracker:
         return track(step, tracker)
@@ -135,7 +135,7 @@ def skeleton(model: nn.Module, layers: int | None = None) -> nn.Module:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------- extrapolation
+# -------------------------------------------------------------------------------------------------------- extrapolation
 
 
 class Prediction:
@@ -235,7 +235,7 @@ def _line(first: dict[str, Peak], second: dict[str, Peak], at: float) -> dict[st
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------- a plan
+# --------------------------------------------------------------------------------------------------------------- a plan
 
 
 def plan(
@@ -290,7 +290,13 @@ def plan_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def largest_micro_batch(
-    model: nn.Module, tokens: int, memory: int, *, autocast: bool = False, device: str = "cuda", optimizer: str = "adamw"
+    model: nn.Module,
+    tokens: int,
+    memory: int,
+    *,
+    autocast: bool = False,
+    device: str = "cuda",
+    optimizer: str = "adamw",
 ) -> tuple[int, int]:
     """(sequences of `tokens` tokens that a micro-batch of two passes may hold within `memory` bytes, bytes of one).
 

@@ -56,7 +56,9 @@ class Worker:
             line = ""
         if not line:
             code = self.process.wait()
-            return [{"status": "failed", "why": f"the measuring process ended with {code}"} for _ in request["workloads"]]
+            return [
+                {"status": "failed", "why": f"the measuring process ended with {code}"} for _ in request["workloads"]
+            ]
         return json.loads(line)
 
     def stop(self) -> None:
@@ -77,7 +79,9 @@ class Figures:
             found, self.rows = read_figures(path)
             for name in ("device", "versions"):
                 if found[name] != header[name]:
-                    raise ValueError(f"resume must go on where it began; {path} is of {found[name]}, this is {header[name]}")
+                    raise ValueError(
+                        f"resume must go on where it began; {path} is of {found[name]}, this is {header[name]}"
+                    )
             whole = "".join(json.dumps(row) + "\n" for row in (found, *self.rows))
             part = path.with_suffix(".part")
             part.write_text(whole)  # without the line that an interruption may have cut off
@@ -182,7 +186,9 @@ def _together(workloads: Sequence[Workload]) -> Iterator[list[Workload]]:
 def _time(
     group: list[Workload], options: dict[str, Any], figures: Figures, worker: Worker, done: Callable[[str], None]
 ) -> None:
-    keys = [{"kind": "time", "workload": asdict(w), "device": options["device"], "limit": options["limit"]} for w in group]
+    keys = [
+        {"kind": "time", "workload": asdict(w), "device": options["device"], "limit": options["limit"]} for w in group
+    ]
     open_ones = []
     for workload, key in zip(group, keys):
         done(f"time, {workload.strategy}, G = {workload.group}, {workload.setting}")
@@ -209,7 +215,7 @@ def _bar(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
     if not shown:
         yield lambda what: None
         return
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     with tqdm(total=total, unit="point", file=sys.stderr) as bar:
 
@@ -220,7 +226,7 @@ def _bar(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
         yield done
 
 
-# ---------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------------------- tables
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -1,4 +1,4 @@
-"""Resident memory of this process: now, at its peak, and under a limit. Linux; elsewhere the peak since the process began.
+"""Resident memory of this process: now, at its peak, and under a limit. Linux; elsewhere the peak since it began.
 
 What no hook in an allocator sees, the kernel does: buffers of C++ code and of the matrix library. So that resident
 memory is memory in use, `return_freed_memory` has malloc give freed blocks back at once.

@@ -70,14 +70,15 @@ class MemoryTracker(TorchDispatchMode):
 
     Args:
         vocabulary: V. What has it as last dimension is logits.
-        batch: sequences of a batch, so that shapes of runs of different size get one name.
+        batch, tokens: of a batch and of a sequence, so that shapes of batches of different size get one name.
         device: whose ops' workspace is added, "cpu" or "cuda"; None: no workspace, where it is measured otherwise.
         fake: answers questions for values.
     """
 
-    def __init__(self, vocabulary: int, batch: int, device: str | None, *, fake: bool) -> None:
+    def __init__(self, vocabulary: int, batch: int, tokens: int, device: str | None, *, fake: bool) -> None:
         super().__init__()
-        self.vocabulary, self.batch, self.device, self.fake = vocabulary, batch, device, fake
+        self.vocabulary, self.device, self.fake = vocabulary, device, fake
+        self.names = {batch: "b", batch * tokens: f"{tokens} b"}
         self.live = 0
         self.parts: defaultdict[Part, int] = defaultdict(int)
         self.peaks: dict[str, Peak] = {}
@@ -165,17 +166,15 @@ class MemoryTracker(TorchDispatchMode):
                 category = "logits"
             elif x.shape in self.gradient_shapes and torch._C._current_graph_task_id() != -1:
                 category = "gradients"
-        part = (category, f"{name} {self._shape(x)} {str(x.dtype).removeprefix('torch.')}")
+        part = (category, f"{name} {self._shape(x, category)} {str(x.dtype).removeprefix('torch.')}")
         self.storages[key] = part, size
         weakref.finalize(storage, self._release, key)
         self._count(part, size)
 
-    def _shape(self, x: Tensor) -> str:
-        """With the sequences of the batch as b, so that batches of other sizes compare."""
-        b = self.batch
-        first = x.shape[0] if x.dim() else 1
-        scaled = x.dim() > 1 and first % b == 0 and first not in (self.vocabulary,)
-        dims = ["b" if first == b else f"{first // b} b", *map(str, x.shape[1:])] if scaled else map(str, x.shape)
+    def _shape(self, x: Tensor, category: str) -> str:
+        dims = list(map(str, x.shape))
+        if dims and category in ("activations", "logits"):
+            dims[0] = self.names.get(x.shape[0], dims[0])
         return f"({', '.join(dims)})"
 
     def _count(self, part: Part, size: int) -> None:
@@ -198,7 +197,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _run_fake(func: Any, args: Any, kwargs: Any) -> Any:
-    """Integers stay real, for code reads them: targets, offsets. A floating number that is read is 0: nothing drifts."""
+    """Integers stay real, for code reads them: targets, offsets. A floating number that is read is 0: no drift."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     if func is torch.ops.aten._local_scalar_dense.default and isinstance(tensors[0], FakeTensor):
         return False if tensors[0].dtype == torch.bool else 0.0
@@ -217,7 +216,8 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     made: dict[int, Tensor] = {}  # tied ones stay tied
     with mode:
         for module in model.modules():
-            for own in (module._parameters, module._buffers):
+            owned: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for own in owned:
                 for name, x in own.items():
                     if x is None:
                         continue
@@ -231,8 +231,8 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 def follow_layers(layers: nn.ModuleList, begin: Callable[[str], None]) -> None:
     """Names the parts of a step by what it works at: the layers' forward, backward, and what is between.
 
-    A part's name counts layers from the nearer end, so that the parts of a model of n layers and of one of n + 1 are the
-    same. Layers that are computed again in the backward belong to it.
+    A part's name counts layers from the nearer end, so that the parts of a model of n layers and of one of n + 1 are
+    the same. Layers that are computed again in the backward belong to it.
     """
     n = len(layers)
 

@@ -1,13 +1,13 @@
 """A training step to measure or to predict: which model, how many responses, which backward, and what runs then.
 
-A step is that of a trainer: forward and backward of one group of responses, then the optimizer. The responses are random
-tokens, all of one length, all scored, half of them preferred: the most that a head can have to do, and no padding.
+A step is that of a trainer: forward and backward of one group of responses, then the optimizer. The responses are
+random tokens, all of one length, all scored, half of them preferred: the most that a head can have to do, no padding.
 
-    coupled_logits   the group in one batch, its logits, log_softmax and gather; the graph of all until the loss is known
+    coupled_logits   the group in one batch, its logits, log_softmax and gather; all graphs kept until the loss
     coupled          the same with model_logps: no logits
     two_pass         group_backward, in micro-batches
     one_pass         group_backward without the second forward, a response at a time; wants an adapter
-    pairs            the group flattened: each positive with each negative, pair by pair, gradients accumulated, no logits
+    pairs            the group flattened: each positive with each negative, pair by pair, gradients accumulated
 
 The same code runs on real tensors (profiling.py) and on fake ones (planning.py). Weights are random: neither memory nor
 time depends on them. Never: downloads, unless `model` is the name of a model on the Hub and transformers does it.
@@ -45,36 +45,82 @@ _GEMMA3 = {"head_dim": 256, "sliding_window": 1024, "query_pre_attn_scalar": 256
 # The shapes of models that people train, so that a plan needs no file. The first is one that a CPU steps in a moment.
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {
-        **{"model_type": "llama", "vocab_size": 16384, "hidden_size": 256, "intermediate_size": 768},
-        **{"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+        "model_type": "llama",
+        "vocab_size": 16384,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
     },
     "llama-3-8b": {
-        **{"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336},
-        **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
     },
     "llama-3.2-1b": {
-        **{"model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192},
-        **{"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
     },
     "qwen3-8b": {
-        **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288},
-        **{"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
     },
     "qwen3-32b": {
-        **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 25600},
-        **{"num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128},
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
     },
     "gemma-3-4b": {
-        **{"model_type": "gemma3_text", "vocab_size": 262208, "hidden_size": 2560, "intermediate_size": 10240},
-        **{"num_hidden_layers": 34, "num_attention_heads": 8, "num_key_value_heads": 4, **_GEMMA3},
+        "model_type": "gemma3_text",
+        "vocab_size": 262208,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        **_GEMMA3,
     },
     "olmo-3-7b": {
-        **{"model_type": "olmo3", "vocab_size": 100278, "hidden_size": 4096, "intermediate_size": 11008},
-        **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "sliding_window": 4096},
+        "model_type": "olmo3",
+        "vocab_size": 100278,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
     },
     "olmo-3-32b": {
-        **{"model_type": "olmo3", "vocab_size": 100278, "hidden_size": 5120, "intermediate_size": 27648},
-        **{"num_hidden_layers": 64, "num_attention_heads": 40, "num_key_value_heads": 8, "sliding_window": 4096},
+        "model_type": "olmo3",
+        "vocab_size": 100278,
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
     },
 }
 
@@ -165,7 +211,9 @@ def config_of(workload: Workload) -> Any:
         except (OSError, KeyError, TypeError, ValueError) as error:
             known = ", ".join(MODELS)
             first = str(error).strip().partition("\n")[0]
-            raise ValueError(f"model must be one of {known}, a config.json, or known to transformers; got {name!r}: {first}")
+            raise ValueError(
+                f"model must be one of {known}, a config.json, or known to transformers; got {name!r}: {first}"
+            ) from None
     config = config.get_text_config()
     if workload.layers is not None:
         config.num_hidden_layers = workload.layers
@@ -193,7 +241,10 @@ def build_model(workload: Workload, device: torch.device) -> nn.Module:
                 from peft import LoraConfig, get_peft_model
 
                 adapter = LoraConfig(
-                    r=workload.lora_rank, lora_alpha=workload.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+                    r=workload.lora_rank,
+                    lora_alpha=workload.lora_rank,
+                    target_modules="all-linear",
+                    task_type="CAUSAL_LM",
                 )
                 model = get_peft_model(model, adapter)
     finally:
@@ -206,17 +257,15 @@ def build_model(workload: Workload, device: torch.device) -> nn.Module:
 class TrainingStep:
     """A model and its optimizer, whose state exists already, and steps on random responses."""
 
-    def __init__(
-        self, workload: Workload, device: torch.device | str = "cpu", model: nn.Module | None = None
-    ) -> None:
+    def __init__(self, workload: Workload, device: torch.device | str = "cpu", model: nn.Module | None = None) -> None:
         self.workload, self.device = workload, torch.device(device)
         self.model = build_model(workload, self.device) if model is None else model
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = OPTIMIZERS[workload.optimizer](self.trainable)
         generator = torch.Generator().manual_seed(1)
-        vocab = self.model.config.vocab_size  # type: ignore[union-attr]
+        vocab: Any = self.model.config.get_text_config().vocab_size  # type: ignore[union-attr]
         self._groups: dict[int, tuple[PreferenceGroups, Tensor]] = {}
-        self.pool = torch.randint(0, int(vocab), (64, workload.tokens), generator=generator)  # responses, used in turn
+        self.pool = torch.randint(0, vocab, (64, workload.tokens), generator=generator)  # responses, used in turn
 
     def make_state(self) -> None:
         """Of the optimizer: what its first step would make, at no gradients but zeros."""
@@ -287,7 +336,7 @@ class TrainingStep:
 def sweep(
     base: Workload, groups: Sequence[int], strategies: Sequence[str] | None = None, most_pairs: int = 64
 ) -> list[Workload]:
-    """Every strategy at every size: one_pass where there is an adapter, pairs up to `most_pairs`, which are (G / 2)^2."""
+    """Every strategy at every size: one_pass where there is an adapter, at most `most_pairs` pairs, of (G / 2)^2."""
     names = [s for s in STRATEGIES if base.lora_rank or s != "one_pass"] if strategies is None else strategies
     loads = [replace(base, group=group, strategy=name) for group in groups for name in names]
     return [load for load in loads if load.strategy != "pairs" or (load.group // 2) ** 2 <= most_pairs]
