@@ -68,15 +68,15 @@ def test_fake_step_takes_the_bytes_of_a_real_one(name: str) -> None:
     assert all(size > 0 for size in most.parts.values())
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["coupled_logits", "coupled", "two_pass", "one_pass", "checkpointing", "pairs"])
 def test_extrapolation_is_exact(name: str) -> None:
-    workload = replace(SMALL, layers=7, **SETTINGS[name])
-    group = 16 if name != "pairs" else 6
+    workload = replace(SMALL, layers=7, micro_batch=1, **SETTINGS[name])
+    group = 6
     found = Prediction(workload, Hardware(device="cpu")).at(group)
     whole = trace(replace(workload, group=group), build_model(workload, META), "cpu")
     most = max(whole.values(), key=lambda peak: peak.total)
     # Pairs: the ids of the group, 8 bytes a token, are not extrapolated.
-    assert abs(found.total - most.total) <= (8 * 32 * 16 if name == "pairs" else 0)
+    assert abs(found.total - most.total) <= (8 * 32 * 2 if name == "pairs" else 0)
     if name != "pairs":
         assert found.by_category() == most.by_category()
 

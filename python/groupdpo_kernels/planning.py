@@ -3,8 +3,9 @@
 The step of workloads.py runs on fake tensors (shapes, no memory, no arithmetic) under the tracker of tracking.py. A
 deep model is not run in depth: a step of n equal layers has parts (a layer's forward, its backward, the head, the
 optimizer), the peak of each is linear in n and in the size of a batch, and the peak of the step is the largest of them.
-So two depths and two group sizes give all others, exactly; models of up to four layers, and groups no larger than those
-that were run, are run as they are.
+So few layers of each kind and two group sizes give all others, exactly (layers of one kind must be alike: a model whose
+config does not name its kinds has one). Small models, and groups no larger than those that were run, are run as they
+are.
 
 Stated, not tracked: the workspace of our ops (`tracking.head_workspace`); FSDP, as FSDP2 does it by layer: parameters,
 gradients and the optimizer's state are split over the ranks, the embedding and the head are whole from the forward to
@@ -29,11 +30,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .heads import LogitMap
 from .models import assume_logit_map
 from .tracking import CATEGORIES, MemoryTracker, Part, Peak, fake_copy, follow_layers
-from .workloads import STRATEGIES, TrainingStep, Workload, build_model, config_of
+from .workloads import STRATEGIES, TrainingStep, Workload, build_model, config_of, take_layers
 
 GiB = 2**30
 MOST_RESPONSES = 4096  # no plan looks for larger groups
-_SHALLOW = (3, 4)  # layers: the first, the last and one between, and one more
 _SPLIT = ("parameters", "gradients", "optimizer")
 
 
@@ -122,36 +122,60 @@ def layers_of(model: Any) -> nn.ModuleList:
     raise ValueError(f"model must have a decoder with layers; {type(bare).__name__} has none that is known")
 
 
-def skeleton(model: nn.Module, layers: int | None = None) -> nn.Module:
-    """A copy on the device meta, its first `layers` layers alone; takes no memory of the size of the model."""
+def skeleton(model: nn.Module, layers: Sequence[int] | None = None) -> nn.Module:
+    """A copy on the device meta, of these layers alone if given; takes no memory of the size of the model."""
     memo: dict[int, Any] = {}
     for x in (*model.parameters(), *model.buffers()):
         bare = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         memo[id(x)] = nn.Parameter(bare, x.requires_grad) if isinstance(x, nn.Parameter) else bare
     found: Any = copy.deepcopy(model, memo)
     if layers is not None:
-        del layers_of(found)[layers:]
-        found.config.get_text_config().num_hidden_layers = layers
+        own = layers_of(found)
+        kept = [own[i] for i in layers]
+        del own[:]
+        own.extend(kept)
+        take_layers(found.config.get_text_config(), layers)
     return found
 
 
 # -------------------------------------------------------------------------------------------------------- extrapolation
 
 
+def depths_of(config: Any) -> tuple[list[int], list[tuple[list[int], int]]]:
+    """Few layers that stand for all: (their numbers, [(the same and one more of a kind, how many more there are)]).
+
+    Layers are of one kind, or as the config says of several (sliding and full attention). The first and the last are
+    those of the model, and one is between them.
+    """
+    n = int(config.num_hidden_layers)
+    kinds = list(getattr(config, "layer_types", None) or ["layer"] * n)
+    numbers = {kind: [i for i in range(1, n - 1) if kinds[i] == kind] for kind in dict.fromkeys(kinds)}
+    inner = {kind: some for kind, some in numbers.items() if some}
+    if n <= 2 + 2 * len(inner):
+        return list(range(n)), []
+    base = [0, *sorted(some[0] for some in inner.values()), n - 1]
+    more = [(sorted([*base, some[1]]), len(some) - 1) for some in inner.values() if len(some) > 1]
+    return base, more
+
+
 class Prediction:
     """Peaks of a workload's strategy at any group size.
 
     Args:
-        make: number of layers -> the model on the device meta.
-        depth: layers of the whole model.
+        make: numbers of layers -> the model of these on the device meta.
+        config: of the whole model.
     """
 
     def __init__(
-        self, workload: Workload, hardware: Hardware, make: Callable[[int], nn.Module] | None = None, depth: int = 0
+        self,
+        workload: Workload,
+        hardware: Hardware,
+        make: Callable[[Sequence[int]], nn.Module] | None = None,
+        config: Any = None,
     ) -> None:
         self.workload, self.hardware = workload, hardware
-        self.make = make or (lambda n: build_model(replace(workload, layers=n), torch.device("meta")))
-        self.depth = depth or int(config_of(workload).num_hidden_layers)
+        self.make = make or (lambda layers: build_model(workload, torch.device("meta"), layers))
+        self.config = config_of(workload) if config is None else config
         self._traced: dict[int, dict[str, Peak]] = {}
         size = workload.micro_batch
         self.bases = {"two_pass": (2 * size, 4 * size), "pairs": (4, 4)}.get(workload.strategy, (2, 4))
@@ -169,7 +193,7 @@ class Prediction:
         elif low == high:
             parts = self._deep(high)  # a longer group repeats what a shorter one does
         else:
-            parts = _line(self._deep(low), self._deep(high), (group - low) / (high - low))
+            parts = _sum(self._deep(low), self._deep(low), self._deep(high), (group - low) / (high - low))
         return {name: self._placed(name, peak) for name, peak in parts.items()}
 
     def largest_group(self) -> int:
@@ -186,21 +210,23 @@ class Prediction:
     def _deep(self, group: int) -> dict[str, Peak]:
         if group not in self._traced:
             workload = replace(self.workload, group=group)
-            if self.depth <= _SHALLOW[-1]:
-                self._traced[group] = trace(workload, self.make(self.depth), self.hardware.device)
-            else:
-                few, more = (trace(workload, self.make(n), self.hardware.device) for n in _SHALLOW)
-                few["backward layer -2"] = few.get("backward layer 1", Peak())  # of three layers they are one
-                few["forward layer -2"] = few.get("forward layer 1", Peak())
-                self._traced[group] = _line(few, more, (self.depth - _SHALLOW[0]) / (_SHALLOW[1] - _SHALLOW[0]))
+            few, more = depths_of(self.config)
+            base = self._trace(workload, few)
+            found = base
+            for layers, times in more:
+                found = _sum(found, base, self._trace(workload, layers), times)
+            self._traced[group] = found
         return self._traced[group]
+
+    def _trace(self, workload: Workload, layers: Sequence[int]) -> dict[str, Peak]:
+        return trace(workload, self.make(layers), self.hardware.device)
 
     # ------------------------------------------------------------------------------------------- what is not tracked
 
     def _sizes(self) -> tuple[int, int, int, int]:
         """Bytes of the parameters outside the layers, of one layer, and of those that train of both."""
         if not hasattr(self, "_known_sizes"):
-            model = self.make(1)
+            model = self.make([0])
             layer = list(layers_of(model)[0].parameters())
             inside = set(map(id, layer))
             root = [p for p in model.parameters() if id(p) not in inside]
@@ -214,7 +240,7 @@ class Prediction:
             return peak
         root, layer, root_grad, layer_grad = self._sizes()
         if self.hardware.reference:
-            extra["parameters", "the reference's"] = (root + self.depth * layer) // ranks
+            extra["parameters", "the reference's"] = (root + int(self.config.num_hidden_layers) * layer) // ranks
         if ranks > 1 and name not in ("optimizer", "end", "start"):
             extra["parameters", "whole: embedding, head, two layers"] = root + 2 * layer
             if name.startswith(("backward", "head")):
@@ -224,12 +250,12 @@ class Prediction:
         return Peak(sum(parts.values()), parts)
 
 
-def _line(first: dict[str, Peak], second: dict[str, Peak], at: float) -> dict[str, Peak]:
-    """Each part on the line through `first` at 0 and `second` at 1. Parts of one of them alone lie within others."""
+def _sum(start: dict[str, Peak], low: dict[str, Peak], high: dict[str, Peak], times: float) -> dict[str, Peak]:
+    """start + times (high - low), part by part of what all three have. A part that is missing lies between others."""
     found = {}
-    for name in first.keys() & second.keys():
-        a, b = first[name].parts, second[name].parts
-        sizes = {part: a.get(part, 0) + at * (b.get(part, 0) - a.get(part, 0)) for part in a.keys() | b.keys()}
+    for name in start.keys() & low.keys() & high.keys():
+        x, a, b = (peaks[name].parts for peaks in (start, low, high))
+        sizes = {part: x.get(part, 0) + times * (b.get(part, 0) - a.get(part, 0)) for part in (x | a | b)}
         parts = {part: round(size) for part, size in sizes.items() if abs(size) >= 0.5}
         found[name] = Peak(sum(parts.values()), parts)
     return found
@@ -304,11 +330,13 @@ def largest_micro_batch(
     """
     lora = 1 if any(not p.requires_grad for p in model.parameters()) else 0
     base = Workload(tokens=tokens, autocast=autocast, optimizer=optimizer, lora_rank=lora, micro_batch=1, group=4)
-    depth, hardware = len(layers_of(model)), Hardware(memory, headroom=0.0, device=device)
+    layers_of(model)  # refuses what it cannot take apart
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    hardware = Hardware(memory, headroom=0.0, device=device)
 
     def peak(size: int) -> int:
         load = replace(base, micro_batch=size, group=2 * size)
-        return Prediction(load, hardware, lambda n: skeleton(model, n), depth).at(2 * size).total
+        return Prediction(load, hardware, lambda layers: skeleton(model, layers), config).at(2 * size).total
 
     one, two = peak(1), peak(2)
     return (0 if one > memory else 1 + math.floor((memory - one) / max(1, two - one))), one

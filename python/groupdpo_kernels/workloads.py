@@ -227,8 +227,16 @@ def config_of(workload: Workload) -> Any:
     return config
 
 
-def build_model(workload: Workload, device: torch.device) -> nn.Module:
-    """In training mode, with random weights, and its adapter."""
+def take_layers(config: Any, chosen: Sequence[int]) -> None:
+    """Has the config say that these are its layers, by their numbers."""
+    kinds = getattr(config, "layer_types", None)
+    config.num_hidden_layers = len(chosen)
+    if kinds:
+        config.layer_types = [kinds[i] for i in chosen]
+
+
+def build_model(workload: Workload, device: torch.device, layers: Sequence[int] | None = None) -> nn.Module:
+    """In training mode, with random weights, and its adapter; of these layers alone, by their numbers, if given."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -236,7 +244,10 @@ def build_model(workload: Workload, device: torch.device) -> nn.Module:
     try:  # not .to(dtype), which a fake module refuses, and which would hold both
         torch.set_default_dtype(getattr(torch, workload.dtype))
         with device:
-            model = AutoModelForCausalLM.from_config(config_of(workload), attn_implementation="sdpa")
+            config = config_of(workload)
+            if layers is not None:
+                take_layers(config, layers)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
             if workload.lora_rank:
                 from peft import LoraConfig, get_peft_model
 
@@ -263,7 +274,8 @@ class TrainingStep:
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = OPTIMIZERS[workload.optimizer](self.trainable)
         generator = torch.Generator().manual_seed(1)
-        vocab: Any = self.model.config.get_text_config().vocab_size  # type: ignore[union-attr]
+        config: Any = self.model.config
+        vocab = int(config.get_text_config().vocab_size)
         self._groups: dict[int, tuple[PreferenceGroups, Tensor]] = {}
         self.pool = torch.randint(0, vocab, (64, workload.tokens), generator=generator)  # responses, used in turn
 
