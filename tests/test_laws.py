@@ -57,9 +57,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations/trl/__init__": {"accelerate", "groups", "pairs", "stepwise"},
     "integrations/trl/accelerate": {"logps"},
     "integrations/trl/groups": {
-        *("backward", "data", "logps", "models", "objectives", "stepwise"),
-        *("metrics", "reference", "rows"),  # beside it
+        *("backward", "data", "logps", "measuring", "models", "objectives", "stepwise"),
+        *("memory", "metrics", "reference", "rows"),  # beside it
     },
+    "integrations/trl/memory": {"data", "planning"},
     "integrations/trl/metrics": {"groups", "logps", "losses", "objectives"},
     "integrations/trl/pairs": {"accelerate", "groups", "losses", "metrics", "models", "objectives", "reference"},
     "integrations/trl/reference": set(),
