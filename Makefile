@@ -5,13 +5,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN := .venv/bin/python
 
-.PHONY: help setup test demo bench lint device clean
+.PHONY: help setup test demo bench profile lint device clean
 
 help:
 	@echo "make setup    .venv with torch, the package and its C++ extension (TORCH=$(TORCH))"
 	@echo "make demo     train a small causal LM on groups of responses; writes demo/"
 	@echo "make test     every test that needs no GPU"
 	@echo "make bench    time and memory against the alternatives, on this machine"
+	@echo "make profile  peak memory and time of a training step against the size of its group; writes profile/"
 	@echo "make lint     ruff and mypy"
 	@echo "make device   on a GPU machine, no network, no .venv: install with PYTHON=$(PYTHON), GPU tests, benchmark"
 	@echo "make clean    remove what make and the tests have written, .venv included"
@@ -41,6 +42,9 @@ demo: setup
 
 bench: setup
 	$(RUN) bench/run.py $(ARGS)
+
+profile: setup
+	$(RUN) -W ignore -m groupdpo_kernels.profiling --tokens 64 --seconds 2 --out profile --resume $(ARGS)
 
 lint: setup
 	$(RUN) -m ruff check .

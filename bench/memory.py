@@ -12,7 +12,6 @@ calls counts; torch.compile alone gets a whole call first, for the compiler is n
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
@@ -25,6 +24,7 @@ import torch
 
 from bench.measure import RANDOM, Differentiated, Step, draw
 from bench.peers import maker
+from groupdpo_kernels.resident import forget_peak, resident, return_freed_memory
 from groupdpo_kernels.testing import Case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,12 +61,6 @@ def _figures(peak: int, gradients: int) -> dict[str, float]:
     return {"extra_mib": round((peak - gradients) / MiB, 1), "peak_mib": round(peak / MiB, 1)}
 
 
-def _resident(mark: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(mark))
-    return int(line.split()[1]) * 1024
-
-
 def _measure_here(case: Case, name: str, mode: str, profile: str) -> dict[str, float]:
     device = torch.device("cpu")
     small = case if name == "torch.compile" else replace(case, T=16, V=512)
@@ -76,12 +70,12 @@ def _measure_here(case: Case, name: str, mode: str, profile: str) -> dict[str, f
         warm.backward(warm.forward())
     del warm
     step = Differentiated(function, draw(case, device, profile=profile), mode)
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    return_freed_memory()
+    before = resident("VmRSS")
+    forget_peak()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         gradients = step.backward(step.forward())
-        peak = _resident("VmHWM") - before
+        peak = resident("VmHWM") - before
     size = sum(x.nbytes for x in gradients)
     return _figures(peak, size) | {"allocator_extra_mib": round((allocator_peak(profiled) - size) / MiB, 1)}
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 
 from bench.measure import MODES, RANDOM
 from bench.peers import PACKAGES
+from groupdpo_kernels.machine import device_name, versions
 from groupdpo_kernels.testing import Case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,17 +105,9 @@ def header(device: torch.device) -> dict[str, Any]:
         "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
         "device": device_name(device),
         "driver, max clock, power limit": gpu,
-        "versions": _versions(),
+        "versions": versions(PACKAGES),
         "memory_by": memory,
     }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
-    return f"{model[1] if model else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def directory(device_name: str) -> str:
@@ -131,16 +122,6 @@ def results_path(results: Path, device: torch.device) -> Path:
     date = f"{datetime.now(timezone.utc):%Y-%m-%d}"
     names = [f"{date}.json", *(f"{date}-{i}.json" for i in range(2, 1000))]
     return next(results / name / x for x in names if not (results / name / x).exists())
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def _output(*command: str) -> str | None:

@@ -14,23 +14,21 @@ from another. Linux; elsewhere the peak since the process began, which includes 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import multiprocessing
 import os
-import platform
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from groupdpo_kernels import Objective, PreferenceGroups, group_backward, model_logps, preference_loss
+from groupdpo_kernels.resident import forget_peak, resident, return_freed_memory
 
 OBJECTIVE = Objective("mpo", beta=5.0, average=True, nll_weight=1.0)
 
@@ -45,29 +43,6 @@ class Point:
     hidden: int = 256
     layers: int = 4
     vocabulary: int = 8192
-
-
-def resident(kind: str) -> int:
-    """Bytes: "VmRSS" is now, "VmHWM" the most since `forget_peak`."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
-    except OSError:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def forget_peak() -> None:
-    if os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def return_freed_memory() -> None:
-    """Has glibc map blocks above 64 KiB one by one, so that what is freed is gone: resident memory is memory in use."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        m_mmap_threshold = -3
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
 
 
 def step(model: LlamaForCausalLM, backward: str, input_ids: Tensor) -> None:  # (G, L)

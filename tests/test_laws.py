@@ -55,6 +55,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli/selftest": {"groups", "logps", "objectives", "ops", "preference_ops", "reference", "testing"},
     "cli/train": {"loading", "logps", "training"},
     "cli/training": {"check", "curves", "formats", "integrations", "loading", "objectives", "store"},
+    "machine": set(),
+    "resident": set(),
+    "tracking": set(),
+    "workloads": {"backward", "groups", "models", "objectives"},
+    "planning": {"heads", "models", "tracking", "workloads"},
+    "measuring": {"planning", "resident", "tracking", "workloads"},
+    "profiling": {"machine", "report", "workloads"},
+    "pictures": set(),
+    "report": {"pictures", "profiling", "workloads"},
     "integrations/__init__": set(),
     "integrations/replacement": set(),
     "integrations/one_column": {"models"},
@@ -66,9 +75,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations/trl/__init__": {"accelerate", "groups", "pairs", "stepwise"},
     "integrations/trl/accelerate": {"logps", "replacement"},
     "integrations/trl/groups": {
-        *("backward", "data", "logps", "models", "objectives", "stepwise"),
-        *("metrics", "reference", "rows"),  # beside it
+        *("backward", "data", "logps", "measuring", "models", "objectives", "stepwise"),
+        *("memory", "metrics", "reference", "rows"),  # beside it
     },
+    "integrations/trl/memory": {"data", "planning"},
     "integrations/trl/metrics": {"groups", "logps", "losses", "objectives"},
     "integrations/trl/pairs": {
         *("groups", "losses", "models", "objectives", "one_column"),

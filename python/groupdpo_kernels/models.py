@@ -202,6 +202,15 @@ class AttachedModel:
         return LogpsAndOutputs(token_logps.reshape(targets.shape), _drop_logits(outputs))
 
 
+def assume_logit_map(model: nn.Module, logit_map: LogitMap) -> None:
+    """Takes this for what the probe would find out: for a model without values (meta, fake), which none can probe."""
+    bare = _unwrap(model)
+    head = _head_of(bare)
+    if head is None:
+        raise ValueError(f"model must have an output head; get_output_embeddings() of {type(bare).__name__} gives none")
+    _findings[bare] = _Finding(weakref.ref(head), logit_map)
+
+
 def _find(model: nn.Module, head: nn.Module | None, targets: Tensor, inputs: dict[str, Any]) -> _Finding:
     """Probe a model: with four tokens, or with its own inputs if it refuses those."""
     if head is None:

@@ -32,9 +32,11 @@ from transformers import Trainer, set_seed
 from ...backward import group_backward
 from ...data import MicroBatch, Report, TokenGroup
 from ...logps import seq_logps
+from ...measuring import out_of_memory
 from ...models import attach
 from ...objectives import Objective, PreferenceLoss, preference_loss
 from ...stepwise import reference_logps
+from .memory import explain_out_of_memory, memory_of, micro_batch_tokens_of
 from .metrics import preference_metrics, record
 from .reference import (
     add_reference_adapter,
@@ -117,10 +119,16 @@ class GroupDPOTrainer(Trainer):
                     module.p = 0.0
         pad_id = pad_id_of(model, processing_class)
         train = self._tokenised(train_dataset, "train")
+        most: Any = args.micro_batch_tokens
+        if most == "auto":
+            if args.gradient_checkpointing:
+                model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+            memory = memory_of(model, args.device)
+            most = micro_batch_tokens_of(model, ref_model, train.groups, args.device, bool(args.bf16), memory)
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(args.layout, args.micro_batch_tokens, args.micro_batch_sequences, pad_id),
+            data_collator=Collator(args.layout, most, args.micro_batch_sequences, pad_id),
             train_dataset=train if ref_logps is None else GroupRows(train.groups, ref_logps),
             eval_dataset=None if eval_dataset is None else self._tokenised(eval_dataset, "eval"),
             processing_class=processing_class,
@@ -203,6 +211,23 @@ class GroupDPOTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Fills .grad; returns the loss, both divided by the accumulation steps as Trainer does."""
+        try:
+            return self._training_step(model, inputs, num_items_in_batch)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            step, bare = inputs["step"], self.accelerator.unwrap_model(model)
+            why = explain_out_of_memory(
+                bare,
+                step.micro_batches,
+                step.groups.num_sequences,
+                self.config.strategy,
+                bool(self.args.bf16),
+                memory_of(bare, self.args.device),
+            )
+            raise type(error)(f"{error}\n{why}") from error
+
+    def _training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         if self.config.strategy == "coupled":
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()

@@ -29,7 +29,8 @@ class GroupDPOConfig(TrainingArguments):
 
     Args:
         strategy: "two_pass", "one_pass" (few trainable parameters, micro-batches of one response) or "coupled".
-        micro_batch_sequences, micro_batch_tokens: limits of a micro-batch, padding included. None: no limit.
+        micro_batch_sequences, micro_batch_tokens: limits of a micro-batch, padding included. None: no limit. For
+            two_pass micro_batch_tokens may be "auto": what the planner fits in the memory that is free at the start.
         layout: "padded", or "packed" for models that keep sequences apart by their position_ids.
         format, rule: as in `data.read_groups`; merge_prompts: rows of one prompt become one group.
         max_length, too_long, on_bad: as in `data.tokenize_groups`.
@@ -46,7 +47,7 @@ class GroupDPOConfig(TrainingArguments):
     bf16: bool | None = None  # type: ignore[assignment]  # None: unless fp16
     strategy: str = "two_pass"
     micro_batch_sequences: int | None = 4
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: int | str | None = None
     layout: str = "padded"
     format: str = "auto"
     rule: str = "best_vs_rest"
@@ -63,7 +64,13 @@ class GroupDPOConfig(TrainingArguments):
         one_of("strategy", self.strategy, (*STRATEGIES, "coupled"))
         one_of("layout", self.layout, ("padded", "packed"))
         for name in ("micro_batch_sequences", "micro_batch_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            value = getattr(self, name)
+            if value == "auto" and name == "micro_batch_tokens" and self.strategy == "two_pass":
+                continue
+            if isinstance(value, str):
+                asked = "an int or None, or for two_pass micro_batch_tokens may be 'auto'"
+                raise ValueError(f"{name} must be {asked}; got {value!r} with strategy {self.strategy!r}")
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
         for name, nothing in {"label_smoothing_factor": 0.0, "include_for_metrics": []}.items():
@@ -160,7 +167,7 @@ def tokenised(
     pairs = row is not None and row.pair is not None and not row.every_pair
     for group in groups:
         longest, most = len(group.prompt) + max(map(len, group.responses)), config.micro_batch_tokens
-        if most is not None and longest > most:
+        if isinstance(most, int) and longest > most:
             raise ValueError(f"micro_batch_tokens must be at least {longest}, for row {group.row}; got {most}")
         if pairs and len(group.responses) != 2:
             got = f"row {group.row} of {name}_dataset has {len(group.responses)} responses"

@@ -127,8 +127,12 @@ class StepwiseDPO:
 
     def _score(self, model: nn.Module, groups: Sequence[TokenGroup]) -> Tensor:  # (S,) float32
         """As the trainer scores: in its micro-batches, and under its autocast, so that the first step finds no gap."""
-        limits = self.args.micro_batch_tokens, self.args.micro_batch_sequences
-        collator = Collator(self.args.layout, *limits, pad_id_of(model, self.processing_class))
+        tokens: Any = self.args.micro_batch_tokens
+        if tokens == "auto":  # of a step with gradients: a forward alone fits where one of its sequences does
+            tokens = max(len(group.prompt) + max(map(len, group.responses)) for group in groups)
+        collator = Collator(
+            self.args.layout, tokens, self.args.micro_batch_sequences, pad_id_of(model, self.processing_class)
+        )
         step = collator([(group, None) for group in groups])["step"].to(self.args.device)
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
             scored = [

@@ -1,0 +1,73 @@
+"""What a trainer asks the planner: the micro-batch that fits, and why a step did not.
+
+Memory counted is that of the device less a tenth, which allocators and libraries take. Never: measures by running out.
+Cost: a few seconds, once, and when a step has run out of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...data import MicroBatch, TokenGroup
+from ...planning import largest_micro_batch
+
+GiB = 2**30
+SHARE = 0.9
+
+
+def memory_of(model: nn.Module, device: torch.device) -> int:
+    """Bytes of the device that training this model may take: what is free, and what the model has there already."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    own = (*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None))
+    return int(SHARE * free) + sum(x.nbytes for x in own if x.device.type == device.type)
+
+
+def micro_batch_tokens_of(
+    model: nn.Module, ref_model: Any, groups: Sequence[TokenGroup], device: torch.device, autocast: bool, memory: int
+) -> int:
+    """Tokens of the largest micro-batch of the longest sequences in `groups` that fits in `memory` bytes."""
+    longest = max(len(group.prompt) + max(map(len, group.responses)) for group in groups)
+    memory -= sum(p.nbytes for p in ref_model.parameters()) if isinstance(ref_model, nn.Module) else 0
+    memory = max(1, memory)
+    size, one = largest_micro_batch(model, longest, memory, autocast=autocast, device=device.type)
+    if not size:
+        raise ValueError(
+            f"micro_batch_tokens='auto' finds no micro-batch: one sequence of {longest} tokens takes {one / GiB:.2f}"
+            f" GiB with parameters, gradients and AdamW, and {memory / GiB:.2f} GiB are there: lower"
+            " max_length, train an adapter, or turn gradient_checkpointing on"
+        )
+    return size * longest
+
+
+def explain_out_of_memory(
+    model: nn.Module, micro_batches: Sequence[MicroBatch], responses: int, strategy: str, autocast: bool, total: int
+) -> str:
+    """What the step asked for and what the planner fits in `total` bytes, in words."""
+    shapes = [tuple(mb.input_ids.shape) for mb in micro_batches]
+    rows, length = max(shapes, key=lambda shape: shape[0] * shape[1])
+    asked = (
+        f"A step of {responses} responses with strategy {strategy!r} ran out of memory; the largest of its"
+        f" {len(shapes)} micro-batches is {rows} x {length} tokens."
+    )
+    device = next(model.parameters()).device.type
+    size, one = largest_micro_batch(model, length, total, autocast=autocast, device=device)
+    if not size:
+        return (
+            f"{asked} Two passes with one sequence of {length} tokens take {one / GiB:.2f} GiB, the device has"
+            f" {total / GiB:.2f}: lower max_length, train an adapter, or turn gradient_checkpointing on."
+        )
+    what = "micro_batch_sequences=None" if strategy == "two_pass" else "strategy='two_pass', micro_batch_sequences=None"
+    return (
+        f"{asked} Two passes fit {size} x {length} tokens in {total / GiB:.2f} GiB:"
+        f" micro_batch_tokens={size * length}, {what}."
+    )

@@ -1,0 +1,219 @@
+"""Predictions against steps that run: the same bytes on fake tensors as on real ones, the same from few layers and
+small groups as from all of them, and within 5 % of what the process takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make
+
+from groupdpo_kernels.planning import (
+    Hardware,
+    Prediction,
+    batch_of,
+    largest_micro_batch,
+    layers_of,
+    plan,
+    plan_table,
+    skeleton,
+    trace,
+    track,
+)
+from groupdpo_kernels.profiling import Worker
+from groupdpo_kernels.tracking import MemoryTracker, Peak, follow_layers, head_workspace
+from groupdpo_kernels.workloads import MODELS, TrainingStep, Workload, build_model, config_of
+
+META = torch.device("meta")
+SMALL = Workload(tokens=32, group=4, layers=3)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "coupled_logits": {"strategy": "coupled_logits"},
+    "coupled": {"strategy": "coupled"},
+    "two_pass": {"strategy": "two_pass"},
+    "pairs": {"strategy": "pairs"},
+    "one_pass": {"strategy": "one_pass", "lora_rank": 4},
+    "checkpointing": {"strategy": "two_pass", "checkpointing": True},
+    "LoRA in bfloat16": {"strategy": "coupled", "lora_rank": 4, "dtype": "bfloat16"},
+    "autocast": {"strategy": "two_pass", "autocast": True, "optimizer": "adamw_foreach"},
+}
+
+
+def _largest(peaks: dict[str, Peak]) -> dict[str, int]:
+    """Of each part; those of the head's operations, whose numbers differ where values are read, together."""
+    found: dict[str, int] = {}
+    for name, peak in peaks.items():
+        part = name.partition(",")[0]
+        found[part] = max(found.get(part, 0), peak.total)
+    return found
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_fake_step_takes_the_bytes_of_a_real_one(name: str) -> None:
+    workload = replace(SMALL, **SETTINGS[name])
+    step = TrainingStep(workload)
+    step.run()
+    vocabulary = int(config_of(workload).vocab_size)
+    tracker = MemoryTracker(vocabulary, batch_of(workload), workload.tokens, "cpu", fake=False)
+    follow_layers(layers_of(step.model), tracker.begin)
+    with tracker:
+        real = track(step, tracker)
+    fake = trace(workload, build_model(workload, META), "cpu")
+    assert _largest(fake) == _largest(real)
+    most = max(fake.values(), key=lambda peak: peak.total)
+    assert most.by_category() == max(real.values(), key=lambda peak: peak.total).by_category()
+    assert all(size > 0 for size in most.parts.values())
+
+
+@pytest.mark.parametrize("name", ["coupled_logits", "coupled", "two_pass", "one_pass", "checkpointing", "pairs"])
+def test_extrapolation_is_exact(name: str) -> None:
+    workload = replace(SMALL, layers=7, micro_batch=1, **SETTINGS[name])
+    group = 6
+    found = Prediction(workload, Hardware(device="cpu")).at(group)
+    whole = trace(replace(workload, group=group), build_model(workload, META), "cpu")
+    most = max(whole.values(), key=lambda peak: peak.total)
+    # Pairs: the ids of the group, 8 bytes a token, are not extrapolated.
+    assert abs(found.total - most.total) <= (8 * 32 * 2 if name == "pairs" else 0)
+    if name != "pairs":
+        assert found.by_category() == most.by_category()
+
+
+@pytest.mark.parametrize("model", ["gemma3", "olmo3", "qwen3"])
+def test_extrapolation_is_exact_with_layers_of_two_kinds(model: str, tmp_path: Path) -> None:
+    """Sliding and full attention in one pattern, from a config.json."""
+    values = {
+        "model_type": model,
+        "vocab_size": 600,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 8,
+    }
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    values |= {"sliding_window": 16} if model != "qwen3" else {}
+    values |= {"model_type": "gemma3_text"} if model == "gemma3" else {}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    workload = Workload(model=str(tmp_path), tokens=32, strategy="coupled", group=8)
+    found = Prediction(workload, Hardware(device="cpu")).at(8)
+    whole = trace(workload, build_model(workload, META), "cpu")
+    assert found.total == max(peak.total for peak in whole.values())
+
+
+@pytest.mark.parametrize("name", ["coupled_logits", "coupled", "two_pass", "one_pass"])
+def test_prediction_is_within_five_per_cent_of_the_process(name: str) -> None:
+    """The resident high-water mark of a fresh process."""
+    workload = replace(Workload(tokens=512, group=4, micro_batch=4), **SETTINGS[name])
+    if name == "one_pass":
+        workload = replace(workload, tokens=1024)
+    worker = Worker()
+    try:
+        request = {"kind": "memory", "workloads": [asdict(workload)], "device": "cpu", "limit": None}
+        (row,) = worker.ask(request)
+    finally:
+        worker.stop()
+    assert row["status"] == "ok", row
+    predicted = Prediction(workload, Hardware(device="cpu")).at(workload.group)
+    assert predicted.total == row["tracked_bytes"]
+    assert abs(predicted.total / row["peak_bytes"] - 1) < 0.05, row
+
+
+def test_sizes_of_known_models() -> None:
+    billions = {"llama-3-8b": 8.03, "llama-3.2-1b": 1.236, "qwen3-8b": 8.19, "qwen3-32b": 32.76, "gemma-3-4b": 3.88}
+    billions |= {"olmo-3-7b": 7.30, "olmo-3-32b": 32.23}
+    for name, expected in billions.items():
+        model = build_model(Workload(model=name), META)
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, rel=0.003), name
+    assert set(billions) == set(MODELS) - {"tiny"}
+
+
+def test_plan_of_a_large_model() -> None:
+    """Coupled grows with the group and runs out; two passes stay: the shape of GroupDPO's figure."""
+    base = Workload(model="gemma-3-4b", dtype="bfloat16", tokens=2048, micro_batch=1, checkpointing=True)
+    rows = plan(base, [2, 16, 64], Hardware(80 * 10**9), ["coupled_logits", "two_pass"])
+    logits, two_pass = rows
+    assert two_pass["largest_group"] >= 1024 and 2 <= logits["largest_group"] < 16
+    assert two_pass["peaks"][64] <= 1.02 * two_pass["peaks"][2]
+    slopes = [(logits["peaks"][b] - logits["peaks"][a]) / (b - a) for a, b in ((2, 16), (16, 64))]
+    assert slopes[0] == pytest.approx(slopes[1], rel=0.05) and logits["limit"]["category"] == "logits"
+    for row in rows:
+        assert all(row["peaks"][g] == sum(row["breakdown"][g].values()) for g in (2, 16, 64))
+    assert "| two_pass |" in plan_table(rows)
+
+
+def test_largest_group_fits_and_the_next_does_not() -> None:
+    workload = replace(SMALL, strategy="coupled", layers=6)
+    hardware = Hardware(2 * 10**8, headroom=0.0, device="cpu")
+    prediction = Prediction(workload, hardware)
+    largest = prediction.largest_group()
+    assert 2 <= largest < 4096
+    assert prediction.at(largest).total <= hardware.memory < prediction.at(largest + 2).total
+    assert Prediction(workload, replace(hardware, memory=10**6)).largest_group() == 0
+
+
+def test_ranks_split_what_they_hold_and_a_reference_adds() -> None:
+    workload = replace(SMALL, layers=6)
+    one, four = (Prediction(workload, Hardware(ranks=n)).parts_at(4)["optimizer"] for n in (1, 4))
+    for category in ("parameters", "gradients", "optimizer"):
+        assert four.by_category()[category] == pytest.approx(one.by_category()[category] / 4, rel=1e-3)
+    both = Prediction(workload, Hardware(reference=True)).parts_at(4)["optimizer"].by_category()["parameters"]
+    assert both == pytest.approx(2 * one.by_category()["parameters"], rel=1e-3)
+
+
+def test_micro_batch_fits_and_one_more_does_not() -> None:
+    model = make("llama", max_position_embeddings=256)
+    before = [p.data_ptr() for p in model.parameters()]
+    memory = 6 * 2**20
+    size, one = largest_micro_batch(model, 64, memory, device="cpu")
+    assert size >= 1 and one <= memory and before == [p.data_ptr() for p in model.parameters()]
+
+    def peak(b: int) -> int:
+        workload = Workload(tokens=64, micro_batch=b, group=2 * b)
+        return max(part.total for part in trace(workload, skeleton(model), "cpu").values())
+
+    assert peak(size) <= memory < peak(size + 1)
+    assert largest_micro_batch(model, 64, 2**10, device="cpu")[0] == 0
+
+
+def test_head_workspace_stays_in_its_budget() -> None:
+    for op in ("linear_logps_forward", "linear_logps_backward", "linear_logps_jacobian"):
+        wide = 0 if op == "linear_logps_forward" else 4 * 4096 * 512
+        for device in ("cpu", "cuda"):
+            assert head_workspace(op, 4096, 512, 128256, 2, 2**24, device, True) <= 2**24 + wide
+    assert head_workspace("segment_sums", 4096, 512, 128256, 2, 2**24, "cpu", True) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strategy": "three_pass"}, "strategy must be one of"),
+        ({"group": 3}, "group must be even"),
+        ({"group": 0}, "group must be at least 1"),
+        ({"tokens": 1}, "tokens must be at least 2"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"strategy": "one_pass"}, "lora_rank must be positive for one_pass"),
+        ({"model": ""}, "model must be a name or a path"),
+        ({"micro_batch": 1.5}, "micro_batch must be an int"),
+    ],
+)
+def test_wrong_workloads(change: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Workload(**change)
+
+
+def test_wrong_hardware_and_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="memory must be an int of at least 1; got 0"):
+        Hardware(0)
+    with pytest.raises(ValueError, match="headroom"):
+        Hardware(headroom=1.5)
+    with pytest.raises(ValueError, match="device must be cuda or cpu"):
+        Hardware(device="tpu")
+    with pytest.raises(ValueError, match="model must be one of tiny"):
+        plan(Workload(model=str(tmp_path / "none")), [2], Hardware())
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="model must be one of tiny"):
+        plan(Workload(model=str(tmp_path)), [2], Hardware())
+    with pytest.raises(ValueError, match="must not be empty"):
+        plan(Workload(), [], Hardware())

@@ -1,0 +1,90 @@
+"""`GroupDPOTrainer` and memory: the micro-batch that the planner chooses, and what a step without memory says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_trl import COMMON, GROUPS, llama, run
+
+from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer, groups
+from groupdpo_kernels.planning import largest_micro_batch
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, bpe: Any) -> Any:
+    def make_one(**options: Any) -> Any:
+        config = {**COMMON, "output_dir": str(tmp_path / "run"), "micro_batch_sequences": None, "max_steps": 1}
+        args = GroupDPOConfig(**config | {"gradient_checkpointing": False} | options)
+        return GroupDPOTrainer(llama(), args=args, train_dataset=GROUPS, processing_class=bpe)
+
+    return make_one
+
+
+def longest(trainer: Any) -> int:
+    return max(len(g.prompt) + max(map(len, g.responses)) for g in trainer.train_dataset.groups)
+
+
+def test_auto_takes_the_largest_micro_batch_that_fits(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    _, one = largest_micro_batch(model, 17, 2**40, device="cpu")
+    reference = sum(p.nbytes for p in model.parameters())  # the trainer holds a copy
+    monkeypatch.setattr(groups, "memory_of", lambda model, device: one + reference + 2**20)
+    trainer = make_trainer(micro_batch_tokens="auto")
+    tokens, L = trainer.data_collator.max_tokens, longest(trainer)
+    assert tokens % L == 0 and tokens // L == largest_micro_batch(model, L, one + 2**20, device="cpu")[0] >= 1
+    run(trainer)
+
+
+def test_auto_reads_the_memory_of_the_machine(make_trainer: Any) -> None:
+    trainer = make_trainer(micro_batch_tokens="auto")
+    assert trainer.data_collator.max_tokens > 1000 * longest(trainer)
+
+
+def test_auto_says_what_does_not_fit(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "memory_of", lambda model, device: 1000)
+    with pytest.raises(ValueError, match=r"micro_batch_tokens='auto' finds no micro-batch: one sequence of \d+ tokens"):
+        make_trainer(micro_batch_tokens="auto")
+
+
+@pytest.mark.parametrize("strategy", ["two_pass", "coupled"])
+def test_a_step_without_memory_says_what_fits(
+    make_trainer: Any, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    trainer = make_trainer(strategy=strategy)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(groups, "group_backward", fails)
+    monkeypatch.setattr(GroupDPOTrainer, "compute_loss", fails)
+    with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\.") as caught:
+        trainer.train()
+    text = str(caught.value)
+    assert f"with strategy '{strategy}' ran out of memory; the largest of its 1 micro-batches is" in text
+    assert "Two passes fit" in text and "micro_batch_tokens=" in text
+    assert ("strategy='two_pass'" in text) == (strategy == "coupled")
+
+
+def test_other_errors_pass(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(groups, "group_backward", fails)
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        make_trainer().train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"micro_batch_tokens": "large"}, "micro_batch_tokens must be an int or None, .* got 'large'"),
+        ({"micro_batch_sequences": "auto"}, "micro_batch_sequences must be an int or None, .* got 'auto'"),
+        ({"micro_batch_tokens": "auto", "strategy": "coupled"}, "got 'auto' with strategy 'coupled'"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GroupDPOConfig(**COMMON | {"output_dir": str(tmp_path)} | options)
