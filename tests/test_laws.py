@@ -46,11 +46,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": {"reference", "kernels"},
     "profiles": set(),
     "cli/__init__": {"app"},
-    "cli/app": {"__version__", "check", "logps", "train"},  # beside it: one module for each command
+    "cli/app": {"__version__", "check", "logps", "profile", "train"},  # beside it: one module for each command
     "cli/check": {"__version__", "extension", "logps", "preference_ops", "selftest"},
     "cli/curves": set(),
     "cli/loading": {"formats", "store"},
     "cli/logps": {"loading", "scoring"},
+    "cli/profile": {"loading", "planning", "profiling", "report", "workloads"},
     "cli/scoring": {"__version__", "batches", "data", "formats", "loading", "models", "store"},
     "cli/selftest": {"groups", "logps", "objectives", "ops", "preference_ops", "reference", "testing"},
     "cli/train": {"loading", "logps", "training"},

@@ -17,9 +17,10 @@ from typer.core import TyperGroup
 from .. import __version__
 from .check import check
 from .logps import logps
+from .profile import plan, profile, report
 from .train import train
 
-COMMANDS: tuple[Callable[..., Any], ...] = (check, logps, train)
+COMMANDS: tuple[Callable[..., Any], ...] = (check, logps, train, profile, plan, report)
 
 
 class _Group(TyperGroup):
