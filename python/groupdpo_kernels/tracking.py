@@ -203,9 +203,12 @@ def _run_fake(func: Any, args: Any, kwargs: Any) -> Any:
         return False if tensors[0].dtype == torch.bool else 0.0
     if any(isinstance(x, FakeTensor) for x in tensors):
         return func(*args, **kwargs)
-    if not tensors:
+    read = func in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
+    if not read and not func._schema.is_mutable:
         made = func(*args, **kwargs)
-        if not isinstance(made, Tensor) or made.is_floating_point() or made.numel() > 2**22:
+        results = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
+        # Masks of (L, L) are not read, and would take the time that fake tensors save.
+        if any(x.is_floating_point() or x.numel() > 2**16 for x in results):
             return made
     with unset_fake_temporarily():
         return func(*args, **kwargs)
