@@ -113,7 +113,7 @@ def draw_curves(
         handles.values(),
         handles,
         loc="outside lower center",
-        ncols=len(handles),
+        ncols=len(handles) if len(settings) > 1 else 2,
         frameon=False,
         labelcolor=colors["ink"],
     )

@@ -197,15 +197,18 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _run_fake(func: Any, args: Any, kwargs: Any) -> Any:
-    """Integers stay real, for code reads them: targets, offsets. A floating number that is read is 0: no drift."""
+    """What is small and made of integers stays real, for code reads it: targets, offsets. Other numbers are 0."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     if func is torch.ops.aten._local_scalar_dense.default and isinstance(tensors[0], FakeTensor):
         return False if tensors[0].dtype == torch.bool else 0.0
     if any(isinstance(x, FakeTensor) for x in tensors):
         return func(*args, **kwargs)
-    if not tensors:
+    read = func in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
+    if not read and not func._schema.is_mutable:
         made = func(*args, **kwargs)
-        if not isinstance(made, Tensor) or made.is_floating_point() or made.numel() > 2**22:
+        results = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
+        # Masks of (L, L) are not read, and would take the time that fake tensors save.
+        if any(x.numel() > 2**16 or (x.is_floating_point() and not tensors) for x in results):
             return made
     with unset_fake_temporarily():
         return func(*args, **kwargs)
