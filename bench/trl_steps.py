@@ -30,7 +30,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from bench.memory import ROOT, MiB, _resident
+from bench.memory import ROOT, MiB
+from groupdpo_kernels.resident import forget_peak, resident
 
 ROWS = {
     "pairs": ["trl", "trl, accelerated"],
@@ -117,13 +118,13 @@ def measure_here(row: str, name: str, V: int, dtype: str, steps: int) -> dict[st
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.before = _resident("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")
+            self.before = resident("VmRSS")
+            forget_peak()
             self.start = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             seen["seconds"].append(time.perf_counter() - self.start)
-            seen["mib"] = (_resident("VmHWM") - self.before) / MiB
+            seen["mib"] = (resident("VmHWM") - self.before) / MiB
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(row, name, V, dtype, steps, folder)

@@ -120,6 +120,8 @@ def test_the_rule() -> None:
 
     assert columns() == columns(impl="cpu") == 9000
     assert columns(impl="reference") == 0
+    with kept.nothing_kept():
+        assert columns() == 0
     assert columns(budget=RESERVE + all_bytes) == 9000
     assert columns(budget=RESERVE + all_bytes - 1) == 7200  # whole blocks, of five
     assert columns(budget=RESERVE + 4 * case.T * 3599) == 0  # 1800 are less than a quarter

@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resident": set(),
     "tracking": set(),
     "workloads": {"backward", "groups", "models", "objectives"},
-    "planning": {"heads", "models", "tracking", "workloads"},
+    "planning": {"heads", "kept", "models", "tracking", "workloads"},
     "measuring": {"planning", "resident", "tracking", "workloads"},
     "profiling": {"machine", "report", "workloads"},
     "pictures": set(),

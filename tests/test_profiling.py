@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from groupdpo_kernels import profiling
 from groupdpo_kernels.measuring import measure_time, out_of_memory
-from groupdpo_kernels.profiling import Worker, profile, read_figures, table, workloads_of
+from groupdpo_kernels.profiling import Worker, profile, read_figures, table
 from groupdpo_kernels.report import curves, write_report
 from groupdpo_kernels.workloads import Workload, sweep
 
@@ -172,15 +171,3 @@ def test_bad_input(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         profile(loads, other, resume=True, progress=False, device="cpu")
     with pytest.raises(ValueError, match="figures must be a file"):
         write_report(tmp_path / "none.jsonl", tmp_path)
-    with pytest.raises(SystemExit):
-        profiling.main(["--groups", "3", "--out", str(tmp_path)])
-    assert "group must be even" in capsys.readouterr().err
-
-
-def test_command_line_sweeps_settings() -> None:
-    parser = profiling.argparse.ArgumentParser()
-    profiling.add_arguments(parser)
-    loads = workloads_of(parser.parse_args(["--groups", "4", "64", "--settings", "full", "lora", "checkpointing"]))
-    assert {load.setting for load in loads} == {"full fine-tuning", "LoRA rank 16", "full fine-tuning, checkpointing"}
-    assert {load.strategy for load in loads if load.lora_rank} >= {"one_pass"}
-    assert max(load.group for load in loads if load.strategy == "pairs") == 4

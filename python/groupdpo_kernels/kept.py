@@ -16,7 +16,10 @@ before anybody knows what lives.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import importlib
+from collections.abc import Iterator
 from dataclasses import astuple, replace
 
 import torch
@@ -31,11 +34,22 @@ _LEAST_D = {"float32": 1024, "bfloat16": 2048}  # by what is multiplied
 _FLOAT = 4  # bytes
 
 _alive: list[tuple[StorageWeakRef, int]] = []
+_off = contextvars.ContextVar("_off", default=False)
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Within it nothing is: fake CPU tensors that stand for those of a GPU are not to be taken for their device."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
 
 
 def columns_to_keep(head: Head, targets: Tensor, options: HeadOptions, impl: str) -> int:
     """K of the rule, 0 for none. The caller knows that the head's weight gets a gradient or hidden does."""
-    if torch.compiler.is_compiling() or ops.resolve(impl, head.hidden, head.weight) != "cpu":
+    if torch.compiler.is_compiling() or _off.get() or ops.resolve(impl, head.hidden, head.weight) != "cpu":
         return 0
     T, V = targets.numel(), head.weight.shape[0]
     least = _LEAST_D["bfloat16" if _multiplies_bf16(head) else "float32"]

@@ -17,10 +17,13 @@ Never: downloads, allocates what it counts. Precondition: transformers. Cost: se
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -28,8 +31,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .heads import LogitMap
+from .kept import nothing_kept
 from .models import assume_logit_map
-from .tracking import CATEGORIES, MemoryTracker, Part, Peak, fake_copy, follow_layers
+from .tracking import MemoryTracker, Part, Peak, fake_copy, follow_layers
 from .workloads import STRATEGIES, TrainingStep, Workload, build_model, config_of, take_layers
 
 GiB = 2**30
@@ -83,7 +87,7 @@ def trace(workload: Workload, model: nn.Module, device: str | None) -> dict[str,
     assume_logit_map(step.model, LogitMap(vocabulary))
     tracker = MemoryTracker(vocabulary, batch_of(workload), workload.tokens, device, fake=True)
     follow_layers(layers_of(step.model), tracker.begin)
-    with mode, tracker:
+    with mode, tracker, nothing_kept() if device == "cuda" else contextlib.nullcontext():
         return track(step, tracker)
 
 
@@ -270,8 +274,12 @@ def plan(
     hardware: Hardware,
     strategies: Sequence[str] | None = None,
     progress: Callable[[str], None] | None = None,
+    processes: int = 1,
 ) -> list[dict[str, Any]]:
     """A row a strategy: its peak at each group size, the largest group that fits, and what is largest at the peak.
+
+    `progress` hears the name of each strategy that is done. More than one of `processes` want a main module that can be
+    imported, as those of multiprocessing do.
 
     Raises ValueError for what a Workload refuses and for a model without a config; nothing long runs before that.
     """
@@ -280,25 +288,41 @@ def plan(
     if not loads:
         raise ValueError("groups and strategies must not be empty; got none")
     config_of(base)
-    rows = []
-    for name in names:
+    rows: dict[str, dict[str, Any]] = {}
+
+    def done(name: str, row: dict[str, Any]) -> None:
+        rows[name] = row
         if progress:
             progress(name)
-        prediction = Prediction(replace(base, strategy=name), hardware)
-        peaks = {group: prediction.at(group) for group in groups}
-        largest = prediction.largest_group()
-        (category, what), size = max(peaks[max(groups)].parts.items(), key=lambda item: item[1])
-        rows.append(
-            {
-                "strategy": name,
-                "peaks": {group: peak.total for group, peak in peaks.items()},
-                "breakdown": {group: peak.by_category() for group, peak in peaks.items()},
-                "largest_group": largest,
-                "limit": {"category": category, "tensor": what, "bytes": size},
-                "usable": hardware.usable,
-            }
-        )
-    return rows
+
+    bases = {name: replace(base, strategy=name) for name in names}
+    if processes > 1 and len(names) > 1:
+        with ProcessPoolExecutor(min(processes, len(names)), mp_context=get_context("spawn")) as pool:
+            # Those of many passes first: the last one alone is the shortest.
+            order = sorted(names, key=STRATEGIES.index, reverse=True)
+            running = {pool.submit(plan_row, bases[name], groups, hardware): name for name in order}
+            for future in as_completed(running):
+                done(running[future], future.result())
+    else:
+        for name in names:
+            done(name, plan_row(bases[name], groups, hardware))
+    return [rows[name] for name in names]
+
+
+def plan_row(workload: Workload, groups: Sequence[int], hardware: Hardware) -> dict[str, Any]:
+    """The row of one strategy."""
+    prediction = Prediction(workload, hardware)
+    peaks = {group: prediction.at(group) for group in groups}
+    largest = prediction.largest_group()
+    (category, what), size = max(peaks[max(groups)].parts.items(), key=lambda item: item[1])
+    return {
+        "strategy": workload.strategy,
+        "peaks": {group: peak.total for group, peak in peaks.items()},
+        "breakdown": {group: peak.by_category() for group, peak in peaks.items()},
+        "largest_group": largest,
+        "limit": {"category": category, "tensor": what, "bytes": size},
+        "usable": hardware.usable,
+    }
 
 
 def plan_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -346,6 +370,3 @@ def categories(peak: Peak) -> str:
     """In words, the largest first."""
     found = sorted(((size, name) for name, size in peak.by_category().items() if size), reverse=True)
     return ", ".join(f"{name} {size / GiB:.2f} GiB" for size, name in found)
-
-
-assert set(_SPLIT) <= set(CATEGORIES)

@@ -1,7 +1,7 @@
 """Peak memory and time of a real training step against the size of the group, for each strategy of workloads.py.
 
-    python -m groupdpo_kernels.profiling --model tiny --groups 2 4 8 16 --out profile
-    python -m groupdpo_kernels.profiling --settings full checkpointing lora --groups 2 4 8 16 32 64 --tokens 128 --out P
+    groupdpo-kernels profile --model tiny --groups 2,4,8,16 --out profile
+    groupdpo-kernels profile --settings full,checkpointing,lora --groups 2,4,8,16,32,64 --tokens 128 --out P
 
 Each memory figure is of a fresh process; the strategies of a group are timed in one, in interleaved rounds
 (measuring.py says what is measured). Rows go to OUT/measured.jsonl, a line as soon as it is known; with `--resume` what
@@ -12,7 +12,6 @@ Never: overwrites a file of figures. Precondition: transformers; peft for LoRA; 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -27,10 +26,9 @@ from typing import Any
 import torch
 
 from .machine import describe
-from .workloads import DTYPES, MODELS, OPTIMIZERS, STRATEGIES, Workload, config_of, sweep, workload_of
+from .workloads import STRATEGIES, Workload, config_of, workload_of
 
 Row = dict[str, Any]
-SETTINGS = ("full", "checkpointing", "lora")
 _BASE_OF_RATIOS = "coupled"  # timed first
 
 
@@ -253,79 +251,3 @@ def _cell(row: Row) -> str:
         return f"{row['peak_bytes'] / 2**20:.0f} MiB"
     ratio = f" ({row['ratio']['median']:.2f})" if "ratio" in row else ""
     return f"{1e3 * row['seconds']['median']:.0f} ms{ratio}"
-
-
-def workloads_of(options: argparse.Namespace) -> list[Workload]:
-    """What the command line asks for."""
-    base = Workload(
-        model=options.model,
-        tokens=options.tokens,
-        micro_batch=options.micro_batch,
-        dtype=options.dtype,
-        optimizer=options.optimizer,
-        layers=options.layers,
-    )
-    changes: dict[str, dict[str, Any]] = {
-        "full": {},
-        "checkpointing": {"checkpointing": True},
-        "lora": {"lora_rank": options.lora_rank},
-    }
-    settings = [replace(base, **changes[name]) for name in options.settings]
-    return [load for setting in settings for load in sweep(setting, options.groups, options.strategies)]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", default="tiny", help=f"{', '.join(MODELS)}; a config.json; a name known to transformers")
-    add("--groups", type=int, nargs="+", default=[2, 4, 8, 16], help="even; default: %(default)s")
-    add("--strategies", nargs="+", choices=STRATEGIES, help="default: all that the setting allows")
-    add("--settings", nargs="+", choices=SETTINGS, default=["full", "lora"], help="default: %(default)s")
-    add("--tokens", type=int, default=256, help="of a response with its prompt; default: %(default)s")
-    add("--micro-batch", type=int, default=2, help="sequences; default: %(default)s")
-    add("--dtype", choices=DTYPES, default="float32")
-    add("--optimizer", choices=list(OPTIMIZERS), default="adamw")
-    add("--lora-rank", type=int, default=16, help="of the setting lora; default: %(default)s")
-    add("--layers", type=int, help="instead of the model's own number")
-    add("--device", help="default: cuda where there is one")
-    add("--limit-mib", type=int, help="memory that a step may take")
-    add("--kinds", nargs="+", choices=["memory", "time"], default=["memory", "time"])
-    add("--seconds", type=float, default=8.0, help="of timing a group; default: %(default)s")
-    add("--rounds", type=int, default=20, help="the most, of timing a group; default: %(default)s")
-    add("--out", type=Path, default=Path("profile"), help="a folder; default: %(default)s")
-    add("--resume", action="store_true", help="go on where an earlier run has stopped")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add_arguments(parser)
-    options = parser.parse_args(arguments)
-    path = options.out / "measured.jsonl"
-    said = list(sys.argv[1:] if arguments is None else arguments)
-    interrupted = False
-    try:
-        profile(
-            workloads_of(options),
-            path,
-            device=options.device,
-            limit=None if options.limit_mib is None else options.limit_mib * 2**20,
-            resume=options.resume,
-            kinds=options.kinds,
-            seconds=options.seconds,
-            rounds=options.rounds,
-            command=" ".join(["python -m groupdpo_kernels.profiling", *said]),
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        interrupted = True
-        print(f"interrupted: {path} holds what was measured; --resume goes on", file=sys.stderr)
-    from .report import write_report
-
-    if path.exists():
-        print(table(read_figures(path)[1]))
-        print(f"\n{write_report(path, options.out)}")
-    return 130 if interrupted else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """Figures as one HTML file that needs nothing beside it, and as PNG pictures: of a profile, a plan, the benchmark.
 
-    python -m groupdpo_kernels.report profile/measured.jsonl --out profile
-    python -m groupdpo_kernels.report bench/results/cpu/2026-11-21.json --out docs
+    groupdpo-kernels report profile/measured.jsonl --out profile
+    groupdpo-kernels report bench/results/cpu/2026-11-21.json --out docs
 
 Pictures come light and dark; the page shows those of the reader's choice, with the tables, the machine, the versions
 and the command. Never: measures. Precondition: matplotlib.
@@ -9,7 +9,6 @@ and the command. Never: measures. Precondition: matplotlib.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import json
@@ -184,18 +183,3 @@ def _tables(text: str) -> str:
             out.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>")
             inside = True
     return "\n".join([*out, *(["</table>"] if inside else [])])
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("figures", type=Path, help="measured.jsonl of a profile, or a .json of bench/run.py")
-    parser.add_argument("--out", type=Path, default=Path("profile"), help="a folder; default: %(default)s")
-    options = parser.parse_args(arguments)
-    try:
-        print(write_report(options.figures, options.out))
-    except ValueError as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

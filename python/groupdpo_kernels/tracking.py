@@ -111,8 +111,9 @@ class MemoryTracker(TorchDispatchMode):
                 part, size = self.storages[key]
                 self.parts[part] -= size
                 self.live -= size
-                self.storages[key] = (category, part[1]), size
-                self._count((category, part[1]), size)
+                part = self._part(x, category, part[1].partition(" ")[0])
+                self.storages[key] = part, size
+                self._count(part, size)
             else:
                 self._track(x, category, "")
 
@@ -132,7 +133,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = _run_fake(func, args, kwargs or {}) if self.fake else func(*args, **(kwargs or {}))
-        name = func._overloadpacket.__name__
+        name = func._overloadpacket.__name__.replace("keeping_", "")  # kept.py: their products are tensors like any
         if self.steps is not None:
             self.steps += 1
             self._enter(f"head, operation {self.steps}")
@@ -148,7 +149,8 @@ class MemoryTracker(TorchDispatchMode):
             return 0
         hidden, weight = args[0], args[1]
         T, D = hidden.numel() // hidden.shape[-1], hidden.shape[-1]
-        trains = name == "linear_logps_backward" and bool(args[-2][1])
+        needs = next((x for x in args if isinstance(x, list)), [])
+        trains = name == "linear_logps_backward" and bool(needs[1])
         options = next(i for i, x in enumerate(args) if isinstance(x, float))  # logit_scale, the first of them
         assert self.device is not None
         return head_workspace(
@@ -166,16 +168,17 @@ class MemoryTracker(TorchDispatchMode):
                 category = "logits"
             elif x.shape in self.gradient_shapes and torch._C._current_graph_task_id() != -1:
                 category = "gradients"
-        part = (category, f"{name} {self._shape(x, category)} {str(x.dtype).removeprefix('torch.')}")
+        part = self._part(x, category, name)
         self.storages[key] = part, size
         weakref.finalize(storage, self._release, key)
         self._count(part, size)
 
-    def _shape(self, x: Tensor, category: str) -> str:
+    def _part(self, x: Tensor, category: str, name: str) -> Part:
+        """Of batches of different size, one name."""
         dims = list(map(str, x.shape))
         if dims and category in ("activations", "logits"):
             dims[0] = self.names.get(x.shape[0], dims[0])
-        return f"({', '.join(dims)})"
+        return category, f"{name} ({', '.join(dims)}) {str(x.dtype).removeprefix('torch.')}"
 
     def _count(self, part: Part, size: int) -> None:
         self.parts[part] += size

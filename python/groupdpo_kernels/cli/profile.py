@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -122,8 +123,9 @@ def plan(
     )  # fmt: skip
     hardware = Hardware(round(memory * 1e9), ranks, headroom, device, reference)
     some = None if strategies is None else words("strategies", strategies)
-    with Console(stderr=True).status("planning") as status:
-        rows = predict(base, numbers("groups", groups), hardware, some, lambda name: status.update(f"planning: {name}"))
+    sizes, processes = numbers("groups", groups), os.cpu_count() or 1
+    with Console(stderr=True).status("planning: a minute") as status:
+        rows = predict(base, sizes, hardware, some, lambda name: status.update(f"planning: {name} is done"), processes)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
