@@ -66,7 +66,7 @@ class Collector {
     }
     const double taken = gather(state, gathered, tail, z, n, v0, here ? target : -1, block_top);
     if (!tail) return;
-    // The difference keeps its digits only where less than half was taken.
+    // A difference keeps its digits only where no more than half was taken.
     double sum = sums[0] + sums[1];
     if (taken > 0) sum = 2 * taken <= sum ? sum - taken : squashed_sum(z, n, map_, shift, bounded);
     tail->join(z, n, v0, sum, map_, shift);
@@ -76,7 +76,7 @@ class Collector {
   void finish(RowState& state, Entry* gathered, Tail* tail, double row_lse, double doubt, int32_t* ids, float* weights,
               float& dropped) const {
     double kept = 0;
-    if (state.overflows < 2) {
+    if (state.overflows < 2 || tail) {
       raise(state, squashed_at(row_lse + log_least_, map_));
       Entry* end = std::partition(gathered, gathered + state.count,
                                   [&](const Entry& entry) { return entry.squashed >= state.threshold; });
@@ -99,13 +99,13 @@ class Collector {
   // The sum of exp(logit - shift) over what it took from z, if there is a tail.
   double gather(RowState& state, Entry* gathered, Tail* tail, float* z, int64_t n, int64_t v0, int64_t target,
                 float block_top) const {
-    if (state.overflows > 1) return 0;  // a flat row: the exact path is for it, or its tail
+    if (state.overflows > 1 && !tail) return 0;  // a flat row: the exact path is for it
     const double known = std::isnan(state.target_logit) ? state.expected_target : state.target_logit;
     raise(state, squashed_at(state.shift + std::log(state.rest + std::exp(known - state.shift)) + log_least_, map_));
     if (block_top < squashed_logit(state.threshold, map_)) return 0;
     if (count_at_least(z, n, state.threshold) > 2 * kRoom * most_) {
-      overflow(state, gathered, tail);
-      return 0;
+      if (!tail) state.overflows = 2;
+      return 0;  // a Tail has the block: what was gathered before stays
     }
     double taken = 0;
     for (int64_t j = 0; (j += first_at_least(z + j, n - j, state.threshold)) < n; ++j) {
@@ -116,10 +116,7 @@ class Collector {
         z[j] = kNothing;
       }
       if (state.count == kRoom * most_) {
-        if (++state.overflows > 1) {
-          overflow(state, gathered, tail);
-          return taken;
-        }
+        if (++state.overflows > 1 && !tail) return taken;
         keep_likeliest(state, gathered, tail);
       }
     }
@@ -134,11 +131,6 @@ class Collector {
   void release(RowState& state, const Entry* gathered, int64_t count, Tail* tail) const {
     if (tail) tail->join(gathered + count, state.count - count, map_, state.shift);
     state.count = static_cast<int32_t>(count);
-  }
-
-  void overflow(RowState& state, const Entry* gathered, Tail* tail) const {
-    state.overflows = 2;
-    release(state, gathered, 0, tail);
   }
 
   void keep_likeliest(RowState& state, Entry* gathered, Tail* tail) const {

@@ -52,8 +52,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
 
 // token_logps, lse, 1 - p_y, c_y, at least the sum of p_v over what is neither target nor candidate: (T,) float32. Then
 // the candidates, ids (T, most) int32 and p_v c_v (T, most) float32, by id, 0 past the last: entries of probability at
-// least `least`, of more than `most` the likeliest; none in a row that overflows twice. With a seed kTailSamples more
-// columns: entries drawn from all that is neither target nor candidate (tail.h). 2 T D V FLOP.
+// least `least`, of more than `most` the likeliest; none in a row that overflows twice. With a seed no row overflows, and
+// there are kTailSamples more columns: entries drawn from all that is neither target nor candidate (tail.h). 2 T D V
+// FLOP.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_candidates(
     const Head& head,
     const Tensor& targets,        // (T,) int64

@@ -163,7 +163,7 @@ def candidates(
     V = head.weight.shape[0]
     rows = check_targets(targets, V, options.ignore_index)
     live, y = _live_head(head, rows), targets.reshape(-1)[rows]
-    least = sparse.least_probability(grad_tol)
+    least = sparse.least_probability(grad_tol, seed is not None)
     most = sparse.capacity(targets.numel(), V, options.workspace_bytes)
     if impl == "cpu":
         at_target = blocks.target_logits(*live, y, options)

@@ -66,12 +66,11 @@ def linear_logps(
             explicit choice never falls back.
         low_rank: (x, B) adds x @ B.T to hidden @ weight.T: LoRA on the head without a merged copy of the weight,
             with x = scaling * hidden @ A.T.
-        grad_tail: with grad_tol > 0, what is done about the unlikely entries of rows that the bound forbids to leave
-            out. "exact": the exact path. "sample": four entries drawn from them stand for them, in every row, so that
-            the gradient is unbiased, grad_tol decides how much of it is drawn, and no row is flat enough to cost the
-            exact path; docs/math.md has its variance. Every call draws one number from torch's CPU generator, so
-            torch.manual_seed and checkpoints replay it. By "reference" and "cpu" alone. Calls that grad_tol leaves
-            exact stay exact.
+        grad_tail: with grad_tol > 0, what is done about unlikely entries. "exact": left out where the bound above
+            allows it, else computed. "sample": those less likely than grad_tol / 4 are represented, in every row, by
+            eight drawn from them, so the gradient is unbiased, no row costs the exact path, and the bound gives way to
+            a variance (docs/math.md). Each call takes one number from torch's CPU generator: torch.manual_seed and
+            checkpoints replay it. By "reference" and "cpu" alone; calls that grad_tol leaves exact stay so.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it, what is expected, and its value. On a GPU

@@ -30,7 +30,7 @@ from .reference import Head, HeadGradients, HeadOptions, accumulator
 AddWeightedRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, HeadOptions], None]
 
 
-TAIL_SAMPLES = 4  # csrc/cpu/tail.h says why
+TAIL_SAMPLES = 8  # csrc/cpu/tail.h says why
 
 
 def samples(seed: Tensor | None) -> int:
@@ -49,9 +49,11 @@ class Candidates(NamedTuple):
     weights: Tensor  # likewise: p_v c_v of each, 0 past the last; of the drawn ones tail / TAIL_SAMPLES c_v
 
 
-def least_probability(grad_tol: float) -> float:
-    """Of a candidate. Smaller: more candidates, and fewer rows that need the exact path."""
-    return grad_tol / 64
+def least_probability(grad_tol: float, sampled: bool = False) -> float:
+    """Of a candidate. Smaller: more candidates, and fewer rows that need the exact path; or, where a tail is sampled,
+    less in it: there a further draw lowers the variance by more than a candidate below 2^-9 does.
+    """
+    return grad_tol / (4 if sampled else 64)
 
 
 def capacity(T: int, V: int, workspace_bytes: int) -> int:
