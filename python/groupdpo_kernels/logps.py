@@ -332,7 +332,7 @@ def _run(
     known = None if tape is None else tape.take(targets.shape)
     sparse = grad_tol > 0 and not extra and _differentiates(head)
     # A GPU does not have the products of a row at hand once it knows that the row needs them: candidates are cheaper.
-    # Nor are they on a CPU where a draw stands for them.
+    # With a sampled tail no row needs them, on any device.
     cheaper = sparse and (hidden.device.type != "cpu" or seed is not None)
     stores = not outputs and _stores_derivative(head, options) and not cheaper
     if stores and (known is None or sparse):
