@@ -25,6 +25,7 @@ TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]
 Maker = Callable[[Case, torch.device], TokenLogps]
 
 OURS = ("triton", "cuda", "cpu", "reference")
+SAMPLED = " sampled"  # ends the name of a row with grad_tail="sample"
 # Whose versions go into the results.
 PACKAGES = ("torch", "triton", "numpy", "trl", "cut-cross-entropy", "liger-kernel")
 
@@ -33,8 +34,8 @@ class Unavailable(Exception):
     """This implementation cannot run this case here."""
 
 
-def ours(impl: str, grad_tol: float = 0.0) -> Maker:
-    """`linear_logps(impl=impl, grad_tol=grad_tol)`."""
+def ours(impl: str, grad_tol: float = 0.0, grad_tail: str = "exact") -> Maker:
+    """`linear_logps(impl=impl, grad_tol=grad_tol, grad_tail=grad_tail)`."""
 
     def maker(case: Case, device: torch.device) -> TokenLogps:
         probe = torch.empty(1, 8, dtype=case.dtype, device=device)
@@ -42,7 +43,7 @@ def ours(impl: str, grad_tol: float = 0.0) -> Maker:
         if reasons:
             raise Unavailable("; ".join(reasons))
         settings: dict[str, Any] = {"softcap": case.softcap, "workspace_bytes": case.workspace_bytes, "impl": impl}
-        settings["grad_tol"] = grad_tol
+        settings |= {"grad_tol": grad_tol, "grad_tail": grad_tail}
         return lambda hidden, weight, targets: linear_logps(hidden, weight, targets, **settings)
 
     return maker
@@ -50,7 +51,7 @@ def ours(impl: str, grad_tol: float = 0.0) -> Maker:
 
 def grad_tol_of(name: str) -> float:
     """Of the name of an implementation: "ours/cpu grad_tol=0.0078125" has one, all others are exact."""
-    return float(name.partition(" grad_tol=")[2] or 0)
+    return float(name.removesuffix(SAMPLED).partition(" grad_tol=")[2] or 0)
 
 
 # ----------------------------------------------------------------------------------------------------- eager and torch
@@ -151,10 +152,11 @@ PEERS: dict[str, Maker] = {
 
 
 def maker(name: str) -> Maker:
-    """The maker of a row: a key of PEERS, "ours/<impl>" or "ours/<impl> grad_tol=<tolerance>"."""
+    """The maker of a row: a key of PEERS, "ours/<impl>" or "ours/<impl> grad_tol=<tolerance>", SAMPLED behind it."""
     if not name.startswith("ours/"):
         return PEERS[name]
-    return ours(name.removeprefix("ours/").partition(" ")[0], grad_tol_of(name))
+    tail = "sample" if name.endswith(SAMPLED) else "exact"
+    return ours(name.removeprefix("ours/").partition(" ")[0], grad_tol_of(name), tail)
 
 
 # ------------------------------------------------------------------------------------------------------------- why not

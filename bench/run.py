@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import memory
 from bench.measure import MODES, RANDOM, Differentiated, Gate, Inputs, Products, Seconds, Step, clock, draw, spread
-from bench.peers import OURS, PEERS, Unavailable, grad_tol_of, maker
+from bench.peers import OURS, PEERS, SAMPLED, Unavailable, grad_tol_of, maker
 from bench.report import Report, Row, dtype_name, header, results_path, tables, title
 from groupdpo_kernels import ops
 from groupdpo_kernels.profiles import PROFILES, describe_rows
@@ -118,11 +118,11 @@ def measure_group(
 def admit(step: Step, row: Row, gate: Gate, case: Case, options: argparse.Namespace) -> bool:
     """The first call decides whether it is right; then its memory."""
     out = step.forward()
-    grad_tol = grad_tol_of(row["implementation"])
-    errors, red = gate.check(out, step.backward(out), grad_tol)
+    grad_tol, sampled = grad_tol_of(row["implementation"]), row["implementation"].endswith(SAMPLED)
+    errors, red = gate.check(out, step.backward(out), grad_tol, sampled)
     del out
     if grad_tol > 0:
-        row |= sparsity(gate.inputs, case, grad_tol)
+        row |= sparsity(gate.inputs, case, grad_tol, sampled)
     row["error"] = {name: float(f"{found:.3g}") for name, (found, _) in errors.items()}
     row["error_budget"] = {name: float(f"{budget:.3g}") for name, (_, budget) in errors.items()}
     row |= {"status": "red", "why": "; ".join(red)} if red else {"status": "gated"}
@@ -133,16 +133,17 @@ def admit(step: Step, row: Row, gate: Gate, case: Case, options: argparse.Namesp
     return not red
 
 
-def sparsity(inputs: Inputs, case: Case, grad_tol: float) -> dict[str, float]:
+def sparsity(inputs: Inputs, case: Case, grad_tol: float, sampled: bool) -> dict[str, float]:
     """What a tolerance means for these rows: the share that needs the exact path, candidates a row, and what the rows
     look like. A figure with a tolerance says nothing without them."""
     head = Head(inputs.hidden.detach(), inputs.weight.detach(), None, None, None)
-    found = ops.linear_logps_candidates(head, inputs.targets, case.options, grad_tol, "auto")
+    seed = torch.tensor(0) if sampled else None
+    found = ops.linear_logps_candidates(head, inputs.targets, case.options, grad_tol, "auto", seed)
     upstream, live = inputs.d_token_logps.to(found.lse), inputs.targets != case.options.ignore_index
     exact = exact_rows(found.doubts, found.dropped, upstream, torch.zeros_like(upstream), live, grad_tol)
     rows = describe_rows(head.hidden, head.weight, inputs.targets, grad_tol)
     return {
-        "exact_rows": float(exact[live].float().mean()),
+        "exact_rows": 0.0 if sampled else float(exact[live].float().mean()),
         "candidates": float((found.weights > 0).sum(-1)[live].float().mean()),
         "entropy": rows.entropy,
         "not_target": rows.not_target,
@@ -194,6 +195,7 @@ def parse() -> argparse.Namespace:
     add("--impl", nargs="*", choices=OURS, help="ours; default: triton on a GPU, cpu and reference on a CPU")
     add("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="default: all")
     add("--grad-tol", type=float, nargs="*", default=[], help="a further row of each of ours with this tolerance")
+    add("--grad-tail", nargs="+", choices=["exact", "sample"], default=["exact"], help="of those rows")
     add("--rounds", type=int, help="default: as many as --seconds allows, 3 to 30; 0: gates and memory alone")
     add("--seconds", type=float, default=8.0, help="of timing a group of rows; default: %(default)s")
     add("--budget", type=float, default=330.0, help="seconds in all, on a GPU: later groups are left out, and named")
@@ -211,7 +213,9 @@ def parse() -> argparse.Namespace:
     chosen = [case for case in SHAPES if case.name in (options.shapes or shapes)]
     options.cases = [replace(case, dtype=getattr(torch, d)) for case in chosen for d in options.dtype or dtypes]
     impls = impls if options.impl is None else options.impl
-    ours = [f"ours/{impl}{tol}" for impl in impls for tol in ("", *(f" grad_tol={x:g}" for x in options.grad_tol))]
+    tails = [SAMPLED if tail == "sample" else "" for tail in options.grad_tail]
+    tolerances = [f" grad_tol={x:g}{tail}" for x in options.grad_tol for tail in tails]
+    ours = [f"ours/{impl}{tol}" for impl in impls for tol in ("", *tolerances)]
     options.implementations = [*ours, *options.peers]
     return options
 

@@ -41,9 +41,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expectations_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> candidates_cpu(
     Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
     std::optional<Tensor> low_rank_weight, Tensor targets, Tensor target_logits, double logit_scale,
-    std::optional<double> softcap, double temperature, int64_t workspace_bytes, double least, int64_t most) {
+    std::optional<double> softcap, double temperature, int64_t workspace_bytes, double least, int64_t most,
+    std::optional<int64_t> seed) {
   return linear_logps_candidates({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, target_logits,
-                                 {logit_scale, softcap, temperature, workspace_bytes}, least, most);
+                                 {logit_scale, softcap, temperature, workspace_bytes}, least, most, seed);
 }
 
 void add_weighted_rows_cpu(Tensor out, Tensor source, Tensor owned, Tensor index, Tensor coefficients) {

@@ -189,4 +189,4 @@ def test_public_names_are_documented_and_typed() -> None:
 def test_signature_of_linear_logps() -> None:
     parameters = list(inspect.signature(groupdpo_kernels.linear_logps).parameters)
     head = ["hidden", "weight", "targets", "bias", "logit_scale", "softcap", "temperature", "ignore_index", "grad_tol"]
-    assert parameters == [*head, "workspace_bytes", "process_group", "impl", "low_rank"]
+    assert parameters == [*head, "workspace_bytes", "process_group", "impl", "low_rank", "grad_tail"]

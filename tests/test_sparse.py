@@ -287,12 +287,12 @@ def test_opcheck(name: str, impl: str) -> None:
     inputs = make_inputs(BY_NAME[name])
     head = Head(*(inputs.leaves[n].detach() if n in inputs.leaves else None for n in Head._fields))  # type: ignore[arg-type]
     options = dataclasses.astuple(BY_NAME[name].options)
-    arguments = (*head, inputs.targets, *options, 0.05, impl)
+    arguments = (*head, inputs.targets, *options, 0.05, None, impl)
     opcheck(torch.ops.groupdpo_kernels.linear_logps_candidates.default, arguments)
     found = torch.ops.groupdpo_kernels.linear_logps_candidates(*arguments)
     rows = [torch.randn(inputs.targets.shape) for _ in range(2)]
     needs = [x is not None for x in head]
-    arguments = (*head, inputs.targets, *found[1:], *rows, *options, 0.05, needs, impl)
+    arguments = (*head, inputs.targets, *found[1:], *rows, *options, 0.05, False, needs, impl)
     opcheck(torch.ops.groupdpo_kernels.linear_logps_sparse_backward.default, arguments)
 
 

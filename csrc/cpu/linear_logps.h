@@ -52,12 +52,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
 
 // token_logps, lse, 1 - p_y, c_y, at least the sum of p_v over what is neither target nor candidate: (T,) float32. Then
 // the candidates, ids (T, most) int32 and p_v c_v (T, most) float32, by id, 0 past the last: entries of probability at
-// least `least`, of more than `most` the likeliest; none in a row that overflows twice. 2 T D V FLOP.
+// least `least`, of more than `most` the likeliest; none in a row that overflows twice. With a seed no row overflows, and
+// there are kTailSamples more columns: entries drawn from all that is neither target nor candidate (tail.h). 2 T D V
+// FLOP.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_candidates(
     const Head& head,
     const Tensor& targets,        // (T,) int64
     const Tensor& target_logits,  // (T,) float32: of the targets, for the first thresholds; need not be exact
-    const HeadOptions& options, double least, int64_t most);
+    const HeadOptions& options, double least, int64_t most, std::optional<int64_t> seed);
 
 // out[i] += sum of coefficients[j] source[index[j]] over owned[i] <= j < owned[i + 1]: in order, in float32, rounded
 // once.

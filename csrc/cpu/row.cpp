@@ -162,6 +162,39 @@ EVERY_ISA double squashed_sum(const float* z, int64_t n, const LogitMap& map, fl
   return sum;
 }
 
+EVERY_ISA void squashed_find(const float* z, int64_t n, const LogitMap& map, float shift, const double* at,
+                             int64_t count, int64_t* found) {
+  constexpr int64_t few = 4 * LANES;
+  const bool capped = map.softcap > 0;
+  const float factor = capped ? map.softcap : 1, divisor = capped ? map.temperature : 1;
+  double before = 0;
+  int64_t last = n, next = 0;
+  for (int64_t j = 0; j < n && next < count; j += few) {
+    const int64_t width = std::min(few, n - j);
+    float e[few], lane[LANES] = {};
+    for (int64_t i = 0; i < width; ++i) e[i] = vexp(factor * z[j + i] / divisor - shift);
+    std::fill(e + width, e + few, 0.0f);
+    for (int64_t i = 0; i < few; i += LANES) {
+      for (int64_t l = 0; l < LANES; ++l) lane[l] += e[i + l];
+    }
+    double sum = 0;
+    for (int64_t l = 0; l < LANES; ++l) sum += lane[l];
+    if (sum == 0) continue;
+    double running = before;
+    int64_t i = 0;
+    for (; next < count && at[next] < before + sum; ++next) {
+      while (i + 1 < width && running + e[i] <= at[next]) running += e[i++];
+      int64_t k = i;
+      while (e[k] == 0) --k;  // the end, by rounding alone
+      found[next] = j + k;
+    }
+    for (last = width - 1; e[last] == 0;) --last;
+    last += j;
+    before += sum;
+  }
+  for (; next < count; ++next) found[next] = last;
+}
+
 EVERY_ISA int64_t first_at_least(const float* z, int64_t n, float least) {
   int64_t j = 0;
   for (; j + LANES <= n; j += LANES) {

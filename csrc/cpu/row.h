@@ -54,6 +54,11 @@ double squashed_to_weights(float* z, int64_t n, const LogitMap& map, float shift
 // Of to_squashed's result (n,): sum exp(logit - shift). bounded: no logit exceeds shift + 88.
 double squashed_sum(const float* z, int64_t n, const LogitMap& map, float shift, bool bounded);
 
+// Where the running sum of exp(logit - shift) over to_squashed's result (n,) first exceeds at[i], for `count` ascending
+// at[i]: the last entry that adds anything where none does; n where nothing adds anything. -inf adds nothing.
+void squashed_find(const float* z, int64_t n, const LogitMap& map, float shift, const double* at, int64_t count,
+                   int64_t* found);
+
 // Index of the first of z (n,) that is at least `least`; n if there is none. NaN is not.
 int64_t first_at_least(const float* z, int64_t n, float least);
 

@@ -172,11 +172,11 @@ class FrozenLinearLogps(torch.autograd.Function):
 
 class SparseLinearLogps(torch.autograd.Function):
     """`SparseLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, grad_tol,
-    impl)`.
+    impl, seed)`.
 
-    As LinearLogps, with gradients over few vocabulary entries a row: their relative L1 error in d_logits over the call
-    is at most `grad_tol` > 0, whatever the data and the upstream gradient (sparse.py). Returns (token_logps, lse), both
-    differentiable.
+    As LinearLogps, with gradients over few vocabulary entries a row. Without a seed their relative L1 error in d_logits
+    over the call is at most `grad_tol` > 0, whatever the data and the upstream gradient; with one, () int64, they are
+    unbiased, and what the entries leave out is drawn (sparse.py). Returns (token_logps, lse), both differentiable.
     """
 
     @staticmethod
@@ -191,11 +191,12 @@ class SparseLinearLogps(torch.autograd.Function):
         options: HeadOptions,
         grad_tol: float,
         impl: str,
+        seed: Tensor | None,  # () int64, on the CPU
     ) -> tuple[Tensor, Tensor]:
         head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-        token_logps, lse, *found = ops.linear_logps_candidates(head, targets, options, grad_tol, impl)
+        token_logps, lse, *found = ops.linear_logps_candidates(head, targets, options, grad_tol, impl, seed)
         ctx.save_for_backward(*head, targets, lse, *found)
-        ctx.options, ctx.grad_tol, ctx.impl = options, grad_tol, impl
+        ctx.options, ctx.grad_tol, ctx.impl, ctx.sampled = options, grad_tol, impl, seed is not None
         return token_logps, lse
 
     @staticmethod
@@ -206,9 +207,9 @@ class SparseLinearLogps(torch.autograd.Function):
         need = ctx.needs_input_grad  # (hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ...)
         needs = (need[0], need[1], need[3], need[4], need[5])
         g = ops.linear_logps_sparse_backward(
-            head, targets, found, d_token_logps, d_lse, ctx.options, ctx.grad_tol, needs, ctx.impl
+            head, targets, found, d_token_logps, d_lse, ctx.options, ctx.grad_tol, needs, ctx.impl, ctx.sampled
         )
-        return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, None, None, None
+        return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *[None] * 4
 
 
 class RefuseGradient(torch.autograd.Function):

@@ -157,19 +157,24 @@ def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOption
     return torch.where(live, _put(token_logps, rows, targets.shape), 0)
 
 
-def candidates(head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str) -> Candidates:
+def candidates(
+    head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, seed: Tensor | None, impl: str
+) -> Candidates:
     V = head.weight.shape[0]
     rows = check_targets(targets, V, options.ignore_index)
     live, y = _live_head(head, rows), targets.reshape(-1)[rows]
-    least = sparse.least_probability(grad_tol)
+    least = sparse.least_probability(grad_tol, seed is not None)
     most = sparse.capacity(targets.numel(), V, options.workspace_bytes)
     if impl == "cpu":
         at_target = blocks.target_logits(*live, y, options)
         op = torch.ops.groupdpo_kernels.linear_logps_candidates_cpu
-        found = Candidates(*op(*live, y, at_target, *_of_extension(options), least, most))
+        at = None if seed is None else int(seed)
+        found = Candidates(*op(*live, y, at_target, *_of_extension(options), least, most, at))
     else:
         found = sparse.candidates_in_blocks(*live, y, options, least, most)
-    shapes = [targets.shape] * 5 + [(*targets.shape, most)] * 2
+        if seed is not None:
+            found = sparse.with_tail(found, live, y, options, int(seed))
+    shapes = [targets.shape] * 5 + [(*targets.shape, most + sparse.samples(seed))] * 2
     return Candidates(*(_put(x, rows, torch.Size(shape)) for x, shape in zip(found, shapes)))
 
 
@@ -180,13 +185,18 @@ def sparse_backward(
     d_token_logps: Tensor,
     d_lse: Tensor,
     options: HeadOptions,
-    grad_tol: float,
+    grad_tol: float | None,
     needs: tuple[bool, ...],
     impl: str,
 ) -> HeadGradients:
-    """The rows that need it through the exact path, the others over their candidates."""
+    """The rows that need it through the exact path, the others over their candidates. Without grad_tol, which is where
+    the candidates come with a sampled tail, only rows that are not finite need it.
+    """
     live = targets != options.ignore_index
-    exact = sparse.exact_rows(found.doubts, found.dropped, d_token_logps, d_lse, live, grad_tol)
+    if grad_tol is None:
+        exact = live & ~torch.isfinite(found.lse + found.dropped + d_token_logps + d_lse)
+    else:
+        exact = sparse.exact_rows(found.doubts, found.dropped, d_token_logps, d_lse, live, grad_tol)
     rest = torch.where(exact, targets, options.ignore_index)
     d_target, d_softmax = d_token_logps * found.doubts + d_lse * (1 - found.doubts), d_lse - d_token_logps
     gradients = backward(head, rest, found.lse, d_target, d_softmax, options, (*needs, False), impl)

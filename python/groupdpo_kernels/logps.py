@@ -40,6 +40,7 @@ def linear_logps(
     process_group: Any = None,
     impl: str = "auto",
     low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
+    grad_tail: str = "exact",
 ) -> Tensor:  # (...) float32, float64 for float64 inputs
     """Log-probability of each target under softmax(cap(logit_scale (hidden @ weight.T + bias)) / temperature).
 
@@ -65,6 +66,11 @@ def linear_logps(
             explicit choice never falls back.
         low_rank: (x, B) adds x @ B.T to hidden @ weight.T: LoRA on the head without a merged copy of the weight,
             with x = scaling * hidden @ A.T.
+        grad_tail: with grad_tol > 0, what is done about unlikely entries. "exact": left out where the bound above
+            allows it, else computed. "sample": those less likely than grad_tol / 4 are represented, in every row, by
+            eight drawn from them, so the gradient is unbiased, no row costs the exact path, and the bound gives way to
+            a variance (docs/math.md). Each call takes one number from torch's CPU generator: torch.manual_seed and
+            checkpoints replay it. By "reference" and "cpu" alone; calls that grad_tol leaves exact stay so.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it, what is expected, and its value. On a GPU
@@ -74,8 +80,9 @@ def linear_logps(
     Source: DPO (arXiv 2305.18290) needs exactly these; the online log-sum-exp over vocabulary blocks follows cut
     cross-entropy (arXiv 2411.09009).
     """
-    options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, workspace_bytes)
-    return _run(hidden, weight, targets, bias, low_rank, options, grad_tol, (), process_group, impl).token_logps
+    options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
+    settings = (options, grad_tol, grad_tail, (), process_group, impl)
+    return _run(hidden, weight, targets, bias, low_rank, *settings).token_logps
 
 
 def linear_logp_stats(
@@ -93,6 +100,7 @@ def linear_logp_stats(
     process_group: Any = None,
     impl: str = "auto",
     low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
+    grad_tail: str = "exact",
     outputs: Sequence[str] = ("lse", "entropy"),
 ) -> LogpStats:
     """`linear_logps` with more of each row's distribution, at the same number of matrix products.
@@ -109,8 +117,8 @@ def linear_logp_stats(
         raise ValueError(
             "outputs must not hold 'is_top1' with a process_group: a shard does not see the others' largest logits"
         )
-    options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, workspace_bytes)
-    stats = _run(hidden, weight, targets, bias, low_rank, options, grad_tol, outputs, process_group, impl)
+    options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
+    stats = _run(hidden, weight, targets, bias, low_rank, options, grad_tol, grad_tail, outputs, process_group, impl)
     fields = stats._asdict()
     for name in known:
         if name not in outputs:
@@ -178,16 +186,20 @@ def explain(
     process_group: Any = None,
     impl: str = "auto",
     low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
+    grad_tail: str = "exact",
 ) -> Explanation:
     """Which implementation impl="auto" takes for these arguments of `linear_logps`, and every reason against the
     others. Computes nothing; raises what the call itself would raise before it computes. `impl` makes no difference.
     """
-    _options(logit_scale, softcap, temperature, ignore_index, grad_tol, workspace_bytes)
+    _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
     _known(impl)
     hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
     _check(hidden, weight, targets, bias, low_rank)
     why_not = {name: ops.why_not(name, hidden, weight) for name in ops.IMPLS}
-    return Explanation(ops.resolve("auto", hidden, weight), why_not)
+    first = ops.resolve("auto", hidden, weight)
+    if grad_tail == "sample":
+        ops.check_tail(first)
+    return Explanation(first, why_not)
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -199,6 +211,7 @@ def _options(
     temperature: float,
     ignore_index: int,
     grad_tol: float,
+    grad_tail: str,
     workspace_bytes: int,
 ) -> HeadOptions:
     if not math.isfinite(logit_scale):
@@ -209,6 +222,10 @@ def _options(
         raise ValueError(f"temperature must be positive and finite; got {temperature}")
     if not 0 <= grad_tol < 1:
         raise ValueError(f"grad_tol must be in [0, 1); got {grad_tol}")
+    if grad_tail not in ("exact", "sample"):
+        raise ValueError(f"grad_tail must be 'exact' or 'sample'; got {grad_tail!r}")
+    if grad_tail == "sample" and grad_tol == 0:
+        raise ValueError("grad_tail='sample' needs grad_tol > 0, which says what is drawn; got grad_tol = 0")
     if workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes must be positive; got {workspace_bytes}")
     cap = None if softcap is None else float(softcap)
@@ -291,6 +308,7 @@ def _run(
     low_rank: tuple[Tensor, Tensor] | None,
     options: HeadOptions,
     grad_tol: float,
+    grad_tail: str,
     outputs: Sequence[str],
     process_group: Any,
     impl: str,
@@ -300,6 +318,10 @@ def _run(
     _check(hidden, weight, targets, bias, low_rank)
     low_rank_hidden, low_rank_weight = (None, None) if low_rank is None else low_rank
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    # Whether or not this call uses it: forwards with and without a graph take as much from the generator.
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64) if grad_tail == "sample" else None
+    if seed is not None and not torch.compiler.is_compiling():  # then the op says so
+        ops.check_tail(ops.resolve(impl, hidden, weight))
     arguments = (hidden, weight, targets.long(), bias, low_rank_hidden, low_rank_weight, options)
     extra = any(name in outputs for name in _EXTRA)
     if process_group is not None:
@@ -310,12 +332,14 @@ def _run(
     known = None if tape is None else tape.take(targets.shape)
     sparse = grad_tol > 0 and not extra and _differentiates(head)
     # A GPU does not have the products of a row at hand once it knows that the row needs them: candidates are cheaper.
-    stores = not outputs and _stores_derivative(head, options) and not (sparse and hidden.device.type != "cpu")
+    # With a sampled tail no row needs them, on any device.
+    cheaper = sparse and (hidden.device.type != "cpu" or seed is not None)
+    stores = not outputs and _stores_derivative(head, options) and not cheaper
     if stores and (known is None or sparse):
         stats = LogpStats(*FrozenLinearLogps.apply(*arguments, float(grad_tol), impl))
     elif sparse:
         # Also where the lse is known: the candidates cost the one product that it would save, and save two.
-        stats = LogpStats(*SparseLinearLogps.apply(*arguments, float(grad_tol), impl))
+        stats = LogpStats(*SparseLinearLogps.apply(*arguments, float(grad_tol), impl, seed))
     elif known is None and _differentiates(head) and (columns := columns_to_keep(head, targets, options, impl)):
         stats = LogpStats(*KeptLinearLogps.apply(*arguments, extra, columns)[:6])
     else:

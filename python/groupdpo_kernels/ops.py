@@ -46,8 +46,8 @@ _LIBRARY.define(
     f" float least) -> {_SEVEN}"
 )
 _LIBRARY.define(
-    f"linear_logps_candidates_cpu({HEAD}, Tensor target_logits, {_MAP}, int workspace_bytes, float least, int most)"
-    f" -> {_SEVEN}"
+    f"linear_logps_candidates_cpu({HEAD}, Tensor target_logits, {_MAP}, int workspace_bytes, float least, int most,"
+    f" int? seed) -> {_SEVEN}"
 )
 _LIBRARY.define(
     "add_weighted_rows_cpu(Tensor(a!) out, Tensor source, Tensor owned, Tensor index, Tensor coefficients) -> ()"
@@ -97,6 +97,12 @@ def resolve(impl: str, hidden: Tensor, weight: Tensor) -> str:
     if reasons:
         raise ValueError(f"impl={impl!r} cannot run here: " + "; ".join(reasons))
     return impl
+
+
+def check_tail(impl: str) -> None:
+    """ValueError where the implementation that runs cannot sample a tail."""
+    if impl == "triton":
+        raise ValueError("grad_tail='sample' has no Triton kernel: pass grad_tail='exact', or impl='reference' (slow)")
 
 
 # -------------------------------------------------------------------------------------------------------------- the ops
@@ -172,27 +178,30 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_ta
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_candidates",
     mutates_args=(),
-    schema=f"({HEAD}, {OPTIONS}, float grad_tol, str impl) -> {_SEVEN}",
+    schema=f"({HEAD}, {OPTIONS}, float grad_tol, Tensor? seed, str impl) -> {_SEVEN}",
 )
 def _linear_logps_candidates(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    *options, grad_tol, impl = rest
+    *options, grad_tol, seed, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
+    if seed is not None:
+        check_tail(impl)
     with exact_arithmetic(hidden.device):
         if impl == "triton":
             launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_candidates")
             most = sparse.capacity(targets.numel(), weight.shape[0], HeadOptions(*options).workspace_bytes)
             least = sparse.least_probability(grad_tol)
             return tuple(launcher.linear_logps_candidates(*head, targets, *options, least, most))
-        return tuple(host.candidates(head, targets, HeadOptions(*options), grad_tol, impl))
+        return tuple(host.candidates(head, targets, HeadOptions(*options), grad_tol, seed, impl))
 
 
 @_linear_logps_candidates.register_fake
 def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     row = [torch.empty_like(targets, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(5)]
-    most = sparse.capacity(targets.numel(), weight.shape[0], HeadOptions(*rest[:-2]).workspace_bytes)
-    shape = (*targets.shape, most)
+    *options, _, seed, _ = rest
+    most = sparse.capacity(targets.numel(), weight.shape[0], HeadOptions(*options).workspace_bytes)
+    shape = (*targets.shape, most + sparse.samples(seed))
     return (*row, targets.new_empty(shape, dtype=torch.int32), targets.new_empty(shape, dtype=dtype))
 
 
@@ -200,11 +209,11 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     "groupdpo_kernels::linear_logps_sparse_backward",
     mutates_args=(),
     schema=f"({HEAD}, Tensor lse, Tensor doubts, Tensor slopes, Tensor dropped, Tensor ids, Tensor weights,"
-    f" Tensor d_token_logps, Tensor d_lse, {OPTIONS}, float grad_tol, bool[] needs, str impl)"
+    f" Tensor d_token_logps, Tensor d_lse, {OPTIONS}, float grad_tol, bool sampled, bool[] needs, str impl)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_logps_sparse_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    found, (d_token_logps, d_lse, *options, grad_tol, needs, impl) = Candidates(rest[0], *rest[:6]), rest[6:]
+    found, (d_token_logps, d_lse, *options, grad_tol, sampled, needs, impl) = Candidates(rest[0], *rest[:6]), rest[6:]
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
     upstream = (d_token_logps, d_lse)
@@ -216,7 +225,8 @@ def _linear_logps_sparse_backward(hidden, weight, bias, low_rank_hidden, low_ran
             kept = (found.lse, found.doubts, found.slopes, found.ids, found.weights)
             out = launcher.linear_logps_sparse_backward(*head, targets, exact, *kept, *upstream, *options, tuple(needs))
         else:
-            out = host.sparse_backward(head, targets, found, *upstream, HeadOptions(*options), grad_tol, needs, impl)
+            tol = None if sampled else grad_tol
+            out = host.sparse_backward(head, targets, found, *upstream, HeadOptions(*options), tol, needs, impl)
     return tuple(hidden.new_empty(0) if x is None else x for x in out[:5])
 
 
@@ -362,11 +372,11 @@ def linear_logps_jacobian(
 
 
 def linear_logps_candidates(
-    head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str
+    head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str, seed: Tensor | None = None
 ) -> Candidates:
-    """What sparse.py says, in the leading shape of targets."""
+    """What sparse.py says, in the leading shape of targets; with a seed, () int64, also a sampled tail."""
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_candidates
-    return Candidates(*op(*head, targets, *astuple(options), grad_tol, impl))
+    return Candidates(*op(*head, targets, *astuple(options), grad_tol, seed, impl))
 
 
 def linear_logps_sparse_backward(
@@ -379,9 +389,10 @@ def linear_logps_sparse_backward(
     grad_tol: float,
     needs: tuple[bool, ...],
     impl: str,
+    sampled: bool = False,
 ) -> HeadGradients:
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_sparse_backward
-    out = op(*head, targets, *found[1:], d_token_logps, d_lse, *astuple(options), grad_tol, list(needs), impl)
+    out = op(*head, targets, *found[1:], d_token_logps, d_lse, *astuple(options), grad_tol, sampled, list(needs), impl)
     return HeadGradients(*(x if needed else None for x, needed in zip(out, needs)))
 
 

@@ -5,7 +5,11 @@ forward keeps each row's candidates, the entries of probability at least `least_
 `capacity` of them, and `dropped`, a bound on the probability of all the others. The target is kept apart with its own
 1 - p_y, and nothing is renormalised. The backward knows the upstream gradient: `exact_rows` sends rows through the
 exact path until what the others leave out is at most `grad_tol` of d_logits in the L1 norm over the call, whatever the
-data; `add_candidates` does the others. Derivation and bound: docs/math.md.
+data; `add_candidates` does the others.
+
+With a sampled tail (`grad_tail="sample"`) no row that is finite needs the exact path: `TAIL_SAMPLES` entries drawn from
+what a row leaves out stand for it, each with that probability's equal part, which makes the gradients unbiased. They
+are more columns of ids and weights. Derivations and bounds: docs/math.md.
 
 Here in plain PyTorch, on any device: the specification of the kernels, and what `impl="reference"` runs. Checks no
 values: rows are live and ids are valid.
@@ -26,6 +30,13 @@ from .reference import Head, HeadGradients, HeadOptions, accumulator
 AddWeightedRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, HeadOptions], None]
 
 
+TAIL_SAMPLES = 8  # csrc/cpu/tail.h says why
+
+
+def samples(seed: Tensor | None) -> int:
+    return 0 if seed is None else TAIL_SAMPLES
+
+
 class Candidates(NamedTuple):
     """What a forward keeps of each row besides token_logps and lse; all by row, in float32 (float64)."""
 
@@ -34,13 +45,15 @@ class Candidates(NamedTuple):
     doubts: Tensor  # (T,) 1 - p_y, as a sum over the others: nothing cancels in a row that is sure of its target
     slopes: Tensor  # (T,) c_y, the cap's slope at the target; 1 without a cap
     dropped: Tensor  # (T,) at least the sum of p_v over the entries that are neither target nor candidate
-    ids: Tensor  # (T, capacity) int32: the candidates first, then 0
-    weights: Tensor  # (T, capacity) p_v c_v of each; 0 past the last
+    ids: Tensor  # (T, capacity) int32: the candidates first, then 0; then, with a sampled tail, TAIL_SAMPLES more
+    weights: Tensor  # likewise: p_v c_v of each, 0 past the last; of the drawn ones tail / TAIL_SAMPLES c_v
 
 
-def least_probability(grad_tol: float) -> float:
-    """Of a candidate. Smaller: more candidates, and fewer rows that need the exact path."""
-    return grad_tol / 64
+def least_probability(grad_tol: float, sampled: bool = False) -> float:
+    """Of a candidate. Smaller: more candidates, and fewer rows that need the exact path; or, where a tail is sampled,
+    less in it: there a further draw lowers the variance by more than a candidate below 2^-9 does.
+    """
+    return grad_tol / (4 if sampled else 64)
 
 
 def capacity(T: int, V: int, workspace_bytes: int) -> int:
@@ -102,6 +115,49 @@ def candidates_in_blocks(
         weights[t] = p * best_slopes
         ids[t] = torch.where(p > 0, best_ids, 0).to(torch.int32)
     return Candidates(target_logits - lse, lse, doubts, slopes, dropped, ids, weights)
+
+
+def with_tail(
+    found: Candidates,
+    head: Head,  # (T, .) rows
+    targets: Tensor,  # (T,) int64, all valid
+    options: HeadOptions,
+    seed: int,
+) -> Candidates:
+    """And TAIL_SAMPLES entries of each row, drawn independently in proportion to p from what is neither target nor
+    candidate: 2 T D V FLOP more. A block of the vocabulary that joins the tail takes each draw over with the
+    probability of its part of the tail so far; within it the draw goes by the running sum.
+    """
+    hidden, weight, bias, low_rank_hidden, low_rank_weight = head
+    dtype = accumulator(hidden.dtype)
+    (T, D), V = hidden.shape, weight.shape[0]
+    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
+    rows, columns = block_shape(T, D + R + 3 * found.ids.shape[1], V, options.workspace_bytes, dtype.itemsize)
+    generator = torch.Generator(hidden.device).manual_seed(seed)
+    ids = found.ids.new_zeros((T, TAIL_SAMPLES))
+    weights = found.weights.new_zeros((T, TAIL_SAMPLES))
+    for t in _spans(T, rows):
+        h = hidden[t].to(dtype)
+        x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
+        taken = torch.cat((torch.where(found.weights[t] != 0, found.ids[t].long(), -1), targets[t, None]), 1)
+        tail, slopes = h.new_zeros((h.shape[0], 1), dtype=torch.float64), torch.ones_like(weights[t])
+        for v in _spans(V, columns):
+            b = None if bias is None else bias[v].to(dtype)
+            u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
+            z, slope = _block_logits(h, weight[v].to(dtype), b, x, u, options)
+            sums = torch.exp(z - found.lse[t, None]).double()
+            row, slot = ((taken >= v.start) & (taken < v.stop)).nonzero(as_tuple=True)
+            sums[row, taken[row, slot] - v.start] = 0
+            sums = sums.cumsum(1)
+            tail += sums[:, -1:]
+            at = tail * torch.rand(weights[t].shape, generator=generator, dtype=torch.float64, device=h.device)
+            replaced = at < sums[:, -1:]
+            where = torch.searchsorted(sums, at, right=True).clamp(max=z.shape[1] - 1)
+            ids[t] = torch.where(replaced, where + v.start, ids[t]).to(ids.dtype)
+            if slope is not None:
+                slopes = torch.where(replaced, slope.gather(1, where), slopes)
+        weights[t] = (tail / TAIL_SAMPLES * slopes).to(dtype)
+    return found._replace(ids=torch.cat((found.ids, ids), 1), weights=torch.cat((found.weights, weights), 1))
 
 
 def exact_rows(
