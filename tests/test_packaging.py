@@ -99,7 +99,7 @@ def test_the_command_line_is_an_extra() -> None:
     assert (script.name, script.value) == ("groupdpo-kernels", "groupdpo_kernels.cli:main")
     assert callable(script.load()) and "cli" in distribution.metadata.get_all("Provides-Extra", [])
     wanted = {r.split(";")[0].strip() for r in distribution.requires or [] if 'extra == "cli"' in r}
-    assert wanted == {"groupdpo-kernels[hf]", "accelerate", "matplotlib", "rich", "tomli", "typer"}
+    assert wanted == {"groupdpo-kernels[hf]", "accelerate", "matplotlib", "rich", "tomli", "tqdm", "typer"}
     tomli = next(r for r in distribution.requires or [] if r.startswith("tomli"))
     assert 'python_version < "3.11"' in tomli  # later ones have tomllib
     imported = {

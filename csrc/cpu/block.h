@@ -131,12 +131,12 @@ void over_rows(int64_t rows, const F& f) {
   }
 }
 
-// Products of all tokens with the first K of a head's vocabulary, between forward and backward. A block that is not kept
-// whole is computed whole: no ragged products.
+// Products of all tokens with the first K of a head's vocabulary, between forward and backward. A block that is not
+// kept whole is computed whole: no ragged products.
 class Kept {
  public:
   Kept(const Head& head, const std::optional<Tensor>& products);  // (T, K) float32
-  void populate() const;                                         // pages in memory at once, where the system can
+  void populate() const;                                          // pages in memory at once, where the system can
   int64_t columns() const { return all_.columns; }
   float* row(int64_t token, int64_t column0) const { return all_.row(token) + column0; }
 

@@ -146,12 +146,9 @@ class Collector {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_candidates(const Head& head,
-                                                                                           const Tensor& targets,
-                                                                                           const Tensor& target_logits,
-                                                                                           const HeadOptions& options,
-                                                                                           double least, int64_t most,
-                                                                                           std::optional<int64_t> seed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_candidates(
+    const Head& head, const Tensor& targets, const Tensor& target_logits, const HeadOptions& options, double least,
+    int64_t most, std::optional<int64_t> seed) {
   const NoGrad no_grad;
   check(head, targets);
   check_row_vector(target_logits, "target_logits", head.hidden.size(0));

@@ -31,8 +31,8 @@ struct HeadOptions {
 };
 
 // token_logps, lse, entropy, mean_logits, log_sum_sq_probs (T,) float32, is_top1 (T,) bool; the last four are (0,)
-// without stats. 2 T D V FLOP. `products` becomes hidden @ weight^T + low_rank_hidden @ low_rank_weight^T of the first K
-// of V, for the backward.
+// without stats. 2 T D V FLOP. `products` becomes hidden @ weight^T + low_rank_hidden @ low_rank_weight^T of the first
+// K of V, for the backward.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
     const Head& head,
     const Tensor& targets,  // (T,) int64
@@ -52,9 +52,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
 
 // token_logps, lse, 1 - p_y, c_y, at least the sum of p_v over what is neither target nor candidate: (T,) float32. Then
 // the candidates, ids (T, most) int32 and p_v c_v (T, most) float32, by id, 0 past the last: entries of probability at
-// least `least`, of more than `most` the likeliest; none in a row that overflows twice. With a seed no row overflows, and
-// there are kTailSamples more columns: entries drawn from all that is neither target nor candidate (tail.h). 2 T D V
-// FLOP.
+// least `least`, of more than `most` the likeliest; none in a row that overflows twice. With a seed no row overflows,
+// and there are kTailSamples more columns: entries drawn from all that is neither target nor candidate (tail.h). 2 T D
+// V FLOP.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_candidates(
     const Head& head,
     const Tensor& targets,        // (T,) int64

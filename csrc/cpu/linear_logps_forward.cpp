@@ -47,9 +47,9 @@ void add(RowState& state, const float* z, int64_t n, int64_t column0, int64_t ta
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
-    const Head& head, const Tensor& targets, const HeadOptions& options, bool stats,
-    const std::optional<Tensor>& products) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(const Head& head, const Tensor& targets,
+                                                                                const HeadOptions& options, bool stats,
+                                                                                const std::optional<Tensor>& products) {
   const NoGrad no_grad;
   check(head, targets);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);

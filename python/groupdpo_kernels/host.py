@@ -158,7 +158,7 @@ def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOption
 
 
 def candidates(
-    head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, seed: Tensor | None, impl: str
+    head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str, seed: Tensor | None = None
 ) -> Candidates:
     V = head.weight.shape[0]
     rows = check_targets(targets, V, options.ignore_index)

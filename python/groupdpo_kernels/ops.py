@@ -192,7 +192,7 @@ def _linear_logps_candidates(hidden, weight, bias, low_rank_hidden, low_rank_wei
             most = sparse.capacity(targets.numel(), weight.shape[0], HeadOptions(*options).workspace_bytes)
             least = sparse.least_probability(grad_tol)
             return tuple(launcher.linear_logps_candidates(*head, targets, *options, least, most))
-        return tuple(host.candidates(head, targets, HeadOptions(*options), grad_tol, seed, impl))
+        return tuple(host.candidates(head, targets, HeadOptions(*options), grad_tol, impl, seed))
 
 
 @_linear_logps_candidates.register_fake
