@@ -88,8 +88,9 @@ def test_resume_measures_what_is_missing(measured: Path, tmp_path: Path, monkeyp
 
 
 def test_interruption_keeps_what_was_measured(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "groupdpo_kernels.profiling", "--out", str(tmp_path), "--device"]
-    command += ["cpu", "--layers", "1", "--tokens", "16", "--groups", *map(str, range(2, 60, 2)), "--kinds", "memory"]
+    command = [str(Path(sys.executable).with_name("groupdpo-kernels")), "profile", "--out", str(tmp_path), "--device"]
+    sizes = ",".join(map(str, range(2, 60, 2)))
+    command += ["cpu", "--layers", "1", "--tokens", "16", "--groups", sizes, "--kinds", "memory", "--settings", "full"]
     path = tmp_path / "measured.jsonl"
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
