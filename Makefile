@@ -44,7 +44,7 @@ bench: setup
 	$(RUN) bench/run.py $(ARGS)
 
 profile: setup
-	.venv/bin/groupdpo-kernels profile --tokens 64 --micro-batch 1 --seconds 2 --resume $(ARGS)
+	.venv/bin/groupdpo-kernels profile --groups 2,4,8 --tokens 64 --micro-batch 1 --seconds 2 --resume $(ARGS)
 
 lint: setup
 	$(RUN) -m ruff check .
