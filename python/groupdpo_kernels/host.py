@@ -71,10 +71,8 @@ def forward(
     live = _live_head(head, rows)
     live_targets = targets.reshape(-1)[rows]
     if impl == "cpu":
-        op, kept = (
-            torch.ops.groupdpo_kernels.linear_logps_forward_cpu,
-            None if products is None else products[: len(rows)],
-        )
+        op = torch.ops.groupdpo_kernels.linear_logps_forward_cpu
+        kept = None if products is None else products[: rows.numel()]
         out = op(*live, live_targets, *_of_extension(options), stats, kept)
     else:
         out = blocks.forward_in_blocks(*live, live_targets, options)
@@ -98,10 +96,8 @@ def backward(
     y, z, at_y, elsewhere = (x.reshape(-1)[rows] for x in (targets, *rowwise))
     out: tuple[Tensor | None, ...]
     if impl == "cpu":
-        op, kept = (
-            torch.ops.groupdpo_kernels.linear_logps_backward_cpu,
-            None if products is None else products[: len(y)],
-        )
+        op = torch.ops.groupdpo_kernels.linear_logps_backward_cpu
+        kept = None if products is None else products[: rows.numel()]
         out = op(*live, y, z, at_y, elsewhere, *_of_extension(options), *needs, kept)
     else:
         out = blocks.backward_in_blocks(*live, y, z, at_y, elsewhere, options, needs)
