@@ -272,3 +272,9 @@ def _drop_logits(outputs: Any) -> Any:
     else:
         outputs.logits = None
     return outputs
+
+
+def checkpoint_layers(model: Any, options: Any = None) -> None:
+    """Gradient checkpointing of a transformers model, under the name that the version at hand has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from .backward import group_backward
 from .groups import PreferenceGroups
-from .models import model_logps
+from .models import checkpoint_layers, model_logps
 from .objectives import Objective, preference_loss
 
 STRATEGIES = ("coupled_logits", "coupled", "two_pass", "one_pass", "pairs")
@@ -257,11 +258,13 @@ def build_model(workload: Workload, device: torch.device, layers: Sequence[int] 
                     target_modules="all-linear",
                     task_type="CAUSAL_LM",
                 )
-                model = get_peft_model(model, adapter)
+                with warnings.catch_warnings():  # peft asks transformers under a name that it has retired
+                    warnings.simplefilter("ignore", FutureWarning)
+                    model = get_peft_model(model, adapter)
     finally:
         torch.set_default_dtype(before)
     if workload.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model, {"use_reentrant": False})
     return model.train()
 
 

@@ -33,7 +33,7 @@ from ...backward import group_backward
 from ...data import MicroBatch, Report, TokenGroup
 from ...logps import seq_logps
 from ...measuring import out_of_memory
-from ...models import attach
+from ...models import attach, checkpoint_layers
 from ...objectives import Objective, PreferenceLoss, preference_loss
 from ...stepwise import reference_logps
 from .memory import explain_out_of_memory, memory_of, micro_batch_tokens_of
@@ -122,7 +122,7 @@ class GroupDPOTrainer(Trainer):
         most: Any = args.micro_batch_tokens
         if most == "auto":
             if args.gradient_checkpointing:
-                model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+                checkpoint_layers(model, args.gradient_checkpointing_kwargs)
             memory = memory_of(model, args.device)
             most = micro_batch_tokens_of(model, ref_model, train.groups, args.device, bool(args.bf16), memory)
         super().__init__(
