@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import memory
 from bench.measure import Step
-from bench.report import Report, Row, header
+from bench.report import Report, Row, header, results_path
 from bench.run import Entry, measure_rounds, release, say
 from groupdpo_kernels import AdaBalance, Objective, PreferenceGroups, PreferenceLoss, preference_loss
 from groupdpo_kernels.testing import error
@@ -207,6 +207,7 @@ def parse() -> argparse.Namespace:
     add("--rounds", type=int, default=31, help="default: %(default)s")
     add("--quick", action="store_true", help="8 groups, 3 rounds")
     add("--json", type=Path, help="write the results here")
+    add("--results", type=Path, help="write the results to RESULTS/<device>/<date>-preference.json")
     options = parser.parse_args()
     options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.device.type not in ("cpu", "cuda") or (options.device.type == "cuda" and not torch.cuda.is_available()):
@@ -222,10 +223,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
+    path = options.json or (results_path(options.results, options.device, "-preference") if options.results else None)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
     memory_by = f"peak of PyTorch's {'CUDA' if options.device.type == 'cuda' else 'CPU'} allocator"
-    report = Report(header(options.device) | {"memory_by": memory_by}, options.json)
+    report = Report(header(options.device) | {"memory_by": memory_by}, path)
     for loss in options.losses:
         for size in SIZES[loss]:
             for G in options.groups:

@@ -116,10 +116,12 @@ def directory(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", short).strip("-")
 
 
-def results_path(results: Path, device: torch.device) -> Path:
-    """results/<device>/<date>.json, with a number where that exists: results are never overwritten. Any CPU is cpu."""
+def results_path(results: Path, device: torch.device, kind: str = "") -> Path:
+    """results/<device>/<date><kind>.json, with a number where that exists: results are never overwritten. Any CPU is
+    cpu.
+    """
     name = directory(torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
-    date = f"{datetime.now(timezone.utc):%Y-%m-%d}"
+    date = f"{datetime.now(timezone.utc):%Y-%m-%d}{kind}"
     names = [f"{date}.json", *(f"{date}-{i}.json" for i in range(2, 1000))]
     return next(results / name / x for x in names if not (results / name / x).exists())
 

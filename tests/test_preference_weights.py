@@ -18,8 +18,9 @@ IMPLS = ("triton", "cpu")
 BALANCES = (None, AdaBalance(), AdaBalance(1.3, "reference", normalize=False))
 
 
-def where(impl):
-    return triton_on_cpu() if impl == "triton" else contextlib.nullcontext()
+def where(impl, device="cpu"):
+    on_cpu = torch.device(device).type == "cpu"
+    return triton_on_cpu() if impl == "triton" and on_cpu else contextlib.nullcontext()
 
 
 def draw_groups(loss, generator, G=6, largest=9):
@@ -48,7 +49,7 @@ def draw(loss, seed, spread, per_token):
 
 def evaluate(logps, cu_seqlens, groups, objective, reference, impl):
     leaf = logps.clone().requires_grad_()
-    with where(impl):
+    with where(impl, logps.device):
         out = preference_loss(leaf, cu_seqlens, groups, objective, reference, impl=impl)
         (0.7 * out.loss).backward()
     return {**{name: x.detach() for name, x in out._asdict().items()}, "d_token_logps": leaf.grad}

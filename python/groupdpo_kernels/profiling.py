@@ -41,9 +41,16 @@ class Worker:
     def ask(self, request: dict[str, Any]) -> list[Row]:
         if self.process is None or self.process.poll() is not None:
             command = [sys.executable, "-W", "ignore", "-m", "groupdpo_kernels.measuring"]
+            # What asks for a GPU while the process imports must not start CUDA there: no fork of it could use it.
+            environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
             # In a session of its own: Ctrl-C reaches every process of a terminal, and only this one decides.
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                env=environment,
             )
         assert self.process.stdin is not None and self.process.stdout is not None
         try:

@@ -1,0 +1,5 @@
+"""`python -m groupdpo_kernels.cli`: the console script, where none is installed."""
+
+from . import main
+
+main()
