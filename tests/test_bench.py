@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from bench import memory, preference, scaling  # noqa: E402
+from bench import launches, memory, preference, scaling, trl_steps  # noqa: E402
 from bench.measure import Differentiated, Gate, draw  # noqa: E402
 from bench.peers import PEERS, Unavailable, load_peer, maker  # noqa: E402
 from bench.report import directory, title  # noqa: E402
 from groupdpo_kernels import seq_logps  # noqa: E402
+from groupdpo_kernels.kernels.launch import TABLE  # noqa: E402
 from groupdpo_kernels.testing import Case  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -73,6 +75,39 @@ def test_quick_run(tmp_path):
             assert row["error"].keys() == gated.get(mode, {"token_logps", "d_hidden", "d_weight"})
             assert all(e <= row["error_budget"][k] for k, e in row["error"].items())
     assert "| ours/reference |" in done.stdout
+
+
+def test_steps_of_trl_beside_ours(tmp_path):
+    """A row that runs and one that cannot: its reason is in the table, the other has its figures."""
+    path = tmp_path / "steps.json"
+    size = ["--model", "tiny", "--tokens", "16", "--groups", "1", "--size", "3", "--pairs", "1", "--steps", "3"]
+    command = [sys.executable, "bench/trl_steps.py", "--device", "cpu", "--rounds", "1", "--rows", "pairs"]
+    command += ["--dtype", "float32", "--json", str(path), *size]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    run = load(path)
+    trl, accelerated = run["rows"]
+    assert run["complete"] and (trl["implementation"], accelerated["implementation"]) == ("trl", "trl, accelerated")
+    assert all(len(row["seconds"]) == 3 and row["mib"] > 0 for row in run["rows"])
+    assert trl["loss"] == pytest.approx(accelerated["loss"], rel=1e-5)
+    assert "| pairs | trl, accelerated |" in done.stdout
+
+
+def test_a_step_that_fails_is_a_row():
+    setting = trl_steps.Setting("cpu", "no such model", 100, "float32", 16, 1, 2, 1, 3)
+    run = trl_steps.measure("pairs", "trl", setting)
+    assert run["status"] == "failed" and "no such model" in run["why"]
+    rows = [{"row": "pairs", "implementation": "trl"} | run]
+    assert f"| pairs | trl | {run['why']} | | |" in trl_steps.table(["pairs"], setting, rows)
+
+
+def test_launch_shapes_are_all_different_and_want_a_gpu():
+    shapes = [replace(TABLE["sm_90", 2], **change) for change in launches.CHANGES]
+    assert len(set(shapes)) == len({launches.name_of(shape) for shape in shapes}) == len(shapes)
+    assert all(shape.tma or not shape.persistent for shape in shapes)
+    if not torch.cuda.is_available():
+        done = subprocess.run([sys.executable, "bench/launches.py"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "timed on a GPU" in done.stderr
 
 
 def test_quick_run_of_the_preference_weights(tmp_path):
