@@ -136,6 +136,15 @@ def test_reference_free_losses_score_no_reference(folder: Path, tmp_path: Path) 
     assert not (tmp_path / "out" / "ref_logps").exists()
 
 
+def test_fewer_steps_than_one_log_takes(folder: Path, tmp_path: Path) -> None:
+    training = {"max_steps": 2, "logging_steps": 100, "per_device_train_batch_size": 2}
+    settings = TrainSettings(
+        str(folder), str(folder / "rows.jsonl"), str(tmp_path / "out"), objective={"loss": "mpo"}, training=training
+    )
+    report = train(settings)
+    assert report["steps"] == 2 and report["first"]["loss"] == report["last"]["loss"] > 0
+
+
 def test_files_of_settings(tmp_path: Path) -> None:
     json_file, toml = tmp_path / "a.json", tmp_path / "a.toml"
     json_file.write_text('{"model": "m", "objective": {"loss": "mpo"}, "training": {"max_steps": 3}}')
@@ -180,6 +189,7 @@ def test_bad_input(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for content, wanted in {
         '{"training": {"lerning_rate": 1}}': "training has no option 'lerning_rate'; did you mean learning_rate",
         '{"training": {"save_total_limit": 1}}': "save_total_limit must be at least 2",
+        '{"training": {"logging_strategy": "no"}}': "logging_strategy must be steps or epoch",
         '{"training": {"output_dir": "x"}}': "training has no option 'output_dir'",
         '{"objective": {"beta": "much"}}': "objective must have numbers for numbers",
         '{"objective": {"balance": {"cap": 2}}}': "objective.balance has no option 'cap'",

@@ -83,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations/trl/metrics": {"groups", "logps", "losses", "objectives"},
     "integrations/trl/pairs": {
         *("groups", "losses", "models", "objectives", "one_column"),
-        *("accelerate", "metrics", "reference"),  # beside it
+        *("accelerate", "metrics", "reference", "rows"),  # beside it
     },
     "integrations/trl/reference": set(),
     "integrations/trl/stepwise": {

@@ -127,7 +127,7 @@ def test_two_ranks_are_one_of_twice_the_batch(make_trainer: Any, tmp_path: Path)
     torch.multiprocessing.spawn(run_as_rank, (port, str(tmp_path)), 2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     trainer, start, expected = run(make_trainer({"micro_batch_sequences": 2}))
-    for strategy in ("two_pass", "one_pass"):
+    for strategy in ("two_pass", "one_pass", "coupled"):
         (kind, weights, logged), (_, others, _) = (rank[strategy] for rank in ranks)
         assert kind == "DistributedDataParallel" and torch.equal(weights, others)
         assert (weights - expected).norm() < 1e-5 * (expected - start).norm()
@@ -158,7 +158,7 @@ def test_a_peft_model_is_its_own_reference(make_trainer: Any) -> None:
     losses = []
     for precompute in (False, True):
         torch.manual_seed(0)
-        model = peft.get_peft_model(llama(), lora(init_lora_weights=False))
+        model = peft.get_peft_model(llama(), lora("embed_tokens", init_lora_weights=False))
         options = {"precompute_ref_log_probs": precompute}
         trainer, start, weights = run(make_trainer(options, model=model, objective=Objective("all_pairs", beta=0.5)))
         assert steps(trainer)[0]["loss"] == LN2 and not torch.equal(start, weights)
@@ -225,6 +225,8 @@ def test_given_references(make_trainer: Any, bpe: Any) -> None:
     assert found[0].ref_model is None
     with pytest.raises(ValueError, match="ref_model must be given to evaluate: ref_logps are those of train_dataset"):
         found[0].evaluate(tokens)
+    with pytest.raises(ValueError, match="ref_model must be given to evaluate"):  # before it trains
+        make_trainer(train_dataset=tokens, ref_logps=scores, eval_dataset=tokens)
     with pytest.raises(ValueError, match=r"ref_logps must be \(S,\) = \(13,\); got \(3,\)"):
         make_trainer(train_dataset=tokens, ref_logps=torch.zeros(3))
 
@@ -298,6 +300,8 @@ def test_resuming_gives_the_same_bits(make_trainer: Any, tmp_path: Path, with_lo
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0.0: .*; got 0.1"),
         ({"include_for_metrics": ["inputs"]}, r"include_for_metrics must be \[\]: .*; got \['inputs'\]"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be one of random, sequential"),
+        ({"torch_compile": True}, "torch_compile must be False: .*compile its layers instead .*; got True"),
+        ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen must be 'no': .*; got 'all'"),
         ({"rule": "best"}, "rule must be one of best_vs_rest.*; got 'best'"),
         ({"format": "parquet"}, "format must be one of auto.*; got 'parquet'"),
         ({"max_length": 1}, "max_length must be at least 2, .*; got 1"),
@@ -335,6 +339,10 @@ def test_arguments(make_trainer: Any, bpe: Any) -> None:
     for kind, said, named in wrong:
         with pytest.raises(kind, match=said):
             make_trainer(**named)
+    for column in ("tools", "chat_template_kwargs", "images"):
+        row = {"prompt": "Tea?", "chosen": " Green.", "rejected": " No."}
+        with pytest.raises(ValueError, match=f"train_dataset must have nothing in a column '{column}'.*; row 1 has"):
+            make_trainer(train_dataset=[{**row, column: None}, {**row, column: ["x"]}])
     ranked = {"merge_prompts": True}
     with pytest.raises(ValueError, match="merge_prompts must be False for 'plackett_luce'"):
         make_trainer(ranked, objective=Objective("plackett_luce"))
@@ -350,6 +358,10 @@ def test_what_is_dropped_is_said(make_trainer: Any, caplog: pytest.LogCaptureFix
     trainer = make_trainer(train_dataset=[*rows[:1], {**rows[1], "negatives": []}])
     assert len(trainer.train_dataset) == 1
     assert "dropped 1 response: empty (first: row 0" in caplog.text and "no negative (first: row 1" in caplog.text
+    trainer.evaluate(rows[:1])
+    caplog.clear()
+    trainer.evaluate(GROUPS)  # a report of its own
+    assert not trainer.report["eval"].dropped and "dropped" not in caplog.text
 
 
 def test_tokenizers_without_a_pad_token(make_trainer: Any, bpe: Any) -> None:

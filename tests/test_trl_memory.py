@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_trl import COMMON, GROUPS, llama, run
 
-from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer, groups
+from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer, groups, memory
 from groupdpo_kernels.planning import largest_micro_batch
 
 
@@ -30,8 +30,7 @@ def longest(trainer: Any) -> int:
 def test_auto_takes_the_largest_micro_batch_that_fits(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     _, one = largest_micro_batch(model, 17, 2**40, device="cpu")
-    reference = sum(p.nbytes for p in model.parameters())  # the trainer holds a copy
-    monkeypatch.setattr(groups, "memory_of", lambda model, device: one + reference + 2**20)
+    monkeypatch.setattr(groups, "memory_of", lambda model, device: one + 2**20)
     trainer = make_trainer(micro_batch_tokens="auto")
     tokens, L = trainer.data_collator.max_tokens, longest(trainer)
     assert tokens % L == 0 and tokens // L == largest_micro_batch(model, L, one + 2**20, device="cpu")[0] >= 1
@@ -66,6 +65,32 @@ def test_a_step_without_memory_says_what_fits(
     assert f"with strategy '{strategy}' ran out of memory; the largest of its 1 micro-batches is" in text
     assert "Two passes fit" in text and "micro_batch_tokens=" in text
     assert ("strategy='two_pass'" in text) == (strategy == "coupled")
+
+
+def test_advice_never_hides_the_error(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the optimizer's state is memory that the next step has, too."""
+    trainer = make_trainer(optim="adamw_torch", max_steps=2)
+    run(trainer)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.Path, "read_text", lambda self: "MemAvailable: 1000 kB")
+        known = [memory.memory_of(trainer.model, trainer.args.device, o) for o in (trainer.optimizer, None)]
+    parameters = [p.nbytes for p in trainer.model.parameters()]
+    counts = 4 * len(parameters)  # AdamW's numbers of steps
+    assert known[0] - known[1] == 2 * sum(parameters) + counts
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(groups, "group_backward", fails)
+    monkeypatch.setattr(memory, "memory_of", lambda *_: 1 // 0)
+    said = r"^CUDA out of memory\.\nWhat would fit is not known: integer division or modulo by zero$"
+    with pytest.raises(torch.OutOfMemoryError, match=said):
+        make_trainer().train()
+
+
+def test_auto_with_options_of_checkpointing(make_trainer: Any) -> None:
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}
+    run(make_trainer(micro_batch_tokens="auto", **options))
 
 
 def test_other_errors_pass(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

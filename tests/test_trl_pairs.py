@@ -85,6 +85,13 @@ def test_a_peft_model_is_its_own_reference(make_trainer: Any) -> None:
     assert steps(ours[0])[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_an_adapter_on_the_embedding_is_part_of_the_reference(make_trainer: Any) -> None:
+    """TRL copies no parameter that lies in a dict by adapter: its reference would have the bare embedding."""
+    model = peft.get_peft_model(llama(), lora("embed_tokens", init_lora_weights=False))
+    trainer, *_ = run(make_trainer(model=model))
+    assert steps(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------ what TRL lacks
 
 
@@ -210,6 +217,7 @@ def test_evaluation_and_resuming(make_trainer: Any, tmp_path: Path) -> None:
         ({"ld_alpha": 0.5}, "ld_alpha .* must stay None, .* got 0.5"),
         ({"f_divergence_type": "forward_kl"}, "f_divergence_type .* must stay 'reverse_kl', .* got 'forward_kl'"),
         ({"f_alpha_divergence_coef": 0.7}, "f_alpha_divergence_coef .* must stay 0.5, .* got 0.7"),
+        ({"torch_compile": True}, "torch_compile must be False: .*; got True"),
         ({"use_weighting": True}, "use_weighting .* must stay False, .* got True"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -282,6 +290,14 @@ def test_columns_and_tokenizers(make_trainer: Any) -> None:
         ValueError, match=r"processing_class must have an eos_token, .* got eos_token=None, pad_token=None"
     ):
         make_trainer(processing_class=bare)
+
+
+def test_a_response_without_a_token(make_trainer: Any) -> None:
+    trainer = make_trainer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch["completion_mask"][1] = 0
+    with pytest.raises(ValueError, match=r"max_length must leave each response a token; .* got 1024"):
+        trainer.compute_loss(trainer.model, batch)
 
 
 @pytest.mark.parametrize("version", ["1.15.0", "2.0.0", "unknown"])

@@ -98,7 +98,7 @@ def run_as_rank(rank: int, port: int, folder: str) -> None:
     from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer
 
     found = {}
-    for strategy in ("two_pass", "one_pass"):
+    for strategy in ("two_pass", "one_pass", "coupled"):
         options = {"per_device_train_batch_size": 1, "micro_batch_sequences": 2, "strategy": strategy}
         config = GroupDPOConfig(output_dir=f"{folder}/{strategy}-{rank}", **COMMON | options)
         trainer = GroupDPOTrainer(llama(), args=config, train_dataset=GROUPS, processing_class=byte_level_bpe())

@@ -36,6 +36,11 @@ class TokenGroup(NamedTuple):
     positive: list[bool]
     row: int  # where it was read
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest response."""
+        return len(self.prompt) + max(map(len, self.responses))
+
 
 def tokenize_groups(
     groups: Iterable[Group],
@@ -310,7 +315,7 @@ def collate(
     """
     if not groups:
         raise ValueError("groups must hold at least one group; got none")
-    longest = [len(g.prompt) + max(map(len, g.responses)) for g in groups]
+    longest = [g.longest for g in groups]
     if max_tokens is not None and max(longest) > max_tokens:
         row = groups[longest.index(max(longest))].row
         raise ValueError(f"max_tokens must be at least {max(longest)}, the sequence of row {row}; got {max_tokens}")

@@ -275,6 +275,11 @@ def _drop_logits(outputs: Any) -> Any:
 
 
 def checkpoint_layers(model: Any, options: Any = None) -> None:
-    """Gradient checkpointing of a transformers model, under the name that the version at hand has for it."""
+    """Gradient checkpointing of a transformers model, under the name that the version at hand has for it.
+
+    options: `gradient_checkpointing_kwargs` of TrainingArguments; every_n_layers and offload are no checkpoint's.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(options)
+    rest = dict(options or {})
+    more = {name: rest.pop(name) for name in ("every_n_layers", "offload") if name in rest}
+    enable(rest or None, **more)

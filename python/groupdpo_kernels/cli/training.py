@@ -186,7 +186,8 @@ def _make_config(settings: TrainSettings, objective: Objective) -> Any:
     from ..integrations.trl.groups import GroupDPOConfig
 
     given = dict(settings.training)
-    ours = ("output_dir", "resume_from_checkpoint", "push_to_hub", "disable_tqdm", "use_cpu", "save_strategy")
+    ours = ["output_dir", "resume_from_checkpoint", "push_to_hub", "disable_tqdm", "use_cpu", "save_strategy"]
+    ours += ["logging_first_step"]
     known = [field.name for field in dataclasses.fields(GroupDPOConfig) if field.init and field.name not in ours]
     check_names("training", given, known)
     on_gpu = device_of(settings.device).type == "cuda"
@@ -202,7 +203,10 @@ def _make_config(settings: TrainSettings, objective: Objective) -> Any:
     }
     if (limit := given.get("save_total_limit", 2)) is not None and limit < 2:
         raise ValueError(f"training.save_total_limit must be at least 2: one may be cut short; got {limit}")
+    if given.get("logging_strategy") == "no":
+        raise ValueError("training.logging_strategy must be steps or epoch: the report is made of the log; got 'no'")
     fixed = {"output_dir": settings.output_dir, "disable_tqdm": True, "use_cpu": not on_gpu, "save_strategy": "steps"}
+    fixed |= {"logging_first_step": True}  # so there is one, however few the steps
     return GroupDPOConfig(**{**defaults, **given, **fixed})
 
 

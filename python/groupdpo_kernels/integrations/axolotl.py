@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .one_column import OneColumn, completion_targets
+from .one_column import NOT_OF_THE_MODEL, OneColumn, completion_targets
 from .replacement import (
     REQUIRED,
     Acceleration,
@@ -42,7 +42,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "compute_ref_log_probs": dict.fromkeys(("model", "inputs"), REQUIRED),
 }
 FROM_LOGITS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
-_NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
 def accelerate() -> Acceleration:
@@ -122,7 +121,7 @@ def _find() -> Swap:
         if not return_outputs:
             return value
         with torch.no_grad():
-            own = {k: v for k, v in inputs.items() if k not in _NOT_OF_THE_MODEL}
+            own = {k: v for k, v in inputs.items() if k not in NOT_OF_THE_MODEL}
             return value, model(**own, use_cache=False)
 
     pairs = [(select, selective_log_softmax), (loss, _compute_loss), (references, compute_ref_log_probs)]

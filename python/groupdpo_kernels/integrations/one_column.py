@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..models import attach
 
+# What a batch of TRL's DPOTrainer holds beside what its model takes.
+NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+
 
 class OneColumn:
     """Called as the model; `.logits` of what it returns is (B, L, 1) float32. Every other attribute is the model's."""

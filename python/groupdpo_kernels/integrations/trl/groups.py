@@ -19,7 +19,9 @@ Sources: GroupDPO (arXiv 2604.15602); defaults of the objective: docs/math.md.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import traceback
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,13 +32,13 @@ from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
 from ...backward import group_backward
-from ...data import MicroBatch, Report, TokenGroup
+from ...data import MicroBatch, PreferenceBatch, Report, TokenGroup
 from ...logps import seq_logps
 from ...measuring import out_of_memory
 from ...models import attach, checkpoint_layers
 from ...objectives import Objective, PreferenceLoss, preference_loss
 from ...stepwise import reference_logps
-from .memory import explain_out_of_memory, memory_of, micro_batch_tokens_of
+from .memory import advice, memory_of, micro_batch_tokens_of
 from .metrics import preference_metrics, record
 from .reference import (
     add_reference_adapter,
@@ -49,6 +51,7 @@ from .reference import (
 from .rows import Collator, GroupDPOConfig, GroupRows, tokenised
 
 GROUP_OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
+_NO_REFERENCE = "ref_model must be given to evaluate: ref_logps are those of train_dataset; got ref_logps"
 
 
 class GroupDPOTrainer(Trainer):
@@ -98,6 +101,8 @@ class GroupDPOTrainer(Trainer):
     ) -> None:
         args = GroupDPOConfig() if args is None else args
         _check_arguments(model, ref_model, args, objective, ref_logps, peft_config)
+        if ref_logps is not None and eval_dataset is not None:
+            raise ValueError(_NO_REFERENCE)
         self.objective, self.report = objective, defaultdict(Report)
         self.tokenizer, self.config = processing_class, args
         set_seed(args.seed)  # before the adapter draws its weights
@@ -167,17 +172,19 @@ class GroupDPOTrainer(Trainer):
                     " precompute_ref_log_probs=True: the model has moved since; got None"
                 )
             check_adapter_alone_trains(model)
-        options = {"layout": self.config.layout, "bf16": self.config.bf16}
+        options = {"layout": self.config.layout, "precision": self.accelerator.mixed_precision}
         folder = Path(str(self.args.output_dir)) / "ref_logps"
         values = reference_logps(
             model, rows.groups, folder, score=self.score, count=lambda group: len(group.responses), options=options
         )
         return GroupRows(rows.groups, values)
 
-    @torch.no_grad()
     def score(self, model: Any, groups: Sequence[TokenGroup]) -> Tensor:  # (S,) float32
         """Log-probabilities of the responses under the reference. The signature is that of `stepwise`'s `score`."""
-        step = self.data_collator([(group, None) for group in groups])["step"].to(self.args.device)
+        return self._scores(self.data_collator([(group, None) for group in groups])["step"].to(self.args.device))
+
+    @torch.no_grad()
+    def _scores(self, step: PreferenceBatch) -> Tensor:  # (S,) float32
         with as_reference(self.accelerator.unwrap_model(self.model), self.ref_model) as reference:
             return torch.cat([seq_logps(*self._forward(reference, mb)) for mb in step.micro_batches])
 
@@ -204,10 +211,8 @@ class GroupDPOTrainer(Trainer):
         if not self.objective.needs_reference or "ref_logps" in inputs:
             return inputs.get("ref_logps")
         if self._given:
-            raise ValueError("ref_model must be given to evaluate: ref_logps are those of train_dataset; got ref_logps")
-        step, model = inputs["step"], self.accelerator.unwrap_model(self.model)
-        with torch.no_grad(), as_reference(model, self.ref_model) as reference:
-            return torch.cat([seq_logps(*self._forward(reference, mb)) for mb in step.micro_batches])
+            raise ValueError(_NO_REFERENCE)
+        return self._scores(inputs["step"])
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Fills .grad; returns the loss, both divided by the accumulation steps as Trainer does."""
@@ -216,16 +221,11 @@ class GroupDPOTrainer(Trainer):
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            step, bare = inputs["step"], self.accelerator.unwrap_model(model)
-            why = explain_out_of_memory(
-                bare,
-                step.micro_batches,
-                step.groups.num_sequences,
-                self.config.strategy,
-                bool(self.args.bf16),
-                memory_of(bare, self.args.device),
-            )
-            raise type(error)(f"{error}\n{why}") from error
+            ran_out = error
+        traceback.clear_frames(ran_out.__traceback__)  # frees what the step held, which the advice may count on
+        bare, device = self.accelerator.unwrap_model(model), self.args.device
+        why = advice(bare, inputs["step"], self.config.strategy, bool(self.args.bf16), device, self.optimizer)
+        raise type(ran_out)(f"{ran_out}\n{why}") from ran_out
 
     def _training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         if self.config.strategy == "coupled":
@@ -274,7 +274,13 @@ class GroupDPOTrainer(Trainer):
         """The loss of a step with its whole graph: evaluation, and strategy "coupled"."""
         step, ref_logps = inputs["step"], self._reference(inputs)
         shares = _shares(step.micro_batches)
-        runs = [self._forward(model, mb, share) for mb, share in zip(step.micro_batches, shares)]
+        runs, last = [], len(shares) - 1
+        for i, (mb, share) in enumerate(zip(step.micro_batches, shares)):
+            # One backward follows them all. Under DistributedDataParallel each forward that announces one takes part
+            # in a collective, and ranks differ in their number of micro-batches: only the last does.
+            quiet = getattr(model, "no_sync", contextlib.nullcontext) if i < last else contextlib.nullcontext
+            with quiet():
+                runs.append(self._forward(model, mb, share))
         token_logps, lengths = torch.cat([run[0] for run in runs]), torch.cat([run[1].diff() for run in runs])
         cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0))
         result = preference_loss(token_logps, cu_seqlens, step.groups, self.objective, ref_logps)

@@ -11,33 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ...data import MicroBatch, TokenGroup
+from ...data import MicroBatch, PreferenceBatch, TokenGroup
 from ...planning import largest_micro_batch
 
 GiB = 2**30
 SHARE = 0.9
 
 
-def memory_of(model: nn.Module, device: torch.device) -> int:
-    """Bytes of the device that training this model may take: what is free, and what the model has there already."""
+def memory_of(model: nn.Module, device: torch.device, optimizer: Any = None) -> int:
+    """Bytes of the device that training this model may take: what is free, and what the model and the state of its
+    optimizer have there already."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    own = (*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None))
-    return int(SHARE * free) + sum(x.nbytes for x in own if x.device.type == device.type)
+    state = [] if optimizer is None else [x for values in optimizer.state.values() for x in values.values()]
+    own = [*model.parameters(), *(p.grad for p in model.parameters()), *state]
+    return int(SHARE * free) + sum(x.nbytes for x in own if isinstance(x, Tensor) and x.device.type == device.type)
 
 
 def micro_batch_tokens_of(
     model: nn.Module, ref_model: Any, groups: Sequence[TokenGroup], device: torch.device, autocast: bool, memory: int
 ) -> int:
     """Tokens of the largest micro-batch of the longest sequences in `groups` that fits in `memory` bytes."""
-    longest = max(len(group.prompt) + max(map(len, group.responses)) for group in groups)
-    memory -= sum(p.nbytes for p in ref_model.parameters()) if isinstance(ref_model, nn.Module) else 0
+    longest = max(group.longest for group in groups)
+    if isinstance(ref_model, nn.Module):  # what is there already is not free
+        memory -= sum(p.nbytes for p in ref_model.parameters() if p.device.type != device.type)
     memory = max(1, memory)
     size, one = largest_micro_batch(model, longest, memory, autocast=autocast, device=device.type)
     if not size:
@@ -71,3 +74,15 @@ def explain_out_of_memory(
         f"{asked} Two passes fit {size} x {length} tokens in {total / GiB:.2f} GiB:"
         f" micro_batch_tokens={size * length}, {what}."
     )
+
+
+def advice(
+    model: nn.Module, step: PreferenceBatch, strategy: str, autocast: bool, device: torch.device, optimizer: Any
+) -> str:
+    """`explain_out_of_memory` for this device; or why it cannot say, for the error itself must come through."""
+    try:
+        total = memory_of(model, device, optimizer)
+        responses = step.groups.num_sequences
+        return explain_out_of_memory(model, step.micro_batches, responses, strategy, autocast, total)
+    except Exception as error:
+        return f"What would fit is not known: {error}"

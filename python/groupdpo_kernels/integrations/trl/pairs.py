@@ -33,10 +33,17 @@ from ...groups import PreferenceGroups
 from ...losses import LOSSES
 from ...models import attach
 from ...objectives import Objective, preference_loss
-from ..one_column import completion_targets
+from ..one_column import NOT_OF_THE_MODEL, completion_targets
 from .accelerate import installed_trl
 from .metrics import preference_metrics, record
-from .reference import check_adapter_alone_trains, check_no_earlier_reference, frozen_copy, take_off_forwards_of
+from .reference import (
+    check_adapter_alone_trains,
+    check_no_earlier_reference,
+    copy_to_reference_adapter,
+    frozen_copy,
+    take_off_forwards_of,
+)
+from .rows import check_not_compiled
 
 SUPPORTED = (1, 16), (2, 0)  # from, to before
 
@@ -108,6 +115,8 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
                 self.model.delete_adapter("ref")
             elif objective.needs_reference and not precompute:
                 check_adapter_alone_trains(self.model)
+                if "ref" in self.model.peft_config:
+                    copy_to_reference_adapter(self.model)  # TRL leaves out those of embeddings
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         found = [*next(iter(dataset))]
@@ -131,15 +140,20 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         targets = completion_targets(inputs["input_ids"], inputs["completion_mask"])
-        forward = {k: v for k, v in inputs.items() if k not in _NOT_OF_THE_MODEL}
+        forward = {k: v for k, v in inputs.items() if k not in NOT_OF_THE_MODEL}
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
         token_logps, outputs = attach(model).with_outputs(forward.pop("input_ids"), targets, **forward, **options)
         # TRL's batch is all chosen, then all rejected; a group is a chosen one and its rejected one, side by side.
         B = len(targets) // 2
         order = torch.arange(2 * B, device=targets.device).view(2, B).T.flatten()
         live = (targets != -100)[order]
+        lengths = live.sum(1)
+        if not bool(lengths.all()):
+            raise ValueError(
+                f"max_length must leave each response a token; a prompt takes all of it; got {self.args.max_length}"
+            )
         groups = PreferenceGroups.pairs(B).to(targets.device)
-        cu_seqlens = nn.functional.pad(live.sum(1).cumsum(0), (1, 0))
+        cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0))
         result = preference_loss(token_logps[order][live], cu_seqlens, groups, self.objective, self._reference(inputs))
         loss, values = result.loss, preference_metrics(result, groups, self.objective)
         del values["positive_mass"]  # of a pair it says what the margin says
@@ -164,9 +178,6 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         else:
             sides = self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
         return torch.stack(sides, 1).flatten()
-
-
-_NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
 def _scored_here(model: Any) -> Callable[..., SimpleNamespace]:
@@ -211,6 +222,7 @@ def _check_options(args: Any, objective: Objective, ref_model: Any) -> None:
             continue
         why = "no objective has it" if ours is None else f"Objective({ours}=...) says it"
         raise ValueError(f"{field.name} of DPOConfig must stay {default!r}, because {why}; got {value!r}")
+    check_not_compiled(args)
     if objective.needs_reference:
         return
     what = f"for {objective.loss!r} has no reference"

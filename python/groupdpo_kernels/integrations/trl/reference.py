@@ -78,9 +78,18 @@ def add_reference_adapter(model: Any) -> None:
     """A copy of the active adapter, named "ref", that does not train."""
     (active,) = _active(model)
     model.add_adapter("ref", model.peft_config[active])
-    for name, parameter in model.named_parameters():
-        if f".{active}." in name:
-            model.get_parameter(name.replace(f".{active}.", ".ref.")).data.copy_(parameter.data)
+    copy_to_reference_adapter(model)
+
+
+def copy_to_reference_adapter(model: Any) -> None:
+    """The active adapter's weights into "ref", those that are parameters in a dict by adapter too (of embeddings)."""
+    (active,) = _active(model)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parts = name.split(".")
+        if "ref" in parts:
+            source = ".".join(active if part == "ref" else part for part in parts)
+            parameter.data.copy_(parameters[source].data)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,9 @@ Never: shuffles, or drops anything without a warning that says what and why. Cos
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class GroupDPOConfig(TrainingArguments):
             two_pass micro_batch_tokens may be "auto": what the planner fits in the memory that is free at the start.
         layout: "padded", or "packed" for models that keep sequences apart by their position_ids.
         format, rule: as in `data.read_groups`; merge_prompts: rows of one prompt become one group.
-        max_length, too_long, on_bad: as in `data.tokenize_groups`.
+        max_length, too_long, chat, template_options, on_bad: as in `data.tokenize_groups`.
         precompute_ref_log_probs: the reference scores the data once, before training; kept on disk.
         disable_dropout: sets the probability of every nn.Dropout to 0.
         router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts. None: that of the model's config.
@@ -54,6 +55,8 @@ class GroupDPOConfig(TrainingArguments):
     merge_prompts: bool = False
     max_length: int | None = 1024
     too_long: str = "drop"
+    chat: bool | None = None
+    template_options: dict[str, Any] | str | None = None  # text: JSON, as from a command line
     on_bad: str = "drop"
     precompute_ref_log_probs: bool = False
     disable_dropout: bool = True
@@ -76,6 +79,11 @@ class GroupDPOConfig(TrainingArguments):
         for name, nothing in {"label_smoothing_factor": 0.0, "include_for_metrics": []}.items():
             if (found := getattr(self, name)) != nothing:
                 raise ValueError(f"{name} must be {nothing}: it is of losses on labels; got {found!r}")
+        if (seen := self.include_num_input_tokens_seen) not in ("no", False):
+            raise ValueError(f"include_num_input_tokens_seen must be 'no': num_tokens is logged anyway; got {seen!r}")
+        check_not_compiled(self)
+        if isinstance(self.template_options, str):
+            self.template_options = dict(json.loads(self.template_options))
         if self.torch_empty_cache_steps is not None and self.strategy != "coupled":
             got = self.torch_empty_cache_steps
             raise ValueError(f"torch_empty_cache_steps must be None for strategy {self.strategy!r}; got {got}")
@@ -91,6 +99,15 @@ class GroupDPOConfig(TrainingArguments):
         """Whether gradient checkpointing, where it is on, is of the reentrant kind."""
         options = self.gradient_checkpointing_kwargs
         return isinstance(options, dict) and bool(options.get("use_reentrant"))
+
+
+def check_not_compiled(args: TrainingArguments) -> None:
+    """ValueError for an option that would do nothing: the head's forward is replaced for the call."""
+    if args.torch_compile:
+        raise ValueError(
+            "torch_compile must be False: a compiled model would run eagerly here; compile its layers instead"
+            " (for layer in model.model.layers: layer.compile()); got True"
+        )
 
 
 class GroupRows(torch.utils.data.Dataset[tuple[TokenGroup, Tensor | None]]):
@@ -136,7 +153,7 @@ def tokenised(
     tokenizer: Any,
     config: GroupDPOConfig,
     objective: Objective,
-    reports: Mapping[str, Report],
+    reports: MutableMapping[str, Report],
 ) -> Any:  # GroupRows, or a dict of them
     """Rows, or a dict of rows, as groups of token ids, each checked against what a step needs of it.
 
@@ -150,15 +167,18 @@ def tokenised(
         return {key: tokenised(value, key, tokenizer, config, objective, reports) for key, value in rows.items()}
     if isinstance(rows, str) or not isinstance(rows, Iterable):
         raise TypeError(f"{name}_dataset must be rows, or a list of TokenGroup; got {rows!r:.60}")
-    groups, report = list(rows), reports[name]
+    groups = list(rows)
+    report = reports[name] = Report()
     if not all(isinstance(group, TokenGroup) for group in groups):
         if tokenizer is None:
             raise ValueError(f"processing_class must be given, to tokenise {name}_dataset; got None")
+        _check_columns(groups, name)
         bad: dict[str, Any] = {"on_bad": config.on_bad, "report": report}
         texts = read_groups(groups, config.format, rule=config.rule, **bad)
         texts = merge_prompts(texts, **bad) if config.merge_prompts else texts
-        limits: dict[str, Any] = {"max_length": config.max_length, "too_long": config.too_long}
-        groups = list(tokenize_groups(texts, tokenizer, **limits, **bad))
+        names = ("max_length", "too_long", "chat", "template_options")
+        options = {option: getattr(config, option) for option in names}
+        groups = list(tokenize_groups(texts, tokenizer, **options, **bad))
     if report.dropped:
         logger.warning("%s_dataset: %s", name, report)
     if not groups:
@@ -166,10 +186,20 @@ def tokenised(
     row = LOSSES[objective.loss] if isinstance(objective.loss, str) else None
     pairs = row is not None and row.pair is not None and not row.every_pair
     for group in groups:
-        longest, most = len(group.prompt) + max(map(len, group.responses)), config.micro_batch_tokens
-        if isinstance(most, int) and longest > most:
-            raise ValueError(f"micro_batch_tokens must be at least {longest}, for row {group.row}; got {most}")
+        most = config.micro_batch_tokens
+        if isinstance(most, int) and group.longest > most:
+            raise ValueError(f"micro_batch_tokens must be at least {group.longest}, for row {group.row}; got {most}")
         if pairs and len(group.responses) != 2:
             got = f"row {group.row} of {name}_dataset has {len(group.responses)} responses"
             raise ValueError(f"groups must be pairs for loss {objective.loss!r}; {got}")
     return GroupRows(groups)
+
+
+def _check_columns(rows: Sequence[Any], name: str) -> None:
+    """ValueError for what TRL's trainers read of a row and this one would leave out of its prompt."""
+    instead = {"tools": "", "chat_template_kwargs": " (template_options of GroupDPOConfig is for all rows)"}
+    instead |= dict.fromkeys(("image", "images"), ", for groups are of text alone")
+    for i, row in enumerate(rows):
+        for column, why in instead.items():
+            if isinstance(row, Mapping) and row.get(column):
+                raise ValueError(f"{name}_dataset must have nothing in a column {column!r}{why}; row {i} has")
