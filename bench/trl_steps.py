@@ -109,8 +109,6 @@ def model_of(setting: Setting) -> Any:
 
 def trainer_of(row: str, name: str, setting: Setting, folder: str) -> Any:
     import peft
-    import trl
-    from datasets import Dataset  # type: ignore[import-untyped]
 
     from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer, accelerate
 
@@ -136,6 +134,9 @@ def trainer_of(row: str, name: str, setting: Setting, folder: str) -> Any:
     if name.startswith("GroupDPOTrainer"):
         ours = GroupDPOConfig(**common, strategy=name.partition(", ")[2], per_device_train_batch_size=setting.groups)
         return GroupDPOTrainer(model_of(setting), args=ours, train_dataset=groups[: setting.groups], **more)
+    import trl
+    from datasets import Dataset  # type: ignore[import-untyped]
+
     flat = [(g["prompt"], g["positives"][0], n) for g in groups[: setting.groups] for n in g["negatives"]]
     pairs = [(g["prompt"], g["positives"][0], g["negatives"][0]) for g in groups[: setting.pairs]]
     pairs = flat if row == "groups" else pairs

@@ -1,4 +1,4 @@
-"""Losses and training steps on a real GPU: what is computed, and what it takes. `make device-steps` runs these."""
+"""Losses and training steps on a real GPU: what is computed, and what it takes. `make device-memory` runs these."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from groupdpo_kernels import LogpStats, linear_logp_stats, linear_logps, ops
+from groupdpo_kernels.kernels import launch
 from groupdpo_kernels.ops import Head
 from groupdpo_kernels.reference import HeadGradients, HeadOptions
 from groupdpo_kernels.testing import CASES, Case, Result, check_budget, make_inputs, run, triton_on_cpu
@@ -290,3 +293,30 @@ def test_float64_runs_on_the_reference() -> None:
     case = Case("float64", 30, 40, 300, "", torch.float64, True, 4, 1.3, 12.0, 0.8)
     for impl in ("auto", "reference"):
         check_budget(run(through(impl), make_inputs(case), case.options), make_inputs(case), case.options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_strided_bias_is_read_by_its_stride(impl: str) -> None:
+    case = BY_NAME["everything"]
+    inputs = make_inputs(case)
+    assert inputs.bias is not None
+    apart = torch.stack((inputs.bias.detach(), torch.full_like(inputs.bias, torch.nan)), 1)[:, 0]
+    with running(impl, case) as name:
+        dense, strided = (
+            run(through(name), dataclasses.replace(inputs, bias=bias.detach().requires_grad_()), case.options)
+            for bias in (inputs.bias, apart)
+        )
+    assert same_bits(dense, strided)
+
+
+def test_float32_products_follow_either_of_torchs_settings() -> None:
+    """The getter of the older one raises where the newer has been used, as transformers does for tf32=True."""
+    assert launch.precision(torch.float32) == "ieee" and launch.precision(torch.bfloat16) == "tf32"
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert launch.precision(torch.float32) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    lines = ["import torch", "torch.backends.fp32_precision = 'tf32'"]  # in a process of its own: it cannot be unset
+    lines += ["from groupdpo_kernels.kernels.launch import precision", "assert precision(torch.float32) == 'tf32'"]
+    subprocess.run([sys.executable, "-c", "; ".join(lines)], check=True)

@@ -88,6 +88,21 @@ def test_the_kernels_know_every_loss_of_the_table():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_strided_offsets_and_sides_are_read_by_their_stride(impl):
+    spec = LossSpec("mpo", 0.1, False, False, 0.0, 0.0, 0.0, 0.0, 0.05, 0.0, False, False)
+    dense = (torch.tensor([0, 2, 4, 6, 8]), torch.tensor([0, 2, 4]), torch.tensor([True, False, True, False]))
+    apart = [torch.stack((x, torch.zeros_like(x)), 1)[:, 0] for x in dense]
+    found = []
+    for cu_seqlens, cu_groups, positive in (dense, apart):
+        leaf = (-torch.arange(8.0)).requires_grad_()
+        with where(impl):
+            out = PreferenceWeights.apply(leaf, None, cu_seqlens, cu_groups, positive, spec, 2, impl)
+            out[0].backward()
+        found.append((*out, leaf.grad))
+    assert all(map(torch.equal, *found)) and found[0][0].isfinite()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_the_same_bits_every_time(impl):
     groups, cu_seqlens, logps, reference = draw("mpo", 3, 2.0, per_token=True)
     once, again = (evaluate(logps, cu_seqlens, groups, Objective("mpo"), reference, impl) for _ in range(2))

@@ -249,6 +249,8 @@ def test_exact_rows_are_the_costliest_until_the_bound_holds() -> None:
     assert float(cost[~exact].sum() + cheapest) > allowed  # none too many
     bad = sparse.exact_rows(doubts, dropped.index_fill(0, torch.tensor([3]), torch.nan), g, g * 0, live | True, 0.1)
     assert bad[3]
+    nothing = sparse.exact_rows(doubts, dropped * 0, g, g * 0, live, 0.1)
+    assert not nothing.any() and not sparse.exact_rows(doubts * 0, dropped * 0, g, g * 0, live, 0.1).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -6,9 +6,12 @@ budgets). Rows of `Launch` never depend on T or V.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -93,6 +96,17 @@ def why_not(hidden: Tensor, weight: Tensor) -> list[str]:
     return reasons
 
 
+def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the tensors: it becomes that of the first."""
+
+    @functools.wraps(launcher)
+    def run(first: Tensor, *rest: Any, **named: Any) -> Any:
+        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+            return launcher(first, *rest, **named)
+
+    return run
+
+
 def launch_for(weight: Tensor) -> Launch:  # (V, D)
     """The launch shape for this head on its device."""
     if interpreting is not None:
@@ -127,10 +141,12 @@ def programs(launch: Launch, tiles: int, device: torch.device) -> tuple[int]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """float32 products follow torch's own setting. Products of 16-bit inputs are exact either way; there "tf32" says
-    that nobody will miss the last bits of a float32.
+    """float32 products follow torch's own setting, as either of its APIs has set it (the getter of the older one raises
+    where the newer was used). Products of 16-bit inputs are exact either way; there "tf32" says that nobody will miss
+    the last bits of a float32.
     """
-    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "ieee" if exact else "tf32"
 
 
 def scale_and_cap(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
@@ -188,6 +204,7 @@ def head_arguments(
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
+    bias = None if bias is None else bias.contiguous()
     return HeadArguments((*sources, bias, low_rank_hidden, low_rank_weight), strides, constants)
 
 

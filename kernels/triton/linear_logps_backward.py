@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LOG2_E, head_arguments, launch_for, programs, scale_and_cap, why_not
+from .launch import LOG2_E, head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
 from .library import add_product, block_shape
 from .live_products import add_rows, reduce_rows
 from .rows import LiveRows, gather_rows, live_rows
@@ -145,6 +145,7 @@ def d_logits_kernel(
             )
 
 
+@on_its_device
 def linear_logps_backward(
     hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
     weight: Tensor,  # (V, D)

@@ -25,7 +25,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LN_2, LOG2_E, HeadArguments, Launch, chunk_rows, head_arguments, launch_for, programs, scale_and_cap
+from .launch import (
+    LN_2,
+    LOG2_E,
+    HeadArguments,
+    Launch,
+    chunk_rows,
+    head_arguments,
+    launch_for,
+    on_its_device,
+    programs,
+    scale_and_cap,
+)
 from .linear_logps_forward import combine_kernel, tiles_kernel, why_not
 from .rows import gather_rows, live_rows
 from .tile import add_low_rank_of_rows, add_product_of_rows, finite_or_zero, squash, with_bias
@@ -228,6 +239,7 @@ def visit_shape(launch: Launch) -> dict[str, int]:
     return {"BLOCK_T": min(64, launch.BLOCK_T), "num_warps": 8, "num_stages": 3}
 
 
+@on_its_device
 def linear_logps_candidates(
     hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
     weight: Tensor,  # (V, D)

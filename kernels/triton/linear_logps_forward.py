@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LN_2, chunk_rows, head_arguments, launch_for, programs, scale_and_cap, why_not
+from .launch import LN_2, chunk_rows, head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
 from .rows import gather_rows, live_rows
 from .tile import add_low_rank, finite_or_zero, product, squash, tile_position, with_bias
 
@@ -182,6 +182,7 @@ def combine_kernel(
         tl.store(is_top1_ptr + out, (beaten == 0) & leads, mask=inside)
 
 
+@on_its_device
 def linear_logps_forward(
     hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
     weight: Tensor,  # (V, D)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LN_2, head_arguments, launch_for, programs, scale_and_cap, why_not
+from .launch import LN_2, head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
 from .library import add_product, block_shape
 from .rows import gather_rows, live_rows
 from .tile import add_low_rank, finite_or_zero, product, squash, tile_position, with_bias
@@ -236,6 +236,7 @@ def derivative_kernel(
     tl.store(expected_ptr + at, chain * (at_target - expected), mask=mask)
 
 
+@on_its_device
 def linear_logps_jacobian(
     hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
     weight: Tensor,  # (V, D)

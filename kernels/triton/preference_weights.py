@@ -87,14 +87,14 @@ def groups_kernel(
     T,
     S,
     G,
-    beta,
-    nll_weight,
-    label_smoothing,
-    gamma,
-    alpha,
-    tau,
-    ceiling,
-    log_ceiling,
+    beta: tl.float64,  # said, for Triton takes a Python float for a float32
+    nll_weight: tl.float64,
+    label_smoothing: tl.float64,
+    gamma: tl.float64,
+    alpha: tl.float64,
+    tau: tl.float64,
+    ceiling: tl.float64,
+    log_ceiling: tl.float64,
     LOSS: tl.constexpr,
     AVERAGE: tl.constexpr,
     SUBTRACT: tl.constexpr,
@@ -289,6 +289,7 @@ def why_not(device: torch.device, dtype: torch.dtype, loss: object, max_group: i
     return reasons
 
 
+@launch.on_its_device
 def preference_weights_forward(
     token_logps: Tensor,  # (T,) float32
     ref_logps: Tensor | None,  # (S,) or (T,) float32
@@ -313,6 +314,7 @@ def preference_weights_forward(
     where values are wrong.
     """
     T, S, G = token_logps.shape[0], positive.shape[0], cu_groups.shape[0] - 1
+    cu_seqlens, cu_groups, positive = cu_seqlens.contiguous(), cu_groups.contiguous(), positive.contiguous()
     new = token_logps.new_empty
     out_loss, group_losses = new(()), new(G)
     seq_logps, rewards, balance_weights, coefficients = (new(S) for _ in range(4))
@@ -341,6 +343,7 @@ def preference_weights_forward(
     return out_loss, seq_logps, rewards, group_losses, balance_weights, coefficients
 
 
+@launch.on_its_device
 def preference_weights_backward(
     d_loss: Tensor,  # () float32
     coefficients: Tensor,  # (S,) float32
@@ -350,5 +353,7 @@ def preference_weights_backward(
     """d_token_logps: d_loss times the coefficient of each token's sequence."""
     d_token_logps = coefficients.new_empty(T)
     S = coefficients.shape[0]
-    spread_kernel[(S,)](d_loss, coefficients, cu_seqlens, d_token_logps, T, S, BLOCK=1024, num_warps=4)
+    spread_kernel[(S,)](
+        d_loss, coefficients.contiguous(), cu_seqlens.contiguous(), d_token_logps, T, S, BLOCK=1024, num_warps=4
+    )
     return d_token_logps

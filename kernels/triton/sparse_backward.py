@@ -112,6 +112,7 @@ def _programs(tasks: int, device: torch.device) -> tuple[int]:
     return (min(tasks, 8 * torch.cuda.get_device_properties(device).multi_processor_count),)
 
 
+@launch.on_its_device
 def linear_logps_sparse_backward(
     hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
     weight: Tensor,  # (V, D)

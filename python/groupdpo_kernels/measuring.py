@@ -96,7 +96,7 @@ def _cpu_memory(workload: Workload, device: torch.device, limit: int | None) -> 
 def _cuda_memory(workload: Workload, device: torch.device, limit: int | None) -> Row:
     if limit is not None:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
     _warm_up(workload, device)
     gc.collect()
     torch.cuda.empty_cache()

@@ -170,12 +170,18 @@ def exact_rows(
 ) -> Tensor:  # (...) bool
     """Which rows need the exact path, so that sum |d_lse - d_token_logps| dropped over the others is at most grad_tol
     times sum |d_lse - d_token_logps| doubts over all: those that would leave out most. Reads no value back.
+
+    Sums are of whole units, 2^-31 of what is allowed, each cost rounded up: a scan of floats on a GPU has another last
+    digit each time, and a row would now and then go another way.
     """
     size = torch.where(live, (d_lse - d_token_logps).abs(), 0).double().reshape(-1)
     cost = size * dropped.reshape(-1)
     allowed = grad_tol * (size * doubts.reshape(-1)).sum()
     order = cost.argsort(stable=True)
-    fits = cost[order].cumsum(0) <= allowed  # false for NaN: a row that is not finite goes the exact way
+    units = torch.where(cost > 0, (cost / allowed * 2**31).ceil(), cost)
+    known = units <= 2**31  # not NaN: a row that is not finite goes the exact way
+    units = torch.where(known, units, 2**31 + 1).long()
+    fits = known[order] & (units[order].cumsum(0) <= 2**31)
     exact = torch.ones_like(fits).scatter_(0, order, ~fits)
     return exact.view_as(live) & live
 
