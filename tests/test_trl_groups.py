@@ -13,6 +13,7 @@ import torch
 import trl
 from tiny_models import make
 from tiny_trl import COMMON, GROUPS, PAIRS, check_same, llama, lora, run, run_as_rank, steps, trainable
+from transformers import HfArgumentParser
 
 from groupdpo_kernels import AdaBalance, Objective
 from groupdpo_kernels.data import read_groups, tokenize_groups
@@ -313,6 +314,14 @@ def test_resuming_gives_the_same_bits(make_trainer: Any, tmp_path: Path, with_lo
 def test_options(make_trainer: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make_trainer(options)
+
+
+def test_options_from_a_command_line(tmp_path: Path) -> None:
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False", "--strategy", "one_pass"]
+    flags += ["--micro_batch_tokens", "64", "--template_options", '{"enable_thinking": false}']
+    (config,) = HfArgumentParser(GroupDPOConfig).parse_args_into_dataclasses(flags)  # type: ignore[arg-type]
+    assert config.template_options == {"enable_thinking": False} and config.strategy == "one_pass"
+    assert config.micro_batch_tokens == 64
 
 
 def test_arguments(make_trainer: Any, bpe: Any) -> None:

@@ -66,6 +66,8 @@ class GroupDPOConfig(TrainingArguments):
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         one_of("strategy", self.strategy, (*STRATEGIES, "coupled"))
         one_of("layout", self.layout, ("padded", "packed"))
+        if isinstance(self.micro_batch_tokens, str) and self.micro_batch_tokens.isdecimal():  # from a command line
+            self.micro_batch_tokens = int(self.micro_batch_tokens)
         for name in ("micro_batch_sequences", "micro_batch_tokens"):
             value = getattr(self, name)
             if value == "auto" and name == "micro_batch_tokens" and self.strategy == "two_pass":
