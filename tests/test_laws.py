@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": {"reference", "kernels"},
     "profiles": set(),
     "cli/__init__": {"app"},
-    "cli/__main__": {"__init__"},
+    "cli/__main__": {"main"},  # of cli/__init__
     "cli/app": {"__version__", "check", "logps", "profile", "train"},  # beside it: one module for each command
     "cli/check": {"__version__", "extension", "logps", "preference_ops", "selftest"},
     "cli/curves": set(),
