@@ -82,6 +82,8 @@ def draw_curves(
     limit: a value, and its name, that is drawn as a line across.
     """
     figure, axes, colors = _figure(theme, len(settings), 1.2 + 3.9 * len(settings), 3.8)
+    for axis in axes[1:]:
+        axis.sharey(axes[0])
     for axis, (setting, lines) in zip(axes, settings.items()):
         groups = sorted({g for points in lines.values() for g in points})
         for strategy, points in lines.items():
@@ -140,6 +142,7 @@ def draw_breakdown(bars: dict[str, dict[str, float]], label: str, path: Path, th
         style = {"color": colors.get(color, color), "hatch": hatch, "edgecolor": colors["paper"], "linewidth": 0.6}
         axis.barh(list(bars), sizes, left=list(left.values()), label=category, height=0.72, **style)
         left = {name: left[name] + size for name, size in zip(bars, sizes)}
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set_xlabel(label)
