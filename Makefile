@@ -52,7 +52,8 @@ bench: setup
 	$(RUN) bench/run.py $(ARGS)
 
 profile: setup
-	.venv/bin/groupdpo-kernels profile --groups 2,4,8 --tokens 64 --micro-batch 1 --seconds 2 --resume $(ARGS)
+	.venv/bin/groupdpo-kernels profile --groups 2,4,8 --tokens 64 --micro-batch 1 --seconds 2 --resume \
+	    --strategies coupled_logits,coupled,two_pass,one_pass $(ARGS)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -50,6 +50,7 @@ def test_plan() -> None:
         (("profile", "--groups", "2;4"), "groups must be whole numbers with commas between; got '2;4'"),
         (("profile", "--settings", "full,half"), "settings must be of full, checkpointing, lora; got 'half'"),
         (("profile", "--kinds", "speed"), "kinds must be memory or time; got 'speed'"),
+        (("profile", "--settings", "full", "--strategies", "one_pass"), "workloads must hold at least one; got none"),
         (("plan", "--memory", "0"), "memory must be positive; got 0.0"),
         (("plan", "--strategies", "magic"), "strategy must be one of"),
         (("plan", "--ranks", "0"), "ranks must be an int of at least 1; got 0"),

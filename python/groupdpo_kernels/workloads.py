@@ -351,7 +351,8 @@ class TrainingStep:
 def sweep(
     base: Workload, groups: Sequence[int], strategies: Sequence[str] | None = None, most_pairs: int = 64
 ) -> list[Workload]:
-    """Every strategy at every size: one_pass where there is an adapter, at most `most_pairs` pairs, of (G / 2)^2."""
-    names = [s for s in STRATEGIES if base.lora_rank or s != "one_pass"] if strategies is None else strategies
+    """These strategies, or all, at every size: one_pass where there is an adapter, at most `most_pairs` pairs, of
+    (G / 2)^2."""
+    names = [s for s in strategies or STRATEGIES if base.lora_rank or s != "one_pass"]
     loads = [replace(base, group=group, strategy=name) for group in groups for name in names]
     return [load for load in loads if load.strategy != "pairs" or (load.group // 2) ** 2 <= most_pairs]
