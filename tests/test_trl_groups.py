@@ -303,6 +303,7 @@ def test_resuming_gives_the_same_bits(make_trainer: Any, tmp_path: Path, with_lo
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be one of random, sequential"),
         ({"torch_compile": True}, "torch_compile must be False: .*compile its layers instead .*; got True"),
         ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen must be 'no': .*; got 'all'"),
+        ({"template_options": "thinking"}, "template_options must be a dict, or JSON of one; got 'thinking'"),
         ({"rule": "best"}, "rule must be one of best_vs_rest.*; got 'best'"),
         ({"format": "parquet"}, "format must be one of auto.*; got 'parquet'"),
         ({"max_length": 1}, "max_length must be at least 2, .*; got 1"),

@@ -85,7 +85,11 @@ class GroupDPOConfig(TrainingArguments):
             raise ValueError(f"include_num_input_tokens_seen must be 'no': num_tokens is logged anyway; got {seen!r}")
         check_not_compiled(self)
         if isinstance(self.template_options, str):
-            self.template_options = dict(json.loads(self.template_options))
+            try:
+                self.template_options = dict(json.loads(self.template_options))
+            except (TypeError, ValueError):
+                asked = "a dict, or JSON of one"
+                raise ValueError(f"template_options must be {asked}; got {self.template_options!r}") from None
         if self.torch_empty_cache_steps is not None and self.strategy != "coupled":
             got = self.torch_empty_cache_steps
             raise ValueError(f"torch_empty_cache_steps must be None for strategy {self.strategy!r}; got {got}")
