@@ -151,44 +151,43 @@ def draw_breakdown(bars: dict[str, dict[str, float]], label: str, path: Path, th
 
 
 def draw_roofline(content: dict[str, Any], path: Path, theme: str) -> Path:
-    """Of bench/run.py's JSON: what each implementation achieves of the arithmetic that its mode needs, in GFLOP/s,
-    against FLOP to a byte that must move; a bar is the bare matrix products of that shape, the limit."""
+    """Of bench/run.py's JSON: what each implementation achieves of the arithmetic that its mode needs, in GFLOP/s; a
+    column for each shape and mode, with its FLOP to a byte that must move, and a bar for the limit, the bare matrix
+    products. No axis of intensity: those of two modes differ by less than a marker is wide."""
     rows = [r for r in content["rows"] if r.get("status") == "ok" and "both_ms" in r]
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     names = [n for n in dict.fromkeys(r["implementation"] for r in rows) if n != "matrix products"]
-    figure, axes, colors = _figure(theme, max(1, len(dtypes)), 1.5 + 4.2 * max(1, len(dtypes)), 4.4)
+    columns = list(dict.fromkeys((r["shape"], r["mode"]) for r in rows))
+    width = 1.2 + max(3.2, 0.25 * len(columns) * (len(names) + 1)) * max(1, len(dtypes))
+    figure, axes, colors = _figure(theme, max(1, len(dtypes)), width, 4.4)
     for axis, dtype in zip(axes, dtypes):
+        ticks = dict.fromkeys(range(len(columns)), "")
         for row in (r for r in rows if r["dtype"] == dtype):
+            x = columns.index((row["shape"], row["mode"]))
             T, D, V, products = row["T"], row["D"], row["V"], row["products"]
             flop = 2 * T * D * V * products
-            size = 4 if dtype == "float32" else 2
             # hidden and weight are read; the gradients that the mode wants are written.
+            size = 4 if dtype == "float32" else 2
             moved = size * D * (T + V + (T if products >= 2 else 0) + (V if products == 4 else 0))
-            x, y = flop / moved, flop / row["both_ms"]["median"] / 1e6
+            ticks[x] = f"{row['shape']}\n{row['mode']}\n{flop / moved:,.0f}"
+            y = flop / row["both_ms"]["median"] / 1e6
             if row["implementation"] == "matrix products":
-                axis.plot([x / 1.08, x * 1.08], [y, y], color=colors["ink"], linewidth=3, solid_capstyle="butt")
-                axis.annotate(
-                    f"{row['shape']}, {row['mode']}",
-                    (x, y),
-                    (0, 6),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=7,
-                )
-            else:
-                i = names.index(row["implementation"])
-                color = _PEER_COLORS[i % len(_PEER_COLORS)]
-                style = {"marker": _PEERS[i % len(_PEERS)], "color": colors.get(color, color), "linestyle": "none"}
-                axis.plot([x], [y], **style, markersize=6, label=names[i])
-        axis.set(xscale="log", yscale="log", xlabel="FLOP to a byte that must move", title=dtype)
-        axis.margins(0.18)
+                axis.plot([x - 0.45, x + 0.45], [y, y], color=colors["ink"], linewidth=3, label="matrix products")
+                continue
+            i = names.index(row["implementation"])
+            color = _PEER_COLORS[i % len(_PEER_COLORS)]
+            style = {"marker": _PEERS[i % len(_PEERS)], "color": colors.get(color, color), "linestyle": "none"}
+            axis.plot([x + 0.8 * ((i + 0.5) / len(names) - 0.5)], [y], **style, markersize=6, label=names[i])
+        axis.set(yscale="log", xlabel="shape, mode, FLOP to a byte that must move", title=dtype)
+        axis.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
+        axis.grid(axis="x", visible=False)
+        axis.margins(0.08)
         _plain(axis)
     axes[0].set_ylabel("GFLOP/s of the arithmetic needed")
     handles: dict[str, Any] = {}
     for axis in axes:
         handles |= {text: handle for handle, text in zip(*axis.get_legend_handles_labels())}
-    axes[0].plot([], [])
     figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, labelcolor=colors["ink"]
+        handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, labelcolor=colors["ink"]
     )
     return _save(figure, path)
