@@ -10,7 +10,7 @@ import torch
 from tiny_trl import COMMON, GROUPS, llama, run
 
 from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer, groups, memory
-from groupdpo_kernels.planning import largest_micro_batch
+from groupdpo_kernels.planning import largest_micro_batch, step_peak
 
 
 @pytest.fixture
@@ -65,6 +65,21 @@ def test_a_step_without_memory_says_what_fits(
     assert f"with strategy '{strategy}' ran out of memory; the largest of its 1 micro-batches is" in text
     assert "Two passes fit" in text and "micro_batch_tokens=" in text
     assert ("strategy='two_pass'" in text) == (strategy == "coupled")
+
+
+def test_a_group_that_cannot_fit_is_refused_before_training(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of the largest group alone, at the mean length of its responses: just enough passes, less does not."""
+    rows = make_trainer(strategy="coupled").train_dataset.groups
+    largest = max(rows, key=lambda group: len(group.responses) * len(group.prompt) + sum(map(len, group.responses)))
+    tokens = len(largest.prompt) + sum(map(len, largest.responses)) // len(largest.responses)
+    need = step_peak(llama(), len(largest.responses) // 2 * 2, tokens, 2**40, device="cpu")
+    monkeypatch.setattr(groups, "memory_of", lambda model, device: need)
+    make_trainer(strategy="coupled")
+    monkeypatch.setattr(groups, "memory_of", lambda model, device: need - 1)
+    make_trainer(strategy="two_pass")
+    said = rf"row {largest.row} of train_dataset has 4 responses of some {tokens} tokens, .*'two_pass'.*; got 'coupled'"
+    with pytest.raises(ValueError, match=said):
+        make_trainer(strategy="coupled")
 
 
 def test_advice_never_hides_the_error(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,18 +352,44 @@ def largest_micro_batch(
 
     `model` is the one that trains, adapter and checkpointing included; it is only looked at. 0 sequences: not even one.
     """
-    lora = 1 if any(not p.requires_grad for p in model.parameters()) else 0
-    base = Workload(tokens=tokens, autocast=autocast, optimizer=optimizer, lora_rank=lora, micro_batch=1, group=4)
-    layers_of(model)  # refuses what it cannot take apart
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    hardware = Hardware(memory, headroom=0.0, device=device)
+    base = Workload(tokens=tokens, autocast=autocast, optimizer=optimizer, lora_rank=_adapted(model), micro_batch=1)
 
     def peak(size: int) -> int:
         load = replace(base, micro_batch=size, group=2 * size)
-        return Prediction(load, hardware, lambda layers: skeleton(model, layers), config).at(2 * size).total
+        return _prediction_of(model, load, memory, device).at(2 * size).total
 
     one, two = peak(1), peak(2)
     return (0 if one > memory else 1 + math.floor((memory - one) / max(1, two - one))), one
+
+
+def step_peak(
+    model: nn.Module,
+    responses: int,
+    tokens: int,
+    memory: int,
+    *,
+    autocast: bool = False,
+    device: str = "cuda",
+    optimizer: str = "adamw",
+) -> int:
+    """Bytes of a step that keeps the graph of a group of so many responses, an even number, of `tokens` tokens."""
+    load = Workload(
+        strategy="coupled", group=responses, tokens=tokens, autocast=autocast, optimizer=optimizer,
+        lora_rank=_adapted(model),
+    )  # fmt: skip
+    return _prediction_of(model, load, memory, device).at(responses).total
+
+
+def _adapted(model: nn.Module) -> int:
+    return 1 if any(not p.requires_grad for p in model.parameters()) else 0
+
+
+def _prediction_of(model: nn.Module, workload: Workload, memory: int, device: str) -> Prediction:
+    """Of the model that trains, which is only looked at."""
+    layers_of(model)  # refuses what it cannot take apart
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    hardware = Hardware(memory, headroom=0.0, device=device)
+    return Prediction(workload, hardware, lambda layers: skeleton(model, layers), config)
 
 
 def categories(peak: Peak) -> str:

@@ -38,7 +38,7 @@ from ...measuring import out_of_memory
 from ...models import attach, checkpoint_layers
 from ...objectives import Objective, PreferenceLoss, preference_loss
 from ...stepwise import reference_logps
-from .memory import advice, memory_of, micro_batch_tokens_of
+from .memory import advice, check_group_fits, memory_of, micro_batch_tokens_of
 from .metrics import preference_metrics, record
 from .reference import (
     add_reference_adapter,
@@ -74,7 +74,8 @@ class GroupDPOTrainer(Trainer):
 
     Raises ValueError or TypeError, naming argument, expectation and value, for: a reference that nobody reads or that
     could not stay what it is (`reference`), rows of no known columns or without a usable group, a response longer than
-    micro_batch_tokens, a pairwise loss on larger groups, DeepSpeed, FSDP, several GPUs in one process.
+    micro_batch_tokens, with "coupled" a group whose graph alone wants more memory than there is, a pairwise loss on
+    larger groups, DeepSpeed, FSDP, several GPUs in one process.
     """
 
     model: Any
@@ -125,11 +126,14 @@ class GroupDPOTrainer(Trainer):
         pad_id = pad_id_of(model, processing_class)
         train = self._tokenised(train_dataset, "train")
         most: Any = args.micro_batch_tokens
-        if most == "auto":
+        if most == "auto" or args.strategy == "coupled":
             if args.gradient_checkpointing:
                 checkpoint_layers(model, args.gradient_checkpointing_kwargs)
             memory = memory_of(model, args.device)
-            most = micro_batch_tokens_of(model, ref_model, train.groups, args.device, bool(args.bf16), memory)
+            if most == "auto":
+                most = micro_batch_tokens_of(model, ref_model, train.groups, args.device, bool(args.bf16), memory)
+            else:
+                check_group_fits(model, train.groups, args.device, bool(args.bf16), memory)
         super().__init__(
             model=model,
             args=args,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data import MicroBatch, PreferenceBatch, TokenGroup
-from ...planning import largest_micro_batch
+from ...planning import largest_micro_batch, step_peak
 
 GiB = 2**30
 SHARE = 0.9
@@ -50,6 +50,36 @@ def micro_batch_tokens_of(
             " max_length, train an adapter, or turn gradient_checkpointing on"
         )
     return size * longest
+
+
+def check_group_fits(
+    model: nn.Module, groups: Sequence[TokenGroup], device: torch.device, autocast: bool, memory: int
+) -> None:
+    """ValueError where the graph of the largest group alone, by the planner, wants more than `memory` bytes.
+
+    A lower bound of a step with the whole graph, so that nothing is refused that would have run. The planner takes
+    seconds, and is not asked where 64 bytes a token, layer and unit of width, and 16 a parameter, fit anyway: more than
+    what a decoder takes without checkpointing, with AdamW.
+    """
+    largest = max(groups, key=lambda group: len(group.responses) * len(group.prompt) + sum(map(len, group.responses)))
+    n = max(2, len(largest.responses) // 2 * 2)  # as the planner's groups
+    tokens = max(2, len(largest.prompt) + sum(map(len, largest.responses)) // len(largest.responses))
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    wide = getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0)
+    if 64 * n * tokens * wide + 16 * sum(p.numel() for p in model.parameters()) < memory:
+        return
+    try:
+        peak = step_peak(model, n, tokens, memory, autocast=autocast, device=device.type)
+        size, one = largest_micro_batch(model, tokens, memory, autocast=autocast, device=device.type)
+    except ValueError:  # a model that the planner cannot take apart
+        return
+    if peak > memory:
+        fits = f"'two_pass' fits with micro-batches of {size}" if size else f"'two_pass' takes {one / GiB:.2f} GiB"
+        raise ValueError(
+            f"strategy must keep what fits: row {largest.row} of train_dataset has {len(largest.responses)} responses"
+            f" of some {tokens} tokens, whose graph takes {peak / GiB:.2f} GiB with parameters, gradients and AdamW,"
+            f" and {memory / GiB:.2f} GiB are there; {fits}; got 'coupled'"
+        )
 
 
 def explain_out_of_memory(
