@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench.measure import MODES, RANDOM, Differentiated, Gate, Products, Step, draw
 from bench.peers import maker
-from bench.report import Report, header, results_path, tables, title
+from bench.report import Report, header, output_path, tables, title
 from bench.run import LIMIT, SHAPES, Entry, measure_rounds, release, say
 from groupdpo_kernels.kernels import launch
 from groupdpo_kernels.kernels.launch import Launch
@@ -97,9 +97,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    path = options.json or (results_path(options.results, options.device, "-launches") if options.results else None)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path = output_path(options.json, options.results, options.device, "-launches")
     report = Report(header(options.device), path)
     dtype = getattr(torch, options.dtype)
     cases = [replace(case, dtype=dtype) for case in SHAPES if case.name in options.shapes]

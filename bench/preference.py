@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import memory
 from bench.measure import Step
-from bench.report import Report, Row, header, results_path
+from bench.report import Report, Row, header, output_path
 from bench.run import Entry, measure_rounds, release, say
 from groupdpo_kernels import AdaBalance, Objective, PreferenceGroups, PreferenceLoss, preference_loss
 from groupdpo_kernels.testing import error
@@ -223,9 +223,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    path = options.json or (results_path(options.results, options.device, "-preference") if options.results else None)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path = output_path(options.json, options.results, options.device, "-preference")
     memory_by = f"peak of PyTorch's {'CUDA' if options.device.type == 'cuda' else 'CPU'} allocator"
     report = Report(header(options.device) | {"memory_by": memory_by}, path)
     for loss in options.losses:

@@ -116,6 +116,14 @@ def directory(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", short).strip("-")
 
 
+def output_path(json_path: Path | None, results: Path | None, device: torch.device, kind: str = "") -> Path | None:
+    """Of the options --json and --results, the first that is given; its folder is made."""
+    path = json_path or (results_path(results, device, kind) if results else None)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def results_path(results: Path, device: torch.device, kind: str = "") -> Path:
     """results/<device>/<date><kind>.json, with a number where that exists: results are never overwritten. Any CPU is
     cpu.

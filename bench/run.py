@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from bench import memory
 from bench.measure import MODES, RANDOM, Differentiated, Gate, Inputs, Products, Seconds, Step, clock, draw, spread
 from bench.peers import OURS, PEERS, SAMPLED, Unavailable, grad_tol_of, maker
-from bench.report import Report, Row, dtype_name, header, results_path, tables, title
+from bench.report import Report, Row, dtype_name, header, output_path, tables, title
 from groupdpo_kernels import ops
 from groupdpo_kernels.profiles import PROFILES, describe_rows
 from groupdpo_kernels.reference import Head
@@ -222,9 +222,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    path = options.json or (results_path(options.results, options.device) if options.results else None)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path = output_path(options.json, options.results, options.device)
     report = Report(header(options.device), path)
     for case in options.cases:
         inputs = gate = None

@@ -36,7 +36,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench.memory import ROOT, MiB
-from bench.report import Report, header, results_path
+from bench.report import Report, header, output_path
 from bench.run import say
 from groupdpo_kernels.resident import forget_peak, resident
 from groupdpo_kernels.workloads import MODELS, Workload, build_model
@@ -250,9 +250,7 @@ def main() -> int:
         print(json.dumps(measure_here(row, name, Setting(**fields))))
         return 0
     device = torch.device(options.device)
-    path = options.json or (results_path(options.results, device, "-steps") if options.results else None)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path = output_path(options.json, options.results, device, "-steps")
     report = Report(header(device), path)
     shared = {name: getattr(options, name) for name in ("model", "tokens", "groups", "size", "pairs", "steps")}
     for V in options.vocabularies:
