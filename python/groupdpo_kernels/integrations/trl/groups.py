@@ -129,11 +129,11 @@ class GroupDPOTrainer(Trainer):
         if most == "auto" or args.strategy == "coupled":
             if args.gradient_checkpointing:
                 checkpoint_layers(model, args.gradient_checkpointing_kwargs)
-            memory = memory_of(model, args.device)
+            memory, autocast = memory_of(model, args.device), bool(args.bf16 or args.fp16)
             if most == "auto":
-                most = micro_batch_tokens_of(model, ref_model, train.groups, args.device, bool(args.bf16), memory)
+                most = micro_batch_tokens_of(model, ref_model, train.groups, args.device, autocast, memory)
             else:
-                check_group_fits(model, train.groups, args.device, bool(args.bf16), memory)
+                check_group_fits(model, train.groups, args.device, autocast, memory)
         super().__init__(
             model=model,
             args=args,
@@ -228,7 +228,8 @@ class GroupDPOTrainer(Trainer):
             ran_out = error
         traceback.clear_frames(ran_out.__traceback__)  # frees what the step held, which the advice may count on
         bare, device = self.accelerator.unwrap_model(model), self.args.device
-        why = advice(bare, inputs["step"], self.config.strategy, bool(self.args.bf16), device, self.optimizer)
+        autocast = bool(self.args.bf16 or self.args.fp16)
+        why = advice(bare, inputs["step"], self.config.strategy, autocast, device, self.optimizer)
         raise type(ran_out)(f"{ran_out}\n{why}") from ran_out
 
     def _training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:

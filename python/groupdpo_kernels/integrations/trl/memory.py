@@ -57,9 +57,10 @@ def check_group_fits(
 ) -> None:
     """ValueError where the graph of the largest group alone, by the planner, wants more than `memory` bytes.
 
-    A lower bound of a step with the whole graph, so that nothing is refused that would have run. The planner takes
-    seconds, and is not asked where 64 bytes a token, layer and unit of width, and 16 a parameter, fit anyway: more than
-    what a decoder takes without checkpointing, with AdamW.
+    A lower bound of a step with the whole graph, whatever the optimizer keeps, against all that is free and not the
+    SHARE of it that `memory` is: nothing is refused that would have run. The planner takes seconds, and is not asked
+    where 64 bytes a token, layer and unit of width, and 16 a parameter, fit anyway: more than what a decoder takes
+    without checkpointing, with AdamW.
     """
     largest = max(groups, key=lambda group: len(group.responses) * len(group.prompt) + sum(map(len, group.responses)))
     n = max(2, len(largest.responses) // 2 * 2)  # as the planner's groups
@@ -69,15 +70,15 @@ def check_group_fits(
     if 64 * n * tokens * wide + 16 * sum(p.numel() for p in model.parameters()) < memory:
         return
     try:
-        peak = step_peak(model, n, tokens, memory, autocast=autocast, device=device.type)
+        peak = step_peak(model, n, tokens, memory, autocast=autocast, device=device.type, optimizer="sgd")
         size, one = largest_micro_batch(model, tokens, memory, autocast=autocast, device=device.type)
     except ValueError:  # a model that the planner cannot take apart
         return
-    if peak > memory:
+    if SHARE * peak > memory:
         fits = f"'two_pass' fits with micro-batches of {size}" if size else f"'two_pass' takes {one / GiB:.2f} GiB"
         raise ValueError(
             f"strategy must keep what fits: row {largest.row} of train_dataset has {len(largest.responses)} responses"
-            f" of some {tokens} tokens, whose graph takes {peak / GiB:.2f} GiB with parameters, gradients and AdamW,"
+            f" of some {tokens} tokens, whose graph takes {peak / GiB:.2f} GiB with parameters and gradients,"
             f" and {memory / GiB:.2f} GiB are there; {fits}; got 'coupled'"
         )
 
