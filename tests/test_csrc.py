@@ -343,22 +343,3 @@ def test_stable_abi_alone() -> None:
     assert b"aoti_torch_cpu_mm_out" in names
     for prefix in (b"_ZN2at", b"_ZNK2at", b"_ZN3c10", b"_ZNK3c10"):
         assert prefix not in names
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_number_of_threads(dtype: torch.dtype) -> None:
-    """Rows are shared out, sums keep their order: several threads change no more than the library's products do."""
-    case = Case("threads", 300, 40, 900, "", dtype, bias=True, R=3, ignored="none")
-    head, targets, upstream, _ = live_rows(make_inputs(case))
-    options, needs = HeadOptions(softcap=9.0, workspace_bytes=2**18), [True] * 5
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            values = forward(head, targets, options)
-            results.append([*values, *backward(head, targets, [values[1], *upstream], options, needs)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            torch.testing.assert_close(b, a, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)

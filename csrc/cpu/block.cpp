@@ -86,6 +86,26 @@ int64_t even(int64_t size, int64_t most) {
   return size == 0 ? 1 : ceil_div(size, ceil_div(size, most));
 }
 
+// The most rows and columns of one product of the library: small enough that a block of 1024 x 2048 feeds 16 cores,
+// large enough that packing its factors is felt little, which the faster units of bfloat16 and a transposed factor feel
+// more.
+int64_t most_tile_rows(bool large) {
+  return large ? 512 : 256;
+}
+constexpr int64_t kMostTileColumns = 512;
+
+void multiply_tile(const Matrix& out, const Factor& a, const Factor& b, bool accumulate) {
+#if HAS_BF16_LIBRARY
+  if (a.bf16) return multiply_bf16(out, a, b, accumulate);
+#endif
+  const Tensor o = wrap(out), x = wrap(a), y = wrap(b);
+  if (accumulate) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(o.get(), o.get(), x.get(), y.get(), 1, 1));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(o.get(), x.get(), y.get()));
+  }
+}
+
 }  // namespace
 
 bool bf16_products() {
@@ -108,16 +128,21 @@ bool in_bf16(const Head& head) {
 
 void multiply(const Matrix& out, const Factor& a, const Factor& b, bool accumulate) {
   if (out.rows == 0 || out.columns == 0) return;
-#if HAS_BF16_LIBRARY
-  if (a.bf16) return multiply_bf16(out, a, b, accumulate);
-#endif
-  const Tensor o = wrap(out), x = wrap(a), y = wrap(b);
-  if (accumulate) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(o.get(), o.get(), x.get(), y.get(), 1, 1));
-  } else {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(o.get(), x.get(), y.get()));
-  }
+  const int64_t rows = even(out.rows, most_tile_rows(a.bf16 || a.column_stride != 1));
+  const int64_t columns = even(out.columns, kMostTileColumns);
+  const int64_t across = ceil_div(out.columns, columns), tiles = ceil_div(out.rows, rows) * across;
+  // A second, empty task makes a parallel region of a single tile: outside of one the library would take all threads.
+  torch::stable::parallel_for(0, std::max<int64_t>(tiles, 2), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < std::min(end, tiles); ++tile) {
+      const int64_t i = tile / across * rows, j = tile % across * columns;
+      const int64_t height = std::min(rows, out.rows - i), width = std::min(columns, out.columns - j);
+      multiply_tile(out.take(i, height).take_columns(j, width), a.take(i, height), b.take_columns(j, width),
+                    accumulate);
+    }
+  });
 }
+
+RowUnits::RowUnits(int64_t rows, bool bf16) : rows_(rows), each_(even(rows, most_tile_rows(bf16))) {}
 
 Scratch::Scratch(int64_t floats) : floats_(torch::stable::empty({floats}, ScalarType::Float, std::nullopt, cpu)) {}
 
@@ -220,7 +245,7 @@ HeadBlocks::HeadBlocks(const Head& head, BlockShape shape)
       weight_(head.weight, in_bf16(head), shape.columns),
       low_rank_weight_(head.low_rank_weight, in_bf16(head), shape.columns),
       bias_(head.bias, false, shape.columns),
-      products_(shape.rows * shape.columns) {}
+      products_(shape.rows, shape.columns) {}
 
 void HeadBlocks::take_tokens(int64_t begin, int64_t count) {
   token0_ = begin;
@@ -235,17 +260,17 @@ void HeadBlocks::take_vocabulary(int64_t begin, int64_t count) {
   bias = static_cast<const float*>(bias_.rows(begin, count).data);
 }
 
-Matrix HeadBlocks::products(int64_t begin, int64_t end) const {
+Slice HeadBlocks::products(int64_t begin, int64_t end) const {
   const int64_t count = end - begin;
-  const Matrix z = all_products().take(begin, count);
+  Slice z = products_.take(begin, end, weight.rows);
   multiply(z, hidden.take(begin, count), weight.transposed(), false);
   if (low_rank_weight.data) multiply(z, low_rank_hidden.take(begin, count), low_rank_weight.transposed(), true);
   return z;
 }
 
-Matrix HeadBlocks::products(int64_t begin, int64_t end, const Kept& kept) const {
+Slice HeadBlocks::products(int64_t begin, int64_t end, const Kept& kept) const {
   if (column0_ + weight.rows > kept.columns()) return products(begin, end);
-  const Matrix z = all_products().take(begin, end - begin);
+  Slice z = products_.take(begin, end, weight.rows);
   torch::stable::parallel_for(begin, end, grain(z.columns), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       std::copy_n(kept.row(token0_ + i, column0_), z.columns, z.row(i - begin));
@@ -255,27 +280,35 @@ Matrix HeadBlocks::products(int64_t begin, int64_t end, const Kept& kept) const 
 }
 
 Narrowed::Narrowed(const Head& head, BlockShape shape)
-    : bf16_(in_bf16(head)), scratch_(bf16_ ? (shape.rows * shape.columns + 1) / 2 : 0) {}
+    : bf16_(in_bf16(head)), scratch_(bf16_ ? shape.rows : 0, (shape.columns + 1) / 2) {}
 
-void Narrowed::take(const Matrix& z, int64_t from, int64_t to) const {
-  if (!bf16_) return;
-  uint16_t* rows = reinterpret_cast<uint16_t*>(scratch_.data());
-  to_bf16(rows + to * z.columns, z.row(from), z.columns);
+Narrowed::Part Narrowed::part(const Matrix& z, int64_t first) const {
+  if (!bf16_) return Part(z, std::nullopt);
+  return Part(z, scratch_.take(first, first + z.rows, (z.columns + 1) / 2));
 }
 
-void Narrowed::move(const Matrix& z, int64_t first, int64_t from, int64_t to) const {
+void Narrowed::Part::round(int64_t i) const {
+  if (rows_) to_bf16(row(i), z_.row(i), z_.columns);
+}
+
+void Narrowed::Part::move(int64_t from, int64_t to) const {
   if (from == to) return;
-  if (!bf16_) {
-    std::copy_n(z.row(from - first), z.columns, z.row(to - first));
-    return;
+  if (rows_) {
+    std::copy_n(row(from), z_.columns, row(to));
+  } else {
+    std::copy_n(z_.row(from), z_.columns, z_.row(to));
   }
-  uint16_t* rows = reinterpret_cast<uint16_t*>(scratch_.data());
-  std::copy_n(rows + from * z.columns, z.columns, rows + to * z.columns);
 }
 
-Factor Narrowed::factor(const Matrix& z, int64_t first) const {
+Factor Narrowed::Part::take(int64_t begin, int64_t count) const {
+  if (!rows_) return z_.take(begin, count);
+  return Factor(row(begin), true, count, z_.columns, 2 * rows_->row_stride);
+}
+
+Factor Narrowed::all(const Matrix& z) const {
   if (!bf16_) return z;
-  return Factor(scratch_.data(), true, first + z.rows, z.columns, z.columns).take(first, z.rows);
+  const Matrix rows = scratch_.all(z.rows, (z.columns + 1) / 2);
+  return Factor(rows.data, true, z.rows, z.columns, 2 * rows.row_stride);
 }
 
 void check(const Head& head, const Tensor& targets) {

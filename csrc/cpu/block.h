@@ -7,11 +7,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <utility>
 
 #include "cpu/linear_logps.h"
+#include "cpu/ownership.h"
 #include "cpu/row.h"
 
 namespace groupdpo_kernels {
@@ -25,6 +28,9 @@ struct Matrix {
   int64_t row_stride = 0, column_stride = 1;
 
   Matrix take(int64_t begin, int64_t count) const { return {row(begin), count, columns, row_stride, column_stride}; }
+  Matrix take_columns(int64_t begin, int64_t count) const {
+    return {data + begin * column_stride, rows, count, row_stride, column_stride};
+  }
   float* row(int64_t i) const { return data + i * row_stride; }
 };
 
@@ -41,8 +47,20 @@ struct Factor {
   Factor(const void* data, bool bf16, int64_t rows, int64_t columns, int64_t row_stride)
       : data(data), bf16(bf16), rows(rows), columns(columns), row_stride(row_stride) {}
 
-  const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_stride * (bf16 ? 2 : 4); }
-  Factor take(int64_t begin, int64_t count) const { return {row(begin), bf16, count, columns, row_stride}; }
+  const void* at(int64_t entry) const { return static_cast<const char*>(data) + entry * (bf16 ? 2 : 4); }
+  const void* row(int64_t i) const { return at(i * row_stride); }
+  Factor take(int64_t begin, int64_t count) const {
+    Factor part = *this;
+    part.data = row(begin);
+    part.rows = count;
+    return part;
+  }
+  Factor take_columns(int64_t begin, int64_t count) const {
+    Factor part = *this;
+    part.data = at(begin * column_stride);
+    part.columns = count;
+    return part;
+  }
   Factor transposed() const {
     Factor t = *this;
     std::swap(t.rows, t.columns);
@@ -60,7 +78,8 @@ bool use_bf16_products(bool on);
 bool in_bf16(const Head& head);
 
 // out = a @ b, or out += a @ b, accumulated in float32, on all cores, or on this one within parallel_for. Both factors
-// of one dtype.
+// of one dtype. The matrix library is given one tile of `out` at a time, on one thread, and the shape of a tile follows
+// from the shapes here alone: the bits are the same at any number of threads.
 void multiply(const Matrix& out, const Factor& a, const Factor& b, bool accumulate);
 
 // float32 memory, allocated once by torch and reused for every block.
@@ -72,6 +91,45 @@ class Scratch {
 
  private:
   Tensor floats_;
+};
+
+// Rows of a SharedScratch that its holder alone may write, until it is gone.
+class Slice : public Matrix {
+ public:
+  Slice(const Matrix& rows, Ownership& ownership, int64_t begin) : Matrix(rows), ownership_(&ownership), begin_(begin) {
+    ownership.take(begin, begin + rows.rows);
+  }
+  Slice(Slice&& other) noexcept
+      : Matrix(other), ownership_(std::exchange(other.ownership_, nullptr)), begin_(other.begin_) {}
+  Slice& operator=(Slice&&) = delete;
+  ~Slice() {
+    if (ownership_) ownership_->give_back(begin_, begin_ + rows);
+  }
+
+ private:
+  Ownership* ownership_;
+  int64_t begin_;
+};
+
+// Scratch that threads write at one time: each takes the rows that it works on.
+class SharedScratch {
+ public:
+  SharedScratch(int64_t rows, int64_t columns)
+      : columns_(columns), ownership_(std::make_unique<Ownership>(rows)), floats_(rows * columns) {}
+  // Rows begin .. end, `columns` of each; throws std::logic_error where somebody else holds one of them.
+  Slice take(int64_t begin, int64_t end, int64_t columns) const {
+    STD_TORCH_CHECK(columns <= columns_, "a row of this scratch has ", columns_, " columns; got ", columns);
+    return Slice(all(end - begin, columns, begin), *ownership_, begin);
+  }
+  // To read what was written, when nobody holds a part.
+  Matrix all(int64_t rows, int64_t columns, int64_t begin = 0) const {
+    return {floats_.data() + begin * columns_, rows, columns, columns_};
+  }
+
+ private:
+  int64_t columns_;
+  std::unique_ptr<Ownership> ownership_;
+  Scratch floats_;
 };
 
 // Rows of an (n, k) or (n,) input of any floating dtype and strides as a factor, a block at a time: a view where the
@@ -117,19 +175,36 @@ struct BlockShape {
 BlockShape block_shape(int64_t T, int64_t V, int64_t per_row, int64_t per_column, int64_t per_entry,
                        int64_t workspace_bytes);
 
-// Runs f(begin, end) over all of `rows` rows of a block. With rows enough for every core each core takes one range, so
-// that what f does to its rows, products included, stays in that core's cache; with fewer f gets all of them, and the
-// products in it share the cores.
-template <typename F>
-void over_rows(int64_t rows, const F& f) {
-  constexpr int64_t enough = 128;  // the least that a product needs to run at full speed
-  const int64_t threads = torch::stable::get_num_threads(), each = (rows + threads - 1) / threads;
-  if (each >= enough) {
-    torch::stable::parallel_for(0, rows, each, f);
-  } else {
-    f(0, rows);
+// The rows of a block in units, as even as can be: the tiles of products with all of them. They depend on the number of
+// rows alone, so what is decided and computed for a unit is the same at any number of threads.
+class RowUnits {
+ public:
+  RowUnits(int64_t rows, bool bf16);
+  int64_t count() const { return (rows_ + each_ - 1) / each_; }
+  int64_t begin(int64_t unit) const { return unit * each_; }
+  int64_t end(int64_t unit) const { return std::min(rows_, (unit + 1) * each_); }
+
+  // Runs f(begin, end) over all rows. With a unit for every core, a unit at a time: what f does to its rows, products
+  // included, stays in one core's cache. With fewer f gets all of them, and the products in it share the cores.
+  template <typename F>
+  void over(const F& f) const {
+    if (count() >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+      over_each(0, rows_, f);
+    } else {
+      f(0, rows_);
+    }
   }
-}
+  // Runs f(begin, end) for every unit of first .. last, which are whole ones.
+  template <typename F>
+  void over_each(int64_t first, int64_t last, const F& f) const {
+    torch::stable::parallel_for(first / each_, (last + each_ - 1) / each_, 1, [&](int64_t from, int64_t to) {
+      for (int64_t unit = from; unit < to; ++unit) f(begin(unit), end(unit));
+    });
+  }
+
+ private:
+  int64_t rows_, each_;
+};
 
 // Products of all tokens with the first K of a head's vocabulary, between forward and backward. A block that is not
 // kept whole is computed whole: no ragged products.
@@ -152,13 +227,13 @@ class HeadBlocks {
   HeadBlocks(const Head& head, BlockShape shape);
   void take_tokens(int64_t begin, int64_t count);
   void take_vocabulary(int64_t begin, int64_t count);
-  // Where products() writes those of the blocks taken.
-  Matrix all_products() const { return products_.matrix(hidden.rows, weight.rows); }
+  // What products() has written of the blocks taken.
+  Matrix all_products() const { return products_.all(hidden.rows, weight.rows); }
   // hidden @ weight^T + low_rank_hidden @ low_rank_weight^T of the blocks taken, without bias, for the rows begin ..
-  // end of the token block. Valid until the next call for these rows.
-  Matrix products(int64_t begin, int64_t end) const;
+  // end of the token block.
+  Slice products(int64_t begin, int64_t end) const;
   // The same, from what is kept where it is.
-  Matrix products(int64_t begin, int64_t end, const Kept& kept) const;
+  Slice products(int64_t begin, int64_t end, const Kept& kept) const;
 
   Factor hidden, low_rank_hidden;  // tokens taken
   Factor weight, low_rank_weight;  // vocabulary taken
@@ -166,7 +241,7 @@ class HeadBlocks {
 
  private:
   Rows hidden_, low_rank_hidden_, weight_, low_rank_weight_, bias_;
-  Scratch products_;
+  SharedScratch products_;
   int64_t token0_ = 0, column0_ = 0;  // where the blocks taken begin
 };
 
@@ -176,13 +251,26 @@ class Narrowed {
  public:
   static int64_t scratch_per_entry(const Head& head) { return in_bf16(head) ? 2 : 1; }  // in floats, z included
   Narrowed(const Head& head, BlockShape shape);
-  void take(const Matrix& z, int64_t from, int64_t to) const;  // row `from` of z, as row `to`
-  Factor factor(const Matrix& z, int64_t first) const;         // the rows of z, taken as `first` and following
-  void move(const Matrix& z, int64_t first, int64_t from, int64_t to) const;  // of those: row `from` to row `to`
+
+  // The rows of z, which are rows first and following of the block, for their holder alone.
+  class Part {
+   public:
+    Part(const Matrix& z, std::optional<Slice> rows) : z_(z), rows_(std::move(rows)) {}
+    void round(int64_t i) const;                      // row i of z is what it shall be
+    void move(int64_t from, int64_t to) const;        // row `from` to row `to`
+    Factor take(int64_t begin, int64_t count) const;  // the rows rounded or moved
+
+   private:
+    uint16_t* row(int64_t i) const { return reinterpret_cast<uint16_t*>(rows_->row(i)); }
+    Matrix z_;
+    std::optional<Slice> rows_;
+  };
+  Part part(const Matrix& z, int64_t first) const;
+  Factor all(const Matrix& z) const;  // all rows of the block, when nobody holds a part
 
  private:
   bool bf16_;
-  Scratch scratch_;
+  SharedScratch scratch_;
 };
 
 // A message that names the first thing wrong with shapes and dtypes, by exception. Users meet the checks of logps.py;

@@ -168,11 +168,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
   const Tensor ids = torch::stable::new_zeros(head.hidden, {T, width}, ScalarType::Int);
   const Tensor weights = torch::stable::new_zeros(head.hidden, {T, width}, ScalarType::Float);
   const int64_t* target = targets.const_data_ptr<int64_t>();
-  const Scratch room(shape.rows * kRoom * most * 2);
-  Entry* gathered = reinterpret_cast<Entry*>(room.data());
+  const SharedScratch room(shape.rows, kRoom * most * 2);
+  const auto gathered = [](const Slice& rows, int64_t i) { return reinterpret_cast<Entry*>(rows.row(i)); };
 
   for (int64_t t0 = 0; t0 < T; t0 += shape.rows) {
     const int64_t rows = std::min(shape.rows, T - t0);
+    const RowUnits units(rows, in_bf16(head));
     std::vector<RowState> states(rows);
     for (int64_t i = 0; i < rows; ++i) states[i].expected_target = target_logits.const_data_ptr<float>()[t0 + i];
     std::vector<Tail> tails(seed ? rows : 0);
@@ -181,17 +182,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
     for (int64_t v0 = 0; v0 < V; v0 += shape.columns) {
       const int64_t columns = std::min(shape.columns, V - v0);
       blocks.take_vocabulary(v0, columns);
-      over_rows(rows, [&](int64_t first, int64_t last) {
-        const Matrix z = blocks.products(first, last);
+      units.over([&](int64_t first, int64_t last) {
+        const Slice z = blocks.products(first, last);
         torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
+          const Slice mine = room.take(begin, end, kRoom * most * 2);
           for (int64_t i = begin; i < end; ++i) {
-            collector.add(states[i], gathered + i * kRoom * most, seed ? &tails[i] : nullptr, z.row(i - first),
+            collector.add(states[i], gathered(mine, i - begin), seed ? &tails[i] : nullptr, z.row(i - first),
                           blocks.bias, columns, v0, target[t0 + i] - v0);
           }
         });
       });
     }
     torch::stable::parallel_for(0, rows, grain(most), [&](int64_t begin, int64_t end) {
+      const Slice mine = room.take(begin, end, kRoom * most * 2);
       for (int64_t i = begin; i < end; ++i) {
         RowState& state = states[i];
         const int64_t t = t0 + i;
@@ -203,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
         slopes.mutable_data_ptr<float>()[t] = state.target_slope;
         int32_t* row_ids = ids.mutable_data_ptr<int32_t>() + t * width;
         float* row_weights = weights.mutable_data_ptr<float>() + t * width;
-        collector.finish(state, gathered + i * kRoom * most, seed ? &tails[i] : nullptr, row_lse, doubt, row_ids,
+        collector.finish(state, gathered(mine, i - begin), seed ? &tails[i] : nullptr, row_lse, doubt, row_ids,
                          row_weights, dropped.mutable_data_ptr<float>()[t]);
         if (seed) tails[i].write(total, map, row_ids + most, row_weights + most);
       }

@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
   const LogitMap map = logit_map(options);
   HeadBlocks blocks(head, shape);
   const Narrowed narrowed(head, shape);
-  const Scratch partial(sparse ? shape.rows * std::max(D, R) : 0);
+  const SharedScratch partial(sparse ? shape.rows : 0, std::max(D, R));
 
   const auto result = [&](std::initializer_list<int64_t> sizes) {
     return torch::stable::new_zeros(head.hidden, sizes, ScalarType::Float);
@@ -147,6 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
 
   for (int64_t t0 = 0; t0 < T; t0 += shape.rows) {
     const int64_t rows = std::min(shape.rows, T - t0);
+    const RowUnits units(rows, in_bf16(head));
     std::vector<RowState> states(rows);
     if (sparse) {
       for (int64_t i = 0; i < rows; ++i) states[i].expected_target = target_logits->const_data_ptr<float>()[t0 + i];
@@ -160,44 +161,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
     for (int64_t v0 = 0; v0 < V; v0 += shape.columns) {
       const int64_t columns = std::min(shape.columns, V - v0);
       blocks.take_vocabulary(v0, columns);
-      over_rows(rows, [&](int64_t first, int64_t last) {
-        const Matrix z = blocks.products(first, last);
+      units.over([&](int64_t first, int64_t last) {
+        const Slice z = blocks.products(first, last);
+        Narrowed::Part e = narrowed.part(z, first);
+        const auto round = [&](int64_t i) { e.round(i - first); };
         torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
             // A row that needed all of the last block is looked at again where its maximum grows, and now and then.
             add(states[i], z.row(i - first), blocks.bias, columns, map, target[t0 + i] - v0, least,
                 sparse && v0 / shape.columns % 4 == 0);
             // While it is in cache; with a tolerance, the rows that needed all of the last block too.
-            if (!sparse || states[i].whole) narrowed.take(z, i - first, i);
+            if (!sparse || states[i].whole) round(i);
             if (v0 > 0 && states[i].rescale != 1) {
               scale_row(weight, i, states[i].rescale);
               if (R) scale_row(low_rank, i, states[i].rescale);
             }
           }
         });
-        const std::vector<int64_t> whole = sparse ? whole_rows(states, first, last, grad_tol) : std::vector<int64_t>{};
-        const auto count = static_cast<int64_t>(whole.size()), all = last - first;
-        const auto narrow = [&](int64_t i) {
-          if (!states[i].whole) narrowed.take(z, i - first, i);
+        const auto add_products = [&](int64_t begin, int64_t end) {
+          const int64_t count = end - begin;
+          const Factor factor = e.take(begin - first, count);
+          multiply(weight.take(begin, count), factor, blocks.weight, v0 > 0);
+          if (R) multiply(low_rank.take(begin, count), factor, blocks.low_rank_weight, v0 > 0);
         };
-        if (!sparse || 4 * count > 3 * all) {  // hardly a row to leave out: one product, where the rows lie
-          if (sparse) {
-            torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) {
-                narrow(i);
-                states[i].whole = true;
-              }
-            });
+        if (!sparse) return add_products(first, last);
+        units.over_each(first, last, [&](int64_t begin, int64_t end) {
+          const std::vector<int64_t> whole = whole_rows(states, begin, end, grad_tol);
+          const auto count = static_cast<int64_t>(whole.size());
+          if (4 * count > 3 * (end - begin)) {  // hardly a row to leave out: one product, where the rows lie
+            for (int64_t i = begin; i < end; ++i) {
+              if (!states[i].whole) round(i);
+              states[i].whole = true;
+            }
+            return add_products(begin, end);
           }
-          const Factor e = narrowed.factor(z, first);
-          multiply(weight.take(first, all), e, blocks.weight, v0 > 0);
-          if (R) multiply(low_rank.take(first, all), e, blocks.low_rank_weight, v0 > 0);
-          return;
-        }
-        torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
             const bool is_whole = std::binary_search(whole.begin(), whole.end(), i);
-            if (is_whole) narrow(i);
+            if (is_whole && !states[i].whole) round(i);
             states[i].whole = is_whole;
             if (is_whole) continue;
             for (const int32_t j : states[i].likely) {
@@ -206,19 +206,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
             }
             states[i].dropped += states[i].unlikely;
           }
+          if (count == 0) return;
+          // The whole rows side by side, as the factor of one product; its rows are added to where they belong.
+          for (int64_t k = 0; k < count; ++k) e.move(whole[k] - first, begin - first + k);
+          const Slice sums = partial.take(begin, begin + count, std::max(D, R));
+          const auto add_sums = [&](const Matrix& out, const Factor& by) {
+            const Matrix products = sums.take_columns(0, out.columns);
+            multiply(products, e.take(begin - first, count), by, false);
+            for (int64_t k = 0; k < count; ++k) add_scaled(out.row(whole[k]), products.row(k), 1, out.columns);
+          };
+          add_sums(weight, blocks.weight);
+          if (R) add_sums(low_rank, blocks.low_rank_weight);
         });
-        // The whole rows side by side, as the factor of one product; its rows are added to where they belong.
-        for (int64_t k = 0; k < count; ++k) narrowed.move(z, first, whole[k], first + k);
-        const Factor e = narrowed.factor(z.take(0, count), first);
-        const auto add_products = [&](const Matrix& out, const Factor& by) {
-          const Matrix sums{partial.data() + first * out.columns, count, out.columns, out.columns};
-          multiply(sums, e, by, false);
-          torch::stable::parallel_for(0, count, grain(out.columns), [&](int64_t begin, int64_t end) {
-            for (int64_t k = begin; k < end; ++k) add_scaled(out.row(whole[k]), sums.row(k), 1, out.columns);
-          });
-        };
-        if (count > 0) add_products(weight, blocks.weight);
-        if (count > 0 && R) add_products(low_rank, blocks.low_rank_weight);
       });
     }
     for (int64_t i = 0; i < rows; ++i) {

@@ -52,8 +52,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
     for (int64_t t0 = 0; t0 < T; t0 += shape.rows) {
       const int64_t rows = std::min(shape.rows, T - t0);
       blocks.take_tokens(t0, rows);
-      over_rows(rows, [&](int64_t first, int64_t last) {
-        const Matrix z = blocks.products(first, last, kept);
+      RowUnits(rows, in_bf16(head)).over([&](int64_t first, int64_t last) {
+        const Slice z = blocks.products(first, last, kept);
+        const Narrowed::Part part = narrowed.part(z, first);
         torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
             const int64_t t = t0 + i;
@@ -62,16 +63,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
             const double seen = to_d_products(z.row(i - first), blocks.bias, columns, map, row_lse[t], d_others,
                                               at_target[t], target[t] - v0);
             if (row_mass) row_mass[t] += static_cast<float>(seen);
-            narrowed.take(z, i - first, i);
+            part.round(i - first);
           }
         });
-        const Factor d = narrowed.factor(z, first);
         const int64_t t = t0 + first, count = last - first;
+        const Factor d = part.take(0, count);
         if (d_hidden) multiply(d_hidden.accumulators(t, count), d, blocks.weight, v0 > 0);
         if (d_low_rank_hidden) multiply(d_low_rank_hidden.accumulators(t, count), d, blocks.low_rank_weight, v0 > 0);
       });
       const Matrix d_products = blocks.all_products();
-      const Factor d = narrowed.factor(d_products, 0).transposed();
+      const Factor d = narrowed.all(d_products).transposed();
       if (d_weight) multiply(d_weight.accumulators(v0, columns), d, blocks.hidden, t0 > 0);
       if (d_low_rank_weight) multiply(d_low_rank_weight.accumulators(v0, columns), d, blocks.low_rank_hidden, t0 > 0);
       if (d_bias) {

@@ -70,14 +70,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
 
   for (int64_t t0 = 0; t0 < T; t0 += shape.rows) {
     const int64_t rows = std::min(shape.rows, T - t0);
+    const RowUnits units(rows, in_bf16(head));
     std::vector<RowState> states(rows);
     blocks.take_tokens(t0, rows);
     for (int64_t v0 = 0; v0 < V; v0 += shape.columns) {
       const int64_t columns = std::min(shape.columns, V - v0);
       const int64_t keeps = std::clamp<int64_t>(kept.columns() - v0, 0, columns);
       blocks.take_vocabulary(v0, columns);
-      over_rows(rows, [&](int64_t first, int64_t last) {
-        const Matrix z = blocks.products(first, last);
+      units.over([&](int64_t first, int64_t last) {
+        const Slice z = blocks.products(first, last);
         torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
             if (keeps > 0) std::copy_n(z.row(i - first), keeps, kept.row(t0 + i, v0));
