@@ -139,7 +139,7 @@ def sparsity(inputs: Inputs, case: Case, grad_tol: float, sampled: bool) -> dict
     head = Head(inputs.hidden.detach(), inputs.weight.detach(), None, None, None)
     seed = torch.tensor(0) if sampled else None
     found = ops.linear_logps_candidates(head, inputs.targets, case.options, grad_tol, "auto", seed)
-    upstream, live = inputs.d_token_logps.to(found.lse), inputs.targets != case.options.ignore_index
+    upstream, live = inputs.d_token_logps.to(found.doubts), inputs.targets != case.options.ignore_index
     exact = exact_rows(found.doubts, found.dropped, upstream, torch.zeros_like(upstream), live, grad_tol)
     rows = describe_rows(head.hidden, head.weight, inputs.targets, grad_tol)
     return {

@@ -257,7 +257,7 @@ BUDGETS: dict[str, dict[str, dict[str, tuple[int, int, int]]]] = {
         "sm_100 bf16 plain": {
             "tiles_kernel": (255, 320, 197680),
             "d_logits_kernel": (255, 256, 204848),
-            "weights_kernel": (255, 576, 196656),
+            "weights_kernel": (255, 596, 196656),
         },
         "sm_100 bf16 everything": {
             "tiles_kernel": (255, 384, 196656),
@@ -270,7 +270,7 @@ BUDGETS: dict[str, dict[str, dict[str, tuple[int, int, int]]]] = {
             "weights_kernel": (208, 0, 65536),
         },
         "sm_100 fp32 everything": {
-            "tiles_kernel": (244, 0, 65536),
+            "tiles_kernel": (255, 0, 65536),
             "gather_rows_kernel": (72, 64, 1024),
             "d_logits_kernel": (255, 512, 65536),
             "weights_kernel": (255, 0, 65536),

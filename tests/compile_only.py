@@ -162,7 +162,7 @@ def launch_all(row: Row, T: int = 8192, D: int = 4096, V: int = 128256, workspac
     D, R = D if row.aligned else D + 1, 16
     head = [meta(T, D), meta(V, D), *((meta(V), meta(T, R), meta(V, R)) if row.everything else (None,) * 3)]
     targets = meta(T, dtype=torch.int64)
-    rowwise = [meta(T, dtype=torch.float32) for _ in range(3)]
+    rowwise = [meta(T, dtype=dtype) for dtype in (torch.float64, torch.float32, torch.float32)]
     options = (1.0, 30.0 if row.everything else None, 1.0, -100, workspace_bytes)
     if row.sparse:
         _, lse, doubts, slopes, _, ids, weights = linear_logps_candidates(*head, targets, *options, 1e-4, min(T, 256))

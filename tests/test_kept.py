@@ -140,7 +140,7 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.columns: list[int] = []
-        for name in ("LinearLogps", "KeptLinearLogps", "FrozenLinearLogps"):
+        for name in ("ExactLinearLogps", "KeptLinearLogps", "FrozenLinearLogps"):
             real = getattr(functions, name)
             monkeypatch.setattr(f"groupdpo_kernels.logps.{name}", self.counted(real))
 

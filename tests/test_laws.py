@@ -30,11 +30,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preference_ops": {"extension"},
     "replay": set(),
     "functions": {"kept", "ops", "preference_ops", "reference", "replay", "sparse"},
-    "sharded": {"ops", "reference"},
+    "sharded": {"functions", "ops", "reference"},
     "logps": {"functions", "kept", "ops", "reference", "replay", "sharded"},
     "losses": {"logps", "groups", "objectives"},  # the last two for typing only
     "objectives": {"functions", "groups", "logps", "losses", "ops", "preference_ops"},  # groups for typing only
-    "groups": {"objectives"},
+    "groups": {"objectives", "ops"},
     "backward": {"groups", "objectives", "losses", "logps", "replay"},
     "heads": {"logps"},
     "probe": {"heads"},

@@ -226,7 +226,8 @@ def test_a_pass_without_gradients_keeps_nothing(host_only: str) -> None:
 
 
 def test_the_graph_keeps_the_inputs_and_two_numbers_a_row(host_only: str) -> None:
+    """token_logps in float32, which the caller has anyway, and the lse in float64."""
     inputs = make_inputs(Case("graph", 200, 32, 600, ""))
     with Allocations() as counted:
         logps = linear_logps(inputs.hidden, inputs.weight, inputs.targets, impl=host_only)
-    assert logps.requires_grad and counted.live <= 2 * logps.untyped_storage().nbytes()
+    assert logps.requires_grad and counted.live <= 3 * logps.untyped_storage().nbytes()

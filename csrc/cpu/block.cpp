@@ -340,9 +340,9 @@ void check(const Head& head, const Tensor& targets) {
                   torch::headeronly::toString(dtype));
 }
 
-void check_row_vector(const Tensor& x, const char* name, int64_t T) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() == 1 && x.size(0) == T && x.is_contiguous(), name,
-                  " must be contiguous float32 (T,) with T = ", T);
+void check_row_vector(const Tensor& x, const char* name, int64_t T, ScalarType dtype) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype && x.dim() == 1 && x.size(0) == T && x.is_contiguous(), name,
+                  " must be contiguous ", torch::headeronly::toString(dtype), " (T,) with T = ", T);
 }
 
 LogitMap logit_map(const HeadOptions& options) {

@@ -8,7 +8,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -276,12 +278,22 @@ class Narrowed {
 // A message that names the first thing wrong with shapes and dtypes, by exception. Users meet the checks of logps.py;
 // these are for callers of the raw ops.
 void check(const Head& head, const Tensor& targets);
-void check_row_vector(const Tensor& x, const char* name, int64_t T);
+void check_row_vector(const Tensor& x, const char* name, int64_t T, ScalarType dtype = ScalarType::Float);
 
 LogitMap logit_map(const HeadOptions& options);
 
 // Float32 sums of exponentials by block err by at most this much of themselves: sparse.py.
 constexpr double kSumError = 0x1p-18;
+
+// What every row's result is made of. NaN where the lse is infinite, as in torch.log_softmax.
+inline float log_prob(float logit, double lse) {
+  return std::isinf(lse) ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(logit - lse);
+}
+
+// A sum of exponentials is infinite where a logit is: then no probability of the row is a number.
+inline double finite_or_nan(double total) {
+  return std::isinf(total) ? std::numeric_limits<double>::quiet_NaN() : total;
+}
 
 // How many rows of a block make a task worth its start.
 inline int64_t grain(int64_t columns) {

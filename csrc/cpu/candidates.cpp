@@ -163,7 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
   HeadBlocks blocks(head, shape);
 
   const auto result = [&] { return torch::stable::new_empty(head.hidden, {T}, ScalarType::Float); };
-  const Tensor token_logps = result(), lse = result(), doubts = result(), slopes = result(), dropped = result();
+  const Tensor token_logps = result(), doubts = result(), slopes = result(), dropped = result();
+  const Tensor lse = torch::stable::new_empty(head.hidden, {T}, ScalarType::Double);
   const int64_t width = most + (seed ? kTailSamples : 0);
   const Tensor ids = torch::stable::new_zeros(head.hidden, {T, width}, ScalarType::Int);
   const Tensor weights = torch::stable::new_zeros(head.hidden, {T, width}, ScalarType::Float);
@@ -198,10 +199,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
       for (int64_t i = begin; i < end; ++i) {
         RowState& state = states[i];
         const int64_t t = t0 + i;
-        const double total = state.rest + std::exp(static_cast<double>(state.target_logit) - state.shift);
-        const double row_lse = state.shift + std::log(total), doubt = state.rest / total;
-        token_logps.mutable_data_ptr<float>()[t] = static_cast<float>(state.target_logit - row_lse);
-        lse.mutable_data_ptr<float>()[t] = static_cast<float>(row_lse);
+        const double sum = state.rest + std::exp(static_cast<double>(state.target_logit) - state.shift);
+        const double row_lse = state.shift + std::log(sum), total = finite_or_nan(sum), doubt = state.rest / total;
+        token_logps.mutable_data_ptr<float>()[t] = log_prob(state.target_logit, row_lse);
+        lse.mutable_data_ptr<double>()[t] = row_lse;
         doubts.mutable_data_ptr<float>()[t] = static_cast<float>(doubt);
         slopes.mutable_data_ptr<float>()[t] = state.target_slope;
         int32_t* row_ids = ids.mutable_data_ptr<int32_t>() + t * width;

@@ -140,7 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
   const auto result = [&](std::initializer_list<int64_t> sizes) {
     return torch::stable::new_zeros(head.hidden, sizes, ScalarType::Float);
   };
-  const Tensor token_logps = result({T}), lse = result({T}), coefficients = result({T});
+  const Tensor token_logps = result({T}), coefficients = result({T});
+  const Tensor lse = torch::stable::new_zeros(head.hidden, {T}, ScalarType::Double);
   const Tensor expected_weight = result({T, D}), expected_low_rank = result({R ? T : 0, R});
   const Tensor doubts = result({sparse ? T : 0}), dropped = result({sparse ? T : 0});
   const int64_t* target = targets.const_data_ptr<int64_t>();
@@ -222,10 +223,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
     }
     for (int64_t i = 0; i < rows; ++i) {
       const RowState& state = states[i];
-      const double total = state.rest + std::exp(static_cast<double>(state.target_logit) - state.shift);
-      const double row_lse = state.shift + std::log(total), doubt = state.rest / total;
-      token_logps.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(state.target_logit - row_lse);
-      lse.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(row_lse);
+      const double sum = state.rest + std::exp(static_cast<double>(state.target_logit) - state.shift);
+      const double row_lse = state.shift + std::log(sum), total = finite_or_nan(sum), doubt = state.rest / total;
+      token_logps.mutable_data_ptr<float>()[t0 + i] = log_prob(state.target_logit, row_lse);
+      lse.mutable_data_ptr<double>()[t0 + i] = row_lse;
       coefficients.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(state.target_slope * doubt);
       if (sparse) {
         doubts.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(doubt);

@@ -30,8 +30,8 @@ struct HeadOptions {
   int64_t workspace_bytes;
 };
 
-// token_logps, lse, entropy, mean_logits, log_sum_sq_probs (T,) float32, is_top1 (T,) bool; the last four are (0,)
-// without stats. 2 T D V FLOP. `products` becomes hidden @ weight^T + low_rank_hidden @ low_rank_weight^T of the first
+// token_logps, entropy, mean_logits, log_sum_sq_probs (T,) float32 and, second, lse (T,) float64, sixth is_top1 (T,)
+// bool; the last four are (0,) without stats. 2 T D V FLOP. `products` becomes hidden @ weight^T + low_rank_hidden @ low_rank_weight^T of the first
 // K of V, for the backward.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
     const Head& head,
@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
 
 // token_logps, lse and c_y (1 - p_y), all (T,), with y the target and c the cap's slope; sum over v != y of p_v c_v
 // weight_v (T, D); the same of low_rank_weight (T, R), or (0, 0); with grad_tol > 0 also 1 - p_y and at least the sum
-// of the p_v that the sums leave out, else (0,). All float32. 4 T D V FLOP, with grad_tol > 0 between half of that and
-// all. What is left out is within grad_tol of the sum of 1 - p_y, where all rows weigh the same.
+// of the p_v that the sums leave out, else (0,). All float32 but lse, float64. 4 T D V FLOP, with grad_tol > 0 between
+// half of that and all. What is left out is within grad_tol of the sum of 1 - p_y, where all rows weigh the same.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_expectations(
     const Head& head,
     const Tensor& targets,                       // (T,) int64
@@ -50,8 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
     const HeadOptions& options, double grad_tol,
     double least);  // probability of an entry that is not left out
 
-// token_logps, lse, 1 - p_y, c_y, at least the sum of p_v over what is neither target nor candidate: (T,) float32. Then
-// the candidates, ids (T, most) int32 and p_v c_v (T, most) float32, by id, 0 past the last: entries of probability at
+// token_logps, lse, 1 - p_y, c_y, at least the sum of p_v over what is neither target nor candidate: (T,), float32 but
+// lse, float64. Then the candidates, ids (T, most) int32 and p_v c_v (T, most) float32, by id, 0 past the last: entries of probability at
 // least `least`, of more than `most` the likeliest; none in a row that overflows twice. With a seed no row overflows,
 // and there are kTailSamples more columns: entries drawn from all that is neither target nor candidate (tail.h). 2 T D
 // V FLOP.
@@ -81,7 +81,7 @@ struct Needs {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
     const Head& head,
     const Tensor& targets,    // (T,) int64
-    const Tensor& lse,        // (T,) float32, from the forward
+    const Tensor& lse,        // (T,) float64, from the forward
     const Tensor& d_target,   // (T,) float32: d_logits at the target
     const Tensor& d_softmax,  // (T,) float32: the coefficient of the softmax elsewhere
     const HeadOptions& options, const Needs& needs,

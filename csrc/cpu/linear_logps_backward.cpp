@@ -3,6 +3,7 @@
 // (V, D); d_hidden gathers all of the vocabulary in one float32 (T, D) buffer. Products that
 // the forward has kept are read, not computed.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -16,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
   const NoGrad no_grad;
   check(head, targets);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
-  check_row_vector(lse, "lse", T);
+  check_row_vector(lse, "lse", T, ScalarType::Double);
   check_row_vector(d_target, "d_target", T);
   check_row_vector(d_softmax, "d_softmax", T);
 
@@ -41,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
   float* row_mass = needs.mass ? mass.mutable_data_ptr<float>() : nullptr;
 
   const int64_t* target = targets.const_data_ptr<int64_t>();
-  const float* row_lse = lse.const_data_ptr<float>();
+  const double* row_lse = lse.const_data_ptr<double>();
   const float* at_target = d_target.const_data_ptr<float>();
   const float* elsewhere = d_softmax.const_data_ptr<float>();
 
@@ -60,9 +61,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
             const int64_t t = t0 + i;
             const bool known = target[t] >= 0 && target[t] < V;  // else NaN: never a plausible number
             const float d_others = known ? elsewhere[t] : std::numeric_limits<float>::quiet_NaN();
-            const double seen = to_d_products(z.row(i - first), blocks.bias, columns, map, row_lse[t], d_others,
-                                              at_target[t], target[t] - v0);
-            if (row_mass) row_mass[t] += static_cast<float>(seen);
+            // p = exp(logit - shift) factor: what rounding the lse costs is the same for all of a row (reference.py).
+            const float shift = static_cast<float>(row_lse[t]);
+            const double factor = std::exp(shift - row_lse[t]);
+            const double seen = to_d_products(z.row(i - first), blocks.bias, columns, map, shift,
+                                              static_cast<float>(d_others * factor), at_target[t], target[t] - v0);
+            if (row_mass) row_mass[t] += static_cast<float>(seen * factor);
             part.round(i - first);
           }
         });

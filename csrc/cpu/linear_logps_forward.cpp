@@ -28,7 +28,8 @@ void add(RowState& state, const float* z, int64_t n, int64_t column0, int64_t ta
   const float shift = std::isfinite(top) ? top : 0;
   const RowSums block = exp_sums(z, n, shift, std::isfinite(top), stats);
   // total is 0 while only -inf was seen; 0 * exp(0 - shift) could be 0 * inf.
-  const double rescale = state.sums.total == 0 ? 0 : std::exp(static_cast<double>(state.shift) - shift);
+  const double moved = static_cast<double>(state.shift) - shift;
+  const double rescale = state.sums.total == 0 ? 0 : std::exp(moved);
   if (stats && !std::isnan(state.sums.total)) {
     // As torch.argmax: NaN wins over everything, and among equals the lowest index.
     if (std::isnan(block.total)) {
@@ -37,9 +38,9 @@ void add(RowState& state, const float* z, int64_t n, int64_t column0, int64_t ta
       state.top_index = column0 + first_index(z, n, block_top);
     }
   }
+  state.sums.weighted = (state.sums.weighted + state.sums.total * moved) * rescale + block.weighted;
   state.sums.total = state.sums.total * rescale + block.total;
   state.sums.squares = state.sums.squares * rescale * rescale + block.squares;
-  state.sums.weighted = state.sums.weighted * rescale + block.weighted;
   state.sums.plain += block.plain;
   state.top = top;
   state.shift = shift;
@@ -63,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
   const auto row_result = [&](bool wanted, ScalarType dtype) {
     return torch::stable::new_empty(head.hidden, {wanted ? T : 0}, dtype);
   };
-  const Tensor token_logps = row_result(true, ScalarType::Float), lse = row_result(true, ScalarType::Float);
+  const Tensor token_logps = row_result(true, ScalarType::Float), lse = row_result(true, ScalarType::Double);
   const Tensor entropy = row_result(stats, ScalarType::Float), mean_logits = row_result(stats, ScalarType::Float);
   const Tensor log_sum_sq_probs = row_result(stats, ScalarType::Float), is_top1 = row_result(stats, ScalarType::Bool);
   const int64_t* target = targets.const_data_ptr<int64_t>();
@@ -91,10 +92,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
     for (int64_t i = 0; i < rows; ++i) {
       const auto& [sums, top, shift, target_logit, top_index] = states[i];
       const double row_lse = shift + std::log(sums.total);
-      token_logps.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(target_logit - row_lse);
-      lse.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(row_lse);
+      token_logps.mutable_data_ptr<float>()[t0 + i] = log_prob(target_logit, row_lse);
+      lse.mutable_data_ptr<double>()[t0 + i] = row_lse;
       if (stats) {
-        entropy.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(row_lse - sums.weighted / sums.total);
+        entropy.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(std::log(sums.total) - sums.weighted / sums.total);
         mean_logits.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(sums.plain / static_cast<double>(V));
         log_sum_sq_probs.mutable_data_ptr<float>()[t0 + i] =
             static_cast<float>(std::log(sums.squares) - 2 * std::log(sums.total));

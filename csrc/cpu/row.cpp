@@ -58,10 +58,10 @@ EVERY_ISA RowSums exp_sums(const float* z, int64_t n, float shift, bool bounded,
   if (stats) {
     for (; j + LANES <= n; j += LANES) {
       for (int64_t l = 0; l < LANES; ++l) {
-        const float x = z[j + l], e = vexp(x - shift), ex = e * x;
+        const float x = z[j + l], y = x - shift, e = vexp(y), ey = e * y;
         total[l] += e;
         squares[l] += e * e;
-        weighted[l] += e == 0 ? 0.0f : ex;
+        weighted[l] += e == 0 ? 0.0f : ey;
         plain[l] += x;
       }
     }
@@ -75,10 +75,10 @@ EVERY_ISA RowSums exp_sums(const float* z, int64_t n, float shift, bool bounded,
     }
   }
   for (int64_t l = 0; j < n; ++j, ++l) {
-    const float x = z[j], e = vexp(x - shift);
+    const float x = z[j], y = x - shift, e = vexp(y);
     total[l] += e;
     squares[l] += e * e;
-    weighted[l] += e == 0 ? 0.0f : e * x;
+    weighted[l] += e == 0 ? 0.0f : e * y;
     plain[l] += x;
   }
   RowSums sums{};
@@ -220,13 +220,13 @@ EVERY_ISA void add_scaled(float* sums, const uint16_t* x, float factor, int64_t 
   for (int64_t j = 0; j < n; ++j) sums[j] += factor * std::bit_cast<float>(static_cast<uint32_t>(x[j]) << 16);
 }
 
-EVERY_ISA double to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,
-                               float d_target, int64_t target) {
+EVERY_ISA double to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float shift,
+                               float d_softmax, float d_target, int64_t target) {
   const float chain = map.logit_scale / map.temperature, coefficient = d_softmax * chain;
-  const bool bounded = to_squashed(z, bias, n, map) - lse <= 88;
+  const bool bounded = to_squashed(z, bias, n, map) - shift <= 88;
   const bool here = target >= 0 && target < n;
   const float at_target = here ? d_target * chain * squashed_slope(z[target], map) : 0;
-  const double mass = squashed_to_weights(z, n, map, lse, bounded);
+  const double mass = squashed_to_weights(z, n, map, shift, bounded);
   for (int64_t j = 0; j < n; ++j) z[j] *= coefficient;
   if (here) z[target] = at_target;
   return mass;

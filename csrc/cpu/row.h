@@ -13,11 +13,12 @@ struct LogitMap {
   float temperature;
 };
 
-// What a row's log-probability and statistics are made of, relative to exp(shift).
+// What a row's log-probability and statistics are made of, relative to exp(shift): a common offset of all logits
+// cancels before anything is rounded.
 struct RowSums {
   double total;     // sum e,  e = exp(z - shift)
   double squares;   // sum e^2
-  double weighted;  // sum e z, where e = 0 counts as 0 also for z = -inf
+  double weighted;  // sum e (z - shift), where e = 0 counts as 0 also for z = -inf
   double plain;     // sum z
 };
 
@@ -33,9 +34,9 @@ int64_t first_index(const float* z, int64_t n, float value);
 // With stats, all of RowSums; else total alone. bounded: no z exceeds shift + 88.
 RowSums exp_sums(const float* z, int64_t n, float shift, bool bounded, bool stats);
 
-// products (n,) -> d_products, in place, where d_logits is d_softmax * exp(logits - lse), and d_target at the target.
-// target is an index into the row; outside [0, n): none here. Returns sum exp(logits - lse).
-double to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float lse, float d_softmax,
+// products (n,) -> d_products, in place, where d_logits is d_softmax * exp(logits - shift), and d_target at the target.
+// target is an index into the row; outside [0, n): none here. Returns sum exp(logits - shift).
+double to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float shift, float d_softmax,
                      float d_target, int64_t target);
 
 // products (n,) -> in place the logits, or under softcap the tanh that they are made of. Returns the largest logit, NaN

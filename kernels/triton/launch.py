@@ -15,12 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-LOG2_E = tl.constexpr(math.log2(math.e))
-LN_2 = tl.constexpr(math.log(2))
 
 # Set by testing.py alone: kernels then run on CPU tensors in Triton's interpreter.
 interpreting: Launch | None = None

@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LOG2_E, head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
+from .launch import head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
 from .library import add_product, block_shape
 from .live_products import add_rows, reduce_rows
 from .rows import LiveRows, gather_rows, live_rows
-from .tile import add_low_rank, halves, product, squash, tile_position, with_bias
+from .tile import add_low_rank, exp_difference, halves, product, squash, tile_position, with_bias
 
 __all__ = ["linear_logps_backward", "why_not"]
 
@@ -37,9 +37,9 @@ def d_logits_kernel(
     low_rank_weight_ptr,  # (V, R)
     targets_ptr,  # (T,) int64, compact, like all rowwise inputs
     count_ptr,  # (1,) int32: live rows
-    lse_ptr,  # (T,) float32
+    lse_ptr,  # (T,) float32: the row's lse, rounded
     d_target_ptr,  # (T,) float32: d_logits at the target
-    d_softmax_ptr,  # (T,) float32: coefficient of softmax elsewhere
+    d_softmax_ptr,  # (T,) float32: coefficient of exp(logits - lse) elsewhere
     d_logits_ptr,  # (rows, stride_d_logits) input dtype; past `columns` zeros if FEW, else written but never read
     d_bias_ptr,  # (token tiles, stride_d_logits) float32, or None
     mass_ptr,  # (vocabulary tiles, rows) float32, or None
@@ -105,11 +105,10 @@ def d_logits_kernel(
             column = i * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
             y = squash(with_bias(parts[i], bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
             z = cap * y if HAS_SOFTCAP else y
-            # The difference first: lse in base 2 would be rounded once more.
-            p = tl.exp2((z - lse[:, None]) * LOG2_E)
+            e = exp_difference(z, lse[:, None])
             if NEEDS_MASS:
-                mass += tl.sum(tl.where((v0 + column < V)[None, :], p, 0.0), 1)
-            d = d_softmax[:, None] * p
+                mass += tl.sum(tl.where((v0 + column < V)[None, :], e, 0.0), 1)
+            d = d_softmax[:, None] * e
             if hit:
                 d_target = tl.load(d_target_ptr + t, mask=t < live, other=0.0) * slope
                 d = tl.where(column[None, :] == target_column[:, None], d_target[:, None], d)
@@ -153,7 +152,7 @@ def linear_logps_backward(
     low_rank_hidden: Tensor | None,  # (..., R)
     low_rank_weight: Tensor | None,  # (V, R)
     targets: Tensor,  # (...) int64
-    lse: Tensor,  # (...) float32, from the forward
+    lse: Tensor,  # (...) float64, from the forward
     d_target: Tensor,  # (...) float32, of reference.row_gradients, as the next
     d_softmax: Tensor,  # (...) float32
     logit_scale: float,
@@ -190,7 +189,7 @@ def linear_logps_backward(
         if low_rank_hidden is None
         else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, low_rank_hidden.shape[-1])))
     )
-    compact_targets, compact_lse, d_target, d_softmax = _rowwise(live, targets, lse, d_target, d_softmax, V)
+    compact_targets, shift, d_target, d_softmax, owed = _rowwise(live, targets, lse, d_target, d_softmax, V)
 
     launch = launch_for(weight)
     rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
@@ -215,8 +214,8 @@ def linear_logps_backward(
             tile_sums = None if d_bias is None else new((tiles_t, stride))
             tile_mass = None if mass is None else new((stride // launch.BLOCK_V, height)).zero_()
             d_logits_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
-                *head.tensors, compact_targets, live.live, compact_lse, d_target, d_softmax, d_logits, tile_sums,
-                tile_mass, row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
+                *head.tensors, compact_targets, live.live, shift, d_target, d_softmax, d_logits, tile_sums, tile_mass,
+                row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
                 HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=d_bias is not None,
                 NEEDS_MASS=mass is not None, FEW=few, **head.constants,
             )  # fmt: skip
@@ -247,20 +246,26 @@ def linear_logps_backward(
         if gradient is not None and accumulator is not None:
             gather_rows(accumulator, live.positions, gradient.view(T, -1))
     if mass is not None:
-        mass = torch.where(live.positions >= 0, mass[live.positions.clamp(min=0)], 0).view(targets.shape)
+        mass = torch.where(live.positions >= 0, (mass * owed)[live.positions.clamp(min=0)], 0).view(targets.shape)
     return (*gradients, mass)
 
 
 def _rowwise(
     live: LiveRows,
     targets: Tensor,  # (...) int64
-    lse: Tensor,  # (...) float32
+    lse: Tensor,  # (...) float64
     d_target: Tensor,  # (...) float32
     d_softmax: Tensor,  # (...) float32
     V: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The compact rows of each. A wrong id makes d_softmax NaN."""
+) -> tuple[Tensor, ...]:
+    """The compact rows of targets, of the lse rounded to float32, of d_target and d_softmax, and of the factor that the
+    rounding owes: p = exp(logits - lse) factor. d_softmax has it already, so that no entry of a tile pays for it. A
+    wrong id makes d_softmax NaN.
+    """
     targets, lse, d_target, d_softmax = (
         x.reshape(-1)[live.rows.clamp(min=0)] for x in (targets, lse, d_target, d_softmax)
     )
-    return targets, lse, d_target, torch.where((targets >= 0) & (targets < V), d_softmax, torch.nan)
+    shift = lse.float()
+    factor = torch.exp(shift - lse).float()
+    d_softmax = torch.where((targets >= 0) & (targets < V), d_softmax * factor, torch.nan)
+    return targets, shift, d_target, d_softmax, factor

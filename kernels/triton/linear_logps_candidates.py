@@ -26,8 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import (
-    LN_2,
-    LOG2_E,
     HeadArguments,
     Launch,
     chunk_rows,
@@ -39,19 +37,27 @@ from .launch import (
 )
 from .linear_logps_forward import combine_kernel, tiles_kernel, why_not
 from .rows import gather_rows, live_rows
-from .tile import add_low_rank_of_rows, add_product_of_rows, finite_or_zero, squash, with_bias
+from .tile import (
+    add_low_rank_of_rows,
+    add_product_of_rows,
+    exp_difference,
+    finite_or_zero,
+    log_probs,
+    squash,
+    with_bias,
+)
 
 __all__ = ["linear_logps_candidates", "why_not"]
 
 # Float32 sums of exponentials err by at most this much of themselves (the specification's figure: sparse.py).
 SUM_ERROR = tl.constexpr(2.0**-18)
-# The two visits may round a logit differently: a pair is visited from this far, in bits, below the threshold.
+# The two visits may round a logit differently: a pair is visited from this far below the threshold.
 SLACK = 2.0**-8
 
 
 @triton.jit(do_not_specialize=["row0", "rows"], do_not_specialize_on_alignment=["count_ptr"])
 def select_kernel(
-    tile_max_ptr,  # (tiles_v, rows) float32, base 2, like all tile_*
+    tile_max_ptr,  # (tiles_v, rows) float32, like all tile_*
     tile_sum_ptr,  # (tiles_v, rows) float32
     tile_rest_ptr,  # (tiles_v, rows) float32, out: the tile's sum, to be replaced in the pairs visited
     ends_ptr,  # (tiles_v, rows) int32, out: zeros, for the counts of the pairs visited
@@ -60,10 +66,10 @@ def select_kernel(
     targets_ptr,  # (T,) int64, compact
     rows_ptr,  # (T,) int32: original row of a compact one
     count_ptr,  # (1,) int32: live rows
-    lse_ptr,  # (T,) float32, natural, original order
+    lse_ptr,  # (T,) float64, original order
     row0,
     rows,
-    threshold,  # log2(least) - SLACK
+    threshold,  # log(least) - SLACK
     TILE_V: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
@@ -76,11 +82,11 @@ def select_kernel(
         local = r0 + tl.arange(0, BLOCK_ROWS)
         t = row0 + local
         inside = (local < rows) & (t < live)
-        lse = tl.load(lse_ptr + tl.load(rows_ptr + t, mask=inside, other=0), mask=inside, other=0.0) * LOG2_E
+        lse = tl.load(lse_ptr + tl.load(rows_ptr + t, mask=inside, other=0), mask=inside, other=0.0).to(tl.float32)
         top = tl.load(tile_max_ptr + base + local, mask=inside, other=-float("inf"))
         target = tl.load(targets_ptr + t, mask=inside, other=-1)
         own = (target >= tile_v * TILE_V) & (target < (tile_v + 1) * TILE_V)
-        wanted = (inside & ((top >= lse + threshold) | own)).to(tl.int32)
+        wanted = (inside & (((top >= lse + threshold) & (lse < float("inf"))) | own)).to(tl.int32)
         position = visited + tl.cumsum(wanted, 0) - 1
         tl.store(visited_ptr + base + position, local, mask=wanted > 0)
         tl.store(ends_ptr + base + local, tl.zeros((BLOCK_ROWS,), tl.int32), mask=local < rows)
@@ -99,7 +105,7 @@ def visit_kernel(
     low_rank_weight_ptr,  # (V, R)
     targets_ptr,  # (T,) int64, compact
     rows_ptr,  # (T,) int32: original row of a compact one
-    lse_ptr,  # (T,) float32, natural, original order
+    lse_ptr,  # (T,) float64, original order
     visited_ptr,  # (tiles_v, rows) int32
     visited_count_ptr,  # (tiles_v,) int32
     tile_max_ptr,  # (tiles_v, rows) float32: what the tile's exponentials are relative to
@@ -112,7 +118,7 @@ def visit_kernel(
     rows,
     V,
     most,
-    log2_least,
+    log_least,
     stride_weight_v,
     stride_weight_d,
     stride_low_rank_v,
@@ -156,12 +162,13 @@ def visit_kernel(
         at = base + local
         shift = finite_or_zero(tl.load(tile_max_ptr + at, mask=inside, other=0.0))
         row = tl.load(rows_ptr + t).to(tl.int64)
-        lse = tl.load(lse_ptr + row) * LOG2_E
+        lse = tl.load(lse_ptr + row)
         target = tl.load(targets_ptr + t) - v0
         other = (column[None, :] < V - v0) & (column[None, :] != target[:, None])
         z = tl.where(other, cap * y if HAS_SOFTCAP else y, -float("inf"))
-        # No NaN is found, and nothing in a row of -inf alone.
-        threshold = tl.where(lse == -float("inf"), float("inf"), lse + log2_least)
+        # No NaN is found, and nothing in a row that holds +inf, or -inf alone.
+        threshold = lse.to(tl.float32) + log_least
+        threshold = tl.where(tl.abs(threshold) == float("inf"), float("nan"), threshold)
         if WRITE:
             start = tl.load(ends_ptr + at - rows, mask=inside & (tile_v > 0), other=0)
             # Never over the next tile's, had this visit found one more than the first.
@@ -173,13 +180,13 @@ def visit_kernel(
                 c = tl.min(tl.where(found, column[None, :], BLOCK_V), 1)
                 c = tl.where(start + slot < end, c, BLOCK_V)
                 z_c = tl.sum(tl.where(column[None, :] == c[:, None], z, 0.0), 1)
-                p = tl.exp2(z_c - lse)
+                p = tl.exp(log_probs(z_c, lse))
                 if HAS_SOFTCAP:
                     p *= 1.0 - (z_c / cap) * (z_c / cap)
                 tl.store(ids_ptr + row * most + start + slot, v0 + c, mask=c < BLOCK_V)
                 tl.store(weights_ptr + row * most + start + slot, p, mask=c < BLOCK_V)
                 last = tl.where(c < BLOCK_V, c, last)
-            e = tl.exp2(z - shift[:, None])
+            e = exp_difference(z, shift[:, None])
             tl.store(tile_sum_ptr + at, tl.sum(e, 1), mask=inside)
             written = (z >= threshold[:, None]) & (column[None, :] <= last[:, None])
             tl.store(tile_rest_ptr + at, tl.sum(tl.where(written, 0.0, e), 1), mask=inside)
@@ -192,7 +199,7 @@ def doubts_kernel(
     tile_max_ptr,  # (tiles_v, rows) float32
     tile_sum_ptr,  # (tiles_v, rows) float32: without the target
     tile_rest_ptr,  # (tiles_v, rows) float32: without the candidates either
-    target_logits_ptr,  # (T,) float32, compact, base 2
+    target_logits_ptr,  # (T,) float32, compact
     rows_ptr,  # (T,) int32: original row of a compact one
     count_ptr,  # (1,) int32
     doubts_ptr,  # (T,) float32, original order, like all that follow
@@ -219,15 +226,17 @@ def doubts_kernel(
         tile_max = tl.load(tile_max_ptr + at, mask=mask, other=-float("inf"))
         new_top = tl.maximum(top, tl.max(tile_max, 0))
         shift = finite_or_zero(new_top)
-        rescale = tl.exp2(top - shift)
-        factor = tl.exp2(tile_max - shift[None, :])
+        rescale = exp_difference(top, shift)
+        factor = exp_difference(tile_max, shift[None, :])
         others = others * rescale + tl.sum(tl.load(tile_sum_ptr + at, mask=mask, other=0.0) * factor, 0)
         rest = rest * rescale + tl.sum(tl.load(tile_rest_ptr + at, mask=mask, other=0.0) * factor, 0)
         top = new_top
     # A wrong id has no target logit: NaN from here on.
     target_logit = tl.load(target_logits_ptr + t, mask=inside, other=0.0)
-    total = others + tl.exp2(target_logit - finite_or_zero(top))
-    y = target_logit / cap if HAS_SOFTCAP else target_logit * 0.0
+    total = others + exp_difference(target_logit, finite_or_zero(top))
+    # Infinite where a logit is: then no probability of the row is a number.
+    total = tl.where(total == float("inf"), float("nan"), total)
+    y = target_logit / cap if HAS_SOFTCAP else finite_or_zero(target_logit) * 0.0  # NaN stays
     out = tl.load(rows_ptr + t, mask=inside, other=0)
     tl.store(doubts_ptr + out, others / total, mask=inside)
     tl.store(slopes_ptr + out, 1.0 - y * y, mask=inside)
@@ -255,12 +264,14 @@ def linear_logps_candidates(
     least: float,  # probability of a candidate
     most: int,  # candidates a row
 ) -> tuple[Tensor, ...]:
-    """The seven tensors of Candidates: token_logps, lse, doubts, slopes, dropped (...), ids, weights (..., most)."""
+    """The seven tensors of Candidates: token_logps, lse (float64), doubts, slopes, dropped (...), ids, weights (...,
+    most).
+    """
     V, D = weight.shape
     T = targets.numel()
     new = functools.partial(torch.empty, device=hidden.device)
     # Ignored rows keep these zeros.
-    by_row = [new(targets.shape, dtype=torch.float32).zero_() for _ in range(5)]
+    by_row = [new(targets.shape, dtype=torch.float64 if i == 1 else torch.float32).zero_() for i in range(5)]
     ids = new((*targets.shape, most), dtype=torch.int32).zero_()
     weights = new(ids.shape, dtype=torch.float32).zero_()
     token_logps, lse, doubts, slopes, dropped = by_row
@@ -287,7 +298,7 @@ def linear_logps_candidates(
     tiles = [new(tiles_v * chunk, dtype=torch.float32) for _ in range(3)]
     ends, visited = (new(tiles_v * chunk, dtype=torch.int32) for _ in range(2))
     visited_count = new(tiles_v, dtype=torch.int32)
-    scale, cap = scale_and_cap(logit_scale, softcap, temperature * LN_2.value)
+    scale, cap = scale_and_cap(logit_scale, softcap, temperature)
     head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
     visit = _visit_arguments(head, launch)
     for row0 in range(0, T, chunk):
@@ -305,12 +316,12 @@ def linear_logps_candidates(
         )  # fmt: skip
         select_kernel[(tiles_v,)](
             *tiles, ends, visited, visited_count, compact_targets, live.rows, live.live, lse, row0, rows,
-            math.log2(least) - SLACK, TILE_V=launch.BLOCK_V, BLOCK_ROWS=1024, num_warps=4,
+            math.log(least) - SLACK, TILE_V=launch.BLOCK_V, BLOCK_ROWS=1024, num_warps=4,
         )  # fmt: skip
         for write in (False, True):
             visit_kernel[(triton.cdiv(rows, visit.constants["BLOCK_T"]) * tiles_v,)](
                 compact, weight, *visit.tensors, compact_targets, live.rows, lse, visited, visited_count, *tiles, ends,
-                ids, weights, row0, rows, V, most, math.log2(least), *head.strides, scale, cap,
+                ids, weights, row0, rows, V, most, math.log(least), *head.strides, scale, cap,
                 WRITE=write, HAS_SOFTCAP=softcap is not None, **visit.constants,
             )  # fmt: skip
             if not write:

@@ -14,9 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LN_2, chunk_rows, head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
+from .launch import chunk_rows, head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
 from .rows import gather_rows, live_rows
-from .tile import add_low_rank, finite_or_zero, product, squash, tile_position, with_bias
+from .tile import (
+    LOG2_E,
+    add_low_rank,
+    exp_difference,
+    finite_or_zero,
+    log_probs,
+    lse_of,
+    product,
+    squash,
+    tile_position,
+    with_bias,
+)
 
 __all__ = ["linear_logps_forward", "why_not"]
 
@@ -30,11 +41,11 @@ def tiles_kernel(
     low_rank_weight_ptr,  # (V, R)
     targets_ptr,  # (T,) int64, compact
     count_ptr,  # (1,) int32: live rows
-    target_logits_ptr,  # (T,) float32, base 2, like all logits here
+    target_logits_ptr,  # (T,) float32
     tile_max_ptr,  # (tiles_v, rows) float32, like all tile_*
     tile_sum_ptr,
     tile_plain_ptr,
-    tile_weighted_ptr,
+    tile_weighted_ptr,  # sum of e log2(e), with e = exp(z - the tile's maximum)
     tile_squares_ptr,
     target_leads_ptr,  # (T,) int8: the target is the first maximum of its tile
     row0,  # the chunk is rows row0 : row0 + rows
@@ -85,7 +96,9 @@ def tiles_kernel(
             z = tl.where((column < V - v0)[None, :], z, -float("inf"))
         t = t0 + tl.arange(0, BLOCK_T)
         top = tl.max(z, 1)
-        e = tl.exp2(z - finite_or_zero(top)[:, None])
+        # The steps of exp_difference: with statistics its exponent is used twice, and so is the register that has it.
+        bits = (z - finite_or_zero(top)[:, None]) * LOG2_E
+        e = tl.exp2(bits)
         # The workspace is laid out by vocabulary tile, so that a tile's rows are contiguous.
         at = tile_v.to(tl.int64) * rows + (t - row0)
         tl.store(tile_max_ptr + at, top, mask=t < live)
@@ -93,7 +106,7 @@ def tiles_kernel(
         if STATS:
             tl.store(tile_squares_ptr + at, tl.sum(e * e, 1), mask=t < live)
             # 0 * -inf is no number: a column of probability 0 adds nothing.
-            tl.store(tile_weighted_ptr + at, tl.sum(e * tl.maximum(z, -1e38), 1), mask=t < live)
+            tl.store(tile_weighted_ptr + at, tl.sum(e * tl.maximum(bits, -1e38), 1), mask=t < live)
             tl.store(tile_plain_ptr + at, tl.sum(tl.where((column < V - v0)[None, :], z, 0.0), 1), mask=t < live)
         target = tl.load(targets_ptr + t, mask=t < live, other=-1) - v0
         inside = (target >= 0) & (target < tl.minimum(BLOCK_V, V - v0))
@@ -124,7 +137,7 @@ def combine_kernel(
     rows_ptr,  # (T,) int32: original row of a compact one
     count_ptr,  # (1,) int32
     token_logps_ptr,  # (T,) float32, original order, like all that follow
-    lse_ptr,
+    lse_ptr,  # float64
     entropy_ptr,
     mean_logits_ptr,
     log_sum_sq_probs_ptr,
@@ -156,26 +169,31 @@ def combine_kernel(
         tile_max = tl.load(tile_max_ptr + at, mask=mask, other=-float("inf"))
         new_top = tl.maximum(top, tl.max(tile_max, 0))
         shift = finite_or_zero(new_top)
-        rescale = tl.exp2(top - shift)
-        factor = tl.exp2(tile_max - shift[None, :])
-        total = total * rescale + tl.sum(tl.load(tile_sum_ptr + at, mask=mask, other=0.0) * factor, 0)
+        rescale = exp_difference(top, shift)
+        factor = exp_difference(tile_max, shift[None, :])
+        tile_sum = tl.load(tile_sum_ptr + at, mask=mask, other=0.0)
         if STATS:
             plain += tl.sum(tl.load(tile_plain_ptr + at, mask=mask, other=0.0), 0)
-            weighted = weighted * rescale + tl.sum(tl.load(tile_weighted_ptr + at, mask=mask, other=0.0) * factor, 0)
+            # Relative to the new maximum, as the sums are; where there is no sum yet, its maximum is no number to move.
+            moved = tl.where(total == 0.0, 0.0, total * (finite_or_zero(top) - shift))
+            tile_moved = tl.where(tile_sum == 0.0, 0.0, tile_sum * (finite_or_zero(tile_max) - shift[None, :]))
+            tile_weighted = tl.load(tile_weighted_ptr + at, mask=mask, other=0.0) / LOG2_E + tile_moved
+            weighted = (weighted + moved) * rescale + tl.sum(tile_weighted * factor, 0)
             squares = squares * rescale * rescale + tl.sum(
                 tl.load(tile_squares_ptr + at, mask=mask, other=0.0) * factor * factor, 0
             )
             earlier = (k[:, None] < target_tile[None, :]) & (tile_max == target_logit[None, :])
             beaten += tl.sum((mask & ((tile_max > target_logit[None, :]) | earlier)).to(tl.int32), 0)
+        total = total * rescale + tl.sum(tile_sum * factor, 0)
         top = new_top
-    lse = finite_or_zero(top) + tl.log2(total)
+    lse = lse_of(finite_or_zero(top), total)
     out = tl.load(rows_ptr + t, mask=inside, other=0)
-    tl.store(lse_ptr + out, lse * LN_2, mask=inside)
-    tl.store(token_logps_ptr + out, (target_logit - lse) * LN_2, mask=inside)
+    tl.store(lse_ptr + out, lse, mask=inside)
+    tl.store(token_logps_ptr + out, log_probs(target_logit, lse), mask=inside)
     if STATS:
-        tl.store(entropy_ptr + out, (lse - weighted / total) * LN_2, mask=inside)
-        tl.store(mean_logits_ptr + out, plain * LN_2 / V, mask=inside)
-        tl.store(log_sum_sq_probs_ptr + out, (tl.log2(squares) - 2.0 * tl.log2(total)) * LN_2, mask=inside)
+        tl.store(entropy_ptr + out, tl.log(total) - weighted / total, mask=inside)
+        tl.store(mean_logits_ptr + out, plain / V, mask=inside)
+        tl.store(log_sum_sq_probs_ptr + out, tl.log(squares) - 2.0 * tl.log(total), mask=inside)
         leads = tl.load(target_leads_ptr + t, mask=inside, other=0)
         # A wrong id has the target logit NaN, and no tile has written its leads.
         leads = (leads != 0) & (target_logit == target_logit)
@@ -197,16 +215,14 @@ def linear_logps_forward(
     workspace_bytes: int,
     stats: bool,
 ) -> tuple[Tensor, ...]:
-    """The six tensors of LogpStats, the last four of size 0 unless `stats`."""
+    """The six tensors of LogpStats, lse in float64, the last four of size 0 unless `stats`."""
     V, D = weight.shape
     T = targets.numel()
     device = hidden.device
     # Ignored rows keep these zeros.
     shapes = [targets.shape] * 2 + [targets.shape if stats else (0,)] * 4
-    outputs = tuple(
-        torch.zeros(shape, dtype=torch.bool if i == 5 else torch.float32, device=device)
-        for i, shape in enumerate(shapes)
-    )
+    dtypes = (torch.float32, torch.float64, *[torch.float32] * 3, torch.bool)
+    outputs = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes))
     if T == 0:
         return outputs
 
@@ -228,8 +244,7 @@ def linear_logps_forward(
     chunk = chunk_rows(T, 4 * fields * tiles_v, workspace_bytes, launch)
     tiles = [torch.empty((tiles_v, chunk), dtype=torch.float32, device=device) for _ in range(fields)]
     tile_fields = (tiles * 3)[:5]
-    # Logits in base 2: exp2 is one instruction, exp five.
-    scale, cap = scale_and_cap(logit_scale, softcap, temperature * LN_2.value)
+    scale, cap = scale_and_cap(logit_scale, softcap, temperature)
     head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
     for row0 in range(0, T, chunk):
         rows = min(chunk, T - row0)

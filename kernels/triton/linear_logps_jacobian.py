@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LN_2, head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
+from .launch import head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
 from .library import add_product, block_shape
 from .rows import gather_rows, live_rows
-from .tile import add_low_rank, finite_or_zero, product, squash, tile_position, with_bias
+from .tile import add_low_rank, exp_difference, finite_or_zero, product, squash, tile_position, with_bias
 
 __all__ = ["linear_logps_jacobian", "why_not"]
 
@@ -35,7 +35,7 @@ def weights_kernel(
     low_rank_weight_ptr,  # (V, R)
     targets_ptr,  # (T,) int64, compact
     count_ptr,  # (1,) int32: live rows
-    top_ptr,  # (T,) float32: maximum of the blocks before; base 2, like all logits here
+    top_ptr,  # (T,) float32: maximum of the blocks before
     target_logits_ptr,  # (T,) float32
     target_slopes_ptr,  # (T,) float32
     tile_max_ptr,  # (tiles_v, rows) float32: what the tile's exponentials are relative to
@@ -102,7 +102,7 @@ def weights_kernel(
             z = tl.where((column < V - v0)[None, :], z, -float("inf"))
         # Relative to the row's maximum so far: most tiles then need no rescaling.
         top = tl.maximum(tl.load(top_ptr + t, mask=t < live, other=0.0), tl.max(z, 1))
-        e = tl.exp2(z - finite_or_zero(top)[:, None])
+        e = exp_difference(z, finite_or_zero(top)[:, None])
         if hit:
             e = tl.where(column[None, :] == target_column, 0.0, e)
         at = tile_v.to(tl.int64) * rows + (t - row0)
@@ -159,7 +159,7 @@ def advance_kernel(
         top = tl.maximum(top, tl.max(tl.load(tile_max_ptr + at, mask=mask, other=-float("inf")), 0))
     shift = finite_or_zero(top)
     # Nothing is there while only -inf was seen; 0 * inf would be NaN.
-    rescale = tl.where(before == -float("inf"), 0.0, tl.exp2(before - shift))
+    rescale = tl.where(before == -float("inf"), 0.0, exp_difference(before, shift))
     rest = tl.load(rest_ptr + t, mask=inside, other=0.0) * rescale
     for k0 in range(0, tiles_v, BLOCK_TILES):
         k = k0 + tl.arange(0, BLOCK_TILES)
@@ -167,7 +167,7 @@ def advance_kernel(
         at = k[:, None].to(tl.int64) * rows + local[None, :]
         tile_shift = finite_or_zero(tl.load(tile_max_ptr + at, mask=mask, other=0.0))
         tile_sum = tl.load(tile_sum_ptr + at, mask=mask, other=0.0)
-        rest += tl.sum(tl.where(tile_sum == 0, 0.0, tile_sum * tl.exp2(tile_shift - shift[None, :])), 0)
+        rest += tl.sum(tl.where(tile_sum == 0, 0.0, tile_sum * exp_difference(tile_shift, shift[None, :])), 0)
     tl.store(top_ptr + t, top, mask=inside)
     tl.store(rest_ptr + t, rest, mask=inside)
     tl.store(rescale_ptr + t, rescale, mask=inside)
@@ -194,7 +194,7 @@ def rescale_kernel(
     tile_max = tl.load(tile_max_ptr + tile_v.to(tl.int64) * rows + local, mask=inside, other=0.0)
     stale = inside & (tile_max < top)
     if tl.max(stale.to(tl.int32), 0) > 0:
-        factor = tl.exp2(finite_or_zero(tile_max) - finite_or_zero(top))
+        factor = exp_difference(finite_or_zero(tile_max), finite_or_zero(top))
         # A tile of -inf alone holds zeros.
         factor = tl.where(tile_max == -float("inf"), 0.0, factor)
         at = local.to(tl.int64)[:, None] * stride_block + (tile_v * TILE_V + tl.arange(0, TILE_V))[None, :]
@@ -250,8 +250,8 @@ def linear_logps_jacobian(
     ignore_index: int,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden), the derivatives in the input
-    dtype.
+    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden): lse in float64, the derivatives
+    in the input dtype.
     """
     V, D = weight.shape
     T = targets.numel()
@@ -259,7 +259,7 @@ def linear_logps_jacobian(
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     d_low_rank = None if low_rank_hidden is None else hidden.new_empty(low_rank_hidden.shape)
     if T == 0:
-        return new(targets.shape), new(targets.shape), d_hidden, d_low_rank
+        return new(targets.shape), new(targets.shape, dtype=torch.float64), d_hidden, d_low_rank
 
     live = live_rows(targets.reshape(-1), ignore_index)
     # The derivatives are written last: until then their memory holds the compact rows.
@@ -276,7 +276,7 @@ def linear_logps_jacobian(
     rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
     head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
     constants = {name: value for name, value in head.constants.items() if name != "FLATTEN"}
-    scale, cap = scale_and_cap(logit_scale, softcap, temperature * LN_2.value)
+    scale, cap = scale_and_cap(logit_scale, softcap, temperature)
     stride = triton.cdiv(columns, launch.BLOCK_V) * launch.BLOCK_V
     block = hidden.new_empty((rows, stride))
     tiles = [new((stride // launch.BLOCK_V, rows)) for _ in range(2)]
@@ -307,14 +307,14 @@ def linear_logps_jacobian(
                     add_product(accumulator[span], block[:height, :width], factor[column0 : column0 + width])
 
     shift = torch.where(torch.isfinite(top), top, 0)
-    total = rest + torch.exp2(target_logits - shift)
-    lse = shift + total.log2()
+    total = rest + torch.exp(target_logits - shift)
+    lse = shift.double() + total.double().log()
+    # Infinite where a logit is: then no probability of the row is a number, and neither is its log (torch.log_softmax).
+    total = torch.where(torch.isinf(total), torch.nan, total)
+    logps = ((target_logits - shift).double() - total.double().log()).float()
     coefficients = target_slopes * (rest / total)
     position = live.positions.clamp(min=0)
-    row_results = (
-        torch.where(live.positions >= 0, x[position], 0).mul_(LN_2.value).view(targets.shape)
-        for x in (target_logits - lse, lse)
-    )
+    row_results = (torch.where(live.positions >= 0, x[position], 0).view(targets.shape) for x in (logps, lse))
     chain = logit_scale / temperature
     for accumulator, factor, out in zip(expected, (weight, low_rank_weight), (d_hidden, d_low_rank)):
         if accumulator is not None and factor is not None and out is not None:

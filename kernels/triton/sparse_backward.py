@@ -121,7 +121,7 @@ def linear_logps_sparse_backward(
     low_rank_weight: Tensor | None,  # (V, R)
     targets: Tensor,  # (...) int64
     exact: Tensor,  # (...) bool: of the rows that are not ignored, those that go over the whole vocabulary
-    lse: Tensor,  # (...) float32, from the forward, like all that is found
+    lse: Tensor,  # (...) float64, from the forward, like all that is found
     doubts: Tensor,  # (...) float32
     slopes: Tensor,  # (...) float32
     ids: Tensor,  # (..., most) int32

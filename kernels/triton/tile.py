@@ -5,6 +5,8 @@ No kernel and no launcher lives here. A tile is (BLOCK_T tokens x BLOCK_V vocabu
 on.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -173,10 +175,36 @@ def squash(x, scale, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     return x
 
 
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def exp_difference(z, shift):
+    """exp(z - shift), one instruction more than exp2. The difference first, in the unit that z was rounded in: of
+    logits in base 2, a common offset would cost digits a second time.
+    """
+    return tl.exp2((z - shift) * LOG2_E)
+
+
 @triton.jit
 def finite_or_zero(m):
-    """A maximum that is safe to subtract: a row of -inf so far must not give exp2(-inf + inf)."""
-    return tl.where(m == -float("inf"), 0.0, m)
+    """A maximum that is safe to subtract: neither -inf + inf in a row of -inf so far, nor inf - inf."""
+    return tl.where(tl.abs(m) == float("inf"), 0.0, m)
+
+
+@triton.jit
+def lse_of(shift, total):
+    """shift + log(total) in float64, for a row's sum of exponentials relative to `shift`."""
+    return shift.to(tl.float64) + tl.log(total).to(tl.float64)
+
+
+@triton.jit
+def log_probs(z, lse):
+    """z - lse in float32, by the two float32 parts of lse, so that its rounding, which all entries of a row share, is
+    not lost. NaN where the lse is infinite, as in torch.log_softmax.
+    """
+    high = lse.to(tl.float32)
+    return (z - high) - (lse - high.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit

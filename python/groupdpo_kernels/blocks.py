@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import Head, HeadGradients, HeadOptions, LogpStats, accumulator
+from .reference import Head, HeadGradients, HeadOptions, LogpStats, accumulator, known_softmax, log_probs
 
 
 def block_shape(
@@ -74,13 +74,16 @@ def forward_in_blocks(
     targets: Tensor,  # (T,) int64, all valid
     options: HeadOptions,
 ) -> LogpStats:
-    """All per-row results by online log-sum-exp over vocabulary blocks. 2 T D V FLOP; workspace within the budget."""
+    """All per-row results by online log-sum-exp over vocabulary blocks, lse in float64. 2 T D V FLOP; workspace within
+    the budget.
+    """
     dtype = accumulator(hidden.dtype)
     (T, D), V = hidden.shape, weight.shape[0]
     R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
     rows, columns = block_shape(T, D + R, V, options.workspace_bytes, dtype.itemsize)
     new = hidden.new_zeros
-    results = [new(T, dtype=dtype) for _ in range(5)] + [new(T, dtype=torch.bool)]
+    dtypes = (dtype, torch.float64, dtype, dtype, dtype, torch.bool)
+    results = [new(T, dtype=x) for x in dtypes]
     for t in _spans(T, rows):
         h, y = hidden[t].to(dtype), targets[t]
         x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
@@ -98,20 +101,22 @@ def forward_in_blocks(
             # Strictly greater: among ties the first block, and in a block the first id, stays. NaN stays too.
             top_id = torch.where(block_top > top, _first_argmax(z, block_top, block_id) + v.start, top_id)
             new_top = torch.maximum(top, block_top)
-            # A row of -inf so far must not give exp(-inf + inf).
-            shift = torch.where(new_top == -math.inf, 0, new_top)
+            # Neither -inf + inf in a row of -inf so far, nor inf - inf where a logit is infinite.
+            shift = torch.where(torch.isfinite(new_top), new_top, 0)
             rescale = torch.exp(top - shift)
-            e = torch.exp(z - shift[:, None])
+            z -= shift[:, None]
+            e = torch.exp(z)
+            # sum e (z - shift): relative to the new shift, as total is.
+            moved = torch.where(total == 0, 0, total * (top - shift))
+            weighted = (weighted + moved) * rescale + torch.where(e == 0, 0, e * z).sum(1)
             total = total * rescale + e.sum(1)
             squares = squares * rescale * rescale + (e * e).sum(1)
-            weighted = weighted * rescale + torch.where(e == 0, 0, e * z).sum(1)
             top = new_top
-        shift = torch.where(top == -math.inf, 0, top)
-        lse = shift + total.log()
+        lse = _lse(torch.where(torch.isfinite(top), top, 0), total)
         values = (
-            target_logits - lse,
+            log_probs(target_logits, lse),
             lse,
-            lse - weighted / total,
+            total.log() - weighted / total,
             plain / V,
             squares.log() - 2 * total.log(),
             top_id == y,
@@ -119,6 +124,10 @@ def forward_in_blocks(
         for out, value in zip(results, values):
             out[t] = value
     return LogpStats(*results)
+
+
+def _lse(shift: Tensor, total: Tensor) -> Tensor:  # (t,), (t,) sum exp(logits - shift) -> (t,) float64
+    return shift.double() + total.double().log()
 
 
 def _at_target(block: Tensor, targets: Tensor, v: slice) -> Tensor:  # (t, v), (t,) -> (t,)
@@ -140,7 +149,7 @@ def backward_in_blocks(
     low_rank_hidden: Tensor | None,  # (T, R)
     low_rank_weight: Tensor | None,  # (V, R)
     targets: Tensor,  # (T,) int64, all valid
-    lse: Tensor,  # (T,) float32 | float64, from the forward
+    lse: Tensor,  # (T,) float64, from the forward
     d_target: Tensor,  # (T,) of reference.row_gradients, as the next
     d_softmax: Tensor,  # (T,)
     options: HeadOptions,
@@ -160,6 +169,7 @@ def backward_in_blocks(
     # By row (indices 0 and 3) gradients are accumulated over the whole loop; by vocabulary (1, 2, 4) a block at a time.
     out: list[Tensor | None] = [None] * 5
     mass = hidden.new_zeros(T, dtype=dtype) if needs[5] else None
+    shift, d_softmax, factor = known_softmax(lse, d_softmax.to(dtype))
     for i, needed in enumerate(needs[:5]):
         if needed:
             source = inputs[i]
@@ -175,10 +185,10 @@ def backward_in_blocks(
             h = hidden[t].to(dtype)
             x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
             z, d_cap = _block_logits(h, w, b, x, u, options)
-            p = torch.exp(z.sub_(lse[t, None]))
+            e = torch.exp(z.sub_(shift[t, None]))
             if mass is not None:
-                mass[t] += p.sum(1)
-            d_raw = p.mul_(d_softmax[t, None])
+                mass[t] += e.sum(1)
+            d_raw = e.mul_(d_softmax[t, None])
             local = targets[t] - v.start
             r = ((local >= 0) & (local < w.shape[0])).nonzero()[:, 0]
             d_raw[r, local[r]] = d_target[t][r].to(dtype)
@@ -202,7 +212,7 @@ def backward_in_blocks(
     for i in (0, 3):
         if (gradient_out := out[i]) is not None:
             out[i] = gradient_out.to(hidden.dtype)
-    return HeadGradients._make([*out, mass])
+    return HeadGradients._make([*out, None if mass is None else mass * factor])
 
 
 def target_logits(
@@ -243,7 +253,7 @@ class Expectations(NamedTuple):
     """
 
     token_logps: Tensor  # (T,)
-    lse: Tensor  # (T,)
+    lse: Tensor  # (T,) float64
     coefficients: Tensor  # (T,) c_y (1 - p_y)
     expected_weight: Tensor  # (T, D) sum over v != y of p_v c_v weight_v
     expected_low_rank: Tensor | None  # (T, R) sum over v != y of p_v c_v low_rank_weight_v
@@ -272,7 +282,8 @@ def expectations_in_blocks(
     (T, D), V = hidden.shape, weight.shape[0]
     R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
     rows, columns = block_shape(T, D + R, V, options.workspace_bytes, dtype.itemsize)
-    z_target, lse, coefficients, doubts, left_out = (hidden.new_zeros(T, dtype=dtype) for _ in range(5))
+    z_target, coefficients, doubts, left_out = (hidden.new_zeros(T, dtype=dtype) for _ in range(4))
+    lse = hidden.new_zeros(T, dtype=torch.float64)
     expected_weight = hidden.new_zeros((T, D), dtype=dtype)
     expected_low_rank = None if low_rank_weight is None else hidden.new_zeros((T, R), dtype=dtype)
     for t in _spans(T, rows):
@@ -311,15 +322,21 @@ def expectations_in_blocks(
             top = new_top
         shift = torch.where(torch.isfinite(top), top, 0)
         total = rest + torch.exp(z_target[t] - shift)
+        lse[t] = _lse(shift, total)
+        total = _finite_or_nan(total)
         coefficients[t] *= rest / total
         doubts[t] = rest / total
         left_out[t] = torch.where(dropped == 0, 0, dropped / total + SUM_ERROR * doubts[t])
         for expected in (expected_weight, expected_low_rank):
             if expected is not None:
                 expected[t] /= total[:, None]
-        lse[t] = shift + total.log()
     bound = (doubts, left_out) if grad_tol > 0 else ()
-    return Expectations(z_target - lse, lse, coefficients, expected_weight, expected_low_rank, *bound)
+    return Expectations(log_probs(z_target, lse), lse, coefficients, expected_weight, expected_low_rank, *bound)
+
+
+def _finite_or_nan(total: Tensor) -> Tensor:  # (t,) -> (t,)
+    """A sum of exponentials is infinite where a logit is: then no probability of the row is a number."""
+    return torch.where(torch.isinf(total), torch.nan, total)
 
 
 def _affordable(cost: Tensor, allowance: Tensor) -> Tensor:  # (t,), (t,) -> (t,) bool

@@ -1,7 +1,10 @@
 """The autograd Functions over the ops: what plugs into any model.
 
-They save their inputs and two numbers a row (a frozen head's: the derivative; with a tolerance: the candidates), and of
-products only what kept.py's budget allows. First order only: a second backward through them raises.
+They save their inputs and two numbers a row, 12 bytes (a frozen head's: the derivative; with a tolerance: the
+candidates), and of products only what kept.py's budget allows. First order only: a second backward through them raises.
+
+torch.func.grad and vjp want what a backward reads to be an input or an output of its forward, so some outputs are for
+the backward alone: the graph holds them once the caller has dropped them. torch.vmap raises, and says what to do.
 """
 
 from __future__ import annotations
@@ -14,12 +17,28 @@ from torch.autograd.function import once_differentiable
 
 from . import kept, ops, preference_ops
 from .preference_ops import LossSpec
-from .reference import Head, HeadOptions, row_gradients
+from .reference import Head, HeadOptions, LogpStats, row_gradients
 from .replay import KnownLse
 from .sparse import Candidates, exact_rows
 
 
-class LinearLogps(torch.autograd.Function):
+class _NotUnderVmap(torch.autograd.Function):
+    """A Function over ops that know one batch: torch.vmap raises, and says what to do in its place."""
+
+    instead: str
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:
+        raise RuntimeError(f"torch.vmap does not go through {cls.__name__}: {cls.instead}")
+
+
+class OfHead(_NotUnderVmap):
+    instead = (
+        "linear_logps takes any leading dimensions, hidden (..., D) and targets (...); pass the whole batch at once"
+    )
+
+
+class LinearLogps:
     """`LinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, stats, impl,
     known)`.
 
@@ -29,6 +48,14 @@ class LinearLogps(torch.autograd.Function):
     and lse are differentiable; the other four are of size 0 unless `stats`, and carry no gradient (linear_logp_stats
     makes a gradient into them an error).
     """
+
+    @staticmethod
+    def apply(*arguments: Any) -> tuple[Tensor, ...]:
+        return ExactLinearLogps.apply(*arguments)[:6]
+
+
+class ExactLinearLogps(OfHead):
+    """What LinearLogps applies. A seventh output is the lse in float64, (...), without a gradient."""
 
     @staticmethod
     def forward(
@@ -44,14 +71,16 @@ class LinearLogps(torch.autograd.Function):
         known: KnownLse | None,
     ) -> tuple[Tensor, ...]:
         head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-        if known is not None:
-            return ops.token_logps_of(head, targets, known.lse, options), known.lse.clone(), *_no_stats(known.lse)
-        return cast(tuple[Tensor, ...], tuple(ops.linear_logps_forward(head, targets, options, stats, impl)))
+        if known is None:
+            return _with_lse(ops.linear_logps_forward(head, targets, options, stats, impl))
+        token_logps = ops.token_logps_of(head, targets, known.lse, options)
+        return _with_lse(LogpStats(token_logps, known.lse.clone(), *_no_stats(token_logps)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ctx.options, _, ctx.impl, ctx.known = inputs
-        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *output[:2])
+        saved = (output[0], output[6])
+        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *saved)
         ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
@@ -67,12 +96,12 @@ class LinearLogps(torch.autograd.Function):
         return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *[None] * 4
 
 
-class KeptLinearLogps(torch.autograd.Function):
+class KeptLinearLogps(OfHead):
     """`KeptLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, stats,
     columns)`.
 
-    As LinearLogps with impl="cpu", for the same bits: the products with the first `columns` of the vocabulary are
-    computed once (kept.py). They are a seventh output, (T, columns) float32, for the backward alone: memory is theirs
+    As ExactLinearLogps with impl="cpu", for the same bits: the products with the first `columns` of the vocabulary are
+    computed once (kept.py). They are an eighth output, (T, columns) float32, for the backward alone: memory is theirs
     until the graph and that output are gone.
     """
 
@@ -90,12 +119,12 @@ class KeptLinearLogps(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
         out, products = kept.keeping_forward(head, targets, options, stats, columns)
-        return *cast(tuple[Tensor, ...], tuple(out)), products
+        return *_with_lse(out), products
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ctx.options, *_ = inputs
-        saved = (*output[:2], output[6])
+        saved = (output[0], *output[6:])
         ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *saved)
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)  # zeros for the products would be as large as they are
@@ -106,17 +135,28 @@ class KeptLinearLogps(torch.autograd.Function):
         *head, targets, token_logps, lse, products = ctx.saved_tensors
         need = ctx.needs_input_grad  # (hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ...)
         needs = (need[0], need[1], need[3], need[4], need[5])
-        upstream = (torch.zeros_like(lse) if x is None else x for x in (d_token_logps, d_lse))
-        rows = row_gradients(token_logps, *upstream)
+        d_token_logps, d_lse = _or_zeros(token_logps, d_token_logps, d_lse)
+        rows = row_gradients(token_logps, d_token_logps, d_lse)
         g = kept.keeping_backward(Head(*head), targets, lse, *rows, products, ctx.options, needs)
         return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *[None] * 3
+
+
+def _with_lse(stats: LogpStats) -> tuple[Tensor, ...]:
+    """The six tensors as a user gets them, and the lse in float64: two tensors, of which one carries the gradient."""
+    assert stats.lse is not None
+    rounded = stats.lse.to(stats.token_logps.dtype, copy=True)
+    return *cast(tuple[Tensor, ...], tuple(stats._replace(lse=rounded))), stats.lse
 
 
 def _no_stats(like: Tensor) -> tuple[Tensor, ...]:
     return (*(like.new_empty(0) for _ in range(3)), like.new_empty(0, dtype=torch.bool))
 
 
-class FrozenLinearLogps(torch.autograd.Function):
+def _or_zeros(like: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(like) if a is None else a, torch.zeros_like(like) if b is None else b
+
+
+class FrozenLinearLogps(OfHead):
     """`FrozenLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, grad_tol,
     impl)`.
 
@@ -124,12 +164,13 @@ class FrozenLinearLogps(torch.autograd.Function):
     upstream gradient, so the forward stores it, in the dtype of hidden, and the backward scales its rows. Two products
     in all, not three. With grad_tol > 0 the forward leaves out what it can (sparse.py), by the bound for upstream
     gradients of one size; the backward knows their sizes, and sends rows through the exact path until it holds for
-    them. Returns (token_logps, lse); only token_logps is differentiable, in hidden and low_rank_hidden.
+    them. The first two outputs are token_logps and lse; only token_logps is differentiable, in hidden and
+    low_rank_hidden. Then, for the backward alone, the lse in float64 and what ops.linear_logps_jacobian says, (0,) for
+    a derivative that is not there.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,  # (..., D)
         weight: Tensor,  # (V, D)
         targets: Tensor,  # (...) int64
@@ -139,25 +180,35 @@ class FrozenLinearLogps(torch.autograd.Function):
         options: HeadOptions,
         grad_tol: float,
         impl: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-        token_logps, lse, *found = ops.linear_logps_jacobian(head, targets, options, grad_tol, impl)
-        ctx.save_for_backward(*found, *((lse, targets, *head) if grad_tol > 0 else ()))
-        ctx.options, ctx.grad_tol, ctx.impl = options, grad_tol, impl
-        ctx.mark_non_differentiable(lse)
-        return token_logps, lse
+        token_logps, lse, d_hidden, d_low_rank, *bound = ops.linear_logps_jacobian(
+            head, targets, options, grad_tol, impl
+        )
+        derivatives = (d_hidden, hidden.new_empty(0) if d_low_rank is None else d_low_rank)
+        return token_logps, lse.to(token_logps.dtype, copy=True), lse, *derivatives, *bound
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ctx.options, ctx.grad_tol, ctx.impl = inputs
+        head = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
+        ctx.save_for_backward(*output[3:5], *((*output[5:], output[2], targets, *head) if ctx.grad_tol > 0 else ()))
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros for the derivative would be as large as it is
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_token_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_token_logps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         need_hidden, need_low_rank = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        if d_token_logps is None:
+            return (None,) * 9
         d_hidden, d_low_rank_hidden = (
-            None if x is None or not needed else (x * d_token_logps[..., None]).to(x.dtype)
+            (x * d_token_logps[..., None]).to(x.dtype) if needed else None
             for x, needed in zip(ctx.saved_tensors, (need_hidden, need_low_rank))
         )
         if ctx.grad_tol > 0:
             _, _, doubts, dropped, lse, targets, *head = ctx.saved_tensors
-            d_lse, live = torch.zeros_like(lse), targets != ctx.options.ignore_index
+            d_lse, live = torch.zeros_like(doubts), targets != ctx.options.ignore_index
             rows = exact_rows(doubts, dropped, d_token_logps, d_lse, live, ctx.grad_tol)
             rest = torch.where(rows, targets, ctx.options.ignore_index)
             needs = (need_hidden, False, False, need_low_rank, False, False)
@@ -170,18 +221,18 @@ class FrozenLinearLogps(torch.autograd.Function):
         return d_hidden, None, None, None, d_low_rank_hidden, None, None, None, None
 
 
-class SparseLinearLogps(torch.autograd.Function):
+class SparseLinearLogps(OfHead):
     """`SparseLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, grad_tol,
     impl, seed)`.
 
     As LinearLogps, with gradients over few vocabulary entries a row. Without a seed their relative L1 error in d_logits
     over the call is at most `grad_tol` > 0, whatever the data and the upstream gradient; with one, () int64, they are
-    unbiased, and what the entries leave out is drawn (sparse.py). Returns (token_logps, lse), both differentiable.
+    unbiased, and what the entries leave out is drawn (sparse.py). The first two outputs are token_logps and lse, both
+    differentiable; then, for the backward alone, the fields of Candidates past token_logps.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,  # (..., D)
         weight: Tensor,  # (V, D)
         targets: Tensor,  # (...) int64
@@ -192,24 +243,51 @@ class SparseLinearLogps(torch.autograd.Function):
         grad_tol: float,
         impl: str,
         seed: Tensor | None,  # () int64, on the CPU
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
         token_logps, lse, *found = ops.linear_logps_candidates(head, targets, options, grad_tol, impl, seed)
-        ctx.save_for_backward(*head, targets, lse, *found)
-        ctx.options, ctx.grad_tol, ctx.impl, ctx.sampled = options, grad_tol, impl, seed is not None
-        return token_logps, lse
+        return token_logps, lse.to(token_logps.dtype, copy=True), lse, *found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ctx.options, ctx.grad_tol, ctx.impl, seed = (
+            inputs
+        )
+        ctx.sampled = seed is not None
+        saved = (output[0], *output[2:])
+        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *saved)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)  # zeros for the candidates would be as large as they are
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_token_logps: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        head, targets, found = Head(*saved[:5]), saved[5], Candidates(saved[6], *saved[6:])
+        head, targets, found = Head(*saved[:5]), saved[5], Candidates(*saved[6:])
         need = ctx.needs_input_grad  # (hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ...)
         needs = (need[0], need[1], need[3], need[4], need[5])
+        d_token_logps, d_lse = _or_zeros(found.token_logps, d_token_logps, d_lse)
         g = ops.linear_logps_sparse_backward(
             head, targets, found, d_token_logps, d_lse, ctx.options, ctx.grad_tol, needs, ctx.impl, ctx.sampled
         )
         return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *[None] * 4
+
+
+class SegmentSums(_NotUnderVmap):
+    """`SegmentSums.apply(values, offsets)`: ops.segment_sums, values (T,) and offsets (S+1,) integer -> (S,), for
+    torch.func.grad too, which does not go through an op's own formula.
+    """
+
+    instead = "seq_logps takes all sequences packed into one (T,) tensor, with one cu_seqlens"
+    setup_context = staticmethod(ops.segment_sums_context)
+    backward = staticmethod(ops.segment_sums_backward)
+
+    @staticmethod
+    def forward(
+        values: Tensor,  # (T,)
+        offsets: Tensor,  # (S+1,) integer
+    ) -> Tensor:
+        return ops.segment_sums(values, offsets)
 
 
 class RefuseGradient(torch.autograd.Function):
@@ -234,17 +312,29 @@ class RefuseGradient(torch.autograd.Function):
         return None, ops.refuse_gradient(gradient, ctx.name), None
 
 
-class PreferenceWeights(torch.autograd.Function):
+class PreferenceWeights:
     """`PreferenceWeights.apply(token_logps, ref_logps, cu_seqlens, cu_groups, positive, spec, max_group, impl)`.
 
-    token_logps (T,) float32, ref_logps (S,), (T,) or None, cu_seqlens (S+1,), cu_groups (G+1,), positive (S,) bool,
-    `spec` a LossSpec, `max_group` a bound on the responses of a group, `impl` "triton" or "cpu". Returns the five
-    tensors of PreferenceLoss in order; only loss is differentiable, in token_logps.
+    token_logps (T,) float32, ref_logps (S,), (T,) or None, integers cu_seqlens (S+1,) and cu_groups (G+1,), positive
+    (S,) bool, `spec` a LossSpec, `max_group` a bound on the responses of a group, `impl` "triton" or "cpu". Returns the
+    five tensors of PreferenceLoss in order; only loss is differentiable, in token_logps.
     """
 
     @staticmethod
+    def apply(
+        token_logps: Tensor, ref_logps: Tensor | None, cu_seqlens: Tensor, cu_groups: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        offsets = (ops.as_offsets("cu_seqlens", cu_seqlens), ops.as_offsets("cu_groups", cu_groups))
+        return WeightedPreference.apply(token_logps, ref_logps, *offsets, *rest)[:5]
+
+
+class WeightedPreference(_NotUnderVmap):
+    """What PreferenceWeights applies. A sixth output is d loss / d seq_logps, (S,), without a gradient."""
+
+    instead = "preference_loss takes all groups in one call (PreferenceGroups)"
+
+    @staticmethod
     def forward(
-        ctx: Any,
         token_logps: Tensor,  # (T,) float32
         ref_logps: Tensor | None,  # (S,) or (T,) float32
         cu_seqlens: Tensor,  # (S+1,) int32 | int64
@@ -254,15 +344,18 @@ class PreferenceWeights(torch.autograd.Function):
         max_group: int,
         impl: str,
     ) -> tuple[Tensor, ...]:
-        *outputs, coefficients = preference_ops.preference_weights_forward(
+        return preference_ops.preference_weights_forward(
             token_logps, ref_logps, cu_seqlens, cu_groups, positive, spec, max_group, impl
         )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        token_logps, _, cu_seqlens, *_, ctx.impl = inputs
         # d loss / d seq_logps is known in closed form by now: nothing of the forward is kept but these S numbers.
-        ctx.save_for_backward(coefficients, cu_seqlens)
-        ctx.set_materialize_grads(False)  # the five outputs but loss have no gradient to make zeros for
-        ctx.T, ctx.impl = token_logps.shape[0], impl
-        ctx.mark_non_differentiable(*outputs[1:])
-        return tuple(outputs)
+        ctx.save_for_backward(output[5], cu_seqlens)
+        ctx.set_materialize_grads(False)  # the outputs but loss have no gradient to make zeros for
+        ctx.T = token_logps.shape[0]
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     @once_differentiable

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import blocks, sparse
-from .reference import Head, HeadGradients, HeadOptions, LogpStats
+from .reference import Head, HeadGradients, HeadOptions, LogpStats, log_probs
 from .sparse import Candidates
 
 
@@ -66,7 +66,7 @@ def forward(
     stats: bool,
     impl: str,
     products: Tensor | None = None,  # (T, K) float32 of kept.py, with impl "cpu": filled for the live rows, first
-) -> LogpStats:
+) -> LogpStats:  # lse in float64
     rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
     live = _live_head(head, rows)
     live_targets = targets.reshape(-1)[rows]
@@ -82,7 +82,7 @@ def forward(
 def backward(
     head: Head,
     targets: Tensor,
-    lse: Tensor,
+    lse: Tensor,  # float64, of forward
     d_target: Tensor,
     d_softmax: Tensor,
     options: HeadOptions,
@@ -139,8 +139,8 @@ def jacobian(
     )
 
 
-def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOptions) -> Tensor:  # (...) as lse
-    """token_logps from a known lse: 2 T D FLOP. A wrong id is a ValueError on a CPU and NaN on a GPU."""
+def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOptions) -> Tensor:  # (...)
+    """token_logps from a known lse in float64: 2 T D FLOP. A wrong id is a ValueError on a CPU and NaN on a GPU."""
     V = head.weight.shape[0]
     live = targets != options.ignore_index
     if head.hidden.device.type == "cpu":
@@ -149,7 +149,7 @@ def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOption
         rows = torch.arange(targets.numel(), device=targets.device)
     y = targets.reshape(-1)[rows]
     z = blocks.target_logits(*_live_head(head, rows), y.clamp(0, V - 1), options)
-    token_logps = torch.where((y >= 0) & (y < V), z - lse.reshape(-1)[rows], torch.nan)
+    token_logps = torch.where((y >= 0) & (y < V), log_probs(z, lse.reshape(-1)[rows]), torch.nan)
     return torch.where(live, _put(token_logps, rows, targets.shape), 0)
 
 

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from . import ops, replay
-from .functions import FrozenLinearLogps, KeptLinearLogps, LinearLogps, RefuseGradient, SparseLinearLogps
+from .functions import (
+    ExactLinearLogps,
+    FrozenLinearLogps,
+    KeptLinearLogps,
+    RefuseGradient,
+    SegmentSums,
+    SparseLinearLogps,
+)
 from .kept import columns_to_keep
 from .reference import Head, HeadOptions, LogpStats
 
@@ -134,14 +141,14 @@ def seq_logps(
 ) -> Tensor:  # (S,) the dtype of token_logps
     """Sums of token_logps by sequence: sequence s owns tokens cu_seqlens[s] : cu_seqlens[s+1]. Differentiable.
 
-    Raises ValueError where offsets do not start at 0, decrease, or do not end at T (on a GPU values are not read back:
-    only shapes are checked).
+    Raises TypeError for offsets that are no integers, and ValueError where they do not start at 0, decrease, or do not
+    end at T (on a GPU values are not read back: only shapes are checked).
     """
     if token_logps.dim() != 1 or not token_logps.is_floating_point():
         raise ValueError(
             f"token_logps must be a floating (T,) tensor; got {tuple(token_logps.shape)} {token_logps.dtype}"
         )
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(
             f"cu_seqlens must be an integer (S+1,) tensor; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         )
@@ -149,7 +156,7 @@ def seq_logps(
         raise ValueError(
             f"cu_seqlens must be on the device of token_logps, {token_logps.device}; got {cu_seqlens.device}"
         )
-    return ops.segment_sums(token_logps, cu_seqlens)
+    return SegmentSums.apply(token_logps, ops.as_offsets("cu_seqlens", cu_seqlens))
 
 
 @dataclass(frozen=True)
@@ -263,7 +270,7 @@ def _check(
 ) -> None:
     if hidden.dtype not in _FLOATING:
         raise TypeError(f"hidden must be one of {', '.join(map(str, _FLOATING))}; got {hidden.dtype}")
-    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if targets.dtype not in ops.INTEGERS:
         raise TypeError(f"targets must be an integer tensor; got {targets.dtype}")
     if hidden.dim() < 1:
         raise ValueError("hidden must be (..., D); got a scalar")
@@ -327,7 +334,7 @@ def _run(
     if process_group is not None:
         from .sharded import ShardedLinearLogps  # torch.distributed is optional in a build of torch
 
-        return LogpStats(*ShardedLinearLogps.apply(*arguments, extra, impl, process_group))
+        return LogpStats(*ShardedLinearLogps.apply(*arguments, extra, impl, process_group)[:6])
     tape = replay.active()
     known = None if tape is None else tape.take(targets.shape)
     sparse = grad_tol > 0 and not extra and _differentiates(head)
@@ -335,17 +342,22 @@ def _run(
     # With a sampled tail no row needs them, on any device.
     cheaper = sparse and (hidden.device.type != "cpu" or seed is not None)
     stores = not outputs and _stores_derivative(head, options) and not cheaper
+    # `wide` is the lse in float64, for the tape.
     if stores and (known is None or sparse):
-        stats = LogpStats(*FrozenLinearLogps.apply(*arguments, float(grad_tol), impl))
+        token_logps, lse, wide, *_ = FrozenLinearLogps.apply(*arguments, float(grad_tol), impl)
+        stats = LogpStats(token_logps, lse)
     elif sparse:
         # Also where the lse is known: the candidates cost the one product that it would save, and save two.
-        stats = LogpStats(*SparseLinearLogps.apply(*arguments, float(grad_tol), impl, seed))
+        token_logps, lse, wide, *_ = SparseLinearLogps.apply(*arguments, float(grad_tol), impl, seed)
+        stats = LogpStats(token_logps, lse)
     elif known is None and _differentiates(head) and (columns := columns_to_keep(head, targets, options, impl)):
-        stats = LogpStats(*KeptLinearLogps.apply(*arguments, extra, columns)[:6])
+        *results, wide, _ = KeptLinearLogps.apply(*arguments, extra, columns)
+        stats = LogpStats(*results)
     else:
-        stats = LogpStats(*LinearLogps.apply(*arguments, extra, impl, None if extra else known))
-    if tape is not None and stats.lse is not None:
-        tape.note(stats.lse)
+        *results, wide = ExactLinearLogps.apply(*arguments, extra, impl, None if extra else known)
+        stats = LogpStats(*results)
+    if tape is not None:
+        tape.note(wide)
     return stats
 
 

@@ -6,6 +6,8 @@ implementation as their last argument and resolve "auto" on the real tensors, so
 tracing never looks at devices or versions. Neither has an autograd formula: the Functions in functions.py are the only
 users that need one, and a double backward raises instead of being silently wrong.
 
+Every lse that goes into or comes out of an op is float64 (reference.log_probs says why).
+
 Values inside tensors are checked here for CPU tensors (a wrong target id is a ValueError). On a GPU nothing is read
 back: there a wrong id gives NaN.
 """
@@ -140,11 +142,15 @@ def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
 
 
 def fake_stats(hidden: Tensor, targets: Tensor, stats: bool) -> tuple[Tensor, ...]:
-    """The shapes and dtypes of LogpStats."""
+    """The shapes and dtypes of LogpStats, lse in float64."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    row = [torch.empty_like(targets, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2)]
+    row = _fake_rows(targets, dtype, torch.float64)
     shape = targets.shape if stats else (0,)
     return (*row, *(targets.new_empty(shape, dtype=d) for d in (dtype, dtype, dtype, torch.bool)))
+
+
+def _fake_rows(targets: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
+    return [torch.empty_like(targets, dtype=x, memory_format=torch.contiguous_format) for x in dtypes]
 
 
 @torch.library.custom_op(
@@ -171,7 +177,7 @@ def _linear_logps_backward(
 def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_target, d_softmax, *rest):
     needs = rest[-2]
     inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    mass = torch.empty_like(lse, memory_format=torch.contiguous_format) if needs[5] else hidden.new_empty(0)
+    (mass,) = _fake_rows(targets, d_softmax.dtype) if needs[5] else (hidden.new_empty(0),)
     return (*(hidden.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs)), mass)
 
 
@@ -198,7 +204,7 @@ def _linear_logps_candidates(hidden, weight, bias, low_rank_hidden, low_rank_wei
 @_linear_logps_candidates.register_fake
 def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    row = [torch.empty_like(targets, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(5)]
+    row = _fake_rows(targets, dtype, torch.float64, dtype, dtype, dtype)
     *options, _, seed, _ = rest
     most = sparse.capacity(targets.numel(), weight.shape[0], HeadOptions(*options).workspace_bytes)
     shape = (*targets.shape, most + sparse.samples(seed))
@@ -259,7 +265,7 @@ def _linear_logps_jacobian(hidden, weight, bias, low_rank_hidden, low_rank_weigh
 @_linear_logps_jacobian.register_fake
 def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    row = [torch.empty_like(targets, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2)]
+    row = _fake_rows(targets, dtype, torch.float64)
     shapes = [(0,) if x is None else x.shape for x in (hidden, low_rank_hidden)]
     bound = targets.shape if rest[-2] > 0 else (0,)
     return (
@@ -305,17 +311,29 @@ def _(values: Tensor, offsets: Tensor) -> Tensor:
     return values.new_empty(offsets.shape[0] - 1)
 
 
-def _segment_sums_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def segment_sums_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
     ctx.T = inputs[0].shape[0]
 
 
-def _segment_sums_backward(ctx: Any, d_sums: Tensor) -> tuple[Tensor, None]:
+def segment_sums_backward(ctx: Any, d_sums: Tensor) -> tuple[Tensor, None]:
     (offsets,) = ctx.saved_tensors
-    return torch.repeat_interleave(d_sums, offsets.diff(), output_size=ctx.T), None
+    return torch.repeat_interleave(d_sums, offsets.long().diff(), output_size=ctx.T), None
 
 
-segment_sums.register_autograd(_segment_sums_backward, setup_context=_segment_sums_context)
+segment_sums.register_autograd(segment_sums_backward, setup_context=segment_sums_context)
+
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
+
+
+def as_offsets(name: str, offsets: Tensor) -> Tensor:
+    """Offsets of any integer dtype as int32 or int64, which sums and differences of them fit. TypeError for others."""
+    if offsets.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be an integer tensor; got {offsets.dtype}")
+    return offsets if offsets.dtype in (torch.int32, torch.int64) else offsets.long()
 
 
 def check_offsets(name: str, offsets: Tensor, total: int, what: str) -> None:
@@ -332,7 +350,7 @@ def check_offsets(name: str, offsets: Tensor, total: int, what: str) -> None:
 
 
 def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOptions) -> Tensor:
-    """token_logps (...) from a known lse: 2 T D FLOP."""
+    """token_logps (...) from a known lse (...) float64: 2 T D FLOP."""
     with exact_arithmetic(head.hidden.device), torch.no_grad():
         return host.token_logps_of(head, targets, lse, options)
 

@@ -10,7 +10,8 @@ The vocabulary of the whole package (docs/math.md derives the formulas):
 | low_rank        | (..., R), (V, R) | a second segment of the product, low_rank[0] @ low_rank[1].T: LoRA on the head |
 | targets         | (...)      | the token id each row predicts; `ignore_index` rows give 0 and no gradient   |
 | logits          | (..., V)   | never stored outside this file                                               |
-| lse             | (...)      | log-sum-exp of a row's logits                                                |
+| lse             | (...)      | log-sum-exp of a row's logits; float64 within the package, so that a common  |
+|                 |            | offset of the logits costs no digit of exp(logits - lse)                     |
 | token_logps     | (...)      | log-probability of the target: logits[target] - lse                          |
 | cu_seqlens      | (S+1,)     | sequence s owns tokens cu_seqlens[s] : cu_seqlens[s+1]                       |
 | seq_logps       | (S,)       | sums of token_logps by sequence                                              |
@@ -125,20 +126,39 @@ def linear_logp_stats(
     if low_rank is not None:
         low_rank = (torch.where(live.unsqueeze(-1), low_rank[0], 0), low_rank[1])
     z = torch.where(live.unsqueeze(-1), logits(hidden, weight, bias, low_rank, options), 0)
-    lse = torch.logsumexp(z, -1)
-    target_logits = z.gather(-1, torch.where(live, targets, 0).unsqueeze(-1).long()).squeeze(-1)
+    logps = torch.log_softmax(z, -1)  # relative to the row's maximum: a common offset cancels before it rounds
+    token_logps = logps.gather(-1, torch.where(live, targets, 0).unsqueeze(-1).long()).squeeze(-1)
     with torch.no_grad():
-        p = torch.exp(z - lse.unsqueeze(-1))
+        p = torch.exp(logps)
         # p = 0 contributes 0 to the entropy, also where the logit is -inf.
-        expected_logit = torch.where(p == 0, 0, p * z).sum(-1)
-        rest = (
-            lse - expected_logit,
-            z.mean(-1),
-            torch.logsumexp(2 * z, -1) - 2 * lse,
-        )
+        rest = (-torch.where(p == 0, 0, p * logps).sum(-1), z.mean(-1), torch.logsumexp(2 * logps, -1))
         is_top1 = (z.argmax(-1) == targets) & live
-    values = (torch.where(live, x, 0) for x in (target_logits - lse, lse, *rest))
+    values = (torch.where(live, x, 0) for x in (token_logps, torch.logsumexp(z, -1), *rest))
     return LogpStats._make([*values, is_top1])
+
+
+def log_probs(
+    logits: Tensor,  # (..., n) or (...)
+    lse: Tensor,  # (..., 1) or (...) float64
+) -> Tensor:  # as logits
+    """logits - lse, by the two parts of lse that the logits' dtype can hold, so that its rounding, which all entries of
+    a row share, is not lost. NaN where the lse is infinite, as in torch.log_softmax.
+    """
+    high = lse.to(logits.dtype)
+    return (logits - high) - (lse - high).to(logits.dtype)
+
+
+def known_softmax(
+    lse: Tensor,  # (...) float64
+    d_softmax: Tensor,  # (...) of row_gradients
+) -> tuple[Tensor, Tensor, Tensor]:  # (...), (...), (...) in the dtype of d_softmax
+    """(high, d_softmax * factor, factor), with p_v = exp(logits_v - high) * factor: log_probs for a backward, whose
+    rows have a coefficient to take the factor, so that no entry of (T, V) pays for the second part of lse. The factor
+    lies between 1 / V and V.
+    """
+    high = lse.to(d_softmax.dtype)
+    factor = torch.exp(high - lse).to(d_softmax.dtype)
+    return high, d_softmax * factor, factor
 
 
 def row_gradients(

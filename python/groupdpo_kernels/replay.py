@@ -34,7 +34,7 @@ class RandomState:
 class KnownLse:
     """The lse of one head call, and what a backward that was given it has seen."""
 
-    lse: Tensor  # (...) float32 | float64
+    lse: Tensor  # (...) float64
     drift: Tensor | None = None  # (...) log sum_v exp(logits - lse), 0 in ignored rows; set by the backward
 
 
@@ -69,7 +69,7 @@ class LseTape:
         self._next += 1
         return call if call.lse.shape == shape else None
 
-    def note(self, lse: Tensor) -> None:
+    def note(self, lse: Tensor) -> None:  # (...) float64
         if self._next is None:
             self._calls.append(KnownLse(lse.detach()))
 

@@ -17,20 +17,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .functions import OfHead
 from .ops import Head
-from .reference import HeadOptions, row_gradients
+from .reference import HeadOptions, log_probs, row_gradients
 
 _IGNORED = -100  # in the ids of a shard, whatever the caller's ignore_index: that one could be a valid id here
 
 
-class ShardedLinearLogps(torch.autograd.Function):
+class ShardedLinearLogps(OfHead):
     """`LinearLogps` over a group: the same arguments and the group; weight, bias and low_rank_weight are this rank's
-    rows. is_top1 is of size 0.
+    rows. is_top1 is of size 0. Past the six, four outputs for the backward alone: the lse in float64, the targets as
+    ids of this shard, which of them are its own, which lie outside the vocabulary.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,  # (..., D)
         weight: Tensor,  # (V of this rank, D)
         targets: Tensor,  # (...) int64, global ids
@@ -53,45 +54,50 @@ class ShardedLinearLogps(torch.autograd.Function):
         local = targets - start
         inside = live & (local >= 0) & (local < weight.shape[0])
         ids = torch.where(live, torch.where(inside, local, 0), _IGNORED)
-        options = replace(options, ignore_index=_IGNORED)
         head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-        out = ops.linear_logps_forward(head, ids, options, stats, impl)
+        out = ops.linear_logps_forward(head, ids, replace(options, ignore_index=_IGNORED), stats, impl)
         assert out.lse is not None
 
+        # In float64, like every lse: few numbers a token, and a common offset of the logits costs no digit.
         top = out.lse.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, process_group)
-        shift = torch.where(top == -torch.inf, 0, top)
+        shift = torch.where(torch.isfinite(top), top, 0)
         mass = torch.exp(out.lse - shift)
-        target_logits = torch.where(inside, out.token_logps + out.lse, 0)
+        # A shard of -inf alone cannot say so by a difference.
+        own = torch.where(out.lse == -torch.inf, out.lse, out.token_logps + out.lse)
+        target_logits = torch.where(inside, own, 0)
         sums = [target_logits, mass]
         if stats and out.entropy is not None and out.mean_logits is not None and out.log_sum_sq_probs is not None:
-            expected_logit = torch.where(mass == 0, 0, mass * (out.lse - out.entropy))
+            expected_logit = torch.where(mass == 0, 0, mass * (out.lse - shift - out.entropy))
             sums += [
                 expected_logit,
-                out.mean_logits * weight.shape[0],
-                torch.exp(out.log_sum_sq_probs + 2 * (out.lse - shift)),
+                out.mean_logits.double() * weight.shape[0],
+                torch.where(mass == 0, 0, torch.exp(out.log_sum_sq_probs + 2 * (out.lse - shift))),
             ]
         joined = torch.stack(sums)
         dist.all_reduce(joined, dist.ReduceOp.SUM, process_group)
         target_logits, mass, *rest = joined.unbind()
 
-        lse = shift + mass.log()
-        token_logps = torch.where(wrong, torch.nan, target_logits - lse)
-        values = [token_logps, lse]
+        lse = torch.where(live, shift + mass.log(), 0)
+        values = [torch.where(wrong, torch.nan, log_probs(target_logits, lse)), lse]
         if rest:
-            values += [lse - rest[0] / mass, rest[1] / V, rest[2].log() - 2 * mass.log()]
-        outputs = [torch.where(live, x, 0) for x in values]
-        empty = lse.new_empty(0)
+            values += [mass.log() - rest[0] / mass, rest[1] / V, rest[2].log() - 2 * mass.log()]
+        outputs = [torch.where(live, x, 0).to(out.token_logps.dtype) for x in values]
+        empty = outputs[0].new_empty(0)
         outputs += [empty.clone() for _ in range(5 - len(outputs))] + [empty.bool()]
-        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, ids, inside, wrong, *outputs[:2])
-        ctx.options, ctx.impl, ctx.process_group = options, impl, process_group
-        ctx.mark_non_differentiable(*outputs[2:])
-        return tuple(outputs)
+        return *outputs, lse, ids, inside, wrong
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, _, bias, low_rank_hidden, low_rank_weight, options, _, ctx.impl, ctx.process_group = inputs
+        ctx.options = replace(options, ignore_index=_IGNORED)
+        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, output[0], *output[6:])
+        ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, ids, inside, wrong, token_logps, lse = ctx.saved_tensors
+        *tensors, token_logps, lse, ids, inside, wrong = ctx.saved_tensors
         head = Head(*tensors)
         need = ctx.needs_input_grad
         needs = (need[0], need[1], need[3], need[4], need[5], False)

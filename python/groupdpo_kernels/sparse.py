@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import SUM_ERROR, _at_target, _block_logits, _spans, block_shape
-from .reference import Head, HeadGradients, HeadOptions, accumulator
+from .blocks import SUM_ERROR, _at_target, _block_logits, _finite_or_nan, _lse, _spans, block_shape
+from .reference import Head, HeadGradients, HeadOptions, accumulator, log_probs
 
 AddWeightedRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, HeadOptions], None]
 
@@ -41,7 +41,7 @@ class Candidates(NamedTuple):
     """What a forward keeps of each row besides token_logps and lse; all by row, in float32 (float64)."""
 
     token_logps: Tensor  # (T,)
-    lse: Tensor  # (T,)
+    lse: Tensor  # (T,) float64
     doubts: Tensor  # (T,) 1 - p_y, as a sum over the others: nothing cancels in a row that is sure of its target
     slopes: Tensor  # (T,) c_y, the cap's slope at the target; 1 without a cap
     dropped: Tensor  # (T,) at least the sum of p_v over the entries that are neither target nor candidate
@@ -77,7 +77,8 @@ def candidates_in_blocks(
     (T, D), V = hidden.shape, weight.shape[0]
     R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
     rows, columns = block_shape(T, D + R + 3 * most, V, options.workspace_bytes, dtype.itemsize)
-    target_logits, lse, doubts, slopes, dropped = (hidden.new_zeros(T, dtype=dtype) for _ in range(5))
+    target_logits, doubts, slopes, dropped = (hidden.new_zeros(T, dtype=dtype) for _ in range(4))
+    lse = hidden.new_zeros(T, dtype=torch.float64)
     ids = targets.new_zeros((T, most), dtype=torch.int32)
     weights = hidden.new_zeros((T, most), dtype=dtype)
     for t in _spans(T, rows):
@@ -107,14 +108,14 @@ def candidates_in_blocks(
             top = new_top
         shift = torch.where(torch.isfinite(top), top, 0)
         total = rest + torch.exp(target_logits[t] - shift)
-        lse[t] = shift + total.log()
-        doubts[t] = rest / total
-        p = torch.exp(best - lse[t, None])
+        lse[t] = _lse(shift, total)
+        doubts[t] = rest / _finite_or_nan(total)
+        p = torch.exp(log_probs(best, lse[t, None]))
         p = torch.where(p >= least, p, 0)
         dropped[t] = (doubts[t] - p.sum(1)).clamp(min=0) + SUM_ERROR * doubts[t]
         weights[t] = p * best_slopes
         ids[t] = torch.where(p > 0, best_ids, 0).to(torch.int32)
-    return Candidates(target_logits - lse, lse, doubts, slopes, dropped, ids, weights)
+    return Candidates(log_probs(target_logits, lse), lse, doubts, slopes, dropped, ids, weights)
 
 
 def with_tail(
@@ -145,7 +146,7 @@ def with_tail(
             b = None if bias is None else bias[v].to(dtype)
             u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
             z, slope = _block_logits(h, weight[v].to(dtype), b, x, u, options)
-            sums = torch.exp(z - found.lse[t, None]).double()
+            sums = torch.exp(log_probs(z, found.lse[t, None])).double()
             row, slot = ((taken >= v.start) & (taken < v.stop)).nonzero(as_tuple=True)
             sums[row, taken[row, slot] - v.start] = 0
             sums = sums.cumsum(1)

@@ -38,6 +38,7 @@ class Case:
     leading: tuple[int, ...] = ()  # leading dimensions of hidden, whose product is T; () is (T,)
     strided: bool = False  # hidden is a slice of a longer sequence: its leading dimensions do not collapse
     workspace_bytes: int = 2**28
+    column: float = 0.0  # added to every logit through one huge hidden column, with both signs: a row has either
 
     @property
     def options(self) -> HeadOptions:
@@ -80,6 +81,18 @@ CASES: tuple[Case, ...] = (
     Case("strided_deep", 42, 48, 257, "the same under three leading dimensions", leading=(2, 3, 7), strided=True),
     Case("tiny_workspace", 90, 48, 900, "several chunks of rows and of columns", bias=True, R=4, workspace_bytes=2**14),
     Case("tiny_workspace_bf16", 300, 48, 900, "the same in bf16", _BF16, True, 4, workspace_bytes=2**16),
+    # An lse rounded to float32 would move all probabilities of a row together, so no sum averages it out.
+    Case("offset_1e2", 33, 48, 507, "all logits far from zero, through the bias", bias=True, shift=1e2),
+    Case("offset_1e4", 33, 48, 507, "where an ulp is 1e-3", bias=True, shift=1e4),
+    Case("offset_1e6", 33, 48, 507, "where an ulp is 6e-2", bias=True, shift=-1e6),
+    Case("offset_bf16", 33, 48, 507, "widened before the sum, 1e4 costs nothing", _BF16, bias=True, shift=1e4),
+    Case("column_1e2", 33, 48, 507, "by one hidden column; another offset in each row", column=1e2),
+    Case("column_1e4", 33, 48, 507, "the same, 1e4", column=1e4, R=4),
+    Case("column_1e6", 33, 48, 507, "the same, 1e6", column=1e6),
+    Case("column_bf16", 33, 48, 507, "a massive activation", _BF16, column=1e4),
+    Case("offset_options", 33, 48, 507, "through every option", _FP32, True, 4, 1.3, 1e5, 0.8, shift=1e4),
+    Case("offset_unlikely", 31, 48, 507, "log-probabilities of -1e3", bias=True, shift=1e4, hidden_scale=300.0),
+    Case("offset_impossible", 31, 48, 507, "log-probabilities of -1e4", bias=True, shift=1e6, hidden_scale=3e3),
 )
 
 
@@ -126,6 +139,9 @@ def make_inputs(case: Case, device: str | torch.device = "cpu", seed: int = 0) -
     else:
         hidden = draw(*leading, case.D, scale=case.hidden_scale)
     weight = draw(case.V, case.D, scale=case.D**-0.5)
+    if case.column:
+        sign = torch.arange(case.T, device=device).view(leading) % 2 * 2 - 1
+        hidden[..., 0], weight[:, 0] = sign * case.column, 1
     bias = draw(case.V) + case.shift if case.bias else None
     low_rank = (draw(*leading, case.R), draw(case.V, case.R, scale=0.5 * case.R**-0.5)) if case.R else None
     targets = torch.randint(0, case.V, (case.T,), generator=generator)
@@ -187,12 +203,11 @@ def eager(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Any, low_rank: 
     if z.dtype != torch.float64:
         z = z.float()
     live = targets != options.ignore_index
-    lse = torch.logsumexp(z, -1)
-    picked = z.gather(-1, torch.where(live, targets, 0).unsqueeze(-1)).squeeze(-1)
+    logps = torch.log_softmax(z, -1)
+    picked = logps.gather(-1, torch.where(live, targets, 0).unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
-        logps = torch.log_softmax(z, -1)
         rest = (-(logps.exp() * logps).sum(-1), z.mean(-1), torch.logsumexp(2 * logps, -1))
-    return LogpStats(*(torch.where(live, x, 0) for x in (picked - lse, lse, *rest)))
+    return LogpStats(*(torch.where(live, x, 0) for x in (picked, torch.logsumexp(z, -1), *rest)))
 
 
 def exact(inputs: Inputs, options: HeadOptions) -> Result:
@@ -219,10 +234,17 @@ def _views(actual: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def _magnitude(inputs: Inputs, options: HeadOptions) -> float:
-    """The largest sum of magnitudes behind one logit. Float32 arithmetic errs by a few eps of it, whatever the sum."""
+    """The largest sum of magnitudes behind one logit. Float32 arithmetic errs by a few eps of it, whatever the sum.
+    Without what all logits of a row have in common: that is in eager's own error, and no probability needs it.
+    """
     if inputs.targets.numel() == 0:
         return 1.0
-    wide = {name: x.detach().double().abs() for name, x in inputs.leaves.items()}
+    leaves = {name: x.detach().double() for name, x in inputs.leaves.items()}
+    if inputs.weight.shape[0] > 1:
+        leaves["weight"][:, (leaves["weight"] == leaves["weight"][0]).all(0)] = 0
+    if inputs.bias is not None:
+        leaves["bias"] -= leaves["bias"].mean()
+    wide = {name: x.abs() for name, x in leaves.items()}
     total = wide["hidden"].flatten(0, -2) @ wide["weight"].T
     if inputs.low_rank is not None:
         total += wide["low_rank_hidden"].flatten(0, -2) @ wide["low_rank_weight"].T
