@@ -261,7 +261,7 @@ def test_meta_tensors_have_shapes() -> None:
         (torch.zeros(3).int(), [0, 3], "token_logps must be a floating (T,) tensor; got (3,) torch.int32"),
         (torch.zeros(3), [[0, 3]], "cu_seqlens must be an integer (S+1,) tensor; got (1, 2) torch.int64"),
         (torch.zeros(3), [], "cu_seqlens must be an integer (S+1,) tensor; got (0,)"),
-        (torch.zeros(3), [0.0, 3.0], "cu_seqlens must be an integer (S+1,) tensor; got (2,) torch.float32"),
+        (torch.zeros(3), [0.0, 3.0], "cu_seqlens must be an integer tensor; got torch.float32"),
         (torch.zeros(3), [1, 3], "cu_seqlens must start at 0 and end at the number of tokens, 3; got 1 and 3"),
         (torch.zeros(3), [0, 2], "cu_seqlens must start at 0 and end at the number of tokens, 3; got 0 and 2"),
         (torch.zeros(3), [0, 4], "got 0 and 4"),
@@ -271,7 +271,9 @@ def test_meta_tensors_have_shapes() -> None:
     ids=str,
 )
 def test_seq_logps(values: Tensor, offsets: list[Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(
+        TypeError if "float32" in message and "cu_" in message else ValueError, match=re.escape(message)
+    ):
         seq_logps(values, torch.tensor(offsets))
 
 

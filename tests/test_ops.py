@@ -8,6 +8,7 @@ from dataclasses import astuple
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch.library import opcheck
 from torch.testing import assert_close

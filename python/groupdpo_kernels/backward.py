@@ -132,7 +132,8 @@ class _Step:
         token_logps, cu_seqlens, auxiliary = (*outputs, None)[:3]
         if auxiliary is not None and auxiliary.numel() != 1:
             raise ValueError(f"{what}[2], the auxiliary loss, must be a scalar; got shape {tuple(auxiliary.shape)}")
-        return _Run(token_logps, cu_seqlens, seq_logps(token_logps, cu_seqlens), auxiliary)
+        sums = seq_logps(token_logps, cu_seqlens)
+        return _Run(token_logps, cu_seqlens.long(), sums, auxiliary)  # offsets of all tokens may not fit the dtype
 
     def check_copies(self, leaves: list[Tensor]) -> None:
         """What one_pass needs of the leaves: room for their gradients, and no hooks of their own."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .objectives import bounded_offsets
+from .ops import as_offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class PreferenceGroups:
     are not read back, and wrong groups give NaN. Make groups on the CPU and move them with `.to(device)`.
     """
 
-    cu_groups: Tensor  # (G+1,) int32 | int64
+    cu_groups: Tensor  # (G+1,) integer; int32 or int64 from then on
     positive: Tensor  # (S,) bool
     ids: Tensor = field(init=False, repr=False)  # (S,) int64, the group of each sequence
     valid: Tensor = field(init=False, repr=False)  # () bool, can be False only where values were not read
@@ -36,9 +37,10 @@ class PreferenceGroups:
         for name, x in {"cu_groups": cu, "positive": positive}.items():
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
-        if cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1 or cu.shape[0] < 2:
+        cu = as_offsets("cu_groups", cu)
+        if cu.dim() != 1 or cu.shape[0] < 2:
             got = f"{tuple(cu.shape)} {cu.dtype}"
-            raise ValueError(f"cu_groups must be int32 or int64 and (G + 1,), with at least one group; got {got}")
+            raise ValueError(f"cu_groups must be integer and (G + 1,), with at least one group; got {got}")
         if positive.dtype != torch.bool or positive.dim() != 1:
             raise ValueError(f"positive must be bool and (S,); got {tuple(positive.shape)} {positive.dtype}")
         if cu.device != positive.device:

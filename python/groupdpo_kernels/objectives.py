@@ -28,7 +28,7 @@ from . import preference_ops
 from .functions import PreferenceWeights
 from .logps import seq_logps
 from .losses import LOSSES, Loss, Side, log1mexp, mean
-from .ops import IMPLS, check_offsets
+from .ops import IMPLS, as_offsets, check_offsets
 
 if TYPE_CHECKING:
     from .groups import PreferenceGroups
@@ -168,6 +168,7 @@ def preference_loss(
     and, on a CPU, for values: offsets that do not cover the tokens or decrease, an empty response, a reference that
     is not finite, a ranking whose positives do not come first.
     """
+    cu_seqlens = as_offsets("cu_seqlens", cu_seqlens)
     _check_shapes(token_logps, cu_seqlens, groups, objective, ref_logps, impl)
     device, dtype = token_logps.device, token_logps.dtype
     impl = preference_ops.resolve(impl, device, dtype, objective.loss, groups.max_size)
@@ -329,9 +330,9 @@ def _check_shapes(
             f"token_logps must be a floating (T,) tensor; got {tuple(token_logps.shape)} {token_logps.dtype}"
         )
     S = groups.num_sequences
-    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape != (S + 1,):
+    if cu_seqlens.shape != (S + 1,):
         raise ValueError(
-            f"cu_seqlens must be an int32 or int64 tensor of S + 1 = {S + 1} offsets, for the {S} sequences of groups;"
+            f"cu_seqlens must be an integer tensor of S + 1 = {S + 1} offsets, for the {S} sequences of groups;"
             f" got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         )
     if objective._row.pair is not None and not objective._row.every_pair and groups.num_groups * 2 != S:
