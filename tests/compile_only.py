@@ -19,12 +19,14 @@ import tempfile
 import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+
+from groupdpo_kernels.testing import Case
 
 TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
 SPARSE_KERNELS = ("d_logits_kernel", "doubts_kernel", "live_product_kernel", "select_kernel", "visit_kernel")
@@ -194,6 +196,56 @@ def compile_rows(rows: Sequence[Row]) -> list[Compiled]:
         os.environ.pop("TRITON_INTERPRET", None)
         with ProcessPoolExecutor(min(len(rows), os.cpu_count() or 1), mp_context=context) as pool:
             return [kernel for kernels in pool.map(compile_row, rows) for kernel in kernels]
+
+
+TILE_KERNELS = ("tiles_kernel", "d_logits_kernel", "weights_kernel")  # those that hold tiles of a head in shared memory
+
+
+@contextlib.contextmanager
+def front_end_alone() -> Iterator[None]:
+    """Within it a compilation for NVIDIA ends where shared memory is laid out: no optimiser, no assembler."""
+    from triton.backends.nvidia import compiler
+
+    def make_ptx(self: Any, source: Any, metadata: dict[str, Any], *rest: Any) -> str:
+        metadata["name"] = "not assembled"
+        return ""
+
+    with (
+        mock.patch.object(compiler.llvm, "optimize_module", lambda *_, **__: None),
+        mock.patch.object(compiler.CUDABackend, "make_ptx", make_ptx),
+        mock.patch.object(compiler.CUDABackend, "make_cubin", lambda *_, **__: b""),
+    ):
+        yield
+
+
+def shared_memory(architecture: str, case: Case) -> dict[str, int]:
+    """Bytes of shared memory that each of TILE_KERNELS asks for in the forward, the backward and the frozen head's
+    forward of a case, on meta tensors.
+    """
+    from triton import knobs
+
+    from groupdpo_kernels.kernels.linear_logps_backward import linear_logps_backward
+    from groupdpo_kernels.kernels.linear_logps_forward import linear_logps_forward
+    from groupdpo_kernels.kernels.linear_logps_jacobian import linear_logps_jacobian
+
+    def meta(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    T, D, V, R = case.T, case.D, case.V, case.R
+    head = [meta(T, D), meta(V, D), meta(V) if case.bias else None, *((meta(T, R), meta(V, R)) if R else (None, None))]
+    targets, options = meta(T, dtype=torch.int64), astuple(case.options)
+    lse, *rowwise = meta(T, dtype=torch.float64), *(meta(T, dtype=torch.float32) for _ in range(2))
+    needs = (True, True, case.bias, R > 0, R > 0, True)
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), front_end_alone():
+        knobs.cache.dir = folder  # nothing that was not assembled may be found again
+        with as_on(architecture, kernels=TILE_KERNELS) as compilations:
+            linear_logps_forward(*head, targets, *options, True)
+            linear_logps_jacobian(*head, targets, *options)
+            linear_logps_backward(*head, targets, lse, *rowwise, *options, needs)
+    found: dict[str, int] = {}
+    for name, kernel, _ in compilations:
+        found[name] = max(found.get(name, 0), kernel.metadata.shared)
+    return found
 
 
 def number(pattern: str, text: str) -> int:

@@ -10,9 +10,12 @@ import os
 from collections import Counter
 
 import pytest
+import torch
 import triton
 from compile_budgets import BUDGETS, SHARED_LIMIT
-from compile_only import SPARSE_KERNELS, Compiled, Row, all_rows, as_on, compile_rows, launch_all, worst
+from compile_only import SPARSE_KERNELS, Compiled, Row, all_rows, as_on, compile_rows, launch_all, shared_memory, worst
+
+from groupdpo_kernels.testing import CASES, Case
 
 VERSION = ".".join(triton.__version__.split(".")[:2])
 GATE = [
@@ -64,6 +67,30 @@ def test_products_use_the_matrix_units(name: str, compiled: dict[Row, dict[str, 
             descriptors = "LDGSTS" if name in ("visit_kernel", "live_product_kernel") else "UTMALDG"
             load = {"sm_80": "LDGSTS", "sm_90": descriptors, "sm_100": descriptors}.get(row.architecture)
             assert load is None or kernels[name].instructions.get(load, 0) > 0, kernels[name]
+
+
+RANKS = [
+    Case(f"D {D}, rank {R}", 300, D, 4099, "LoRA on the head", torch.bfloat16, R=R)
+    for D, ranks in ((4096, (8, 16, 32, 64, 128)), (64, (8, 128)))
+    for R in ranks
+]
+
+
+@pytest.mark.parametrize("case", [*RANKS, *(case for case in CASES if case.R)], ids=lambda case: case.name)
+def test_shared_memory_fits(case: Case) -> None:
+    """A launch that asks for more than a block may have compiles without a word and fails on the first batch. These are
+    the heads with a low-rank segment: all others ask for what the rows of the gate ask for.
+    """
+    for name, shared in shared_memory("sm_90", case).items():
+        assert shared <= SHARED_LIMIT["sm_90"], name
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_100"])
+def test_shared_memory_fits_elsewhere(architecture: str) -> None:
+    """The head that asked for most: a hidden size of one step, and a rank of many."""
+    case = Case("", 300, 32, 4099, "", torch.bfloat16, R=128)
+    for name, shared in shared_memory(architecture, case).items():
+        assert shared <= SHARED_LIMIT[architecture], name
 
 
 def test_every_row_has_a_budget() -> None:

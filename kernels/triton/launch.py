@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -103,8 +103,17 @@ def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def launch_for(weight: Tensor) -> Launch:  # (V, D)
+def launch_for(weight: Tensor, low_rank_weight: Tensor | None) -> Launch:  # (V, D), (V, R)
     """The launch shape for this head on its device."""
+    launch = _launch_for(weight)
+    if low_rank_weight is None or weight.shape[1] > launch.BLOCK_D:
+        return launch
+    # A hidden size of one step leaves no loop over D. The compiler then pipelines the loop over tiles, with every step
+    # of the low-rank segment in it, and asks for up to 622,624 bytes of shared memory.
+    return replace(launch, num_stages=1)
+
+
+def _launch_for(weight: Tensor) -> Launch:
     if interpreting is not None:
         launch = interpreting
         return (
@@ -153,8 +162,11 @@ def scale_and_cap(logit_scale: float, softcap: float | None, temperature: float)
 
 
 def low_rank_block(R: int) -> int:
-    """BLOCK_R of the second segment: a tensor-core step at least, 64 at most; 0 without one."""
-    return 0 if R == 0 else min(64, max(16, 2 ** math.ceil(math.log2(R))))
+    """BLOCK_R of the second segment: at least one tensor-core step, at most 32; 0 without a second segment. Its tiles
+    lie in shared memory beside those of the first: with 64 columns the widest tile asks for 245,792 bytes, and sm_90 has
+    232,448.
+    """
+    return 0 if R == 0 else min(32, max(16, 2 ** math.ceil(math.log2(R))))
 
 
 class HeadArguments(NamedTuple):

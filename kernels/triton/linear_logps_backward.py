@@ -191,7 +191,7 @@ def linear_logps_backward(
     )
     compact_targets, shift, d_target, d_softmax, owed = _rowwise(live, targets, lse, d_target, d_softmax, V)
 
-    launch = launch_for(weight)
+    launch = launch_for(weight, low_rank_weight)
     rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
     head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
     scale, cap = scale_and_cap(logit_scale, softcap, temperature)

@@ -292,7 +292,7 @@ def linear_logps_candidates(
     # Statistics, which these kernels have room for, are not asked for.
     unused, unused_int8, unused_bool = (new(0, dtype=dtype) for dtype in (torch.float32, torch.int8, torch.bool))
 
-    launch = launch_for(weight)
+    launch = launch_for(weight, low_rank_weight)
     tiles_v = triton.cdiv(V, launch.BLOCK_V)
     chunk = chunk_rows(T, 20 * tiles_v, workspace_bytes // 2, launch)
     tiles = [new(tiles_v * chunk, dtype=torch.float32) for _ in range(3)]

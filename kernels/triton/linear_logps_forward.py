@@ -238,7 +238,7 @@ def linear_logps_forward(
     target_logits = torch.full((T,), torch.nan, dtype=torch.float32, device=device)
     target_leads = torch.empty(T if stats else 0, dtype=torch.int8, device=device)
 
-    launch = launch_for(weight)
+    launch = launch_for(weight, low_rank_weight)
     tiles_v = triton.cdiv(V, launch.BLOCK_V)
     fields = 5 if stats else 2
     chunk = chunk_rows(T, 4 * fields * tiles_v, workspace_bytes, launch)

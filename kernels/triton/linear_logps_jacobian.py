@@ -272,7 +272,7 @@ def linear_logps_jacobian(
     target_logits, target_slopes = (torch.full_like(new(T), torch.nan) for _ in range(2))
     top, rest, rescale = torch.full_like(new(T), -torch.inf), new(T).zero_(), new(T).zero_()
 
-    launch = launch_for(weight)
+    launch = launch_for(weight, low_rank_weight)
     rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
     head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
     constants = {name: value for name, value in head.constants.items() if name != "FLATTEN"}
