@@ -163,8 +163,8 @@ def scale_and_cap(logit_scale: float, softcap: float | None, temperature: float)
 
 def low_rank_block(R: int) -> int:
     """BLOCK_R of the second segment: at least one tensor-core step, at most 32; 0 without a second segment. Its tiles
-    lie in shared memory beside those of the first: with 64 columns the widest tile asks for 245,792 bytes, and sm_90 has
-    232,448.
+    lie in shared memory beside those of the first: with 64 columns the widest tile asks for 245,792 bytes, where sm_90
+    has 232,448.
     """
     return 0 if R == 0 else min(32, max(16, 2 ** math.ceil(math.log2(R))))
 
