@@ -178,3 +178,39 @@ def test_device_target_needs_no_environment_of_ours() -> None:
     assert ".venv" not in lines
     assert "--no-deps" in lines
     assert lines.index("pip install") < lines.index("pytest -m gpu") < lines.index("bench/run.py --results")
+
+
+def test_figures_are_measured_whatever_the_tests_say(tmp_path: Path) -> None:
+    """Every command of every device target writes under RESULTS; a red test is the exit status, not the end."""
+    called = tmp_path / "called"
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {called}\ncase "$*" in *"-m pytest"*) exit 3;; *"pip install"*)'
+                    ' echo "groupdpo_kernels: built";; esac\n')  # fmt: skip
+    for tool in ("ncu", "compute-sanitizer"):
+        (tmp_path / tool).write_text(f'#!/bin/sh\necho {tool} "$@" >> {called}\n')
+        (tmp_path / tool).chmod(0o755)
+    fake.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    shutil.copy(ROOT / "Makefile", tree)
+    results = tmp_path / "elsewhere" / "here"
+    figures = {"device": 1, "device-losses": 2, "device-memory": 1, "device-steps": 1, "device-counters": 3}
+    for target, count in figures.items():
+        called.write_text("")
+        command = ["make", target, f"PYTHON={fake}", f"RESULTS={results}"]
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        tested = target in ("device", "device-memory")
+        assert (done.returncode != 0) == tested, done.stderr
+        lines = called.read_text().splitlines()
+        assert sum("-m pytest" in line for line in lines) == (tested or target == "device-counters")
+        measured = [line for line in lines if "bench/" in line or "cli profile" in line]
+        assert len(measured) == count and all(str(results) in line for line in measured), lines
+        assert results.is_dir()
+
+
+def test_extras_that_name_each_other_exist() -> None:
+    extras = set(importlib.metadata.metadata("groupdpo-kernels").get_all("Provides-Extra") or ())
+    text = (ROOT / "pyproject.toml").read_text()
+    named = {name for group in re.findall(r"groupdpo-kernels\[([\w,-]+)\]", text) for name in group.split(",")}
+    assert named and named <= extras | {"dev"}
