@@ -18,10 +18,16 @@ import sysconfig
 import time
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+# Before setuptools reads pyproject.toml: an older one refuses its license field, in sixty lines.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    found = setuptools.__version__
+    raise SystemExit(f"groupdpo_kernels: setuptools must be 77 or later; got {found}: pip install 'setuptools>=77'")
 
 
 def wish(name: str) -> str:

@@ -214,3 +214,38 @@ def test_extras_that_name_each_other_exist() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     named = {name for group in re.findall(r"groupdpo-kernels\[([\w,-]+)\]", text) for name in group.split(",")}
     assert named and named <= extras | {"dev"}
+
+
+def test_an_old_setuptools_is_refused_in_one_line(tmp_path: Path) -> None:
+    package = tmp_path / "setuptools"
+    (package / "command").mkdir(parents=True)
+    (package / "__init__.py").write_text("__version__ = '65.5.0'\nExtension = find_packages = setup = print\n")
+    (package / "command" / "__init__.py").touch()
+    (package / "command" / "build_ext.py").write_text("build_ext = object\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    expected = "groupdpo_kernels: setuptools must be 77 or later; got 65.5.0: pip install 'setuptools>=77'\n"
+    assert done.stderr == expected
+
+
+def test_the_first_slow_call_says_what_is_missing() -> None:
+    """Once, on a CPU, where nothing but the C++ extension is missing; the numbers are right all the same."""
+    program = """
+import sys, warnings
+sys.modules["groupdpo_kernels._C"] = None  # as if it had not been built
+import torch
+from groupdpo_kernels import linear_logps
+def call(dtype):
+    hidden, weight = torch.randn(3, 4, dtype=dtype), torch.randn(5, 4, dtype=dtype)
+    return linear_logps(hidden, weight, torch.tensor([0, 4, 1]))
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    call(torch.float64)
+    print(len(seen))
+    assert call(torch.float32).isfinite().all()
+    call(torch.float32)
+    print(len(seen), seen[0].category.__name__, "several times slower" in str(seen[0].message))
+"""
+    assert python(program, ROOT).split() == ["0", "1", "RuntimeWarning", "True"]

@@ -6,7 +6,9 @@ never on import; `csrc/binding.cpp` registers what it has. Reads no value of a t
 
 from __future__ import annotations
 
+import functools
 import importlib
+import warnings
 
 import torch
 from torch import Tensor
@@ -26,11 +28,18 @@ def extension_why_not() -> list[str]:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "groupdpo_kernels._C":
             return [
-                "C++ extension is not built: run `pip install --no-build-isolation -e .`"
-                " with a C++ compiler, cmake, ninja and pybind11"
+                "C++ extension is not built: with a C++ compiler and Python.s headers, run `pip install cmake ninja"
+                " pybind11 'setuptools>=77'`, then `pip install --no-build-isolation -e .` again"
             ]
         return [f"C++ extension does not load: {error}"]
     return []
+
+
+@functools.cache  # once a process
+def warn_of_the_slow_path() -> None:
+    """A RuntimeWarning that a CPU computes without the C++ op, and what to do. An installer hides what a build says."""
+    message = "; ".join(extension_why_not()) + ". Plain PyTorch computes instead, several times slower."
+    warnings.warn(f"groupdpo_kernels: {message}", RuntimeWarning, stacklevel=2)
 
 
 def cuda_extension_why_not(device: torch.device) -> list[str]:

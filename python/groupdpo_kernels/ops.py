@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import host, sparse
-from .extension import extension_why_not
+from .extension import extension_why_not, warn_of_the_slow_path
 from .reference import Head, HeadGradients, HeadOptions, LogpStats
 from .sparse import Candidates
 
@@ -128,6 +128,8 @@ OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_inde
 def _linear_logps_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     *options, stats, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    if impl == "auto" and _cpu_why_not(hidden, weight) == extension_why_not() != []:
+        warn_of_the_slow_path()  # the extension is all that this call lacks
     impl = resolve(impl, hidden, weight)
     with exact_arithmetic(hidden.device):
         if impl == "triton":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -96,11 +97,38 @@ def _extension() -> dict[str, Any]:
 def _device(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
-        about = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "capability": capability}
+        about = {
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "capability": capability,
+            "units": units(),
+        }
         return {"device": "cpu", "name": _processor(), **about}
     found = torch.cuda.get_device_properties(device)
     capability = f"sm_{found.major}{found.minor}" if torch.version.hip is None else found.gcnArchName
     return {"device": str(device), "name": found.name, "memory_bytes": found.total_memory, "capability": capability}
+
+
+# What changes which instructions a library uses, where somebody has set it.
+SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "OPENBLAS_CORETYPE")
+
+
+def units() -> dict[str, Any]:
+    """Which units of the processor are used: by torch's own loops, by the C++ op's, for bfloat16 GEMMs; and the
+    libraries' switches that are set.
+    """
+    found: dict[str, Any] = {"torch": torch.backends.cpu.get_cpu_capability()}
+    if not extension_why_not():
+        info = importlib.import_module("groupdpo_kernels._C").build_info()
+        found |= {"cpp": info["cpu_capability"], "bf16": info["bf16_products"]}
+    return found | {"switches": {name: os.environ[name] for name in SWITCHES if name in os.environ}}
+
+
+def _units(found: dict[str, Any]) -> str:
+    words = [f"torch uses {found['torch']}"]
+    if "cpp" in found:
+        words.append(f"the C++ op {found['cpp']}, bfloat16 GEMMs {'bf16 units' if found['bf16'] else 'float32'}")
+    return ", ".join([*words, *(f"{name}={value}" for name, value in found["switches"].items())])
 
 
 def _processor() -> str:
@@ -141,17 +169,18 @@ def _choices(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _print_machine(console: Console, report: dict[str, Any]) -> None:
-    console.print("  ".join(f"{name} [bold]{version or '-'}[/]" for name, version in report["versions"].items()))
     extension = report["extension"]
     if extension["built"]:
         architectures = ", ".join(extension["cuda_architectures"])
         code = f"device code for {architectures}" if extension["cuda"] else "without device code"
         console.print(f"C++ extension: built by {extension['compiler']}, {code}", highlight=False)
     else:
-        console.print(f"C++ extension: [yellow]{escape('; '.join(extension['why_not']))}[/]", highlight=False)
+        reasons = escape("; ".join(extension["why_not"]))
+        console.print(f"[yellow]Without the C++ op, CPUs are several times slower: {reasons}[/]", highlight=False)
+    console.print("  ".join(f"{name} [bold]{version or '-'}[/]" for name, version in report["versions"].items()))
     for device in report["devices"]:
         if device["device"] == "cpu":
-            about = f"{device['cores']} cores, {device['threads']} threads, {device['capability']}"
+            about = f"{device['cores']} cores, {device['threads']} threads; {_units(device['units'])}"
         else:
             about = f"{device['memory_bytes'] / 2**30:.0f} GiB, {device['capability']}"
         console.print(f"{device['device']}: {escape(device['name'])}, {about}", highlight=False)
