@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli/check": {"__version__", "extension", "logps", "preference_ops", "selftest"},
     "cli/curves": set(),
     "cli/loading": {"formats", "store"},
-    "cli/logps": {"loading", "scoring"},
+    "cli/logps": {"formats", "loading", "scoring"},
     "cli/profile": {"loading", "planning", "profiling", "report", "workloads"},
     "cli/scoring": {"__version__", "batches", "data", "formats", "loading", "models", "store"},
     "cli/selftest": {"groups", "logps", "objectives", "ops", "preference_ops", "reference", "testing"},

@@ -15,7 +15,7 @@ Cost: what the tokenizer takes; collation is linear, without a loop over tokens.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, islice
@@ -97,7 +97,7 @@ def _tokenize_groups(
         rendered: list[tuple[Group, _Rendered]] = []
         for group in chunk:
             try:
-                rendered.append((group, texts.render(group)))
+                rendered.append((group, texts.render(group, partial(report.drop, row=group.row, on_bad=on_bad))))
             except BadRow as bad:
                 report.drop(bad, group.row, on_bad)
         prompts = encoder.encode([r.prompt for _, r in rendered])
@@ -107,7 +107,7 @@ def _tokenize_groups(
             if r.plain:
                 prompt = encoder.lead + prompt
                 mine = [ids + encoder.eos if ids and ids[-1:] != encoder.eos else ids for ids in mine]
-            yield from _usable(group, prompt, mine, limit, both_sides, on_bad, report)
+            yield from _usable(group._replace(positive=r.positive), prompt, mine, limit, both_sides, on_bad, report)
 
 
 def _usable(
@@ -201,6 +201,7 @@ class _Encoder:
 class _Rendered(NamedTuple):
     prompt: str
     responses: list[str]
+    positive: list[bool]
     plain: bool  # without a chat template
 
 
@@ -210,7 +211,7 @@ class _Texts:
     def __init__(self, tokenizer: Any, chat: bool | None, options: dict[str, Any]) -> None:
         self.tokenizer, self.chat, self.options = tokenizer, chat, options
 
-    def render(self, group: Group) -> _Rendered:
+    def render(self, group: Group, drop: Callable[[BadRow], None]) -> _Rendered:
         prompt = group.prompt
         if self.chat is False and not isinstance(prompt, str):
             if len(prompt) != 1 or not isinstance(prompt[0].get("content"), str):
@@ -219,28 +220,48 @@ class _Texts:
         elif self.chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, str):
-            return _Rendered(prompt, group.responses, True)
+            return _Rendered(prompt, group.responses, group.positive, True)
         if not self.tokenizer.chat_template:
             raise ValueError(f"tokenizer has no chat_template for the conversation of row {group.row}: set it, or chat")
-        return self._from_template(prompt, group.responses)
+        return self._from_template(prompt, group, drop)
 
-    def _from_template(self, prompt: list[dict[str, Any]], responses: list[str]) -> _Rendered:
+    def _from_template(self, prompt: list[dict[str, Any]], group: Group, drop: Callable[[BadRow], None]) -> _Rendered:
         from jinja2 import TemplateError  # what transformers renders with
 
         render = partial(self.tokenizer.apply_chat_template, tokenize=False, **self.options)
         try:
             head = render(prompt, add_generation_prompt=True)
-            whole = render([[*prompt, {"role": "assistant", "content": text}] for text in responses])
+            whole = render([[*prompt, {"role": "assistant", "content": text}] for text in group.responses])
         except (TemplateError, TypeError) as error:  # TypeError: a message without content, for instance
             raise BadRow("template", f"the chat template refuses it: {error}") from None
         if not all(text.startswith(head) for text in whole):
             raise BadRow("template", "the chat template does not continue its own prompt with the response")
-        return _Rendered(head, [self._until_eos(text[len(head) :]) for text in whole], False)
+        answers = [self._until_eos(text[len(head) :]) for text in whole]
+        kept = _told_apart(answers, group, drop)
+        return _Rendered(head, [answers[i] for i in kept], [group.positive[i] for i in kept], False)
 
     def _until_eos(self, text: str) -> str:
         bare = text.rstrip()
         eos = self.tokenizer.eos_token
         return bare if eos and bare.endswith(eos) else text
+
+
+def _told_apart(answers: list[str], group: Group, drop: Callable[[BadRow], None]) -> list[int]:
+    """Which responses are still what they were after the template. One that cuts parts out of an answer (its thoughts)
+    trains on another answer; what it makes alike tells nothing, or the same twice. White space is the template's.
+    """
+    sides: dict[str, set[bool]] = {}
+    for answer, side in zip(answers, group.positive):
+        sides.setdefault(answer, set()).add(side)
+    kept: dict[str, int] = {}
+    for i, (answer, text) in enumerate(zip(answers, group.responses)):
+        if len(sides[answer]) > 1 or answer in kept:
+            drop(BadRow("identical after the template", f"the response {text!r:.60} is rendered like another one"))
+        elif "".join(text.split()) not in "".join(answer.split()):
+            drop(BadRow("answer changed by the template", f"the response {text!r:.60} becomes {answer!r:.60}"))
+        else:
+            kept[answer] = i
+    return list(kept.values())
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

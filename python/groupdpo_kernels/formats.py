@@ -34,20 +34,22 @@ class Group(NamedTuple):
     row: int  # where it was read; of a merged group the first
 
 
-# Why something is dropped, and what of it is counted.
+# Why something is dropped, and what of it is counted. Causes stand before what follows from them.
 REASONS = {
     "malformed": "row",
     "other context": "row",
     "no prompt": "row",
     "template": "group",
-    "no positive": "group",
-    "no negative": "group",
     "empty": "response",
     "no score": "response",
     "duplicate": "response",
     "on both sides": "response",
     "left out by the rule": "response",
+    "answer changed by the template": "response",
+    "identical after the template": "response",
     "too long": "response",
+    "no positive": "group",
+    "no negative": "group",
 }
 
 
@@ -121,7 +123,20 @@ def _message(value: Any) -> Message:
         return {"role": role, "content": content}
     if not isinstance(value.get("role"), str):
         raise BadRow("malformed", f"a message must have a role and a content; got {', '.join(value)}")
-    return {k: v for k, v in value.items() if v is not None}
+    return {k: _text_of(v) if k == "content" else v for k, v in value.items() if v is not None}
+
+
+def _text_of(content: Any) -> Any:
+    """The text of a content that is a list of parts, as processors and APIs take them; other contents as they are."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = (
+            part.get("type", "text" if "text" in part else None) if isinstance(part, Mapping) else type(part).__name__
+        )
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise BadRow("malformed", f"a message must be text alone; got a part of type {kind!r}")
+    return "".join(part["text"] for part in content)
 
 
 def _messages(value: Any) -> list[Message]:
@@ -130,18 +145,57 @@ def _messages(value: Any) -> list[Message]:
     return [_message(m) for m in value]
 
 
-def _conversation(text: Any, row: Row | None = None) -> list[Message]:
-    """The user's text as a conversation, after the row's system prompt and history if it has them; or messages."""
+def _conversation(text: Any) -> list[Message]:
+    """The user's text as a conversation, or messages as they are."""
     if isinstance(text, list):
         return _messages(text)
     if not isinstance(text, str):
         raise BadRow("malformed", f"a prompt must be text; got {type(text).__name__}")
     if not text.strip():
         return []
-    turns = [("system", row["system"])] if row and row.get("system") else []
-    for question, answer in (row.get("history") or ()) if row else ():
-        turns += [("user", question), ("assistant", answer)]
-    return [{"role": role, "content": content} for role, content in [*turns, ("user", text)]]
+    return [{"role": "user", "content": text}]
+
+
+# Columns that belong to the prompt in every format. A row that holds something in one of the others is refused: dropped
+# in silence, they would change what its responses answer. Any other column is somebody's note, and is not read.
+_SYSTEM = ("system", "system_prompt")
+_UNREAD = ("tools", "functions", "documents", "context", "chat_template_kwargs")
+_UNREAD += ("image", "images", "audio", "audios", "video", "videos")
+
+
+def _with_context(prompt: Prompt, row: Row) -> Prompt:
+    """The prompt behind the row's system prompt and history, where it has them: then it is a conversation."""
+    for name in _UNREAD:
+        if name in row and row[name] not in ("", [], {}):
+            raise BadRow("malformed", f"the column {name!r} belongs to the prompt and is not read: take it out; or put"
+                         " what it says into the prompt")  # fmt: skip
+    systems = {name: row[name] for name in _SYSTEM if row.get(name)}
+    history = row.get("history") or []
+    if not systems and not history:
+        return prompt
+    turns: list[Message] = []
+    for name, text in systems.items():
+        if not isinstance(text, str) or (turns and turns[0]["content"] != text):
+            raise BadRow("malformed", f"the column {name!r} must be the system prompt, as text; got {text!r:.60}")
+        turns = [{"role": "system", "content": text}]
+    messages = _conversation(prompt)
+    if messages[0].get("role") == "system":
+        if turns and turns[0]["content"] != messages[0].get("content"):
+            raise BadRow("malformed", "the system prompt of its column is not that of its messages")
+        turns, messages = messages[:1], messages[1:]
+    return [*turns, *_past(history), *messages]
+
+
+def _past(history: Any) -> list[Message]:
+    """The messages of a column "history": pairs of question and answer, or messages."""
+    if isinstance(history, list) and all(isinstance(m, Mapping) for m in history):
+        return _messages(history)
+    pairs = history if isinstance(history, list) else [history]
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise BadRow("malformed", f"history must be pairs of question and answer, as text; got {pair!r:.60}")
+    turns = zip(("user", "assistant") * len(pairs), [text for pair in pairs for text in pair])
+    return [{"role": role, "content": text} for role, text in turns]
 
 
 def _transcript(text: str) -> list[Message] | None:
@@ -188,7 +242,9 @@ def _answers(value: Any, prompt: Prompt | None) -> Iterator[tuple[Prompt | None,
         yield prompt, value
         return
     *context, answer = turns or _messages([value] if isinstance(value, Mapping) else value)
-    if answer.keys() != {"role", "content"} or answer["role"] != "assistant" or not isinstance(answer["content"], str):
+    if extra := sorted(answer.keys() - {"role", "content"}):
+        raise BadRow("malformed", f"a response must be a message of role and content alone; got {', '.join(extra)}")
+    if answer.get("role") != "assistant" or not isinstance(answer.get("content"), str):
         raise BadRow("malformed", "a response must end with a message of the assistant, text alone")
     if isinstance(prompt, str):
         if context and all(m.get("content") != prompt for m in context):
@@ -225,14 +281,11 @@ def _sets(row: Row) -> Sided:
 
 def _alpaca(row: Row) -> Sided:
     text = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
-    return _sided(_conversation(text, row), row["chosen"], row["rejected"])
+    return _sided(_conversation(text), row["chosen"], row["rejected"])
 
 
 def _sharegpt(row: Row) -> Sided:
-    prompt = _messages(row["conversations"])
-    if row.get("system") and (not prompt or prompt[0]["role"] != "system"):
-        prompt = [{"role": "system", "content": row["system"]}, *prompt]
-    return _sided(prompt, row["chosen"], row["rejected"])
+    return _sided(_messages(row["conversations"]), row["chosen"], row["rejected"])
 
 
 def _ms_swift(row: Row) -> Sided:
@@ -343,4 +396,20 @@ def read(fmt: Format, row: Row) -> Sided | Scored:
         raise BadRow("no prompt", "the prompt is empty")
     if isinstance(found.prompt, list) and found.prompt[-1].get("role") == "assistant":
         raise BadRow("malformed", "a prompt must not end with a message of the assistant")
+    found = found._replace(prompt=_with_context(found.prompt, row))
+    turns = [found.prompt] if isinstance(found.prompt, str) else [m.get("content") for m in found.prompt]
+    for text in (*turns, *found.responses):
+        _check_unicode(text)
     return found
+
+
+def _check_unicode(text: Any) -> None:
+    """BadRow for half of a surrogate pair (an emoji cut in two), which no tokenizer takes."""
+    try:
+        if isinstance(text, str):
+            text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.start]
+        raise BadRow(
+            "malformed", f"a text has half of a surrogate pair at character {error.start}, after {near!r}"
+        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import json
 import os
@@ -25,13 +26,22 @@ def needs(command: str, *packages: str) -> None:
 
 
 def jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file of one JSON object a line; empty lines are none. ValueError names the line."""
-    with open(path, encoding="utf-8") as file:
+    """Rows of a file of one JSON object a line, in UTF-8 or behind a byte order mark of UTF-16; empty lines are none.
+    ValueError names the line.
+    """
+    with open(path, "rb") as file:
+        utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    with open(path, encoding="utf-16") if utf16 else open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(
+                    line if isinstance(line, str) else line.decode("utf-8-sig" if number == 1 else "utf-8")
+                )
+            except UnicodeDecodeError as error:
+                found = f"byte {error.object[error.start]:#04x} at place {error.start + 1}"
+                raise ValueError(f"{path}, line {number}, must be UTF-8; got {found}: save the file as UTF-8") from None
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}, must be a JSON object: {error}") from None
             if not isinstance(row, dict):
@@ -61,7 +71,7 @@ def device_of(name: str) -> torch.device:
 def load_tokenizer(where: str) -> Any:
     from transformers import AutoTokenizer
 
-    _check_place("tokenizer", where)
+    check_place("tokenizer", where)
     try:
         return AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, TypeError, KeyError) as error:  # a folder of a model alone gives any of these
@@ -73,7 +83,7 @@ def load_model(where: str, dtype: str, device: torch.device, seed: int = 0) -> A
     import transformers
 
     one_of("dtype", dtype, DTYPES)
-    _check_place("model", where)
+    check_place("model", where)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that it changes itself
@@ -104,10 +114,31 @@ def tokenizer_digest(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return digest([type(tokenizer).__qualname__, content, special, str(tokenizer.chat_template)])
+    template = [str(tokenizer.chat_template), *_rendered(tokenizer)]
+    return digest([type(tokenizer).__qualname__, content, special, template])
 
 
-def _check_place(what: str, where: str) -> None:
+_PROBES: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": "q"}],
+    [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+    [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}],
+)
+
+
+def _rendered(tokenizer: Any) -> list[str]:
+    """What the chat template makes of some conversations today. One that prints the date makes others tomorrow."""
+    if not tokenizer.chat_template:
+        return []
+    found = []
+    for probe in _PROBES:
+        try:
+            found.append(tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template may refuse a role, in any words
+            found.append(type(error).__name__)
+    return found
+
+
+def check_place(what: str, where: str) -> None:
     """A path that is not there would be taken for a hub name, and end in an error about a network."""
     path = Path(where)
     local = path.is_absolute() or where.startswith((".", "~")) or where.endswith(".json") or where.count(os.sep) > 1

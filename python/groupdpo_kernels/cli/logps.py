@@ -8,7 +8,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .loading import check_fit, device_of, existing, load_model, load_tokenizer, needs
+from ..formats import one_of
+from .loading import DTYPES, check_fit, check_place, device_of, existing, load_model, load_tokenizer, needs
 
 
 def logps(
@@ -28,6 +29,7 @@ def logps(
         None, "--chat/--plain", help="Text prompts as a user's turn; conversations of one turn as plain text."
     ),
     add_eos: bool = typer.Option(True, "--eos/--no-eos", help="Whether plain text ends with the end of text."),
+    on_bad: str = typer.Option("error", help="A row that cannot be read: error, or drop (a line says why)."),
     window: int = typer.Option(256, help="Responses sorted by length, and written, together."),
     overwrite: bool = typer.Option(False, help="Begin again whatever is there."),
 ) -> None:
@@ -35,12 +37,19 @@ def logps(
     needs("logps", "transformers")
     from .scoring import ScoringOptions, read, score_file
 
-    options = ScoringOptions(max_length, too_long, max_tokens, window, token_logps, chat, add_eos)
+    options = ScoringOptions(max_length, too_long, max_tokens, window, token_logps, chat, add_eos, on_bad)
+    # What costs nothing to look at comes before the rows, and these before a model is loaded.
     existing("rows", rows)
-    for _ in read(rows):  # before a model is loaded
+    one_of("dtype", dtype, DTYPES)
+    target = device_of(device)
+    for what, where in {"model": model, "tokenizer": tokenizer or model}.items():
+        check_place(what, where)
+    if out.is_dir():
+        raise ValueError(f"out must be a file; {out} is a folder")
+    for _ in read(rows, on_bad):
         pass
     words = load_tokenizer(model if tokenizer is None else tokenizer)
-    scorer = load_model(model, dtype, device_of(device)).eval()
+    scorer = load_model(model, dtype, target).eval()
     check_fit(scorer, words)
     console = Console(stderr=True)
     with bar(console) as progress:

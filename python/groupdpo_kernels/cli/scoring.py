@@ -47,6 +47,7 @@ class ScoringOptions:
         window: responses sorted and written together; what a kill can cost.
         token_logps: whether the log-probability of each token is written, too.
         chat: as in `data.tokenize_groups`. add_eos: whether plain text ends with the tokenizer's eos.
+        on_bad: a row without the structure of its format is an "error", or with "drop" a line with the reason.
     """
 
     max_length: int | None = None
@@ -56,8 +57,10 @@ class ScoringOptions:
     token_logps: bool = False
     chat: bool | None = None
     add_eos: bool = True
+    on_bad: str = "error"
 
     def __post_init__(self) -> None:
+        one_of("on_bad", self.on_bad, ("error", "drop"))
         one_of("too_long", self.too_long, ("skip", "truncate_prompt"))
         for name, least in {"max_length": 2, "max_tokens": 1, "window": 1}.items():
             if (value := getattr(self, name)) is not None and value < least:
@@ -69,6 +72,7 @@ class Response(NamedTuple):
     place: int  # in its row
     prompt: Prompt
     text: str
+    bad: str = ""  # why its row cannot be read
 
 
 class Summary(NamedTuple):
@@ -77,15 +81,22 @@ class Summary(NamedTuple):
     resumed_at: int  # responses that were there already
 
 
-def read(path: Path) -> Iterator[Response]:
-    """The responses of a file in order. ValueError names the row: its columns, or what is wrong with it."""
+def read(path: Path, on_bad: str = "error") -> Iterator[Response]:
+    """The responses of a file in order. ValueError names the row: its columns, or what is wrong with it; with
+    on_bad="drop" the latter is a response without a text.
+    """
     for i, row in enumerate(jsonl(path)):
         try:
             prompt, responses = read_responses(row)
-        except (BadRow, ValueError) as error:
+            if not responses:
+                raise BadRow("malformed", "it has no response")
+        except BadRow as bad:
+            if on_bad == "drop":
+                yield Response(i, 0, "", "", f"{bad.reason}: {bad}")
+                continue
+            raise ValueError(f"{path}, row {i}: {bad} (--on-bad drop goes on without such rows)") from None
+        except ValueError as error:
             raise ValueError(f"{path}, row {i}: {error}") from None
-        if not responses:
-            raise ValueError(f"{path}, row {i}: it has no response")
         for k, text in enumerate(responses):
             yield Response(i, k, prompt, text)
 
@@ -110,13 +121,13 @@ def score_file(
     Raises ValueError for a row or option that is wrong, for what was begun otherwise, and for a log-probability that
     is not finite, naming the row; FileExistsError for a target of another making.
     """
-    total = sum(1 for _ in read(source))
+    total = sum(1 for _ in read(source, options.on_bad))
     if not total:
         raise ValueError(f"{source} must hold at least one row; it is empty")
     with _Output(target, _identity(model, tokenizer, source, options), overwrite) as output:
         progress(output.responses, total)
         resumed_at = output.responses
-        pending = itertools.islice(read(source), resumed_at, None)
+        pending = itertools.islice(read(source, options.on_bad), resumed_at, None)
         while window := list(itertools.islice(pending, options.window)):
             lines = _score(model, tokenizer, window, options)
             output.append([json.dumps(line, allow_nan=False) for line in lines], sum("skipped" in x for x in lines))
@@ -157,7 +168,8 @@ class _Reasons(Report):
 def _score(model: Any, tokenizer: Any, window: list[Response], options: ScoringOptions) -> list[dict[str, Any]]:
     """A line for each response, in order."""
     reasons = _Reasons()
-    groups = (Group(response.prompt, [response.text], [True], at) for at, response in enumerate(window))
+    reasons.by_row = {at: response.bad for at, response in enumerate(window) if response.bad}
+    groups = (Group(r.prompt, [r.text], [True], at) for at, r in enumerate(window) if not r.bad)
     found = tokenize_groups(
         groups,
         tokenizer,
@@ -274,6 +286,8 @@ class _Output:
             if (was := begun.get(name)) != now:
                 hashed = name in ("input", "model", "tokenizer")
                 what = f"the {name} has changed" if hashed else f"{name} was {was} and is {now}"
+                if name == "tokenizer":
+                    what += ", or what its chat template writes: does it print the date?"
                 raise ValueError(f"{self.target} was begun otherwise: {what}; {begin_again}")
         self.done = finished and self.target.exists()  # else killed before the rename
         there = (self.target if self.done else self.part).stat().st_size

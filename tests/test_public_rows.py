@@ -1,0 +1,165 @@
+"""Rows as people publish them, with what is right for each: nothing of a conversation is left out in silence, and what
+a template makes of an answer is looked at."""
+
+from __future__ import annotations
+
+import codecs
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from groupdpo_kernels.data import Report, read_groups, tokenize_groups
+from groupdpo_kernels.formats import Group, read_responses
+
+SYSTEM = {"role": "system", "content": "Speak as a pirate."}
+QUESTION = {"role": "user", "content": "Boats?"}
+PAIR = {"prompt": "Boats?", "chosen": "Four", "rejected": "Six"}
+
+# One row of every format, without a context of its own.
+ROWS: dict[str, dict[str, Any]] = {
+    "pairs": PAIR,
+    "pairs of messages": {
+        "chosen": [QUESTION, {"role": "assistant", "content": "Four"}],
+        "rejected": [QUESTION, {"role": "assistant", "content": "Six"}],
+    },
+    "sets": {"prompt": "Boats?", "positives": ["Four"], "negatives": ["Six"]},
+    "alpaca": {"instruction": "Boats?", "chosen": "Four", "rejected": "Six"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Boats?"}], "chosen": "Four", "rejected": "Six"},
+    "ms_swift": {"messages": [QUESTION, {"role": "assistant", "content": "Four"}], "rejected_response": "Six"},
+    "listed": {"prompt": "Boats?", "all_generated_responses": ["Four", "Six"], "scores": [2.0, 1.0]},
+    "numbered": {"prompt": "Boats?", "response_0": "Four", "response_0_reward": 2, "response_1": "Six",
+                 "response_1_reward": 1},
+    "nectar": {"prompt": "Boats?", "answers": [{"answer": "Four", "rank": 1}, {"answer": "Six", "rank": 2}]},
+    "ultrafeedback": {"instruction": "Boats?", "completions": [
+        {"response": "Four", "overall_score": 2}, {"response": "Six", "overall_score": 1}]},
+}  # fmt: skip
+
+
+def only_group(row: dict[str, Any], **options: Any) -> Group:
+    (group,) = read_groups([row], on_bad="error", **options)
+    return group
+
+
+def refused(row: dict[str, Any]) -> str:
+    report = Report()
+    assert not list(read_groups([row], report=report))
+    return str(report)
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_system_prompt_in_a_column_is_read_by_every_format(name: str, column: str) -> None:
+    assert only_group({**ROWS[name], column: SYSTEM["content"]}).prompt == [SYSTEM, QUESTION]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_history_in_a_column_is_read_by_every_format(name: str) -> None:
+    before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    for history in ([["Hi", "Hello"]], before):
+        row = {**ROWS[name], "system": SYSTEM["content"], "history": history}
+        assert only_group(row).prompt == [SYSTEM, *before, QUESTION]
+    assert "history must be pairs" in refused({**ROWS[name], "history": ["Hi"]})
+
+
+@pytest.mark.parametrize("column", ["tools", "images", "image", "documents", "context", "chat_template_kwargs"])
+@pytest.mark.parametrize("name", ROWS)
+def test_what_cannot_be_read_of_a_prompt_is_named(name: str, column: str) -> None:
+    assert f"the column '{column}' belongs to the prompt" in refused({**ROWS[name], column: ["something"]})
+    for nothing in (None, [], ""):
+        assert only_group({**ROWS[name], column: nothing, "id": 3, "source": "a forum"}).responses == ["Four", "Six"]
+
+
+def test_single_responses_have_their_context_too() -> None:
+    prompt, responses = read_responses({"system": SYSTEM["content"], "prompt": "Boats?", "response": "Four"})
+    assert prompt == [SYSTEM, QUESTION] and responses == ["Four"]
+
+
+def test_a_system_prompt_twice() -> None:
+    row = {**PAIR, "prompt": [SYSTEM, QUESTION]}
+    assert only_group({**row, "system": SYSTEM["content"]}).prompt == [SYSTEM, QUESTION]
+    assert "is not that of its messages" in refused({**row, "system": "Speak plainly."})
+
+
+def test_content_in_parts() -> None:
+    parts = [{"type": "text", "text": "Bo"}, {"type": "text", "text": "ats?"}]
+    assert only_group({**PAIR, "prompt": [{"role": "user", "content": parts}]}).prompt == [QUESTION]
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "Four"}]}]
+    assert only_group({**PAIR, "prompt": [QUESTION], "chosen": answer}).responses == ["Four", "Six"]
+    picture = [{"role": "user", "content": [*parts, {"type": "image"}]}]
+    assert "a part of type 'image'" in refused({**PAIR, "prompt": picture})
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "name", "tool_calls"])
+def test_a_key_of_an_answer_that_is_not_read_is_named(key: str) -> None:
+    answer = [{"role": "assistant", "content": "Four", key: "something"}]
+    assert key in refused({**PAIR, "prompt": [QUESTION], "chosen": answer})
+
+
+def test_half_a_surrogate_pair() -> None:
+    report = Report()
+    rows = [{**PAIR, "chosen": "Four \ud83d"}, PAIR]
+    assert [g.row for g in read_groups(rows, report=report)] == [1]
+    assert "row 0: a text has half of a surrogate pair at character 5, after 'Four '" in str(report)
+
+
+def test_causes_come_before_what_follows_from_them(bpe: Any) -> None:
+    report = Report()
+    assert not list(tokenize_groups(read_groups([PAIR]), bpe, max_length=4, report=report))
+    text = str(report)
+    assert text.count("too long") == text.count("no positive") == 1
+    assert text.index("too long") < text.index("no positive")
+
+
+CUTS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1].strip() }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_template_that_cuts_thoughts_out_of_answers(bpe: Any) -> None:
+    words = copy.deepcopy(bpe)
+    words.chat_template = CUTS
+    alike = {**PAIR, "chosen": "<think>a</think>Four", "rejected": "<think>b</think>Four"}
+    other = {**PAIR, "chosen": "<think>a</think>Four", "rejected": "Six"}
+    report = Report()
+    groups = list(read_groups([alike, other, PAIR]))
+    found = list(tokenize_groups(groups, words, chat=True, report=report))
+    assert [g.row for g in found] == [2]
+    assert report.dropped["identical after the template"] == 2
+    assert report.dropped["answer changed by the template"] == 1
+
+
+def test_white_space_is_the_templates(bpe: Any) -> None:
+    words = copy.deepcopy(bpe)
+    words.chat_template = CUTS
+    (found,) = tokenize_groups([Group("Boats?", ["  Four\n", "Six"], [True, False], 0)], words, chat=True)
+    assert len(found.responses) == 2
+
+
+def test_bytes_of_a_file(tmp_path: Path) -> None:
+    from groupdpo_kernels.cli.loading import jsonl
+
+    path, row = tmp_path / "rows.jsonl", {"prompt": "Käse?", "response": "é"}
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text(text * 2, encoding=encoding)
+        assert list(jsonl(path)) == [row, row]
+    path.write_bytes(codecs.BOM_UTF8 + text.encode() + text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2, must be UTF-8; got byte 0xe4 at place 14"):
+        list(jsonl(path))
+
+
+def test_a_template_that_prints_the_date_is_another_one_tomorrow(bpe: Any) -> None:
+    from groupdpo_kernels.cli.loading import tokenizer_digest
+
+    words = copy.deepcopy(bpe)
+    words.chat_template = "{{ today }}" + CUTS
+    day = ["Monday"]
+    render = words.apply_chat_template
+    words.apply_chat_template = lambda *a, **k: render(*a, **{**k, "today": day[0]})
+    first, again = tokenizer_digest(words), tokenizer_digest(words)
+    day[0] = "Tuesday"
+    assert first == again != tokenizer_digest(words)
