@@ -35,7 +35,7 @@ from ...models import attach
 from ...objectives import Objective, preference_loss
 from ..one_column import NOT_OF_THE_MODEL, completion_targets
 from .accelerate import installed_trl
-from .metrics import preference_metrics, record
+from .metrics import means_of, preference_metrics, record
 from .reference import (
     check_adapter_alone_trains,
     check_no_earlier_reference,
@@ -155,7 +155,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         groups = PreferenceGroups.pairs(B).to(targets.device)
         cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0))
         result = preference_loss(token_logps[order][live], cu_seqlens, groups, self.objective, self._reference(inputs))
-        loss, values = result.loss, preference_metrics(result, groups, self.objective)
+        loss, values = result.loss, preference_metrics(result, groups, self.objective, lengths)
         del values["positive_mass"]  # of a pair it says what the margin says
         if self.aux_loss_enabled:
             loss, values["aux_loss"] = loss + self.router_aux_loss_coef * outputs.aux_loss, outputs.aux_loss
@@ -169,6 +169,13 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
             return loss
         with torch.no_grad():  # for a compute_metrics of the user's, as in TRL
             return loss, model(input_ids=inputs["input_ids"], use_cache=False, **forward)
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        """The numbers of this data under its own prefix: `eval_a_rewards/margins` of eval_dataset {"a": rows}."""
+        output = super().evaluation_loop(*arguments, **named)
+        prefix = named.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means_of(self._metrics["eval"]).items()})
+        return output
 
     def _reference(self, inputs: dict[str, Any]) -> Tensor | None:  # (2B,), chosen and rejected of each pair in turn
         if not self.objective.needs_reference:
