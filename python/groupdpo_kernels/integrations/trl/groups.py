@@ -20,6 +20,7 @@ Sources: GroupDPO (arXiv 2604.15602); defaults of the objective: docs/math.md.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import traceback
 from collections import defaultdict
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from ...objectives import Objective, PreferenceLoss, preference_loss
 from ...stepwise import reference_logps
 from .memory import advice, check_group_fits, memory_of, micro_batch_tokens_of
 from .metrics import means_of, preference_metrics, record
+from .misplaced import check_names, check_order
 from .reference import (
     add_reference_adapter,
     as_reference,
@@ -54,7 +56,8 @@ _NO_REFERENCE = "ref_model must be given to evaluate: ref_logps are those of tra
 
 
 class GroupDPOTrainer(Trainer):
-    """A transformers.Trainer on groups of responses; see the module.
+    """A transformers.Trainer on groups of responses, by default with Objective("mpo", beta=2.0, average=True,
+    nll_weight=1.0). See the module.
 
     Args:
         model: a causal LM; one with an adapter (a PeftModel) is its own reference, adapter included.
@@ -98,7 +101,12 @@ class GroupDPOTrainer(Trainer):
         peft_config: Any = None,
         callbacks: Any = None,
         optimizers: Any = (None, None),
+        **unknown: Any,
     ) -> None:
+        check_names("GroupDPOTrainer", unknown, [*inspect.signature(GroupDPOTrainer).parameters])
+        check_order("GroupDPOTrainer", ref_model)
+        if ref_model is not None and not isinstance(ref_model, nn.Module):
+            raise TypeError(f"ref_model must be a model or None; got a {type(ref_model).__name__}")
         args = GroupDPOConfig() if args is None else args
         _check_arguments(model, ref_model, args, objective, ref_logps, peft_config)
         if ref_logps is not None and eval_dataset is not None:
