@@ -31,7 +31,7 @@ from groupdpo_kernels.integrations.trl import DPOTrainer, GroupDPOConfig, GroupD
         ({"nll_weight": 1.0}, r"objective=Objective\(nll_weight=1.0\)"),
         ({"ld_alpha": 0.5}, "ld_alpha must not be given to GroupDPOConfig: no objective has it; got ld_alpha=0.5"),
         ({"objective": Objective()}, "objective must be given to the trainer, not to GroupDPOConfig"),
-        ({"train_dataset": []}, "train_dataset must be given to the trainer, not to GroupDPOConfig; got .*=a list"),
+        ({"train_dataset": []}, r"train_dataset must be given to the trainer, not to GroupDPOConfig; got .*=a list"),
         ({"stratgy": "coupled"}, "GroupDPOConfig has no option 'stratgy': did you mean strategy"),
         ({"zzz": 1}, "GroupDPOConfig has no option 'zzz'; got zzz=1"),
     ],
@@ -57,8 +57,8 @@ def test_the_config_is_copied_as_ever() -> None:
         ({"loss": "sigmoyd"}, ValueError, "got 'sigmoyd': did you mean 'sigmoid'"),
         ({"loss": "Plackett-Luce"}, ValueError, "did you mean 'plackett_luce'"),
         ({"loss": ["sigmoid"]}, TypeError, r"loss must be a callable or one of .*; got \['sigmoid'\]"),
-        ({"loss": None}, TypeError, "loss must be a callable or one of .*; got None"),
-        ({"beta": "0.1"}, TypeError, "beta must be a number; got '0.1'"),
+        ({"loss": None}, TypeError, r"loss must be a callable or one of .*; got None"),
+        ({"beta": "0.1"}, TypeError, r"beta must be a number; got '0.1'"),
         ({"beta": True}, TypeError, "beta must be a number; got True"),
         ({"nll_weight": None}, TypeError, "nll_weight must be a number; got None"),
         ({"gamma": [0.5]}, TypeError, r"gamma must be a number; got \[0.5\]"),
@@ -88,7 +88,7 @@ def test_arguments_of_the_trainers(tmp_path: Path, bpe: Any) -> None:
         GroupDPOTrainer(llama(), GROUPS)
     with pytest.raises(TypeError, match="args must be a GroupDPOConfig; got Dataset"):
         GroupDPOTrainer(llama(), None, GROUPS)
-    with pytest.raises(TypeError, match="args must be a trl.DPOConfig; got GroupDPOConfig"):
+    with pytest.raises(TypeError, match=r"args must be a trl.DPOConfig; got GroupDPOConfig"):
         DPOTrainer(llama(), args=ours, train_dataset=PAIRS, processing_class=bpe)
     for trainer, config in ((GroupDPOTrainer, ours), (DPOTrainer, theirs)):
         with pytest.raises(TypeError, match=r"tokenizer must be given to .* as processing_class=; got tokenizer=a "):
@@ -107,7 +107,7 @@ def test_parts_are_a_list_of_datasets(kind: str, tmp_path: Path, bpe: Any) -> No
     for parts, got in ((PAIRS, "Dataset"), (list(PAIRS), "dict"), (tokens, "TokenGroup"), ({"a": PAIRS}, "dict")):
         with pytest.raises(TypeError, match=rf"parts must be a list of datasets, .*equal_parts.*; got a .*{got}$"):
             StepwiseDPO(llama(), config, parts, bpe)
-    with pytest.raises(TypeError, match="parts must be a list of datasets, .*; got a int"):
+    with pytest.raises(TypeError, match=r"parts must be a list of datasets, .*; got a int"):
         StepwiseDPO(llama(), config, 2, bpe)  # type: ignore[arg-type]
 
 

@@ -35,7 +35,7 @@ def profile(
     micro_batch: int = _MICRO_BATCH,
     dtype: str = typer.Option("float32", help="Of the parameters: float32, bfloat16, float16."),
     optimizer: str = _OPTIMIZER,
-    lora_rank: int = typer.Option(16, help="Of the setting lora."),
+    lora_rank: int | None = typer.Option(None, help="The rank of the setting lora (default 16)."),
     layers: int | None = typer.Option(None, help="Instead of the model's own number."),
     device: str | None = typer.Option(None, help="cpu or cuda. Default: cuda where there is one."),
     limit_mib: int | None = typer.Option(None, help="Memory that a step may take; more counts as out of memory."),
@@ -62,9 +62,11 @@ def profile(
     changes: dict[str, dict[str, Any]] = {
         "full": {},
         "checkpointing": {"checkpointing": True},
-        "lora": {"lora_rank": lora_rank},
+        "lora": {"lora_rank": 16 if lora_rank is None else lora_rank},
     }
     chosen = words("settings", settings, SETTINGS)
+    if lora_rank is not None and "lora" not in chosen:
+        raise ValueError(f"--lora-rank must be left out without lora among --settings, {settings}; got {lora_rank}")
     if "lora" in chosen:
         needs("profile --settings lora", "peft")
     some = None if strategies is None else words("strategies", strategies)

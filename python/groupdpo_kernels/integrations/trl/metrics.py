@@ -33,8 +33,8 @@ def preference_metrics(
 ) -> dict[str, Tensor]:  # () floating each
     """rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected}, positive_mass; balance_weight with AdaDPO.
 
-    A pair counts as right where the positive's reward is higher, not where the two are a tie, as in TRL. positive_mass is
-    the share of the positives in the softmax of the rewards over the group: sigma of the margin for a pair.
+    A pair counts as right where the positive's reward is higher, not where the two are a tie, as in TRL. positive_mass
+    is the share of the positives in the softmax of the rewards over the group: sigma of the margin for a pair.
     """
     u, sides = result.rewards, {"chosen": groups.positive, "rejected": ~groups.positive}
     rewards = {name: mean(u, side, groups) for name, side in sides.items()}  # (G,) each

@@ -12,8 +12,8 @@ model given as an object is copied, so weights that have moved since (the stages
 `peft_config` it is the model without its adapter, for a PeftModel TRL's copy of the adapter, named "ref". An objective
 without a reference (simpo, cpo, orpo) holds none; TRL refuses images with it, as it does with precomputed references.
 
-The options of DPOConfig that describe the loss must stay as they are (`Objective` has them): see `misplaced.LOSS_OPTIONS`. Adapters on
-the LM head are refused by TRL; `GroupDPOTrainer` takes them.
+The options of DPOConfig that describe the loss must stay as they are (`Objective` has them): see
+`misplaced.LOSS_OPTIONS`. Adapters on the LM head are refused by TRL; `GroupDPOTrainer` takes them.
 
 Never: changes TRL, or a class of it. Precondition: TRL 1.16 or later, before 2 (its private `_compute_loss` is
 overridden; the version is checked). Cost: as TRL's, without its (B, L) statistics. Formulas: docs/math.md.
@@ -60,11 +60,11 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         objective: any `Objective` of a pairwise loss, or of a callable (scores (2B,), groups) -> (B,); the scores are
             those of chosen and rejected of each pair side by side.
 
-    Raises ValueError or TypeError, naming argument, expectation and value: for a group-wise loss; an option of LOSS_OPTIONS
-    that differs from TRL's default and from the objective; `ref_model`, `precompute_ref_log_probs` or `sync_ref_model`
-    with an objective that has no reference; `ref_model=None` where the reference could not stay what it was: a
-    PeftModel that has an adapter "ref" from an earlier training, an adapter that trains weights of the base model too,
-    a model that ZeRO-3 has sharded; a dataset without its columns; a tokenizer without an eos token. A TRL
+    Raises ValueError or TypeError, naming argument, expectation and value: for a group-wise loss; an option of
+    LOSS_OPTIONS that differs from TRL's default and from the objective; `ref_model`, `precompute_ref_log_probs` or
+    `sync_ref_model` with an objective that has no reference; `ref_model=None` where the reference could not stay what
+    it was: a PeftModel that has an adapter "ref" from an earlier training, an adapter that trains weights of the base
+    model too, a model that ZeRO-3 has sharded; a dataset without its columns; a tokenizer without an eos token. A TRL
     outside SUPPORTED is a RuntimeError.
     """
 

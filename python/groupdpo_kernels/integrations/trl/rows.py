@@ -100,6 +100,11 @@ class GroupDPOConfig(TrainingArguments):
         if self.torch_empty_cache_steps is not None and self.strategy != "coupled":
             got = self.torch_empty_cache_steps
             raise ValueError(f"torch_empty_cache_steps must be None for strategy {self.strategy!r}; got {got}")
+        # Where transformers has a new name for an option, the old one would warn of itself.
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            new = old.replace("gradient", "activation")
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
         super().__post_init__()
         if self.strategy == "one_pass" and self.gradient_checkpointing and self.reentrant:
             raise ValueError(
