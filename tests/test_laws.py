@@ -78,20 +78,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations/trl/accelerate": {"logps", "replacement"},
     "integrations/trl/groups": {
         *("backward", "data", "logps", "measuring", "models", "objectives", "stepwise"),
-        *("memory", "metrics", "reference", "rows"),  # beside it
+        *("memory", "metrics", "misplaced", "reference", "rows"),  # beside it
     },
     "integrations/trl/memory": {"data", "planning"},
     "integrations/trl/metrics": {"groups", "logps", "losses", "objectives"},
     "integrations/trl/pairs": {
         *("groups", "losses", "models", "objectives", "one_column"),
-        *("accelerate", "metrics", "reference", "rows"),  # beside it
+        *("accelerate", "metrics", "misplaced", "reference", "rows"),  # beside it
     },
     "integrations/trl/reference": set(),
     "integrations/trl/stepwise": {
         *("data", "logps", "models", "objectives", "stepwise"),
         *("groups", "pairs", "reference", "rows"),  # beside it
     },
-    "integrations/trl/rows": {"backward", "data", "formats", "losses", "objectives"},
+    "integrations/trl/misplaced": {"objectives"},
+    "integrations/trl/rows": {"backward", "data", "formats", "losses", "misplaced", "objectives"},
 }
 SHARED_KERNEL_MODULES = {"launch", "library", "live_products", "rows", "tile", "pair_losses"}
 # A launcher that begins with what another does.

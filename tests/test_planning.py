@@ -214,3 +214,41 @@ def test_wrong_hardware_and_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         plan(Workload(model=str(tmp_path)), [2], Hardware())
     with pytest.raises(ValueError, match="must not be empty"):
         plan(Workload(), [], Hardware())
+
+
+@pytest.mark.parametrize("strategy", ["coupled", "two_pass", "pairs"])
+@pytest.mark.parametrize(("positives", "group"), [(1, 3), (1, 7), (2, 5)])
+def test_groups_with_any_number_of_positives(strategy: str, positives: int, group: int) -> None:
+    """Odd groups, and few layers and small groups for all: the same bytes as the whole step has."""
+    workload = replace(SMALL, layers=5, micro_batch=1, strategy=strategy, group=group, positives=positives)
+    found = Prediction(workload, Hardware(device="cpu")).at(group)
+    whole = trace(workload, build_model(workload, META), "cpu")
+    most = max(peak.total for peak in whole.values())
+    assert abs(found.total - most) <= (8 * 32 * group if strategy == "pairs" else 0)  # the ids of a group
+    assert workload.num_pairs == positives * (group - positives)
+
+
+def test_a_step_has_its_positives() -> None:
+    step = TrainingStep(replace(SMALL, group=3, positives=1, layers=1, strategy="pairs"))
+    step.run()
+    groups, _ = step.group_of(3, 1)
+    assert groups.positive.tolist() == [True, False, False]
+    row = plan(replace(SMALL, group=3, positives=1), [3, 4, 7], Hardware(10**11, device="cpu"), ["coupled"])[0]
+    assert row["peaks"][3] < row["peaks"][4] < row["peaks"][7]
+    hardware = Hardware(row["peaks"][7], headroom=0.0, device="cpu")
+    one_positive = replace(SMALL, group=3, positives=1, strategy="coupled")
+    assert Prediction(one_positive, hardware).largest_group() == 7  # odd: the next does not fit
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group": 3}, "group must be even, for half of it is positive unless positives is given; got 3"),
+        ({"group": 4, "positives": 4}, "positives must be less than group, .*; got 4 of 4"),
+        ({"group": 4, "positives": 0}, "positives must be at least 1; got 0"),
+        ({"group": 4, "positives": "1"}, "positives must be an int; got '1'"),
+    ],
+)
+def test_wrong_positives(change: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Workload(**change)

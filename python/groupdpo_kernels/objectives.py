@@ -16,10 +16,12 @@ Cost: O(T + S), for all_pairs O(T + number of pairs). Deterministic. Formulas an
 
 from __future__ import annotations
 
+import difflib
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +51,9 @@ class AdaBalance:
     normalize: bool = True
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "ceiling")
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"normalize must be True or False; got {self.normalize!r}")
         if not (self.ceiling > 0 and math.isfinite(self.ceiling)):
             raise ValueError(f"ceiling must be positive and finite; got {self.ceiling}")
         if self.space not in ("policy", "reference"):
@@ -65,7 +70,8 @@ class AdaBalance:
 class Objective:
     """What to minimise: a loss, its score, and its options.
 
-    An option that belongs to another loss is ignored, so that one set of options can be swept over losses.
+    An option that belongs to another loss is ignored, so that one set of options can be swept over losses; the command
+    line refuses it.
 
     Args:
         loss: a name in `LOSSES`, or a callable (scores (S,), groups) -> (G,).
@@ -92,8 +98,8 @@ class Objective:
     balance: AdaBalance | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.loss) and self.loss not in LOSSES:
-            raise ValueError(f"loss must be a callable or one of {', '.join(LOSSES)}; got {self.loss!r}")
+        _check_loss(self.loss)
+        _check_numbers(self, "beta", "nll_weight", "label_smoothing", "gamma", "alpha", "tau")
         if not (self.beta > 0 and math.isfinite(self.beta)):
             raise ValueError(f"beta must be positive and finite; got {self.beta}")
         if not (self.nll_weight >= 0 and math.isfinite(self.nll_weight)):
@@ -108,10 +114,10 @@ class Objective:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be finite; got {getattr(self, name)}")
         for name in ("average", "reference_free"):
-            if getattr(self, name) not in (None, True, False):
+            if not isinstance(getattr(self, name), (bool, type(None))):
                 raise TypeError(f"{name} must be True, False or None; got {getattr(self, name)!r}")
         if self.balance is not None and not isinstance(self.balance, AdaBalance):
-            raise TypeError(f"balance must be an AdaBalance or None; got {self.balance!r}")
+            raise TypeError(f"balance must be an AdaBalance or None; got {self.balance!r}: write AdaBalance()")
         if self.balance is not None and self._row.no_balance:
             raise ValueError(f"balance must be None with {self.loss}: {self._row.no_balance}; got {self.balance}")
 
@@ -133,6 +139,45 @@ class Objective:
     def needs_reference(self) -> bool:
         """Whether ref_logps must be given, for the scores or for the balance."""
         return self.subtracts_reference or (self.balance is not None and self.balance.space == "reference")
+
+
+# What losses are called elsewhere: their names here, or what to write.
+ELSEWHERE = {
+    "dpo": "'sigmoid'",
+    "slic": "'hinge'",
+    "rso": "'hinge'",
+    "exo": "'exo_pair'",
+    "nca": "'nca_pair'",
+    "sppo": "'sppo_hard'",
+    "apo": "'apo_zero' or 'apo_down'",
+    "robust_dpo": "'robust'",
+    "length_dpo": "'rdpo'",
+    "groupdpo": "'margin' or 'softmax'",
+    "rpo": "Objective('sigmoid', nll_weight=1.0)",
+    "adadpo": "Objective('sigmoid', balance=AdaBalance())",
+    "sdpo": "'sigmoid', in stages (StepwiseDPO, stepwise.run_stages)",
+}
+
+
+def _check_loss(loss: Any) -> None:
+    """TypeError for what is no name and cannot be called; ValueError for a name that is not in LOSSES."""
+    known = f"a callable or one of {', '.join(LOSSES)}"
+    if callable(loss) or (isinstance(loss, str) and loss in LOSSES):
+        return
+    if not isinstance(loss, str):
+        raise TypeError(f"loss must be {known}; got {loss!r:.60}")
+    plain = loss.strip().lower().replace("-", "_").replace(" ", "_")
+    near = difflib.get_close_matches(plain, LOSSES, n=1)
+    hint = f": here it is {ELSEWHERE[plain]}" if plain in ELSEWHERE else f": did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"loss must be {known}; got {loss!r}{hint}")
+
+
+def _check_numbers(options: Any, *names: str) -> None:
+    """TypeError for a field that is no number; text, say, or a bool."""
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number; got {value!r}")
 
 
 class PreferenceLoss(NamedTuple):

@@ -81,8 +81,8 @@ def trace(workload: Workload, model: nn.Module, device: str | None) -> dict[str,
     """Part of the step -> its peak, of a step on fake tensors. `model` is on the device meta, and is used up."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     step = TrainingStep(workload, "cpu", fake_copy(model, mode))
-    step.group_of(workload.group)
-    step.group_of(2)
+    step.group_of(workload.group, workload.num_positives)
+    step.group_of(2, 1)
     vocabulary = int(step.model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
     assume_logit_map(step.model, LogitMap(vocabulary))
     tracker = MemoryTracker(vocabulary, batch_of(workload), workload.tokens, device, fake=True)
@@ -201,19 +201,23 @@ class Prediction:
         return {name: self._placed(name, peak) for name, peak in parts.items()}
 
     def largest_group(self) -> int:
-        """The largest even group that fits; 0: none does."""
-        if self.at(2).total > self.hardware.usable:
+        """The largest group that fits: an even one, or of any size with `positives`; 0: none does."""
+        positives = self.workload.positives
+        step, least = (2, 2) if positives is None else (1, positives + 1)
+        if self.at(least).total > self.hardware.usable:
             return 0
-        low, high = 1, MOST_RESPONSES // 2
+        low, high = 0, max(0, (MOST_RESPONSES - least) // step)
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self.at(2 * middle).total <= self.hardware.usable
+            fits = self.at(least + step * middle).total <= self.hardware.usable
             low, high = (middle, high) if fits else (low, middle - 1)
-        return 2 * low
+        return least + step * low
 
     def _deep(self, group: int) -> dict[str, Peak]:
         if group not in self._traced:
-            workload = replace(self.workload, group=group)
+            # How many are positive changes no tensor's size, so the sizes that stand for others may be smaller than it.
+            positives = None if group % 2 == 0 else self.workload.positives
+            workload = replace(self.workload, group=group, positives=positives)
             few, more = depths_of(self.config)
             base = self._trace(workload, few)
             found = base

@@ -1,5 +1,7 @@
 """sDPO (arXiv 2403.19270): preference data in K parts, and in stage k the model as stage k-1 left it as the reference.
 
+The loss of each stage is DPO's, and so its first value is ln 2.
+
 `run_stages` needs no trainer and knows none: it scores part k once under the current weights, in evaluation mode and
 without gradients, keeps the log-probabilities on disk, then calls train(model, part, ref_logps, stage), which trains
 the model it is given, in place. The reference is those numbers, so a second model is never held: neither in full

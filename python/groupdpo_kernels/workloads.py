@@ -1,7 +1,8 @@
 """A training step to measure or to predict: which model, how many responses, which backward, and what runs then.
 
 A step is that of a trainer: forward and backward of one group of responses, then the optimizer. The responses are
-random tokens, all of one length, all scored, half of them preferred: the most that a head can have to do, no padding.
+random tokens, all of one length, all scored, half of them preferred unless `positives` says otherwise: the most that a
+head can have to do, no padding.
 
     coupled_logits   the group in one batch, its logits, log_softmax and gather; all graphs kept until the loss
     coupled          the same with model_logps: no logits
@@ -133,7 +134,8 @@ class Workload:
     Args:
         model: a name of MODELS, a config.json or a folder that holds one, or a name that transformers finds.
         strategy: one of STRATEGIES, see the module.
-        group: responses of the step's one group, even, half of them positive.
+        group: responses of the step's one group: even, or of any number with `positives`.
+        positives: how many of them are preferred. None: half.
         tokens: of a response with its prompt.
         micro_batch: sequences of a micro-batch of two_pass.
         dtype: of the parameters, and so of gradients and of the optimizer's state.
@@ -157,21 +159,28 @@ class Workload:
     checkpointing: bool = False
     workspace_bytes: int = 2**28
     layers: int | None = None
+    positives: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in {"strategy": STRATEGIES, "dtype": DTYPES, "optimizer": tuple(OPTIMIZERS)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name in ("group", "tokens", "micro_batch", "lora_rank", "workspace_bytes", "layers"):
+        for name in ("group", "tokens", "micro_batch", "lora_rank", "workspace_bytes", "layers", "positives"):
             value, least = getattr(self, name), 0 if name == "lora_rank" else 1
-            if name == "layers" and value is None:
+            if name in ("layers", "positives") and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int; got {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
-        if self.group % 2:
-            raise ValueError(f"group must be even: half of it is positive; got {self.group}")
+        if self.positives is None and self.group % 2:
+            raise ValueError(
+                f"group must be even, for half of it is positive unless positives is given; got {self.group}"
+            )
+        if self.positives is not None and self.positives >= self.group:
+            raise ValueError(
+                f"positives must be less than group, which has a negative too; got {self.positives} of {self.group}"
+            )
         if self.tokens < 2:
             raise ValueError(f"tokens must be at least 2; got {self.tokens}")
         if self.strategy == "one_pass" and not self.lora_rank:
@@ -180,10 +189,21 @@ class Workload:
             raise TypeError(f"model must be a name or a path; got {self.model!r}")
 
     @property
+    def num_positives(self) -> int:
+        """How many responses of the group are preferred."""
+        return self.group // 2 if self.positives is None else self.positives
+
+    @property
+    def num_pairs(self) -> int:
+        """The number of pairs that the group flattens to."""
+        return self.num_positives * (self.group - self.num_positives)
+
+    @property
     def setting(self) -> str:
-        """In words: what trains, and whether activations are checkpointed."""
+        """In words: what trains, whether activations are checkpointed, how many responses are positive if not half."""
         what = f"LoRA rank {self.lora_rank}" if self.lora_rank else "full fine-tuning"
-        return what + (", checkpointing" if self.checkpointing else "")
+        what += ", checkpointing" if self.checkpointing else ""
+        return what if self.positives is None else f"{what}, {self.positives} positive"
 
 
 def workload_of(values: dict[str, Any]) -> Workload:
@@ -279,7 +299,7 @@ class TrainingStep:
         generator = torch.Generator().manual_seed(1)
         config: Any = self.model.config
         vocab = int(config.get_text_config().vocab_size)
-        self._groups: dict[int, tuple[PreferenceGroups, Tensor]] = {}
+        self._groups: dict[tuple[int, int], tuple[PreferenceGroups, Tensor]] = {}
         self.pool = torch.randint(0, vocab, (64, workload.tokens), generator=generator)  # responses, used in turn
 
     def make_state(self) -> None:
@@ -289,13 +309,13 @@ class TrainingStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def group_of(self, size: int) -> tuple[PreferenceGroups, Tensor]:
+    def group_of(self, size: int, positives: int) -> tuple[PreferenceGroups, Tensor]:
         """One group and its reference's log-probabilities. Made once and first, for their values are read: a fake run
         makes none."""
-        if size not in self._groups:
-            made = PreferenceGroups.from_lists([[i < size // 2 for i in range(size)]])
-            self._groups[size] = made.to(self.device), torch.zeros(size, device=self.device)
-        return self._groups[size]
+        if (size, positives) not in self._groups:
+            made = PreferenceGroups.from_lists([[i < positives for i in range(size)]])
+            self._groups[size, positives] = made.to(self.device), torch.zeros(size, device=self.device)
+        return self._groups[size, positives]
 
     def batch(self, group: int) -> Tensor:  # (group, tokens) int64
         return self.pool[torch.arange(group) % len(self.pool)].to(self.device)
@@ -320,8 +340,8 @@ class TrainingStep:
     def forward_backward(self, workload: Workload) -> None:
         """Gradients of the mean loss of the group into .grad."""
         G, L = workload.group, workload.tokens
-        ids, half = self.batch(G), G // 2
-        groups, ref_logps = self.group_of(G)
+        ids, P = self.batch(G), workload.num_positives
+        groups, ref_logps = self.group_of(G, P)
 
         def forward(batch: Tensor) -> tuple[Tensor, Tensor]:  # (b, L) -> (b L,), (b + 1,)
             cu_seqlens = torch.arange(0, len(batch) * L + 1, L, device=self.device)
@@ -330,11 +350,11 @@ class TrainingStep:
         if workload.strategy in ("coupled", "coupled_logits"):
             preference_loss(*forward(ids), groups, GROUP_OBJECTIVE, ref_logps).loss.backward()
         elif workload.strategy == "pairs":
-            pair, two = self.group_of(2)
-            for i in range(half):
-                for j in range(half, G):
+            pair, two = self.group_of(2, 1)
+            for i in range(P):
+                for j in range(P, G):
                     loss = preference_loss(*forward(ids[[i, j]]), pair, PAIR_OBJECTIVE, two).loss
-                    (loss / half**2).backward()
+                    (loss / workload.num_pairs).backward()
         else:
             size = 1 if workload.strategy == "one_pass" else workload.micro_batch
             strategy = workload.strategy
@@ -351,8 +371,7 @@ class TrainingStep:
 def sweep(
     base: Workload, groups: Sequence[int], strategies: Sequence[str] | None = None, most_pairs: int = 64
 ) -> list[Workload]:
-    """These strategies, or all, at every size: one_pass where there is an adapter, at most `most_pairs` pairs, of
-    (G / 2)^2."""
+    """These strategies, or all, at every size: one_pass where there is an adapter, at most `most_pairs` pairs."""
     names = [s for s in strategies or STRATEGIES if base.lora_rank or s != "one_pass"]
     loads = [replace(base, group=group, strategy=name) for group in groups for name in names]
-    return [load for load in loads if load.strategy != "pairs" or (load.group // 2) ** 2 <= most_pairs]
+    return [load for load in loads if load.strategy != "pairs" or load.num_pairs <= most_pairs]

@@ -187,23 +187,19 @@ def _print_machine(console: Console, report: dict[str, Any]) -> None:
     for reason in report["no_gpu"]:
         console.print(f"GPU: none, {escape(reason)}", highlight=False)
     table = Table(title='What impl="auto" picks', title_justify="left")
-    for heading in ("device", "function", "dtypes", "picked", "why not the others"):
+    for heading in ("device", "function", "dtypes", "picked"):
         table.add_column(heading)
     for row in report["auto"]:
         picked = row["impl"]
-        others = (
-            f"{name}: {'; '.join(reasons) or f'could run; {picked} comes first'}"
-            for name, reasons in row["why_not"].items()
-        )
-        cells = (
-            row["device"],
-            row["function"],
-            ", ".join(row["dtypes"]),
-            f"[bold]{picked}[/]",
-            escape("\n".join(others)),
-        )
-        table.add_row(*cells)
+        table.add_row(row["device"], row["function"], ", ".join(row["dtypes"]), f"[bold]{picked}[/]")
     console.print(table)
+    # Lines and no column: a terminal of 80 columns would cut what to do about it.
+    console.print("Why not the others", highlight=False)
+    for row in report["auto"]:
+        where = f"{row['device']}, {row['function']}, {', '.join(row['dtypes'])}"
+        for name, reasons in row["why_not"].items():
+            why = "; ".join(reasons) or f"could run; {row['impl']} comes first"
+            console.print(escape(f"  {where}: {name}: {why}"), highlight=False, soft_wrap=True)
 
 
 def _test(console: Console) -> list[Outcome]:

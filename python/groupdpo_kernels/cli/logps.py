@@ -68,5 +68,6 @@ def logps(
 
 def bar(console: Console) -> Progress:
     """How far long work is, and how long it takes still."""
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
-    return Progress(TextColumn("{task.description}"), *columns, console=console)
+    counts = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    times = TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left")
+    return Progress(*counts, *times, console=console)

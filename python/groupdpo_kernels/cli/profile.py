@@ -21,19 +21,21 @@ _MODEL = typer.Option("tiny", help="A name of the table in workloads.py, a confi
 _STRATEGIES = typer.Option(None, help="coupled_logits, coupled, two_pass, one_pass, pairs. Default: all that apply.")
 _TOKENS = typer.Option(256, help="Of a response with its prompt.")
 _MICRO_BATCH = typer.Option(2, help="Sequences of a micro-batch of two_pass.")
+_POSITIVES = typer.Option(None, help="How many responses of a group are preferred. Default: half, of even groups.")
 _OPTIMIZER = typer.Option("adamw", help="adamw, adamw_foreach or sgd.")
 
 
 def profile(
     model: str = _MODEL,
-    groups: str = typer.Option("2,4,8,16", help="Sizes, even."),
+    groups: str = typer.Option("2,4,8,16", help="Sizes: even, or any with --positives."),
+    positives: int | None = _POSITIVES,
     strategies: str | None = _STRATEGIES,
     settings: str = typer.Option("full,lora", help=f"Of {', '.join(SETTINGS)}."),
     tokens: int = _TOKENS,
     micro_batch: int = _MICRO_BATCH,
     dtype: str = typer.Option("float32", help="Of the parameters: float32, bfloat16, float16."),
     optimizer: str = _OPTIMIZER,
-    lora_rank: int = typer.Option(16, help="Of the setting lora."),
+    lora_rank: int | None = typer.Option(None, help="The rank of the setting lora (default 16)."),
     layers: int | None = typer.Option(None, help="Instead of the model's own number."),
     device: str | None = typer.Option(None, help="cpu or cuda. Default: cuda where there is one."),
     limit_mib: int | None = typer.Option(None, help="Memory that a step may take; more counts as out of memory."),
@@ -52,20 +54,24 @@ def profile(
     from ..report import write_report
     from ..workloads import Workload, sweep
 
+    sizes = numbers("groups", groups)
     base = Workload(
-        model=model, tokens=tokens, micro_batch=micro_batch, dtype=dtype, optimizer=optimizer, layers=layers
-    )
+        model=model, tokens=tokens, micro_batch=micro_batch, dtype=dtype, optimizer=optimizer, layers=layers,
+        group=max(sizes, default=8), positives=positives,
+    )  # fmt: skip
     changes: dict[str, dict[str, Any]] = {
         "full": {},
         "checkpointing": {"checkpointing": True},
-        "lora": {"lora_rank": lora_rank},
+        "lora": {"lora_rank": 16 if lora_rank is None else lora_rank},
     }
     chosen = words("settings", settings, SETTINGS)
+    if lora_rank is not None and "lora" not in chosen:
+        raise ValueError(f"--lora-rank must be left out without lora among --settings, {settings}; got {lora_rank}")
     if "lora" in chosen:
         needs("profile --settings lora", "peft")
     some = None if strategies is None else words("strategies", strategies)
     bases = [replace(base, **changes[name]) for name in chosen]
-    loads = [load for setting in bases for load in sweep(setting, numbers("groups", groups), some)]
+    loads = [load for setting in bases for load in sweep(setting, sizes, some)]
     path, interrupted = out / "measured.jsonl", False
     try:
         run(
@@ -91,7 +97,8 @@ def profile(
 
 def plan(
     model: str = _MODEL,
-    groups: str = typer.Option("2,8,32,128", help="Sizes, even."),
+    groups: str = typer.Option("2,8,32,128", help="Sizes: even, or any with --positives."),
+    positives: int | None = _POSITIVES,
     memory: float = typer.Option(80.0, help="Of a GPU, in GB (10^9 bytes)."),
     strategies: str | None = _STRATEGIES,
     tokens: int = typer.Option(1024, help="Of a response with its prompt."),
@@ -117,13 +124,14 @@ def plan(
 
     if not memory > 0:
         raise ValueError(f"memory must be positive; got {memory}")
+    sizes = numbers("groups", groups)
     base = Workload(
         model=model, tokens=tokens, micro_batch=micro_batch, dtype=dtype, autocast=autocast, optimizer=optimizer,
-        lora_rank=lora_rank, checkpointing=checkpointing,
+        lora_rank=lora_rank, checkpointing=checkpointing, group=max(sizes, default=8), positives=positives,
     )  # fmt: skip
     hardware = Hardware(round(memory * 1e9), ranks, headroom, device, reference)
     some = None if strategies is None else words("strategies", strategies)
-    sizes, processes = numbers("groups", groups), os.cpu_count() or 1
+    processes = os.cpu_count() or 1
     with Console(stderr=True).status("planning: a minute") as status:
         rows = predict(base, sizes, hardware, some, lambda name: status.update(f"planning: {name} is done"), processes)
     if as_json:

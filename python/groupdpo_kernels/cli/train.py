@@ -43,12 +43,12 @@ def train(
     label_smoothing: float | None = typer.Option(None),
     gamma: float | None = typer.Option(None, help="Of simpo."),
     alpha: float | None = typer.Option(None, help="Of rdpo."),
-    tau: float | None = typer.Option(None, help="Of discopop."),
+    tau: float | None = typer.Option(None, help="Of discopop; 0.05 by default."),
     balance: bool | None = typer.Option(None, "--balance/--no-balance", help="AdaDPO's; its options: in the file."),
     strategy: str | None = typer.Option(None, help="two_pass (default), one_pass or coupled."),
     learning_rate: float | None = typer.Option(None, "--learning-rate", "--lr"),
     epochs: float | None = typer.Option(None),
-    max_steps: int | None = typer.Option(None, help="Before --epochs."),
+    max_steps: int | None = typer.Option(None, help="Instead of --epochs."),
     groups_per_step: int | None = typer.Option(None, help="Default 8."),
     micro_batch_sequences: int | None = typer.Option(None, help="Responses in memory at a time (default 4)."),
     micro_batch_tokens: int | None = typer.Option(None, help="The same in tokens, padding included."),
@@ -69,6 +69,10 @@ def train(
     from .training import Listener, TrainSettings, read_settings
     from .training import train as run
 
+    if epochs is not None and max_steps is not None:
+        raise ValueError(
+            f"--epochs must be left out with --max-steps, which decides alone; got {epochs} and {max_steps}"
+        )
     settings = read_settings(config) if config is not None else {}
     for name, value in given.items():
         section, key = PLACES[name]

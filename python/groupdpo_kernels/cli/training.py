@@ -38,6 +38,13 @@ from .curves import draw
 from .loading import check_fit, device_of, existing, jsonl, load_model, load_tokenizer, tokenizer_digest
 
 SECTIONS = ("objective", "lora", "training")
+# The options of an objective that few losses use. `Objective` ignores them elsewhere; here each was asked for.
+USED_BY = {
+    "label_smoothing": ("sigmoid", "robust", "exo_pair"),
+    "gamma": ("simpo",),
+    "alpha": ("rdpo",),
+    "tau": ("discopop",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +56,8 @@ class TrainSettings:
         data: JSONL in a format of `data.FORMATS`. eval_data: the same, held out.
         tokenizer: a folder or a hub name. None: that of the model.
         device: auto, cpu or cuda. dtype: of the weights.
-        objective: the fields of `Objective`; balance: those of `AdaBalance`, or true.
+        objective: the fields of `Objective`; balance: those of `AdaBalance`, or true. An option that the loss does not
+            use is refused.
         lora: the fields of peft.LoraConfig; target_modules is "all-linear" unless it is there. None: all weights train.
         training: the fields of `GroupDPOConfig`, and so of transformers.TrainingArguments. A step takes
             per_device_train_batch_size x gradient_accumulation_steps groups.
@@ -111,9 +119,16 @@ def make_objective(given: Mapping[str, Any]) -> Objective:
     elif isinstance(balance, bool):
         options["balance"] = AdaBalance() if balance else None
     try:
-        return Objective(**options)
+        objective = Objective(**options)
     except TypeError as error:  # text where a number should be
         raise TypeError(f"objective must have numbers for numbers; got {options}: {error}") from None
+    for name, losses in USED_BY.items():
+        if options.get(name) is not None and objective.loss not in losses:
+            raise ValueError(
+                f"{name} must be left out with loss {objective.loss!r}, which does not use it"
+                f" ({', '.join(losses)} {'does' if len(losses) == 1 else 'do'}); got {options[name]}"
+            )
+    return objective
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -190,6 +205,9 @@ def _make_config(settings: TrainSettings, objective: Objective) -> Any:
     ours += ["logging_first_step"]
     known = [field.name for field in dataclasses.fields(GroupDPOConfig) if field.init and field.name not in ours]
     check_names("training", given, known)
+    if settings.eval_data is None:
+        for name in (name for name in given if name.startswith(("eval_", "per_device_eval_", "load_best_"))):
+            raise ValueError(f"training.{name} must be left out without eval_data; got {given[name]!r}")
     on_gpu = device_of(settings.device).type == "cuda"
     defaults = {
         "logging_steps": 1,

@@ -20,7 +20,7 @@ Sources: GroupDPO (arXiv 2604.15602); defaults of the objective: docs/math.md.
 from __future__ import annotations
 
 import contextlib
-import math
+import inspect
 import traceback
 from collections import defaultdict
 from collections.abc import Sequence
@@ -39,7 +39,8 @@ from ...models import attach, checkpoint_layers
 from ...objectives import Objective, PreferenceLoss, preference_loss
 from ...stepwise import reference_logps
 from .memory import advice, check_group_fits, memory_of, micro_batch_tokens_of
-from .metrics import preference_metrics, record
+from .metrics import means_of, preference_metrics, record
+from .misplaced import check_names, check_order
 from .reference import (
     add_reference_adapter,
     as_reference,
@@ -55,7 +56,8 @@ _NO_REFERENCE = "ref_model must be given to evaluate: ref_logps are those of tra
 
 
 class GroupDPOTrainer(Trainer):
-    """A transformers.Trainer on groups of responses; see the module.
+    """A transformers.Trainer on groups of responses, by default with Objective("mpo", beta=2.0, average=True,
+    nll_weight=1.0). See the module.
 
     Args:
         model: a causal LM; one with an adapter (a PeftModel) is its own reference, adapter included.
@@ -99,7 +101,12 @@ class GroupDPOTrainer(Trainer):
         peft_config: Any = None,
         callbacks: Any = None,
         optimizers: Any = (None, None),
+        **unknown: Any,
     ) -> None:
+        check_names("GroupDPOTrainer", unknown, [*inspect.signature(GroupDPOTrainer).parameters])
+        check_order("GroupDPOTrainer", ref_model)
+        if ref_model is not None and not isinstance(ref_model, nn.Module):
+            raise TypeError(f"ref_model must be a model or None; got a {type(ref_model).__name__}")
         args = GroupDPOConfig() if args is None else args
         _check_arguments(model, ref_model, args, objective, ref_logps, peft_config)
         if ref_logps is not None and eval_dataset is not None:
@@ -296,7 +303,9 @@ class GroupDPOTrainer(Trainer):
     ) -> Tensor:  # ()
         """The whole loss, its numbers noted for the log."""
         mode, loss = "train" if self.model.training else "eval", result.loss
-        values = {**preference_metrics(result, inputs["step"].groups, self.objective), **more}
+        step = inputs["step"]
+        lengths = torch.cat([mb.cu_seqlens.diff() for mb in step.micro_batches])
+        values = {**preference_metrics(result, step.groups, self.objective, lengths), **more}
         if parts:
             auxiliary = torch.stack(parts).sum()
             loss, values["aux_loss"] = loss + auxiliary.to(loss), auxiliary / self.aux_coef
@@ -307,16 +316,21 @@ class GroupDPOTrainer(Trainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return loss
 
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        """The numbers of this data under its own prefix: `eval_a_rewards/margins` of eval_dataset {"a": rows}."""
+        output = super().evaluation_loop(*arguments, **named)
+        prefix = named.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means_of(self._metrics["eval"]).items()})
+        return output
+
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
-        mode = "train" if self.model.training else "eval"
-        prefix = "eval_" if mode == "eval" else ""
-        logs.update({f"{prefix}{name}": math.fsum(seen) / len(seen) for name, seen in self._metrics[mode].items()})
+        if self.model.training:  # an evaluation has added its own numbers in `evaluation_loop`
+            logs.update(means_of(self._metrics["train"]))
         super().log(logs, *more, **named)
-        self._metrics[mode].clear()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 6 * int(inputs["num_tokens"]) * int(self.model.num_parameters(exclude_embeddings=True))

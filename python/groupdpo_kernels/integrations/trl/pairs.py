@@ -12,8 +12,8 @@ model given as an object is copied, so weights that have moved since (the stages
 `peft_config` it is the model without its adapter, for a PeftModel TRL's copy of the adapter, named "ref". An objective
 without a reference (simpo, cpo, orpo) holds none; TRL refuses images with it, as it does with precomputed references.
 
-The options of DPOConfig that describe the loss must stay as they are (`Objective` has them): see REPLACED. Adapters on
-the LM head are refused by TRL; `GroupDPOTrainer` takes them.
+The options of DPOConfig that describe the loss must stay as they are (`Objective` has them): see
+`misplaced.LOSS_OPTIONS`. Adapters on the LM head are refused by TRL; `GroupDPOTrainer` takes them.
 
 Never: changes TRL, or a class of it. Precondition: TRL 1.16 or later, before 2 (its private `_compute_loss` is
 overridden; the version is checked). Cost: as TRL's, without its (B, L) statistics. Formulas: docs/math.md.
@@ -22,6 +22,7 @@ overridden; the version is checked). Cost: as TRL's, without its (B, L) statisti
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,8 @@ from ...models import attach
 from ...objectives import Objective, preference_loss
 from ..one_column import NOT_OF_THE_MODEL, completion_targets
 from .accelerate import installed_trl
-from .metrics import preference_metrics, record
+from .metrics import means_of, preference_metrics, record
+from .misplaced import LOSS_OPTIONS, check_names, check_order
 from .reference import (
     check_adapter_alone_trains,
     check_no_earlier_reference,
@@ -49,32 +51,20 @@ SUPPORTED = (1, 16), (2, 0)  # from, to before
 
 trl = installed_trl("DPOTrainer", SUPPORTED)
 
-# Options of DPOConfig that say what the objective says, or what no objective can: its name there, or None.
-REPLACED = {
-    "loss_type": "loss",
-    "beta": "beta",
-    "label_smoothing": "label_smoothing",
-    "discopop_tau": "tau",
-    "loss_weights": None,
-    "ld_alpha": None,
-    "f_divergence_type": None,
-    "f_alpha_divergence_coef": None,
-    "use_weighting": None,
-}
-
 
 class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
-    """`trl.DPOTrainer` with `objective=`; all other arguments are TRL's, by keyword from the fourth on.
+    """`trl.DPOTrainer` with `objective=`, by default DPO's own, Objective("sigmoid", beta=0.1). All other arguments are
+    TRL's, by keyword from the fourth on.
 
     Args:
         objective: any `Objective` of a pairwise loss, or of a callable (scores (2B,), groups) -> (B,); the scores are
             those of chosen and rejected of each pair side by side.
 
-    Raises ValueError or TypeError, naming argument, expectation and value: for a group-wise loss; an option of REPLACED
-    that differs from TRL's default and from the objective; `ref_model`, `precompute_ref_log_probs` or `sync_ref_model`
-    with an objective that has no reference; `ref_model=None` where the reference could not stay what it was: a
-    PeftModel that has an adapter "ref" from an earlier training, an adapter that trains weights of the base model too,
-    a model that ZeRO-3 has sharded; a dataset without its columns; a tokenizer without an eos token. A TRL
+    Raises ValueError or TypeError, naming argument, expectation and value: for a group-wise loss; an option of
+    LOSS_OPTIONS that differs from TRL's default and from the objective; `ref_model`, `precompute_ref_log_probs` or
+    `sync_ref_model` with an objective that has no reference; `ref_model=None` where the reference could not stay what
+    it was: a PeftModel that has an adapter "ref" from an earlier training, an adapter that trains weights of the base
+    model too, a model that ZeRO-3 has sharded; a dataset without its columns; a tokenizer without an eos token. A TRL
     outside SUPPORTED is a RuntimeError.
     """
 
@@ -88,7 +78,12 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         **named: Any,
     ) -> None:
         installed_trl("DPOTrainer", SUPPORTED)
+        known = [*inspect.signature(trl.DPOTrainer).parameters, "objective"]
+        check_names("DPOTrainer", named, known)
+        check_order("DPOTrainer", ref_model)
         args = trl.DPOConfig() if args is None else args
+        if not isinstance(args, trl.DPOConfig):
+            raise TypeError(f"args must be a trl.DPOConfig; got {type(args).__name__}")
         _check_objective(objective)
         _check_options(args, objective, ref_model)
         _check_tokenizer(named.get("processing_class"))
@@ -155,7 +150,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         groups = PreferenceGroups.pairs(B).to(targets.device)
         cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0))
         result = preference_loss(token_logps[order][live], cu_seqlens, groups, self.objective, self._reference(inputs))
-        loss, values = result.loss, preference_metrics(result, groups, self.objective)
+        loss, values = result.loss, preference_metrics(result, groups, self.objective, lengths)
         del values["positive_mass"]  # of a pair it says what the margin says
         if self.aux_loss_enabled:
             loss, values["aux_loss"] = loss + self.router_aux_loss_coef * outputs.aux_loss, outputs.aux_loss
@@ -169,6 +164,13 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
             return loss
         with torch.no_grad():  # for a compute_metrics of the user's, as in TRL
             return loss, model(input_ids=inputs["input_ids"], use_cache=False, **forward)
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        """The numbers of this data under its own prefix: `eval_a_rewards/margins` of eval_dataset {"a": rows}."""
+        output = super().evaluation_loop(*arguments, **named)
+        prefix = named.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means_of(self._metrics["eval"]).items()})
+        return output
 
     def _reference(self, inputs: dict[str, Any]) -> Tensor | None:  # (2B,), chosen and rejected of each pair in turn
         if not self.objective.needs_reference:
@@ -214,9 +216,9 @@ def _check_tokenizer(processing_class: Any) -> None:
 def _check_options(args: Any, objective: Objective, ref_model: Any) -> None:
     """ValueError for what would be ignored: the loss is the objective's, and so is the need for a reference."""
     for field in dataclasses.fields(args):
-        if field.name not in REPLACED:
+        if field.name not in LOSS_OPTIONS:
             continue
-        value, ours = getattr(args, field.name), REPLACED[field.name]
+        value, ours = getattr(args, field.name), LOSS_OPTIONS[field.name]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if value == default or (ours is not None and value in (getattr(objective, ours), [getattr(objective, ours)])):
             continue

@@ -20,6 +20,7 @@ from ...data import Report, TokenGroup, collate, merge_prompts, read_groups, tok
 from ...formats import one_of
 from ...losses import LOSSES
 from ...objectives import Objective
+from .misplaced import check_names
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class GroupDPOConfig(TrainingArguments):
         disable_dropout: sets the probability of every nn.Dropout to 0.
         router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts. None: that of the model's config.
 
-    Raises ValueError for another strategy or layout, a limit below 1, and for what a strategy cannot do.
+    Raises ValueError for another strategy or layout, a limit below 1, and for what a strategy cannot do; TypeError for
+    an option that belongs to Objective or to the trainer, or that nobody has.
     """
 
     learning_rate: float = 1e-6
@@ -61,6 +63,11 @@ class GroupDPOConfig(TrainingArguments):
     precompute_ref_log_probs: bool = False
     disable_dropout: bool = True
     router_aux_loss_coef: float | None = None
+
+    def __new__(cls, *positional: Any, **named: Any) -> GroupDPOConfig:
+        """An option that is not there is an error that says where it belongs; __init__ would say that it is not."""
+        check_names(cls.__name__, named, cls.__dataclass_fields__)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
@@ -93,6 +100,11 @@ class GroupDPOConfig(TrainingArguments):
         if self.torch_empty_cache_steps is not None and self.strategy != "coupled":
             got = self.torch_empty_cache_steps
             raise ValueError(f"torch_empty_cache_steps must be None for strategy {self.strategy!r}; got {got}")
+        # Where transformers has a new name for an option, the old one would warn of itself.
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            new = old.replace("gradient", "activation")
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
         super().__post_init__()
         if self.strategy == "one_pass" and self.gradient_checkpointing and self.reentrant:
             raise ValueError(
@@ -197,7 +209,8 @@ def tokenised(
             raise ValueError(f"micro_batch_tokens must be at least {group.longest}, for row {group.row}; got {most}")
         if pairs and len(group.responses) != 2:
             got = f"row {group.row} of {name}_dataset has {len(group.responses)} responses"
-            raise ValueError(f"groups must be pairs for loss {objective.loss!r}; {got}")
+            larger = "all_pairs, margin, mpo and softmax take larger groups"
+            raise ValueError(f"groups must be pairs for loss {objective.loss!r}; {got}; {larger}")
     return GroupRows(groups)
 
 

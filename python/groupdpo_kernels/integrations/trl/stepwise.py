@@ -8,7 +8,7 @@ With TRL's DPOTrainer alone the reference of stage 2 is not that: without `ref_m
 model first came from, and with an adapter it stops at the copy "ref" that stage 1 left. Here a GroupDPOConfig scores
 each part once, under the weights that its stage starts from, in `stepwise.run_stages`; a DPOConfig lets `DPOTrainer`
 copy the model (or its adapter, which is deleted after the stage). So the first loss of every stage is that of equal
-scores: ln 2 for DPO.
+scores: ln 2, for sDPO is DPO in stages.
 
 `run_stages` keeps the stages on disk under args.output_dir: the same call, with the model as it first was, goes on
 after the last one that is whole, and ends with the same weights. The checkpoints of a stage are in
@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from ...logps import seq_logps
 from ...models import attach
 from ...objectives import Objective
 from ...stepwise import run_stages
-from .groups import GROUP_OBJECTIVE, GroupDPOTrainer, pad_id_of
+from .groups import GroupDPOTrainer, pad_id_of
 from .reference import check_no_earlier_reference
 from .rows import Collator, GroupDPOConfig, tokenised
 
@@ -45,14 +45,16 @@ _ASIDE = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging_", "lo
 
 
 class StepwiseDPO:
-    """Stages of `GroupDPOTrainer` or `DPOTrainer`, one for each part of the data.
+    """Stages of `GroupDPOTrainer` or `DPOTrainer`, one for each part of the data, by default with DPO's objective,
+    Objective("sigmoid", beta=0.1), on pairs.
 
     Args:
         model: the reference of stage 1; trained in place, its adapter if it has one.
         args: a GroupDPOConfig, or a trl.DPOConfig, of each stage; it chooses the trainer.
-        parts: the rows of each stage, in order, as the trainer takes them.
+        parts: a list of datasets: the rows of each stage, in order, as the trainer takes them.
         processing_class: the tokenizer; not needed for TokenGroups.
-        objective: one that has a reference. None: the trainer's own default.
+        objective: one that has a reference; groups larger than pairs want one of their own, such as
+            Objective("all_pairs").
         peft_config: makes the adapter, once, before stage 1.
         callbacks: of every stage.
 
@@ -70,7 +72,7 @@ class StepwiseDPO:
         parts: Sequence[Any],
         processing_class: Any = None,
         *,
-        objective: Objective | None = None,
+        objective: Objective = Objective(),  # noqa: B008  frozen
         peft_config: Any = None,
         callbacks: Any = None,
     ) -> None:
@@ -80,7 +82,10 @@ class StepwiseDPO:
             kind.__name__ for kind in type(args).__mro__
         ):  # TRL is not imported
             raise TypeError(f"args must be a GroupDPOConfig or a trl.DPOConfig; got {type(args).__name__}")
-        self.objective = objective or (GROUP_OBJECTIVE if self.grouped else Objective())
+        if not isinstance(objective, Objective):
+            raise TypeError(f"objective must be an Objective; got {objective!r}")
+        self.objective = objective
+        parts = _datasets(parts)
         if not self.objective.needs_reference:
             raise ValueError(f"objective must have a reference, which is what the stages move; got {self.objective}")
         if getattr(args, "sync_ref_model", False):
@@ -155,6 +160,23 @@ class StepwiseDPO:
                 trainer = DPOTrainer(model, None, args, train_dataset=part, **named)
             trainer.train()
         self.history[stage] = trainer.state.log_history
+
+
+def _datasets(parts: Any) -> list[Any]:
+    """TypeError where `parts` is the rows of one dataset, which would make each row, or each column, a stage."""
+    one = isinstance(parts, (str, Mapping)) or hasattr(parts, "column_names")
+    if one or not isinstance(parts, Iterable):
+        got = f"a {type(parts).__name__}"
+    else:
+        parts = list(parts)
+        row = next((part for part in parts if isinstance(part, (str, Mapping, TokenGroup))), None)
+        if row is None:
+            return parts
+        got = f"a list that holds a {type(row).__name__}"
+    raise TypeError(
+        "parts must be a list of datasets, one for each stage: [first, second], or"
+        f" [take(rows, part) for part in equal_parts(len(rows), 2)] of groupdpo_kernels.stepwise; got {got}"
+    )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,90 @@
+"""Options of the command line that would do nothing are refused; what it shows fits a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny_cli import refused
+from typer.testing import CliRunner
+
+from groupdpo_kernels import Objective
+from groupdpo_kernels.cli.app import app
+from groupdpo_kernels.cli.logps import bar
+from groupdpo_kernels.cli.training import make_objective
+from groupdpo_kernels.integrations.trl import GroupDPOConfig
+
+
+@pytest.mark.parametrize(
+    ("loss", "option"),
+    [("sigmoid", "gamma"), ("mpo", "gamma"), ("simpo", "alpha"), ("sigmoid", "tau"), ("hinge", "label_smoothing")],
+)
+def test_options_of_another_loss(tmp_path: Path, loss: str, option: str) -> None:
+    """Refused as a flag and in a file; in code, where losses are swept over, they are carried along."""
+    said = f"{option} must be left out with loss '{loss}', which does not use it"
+    given = ("--model", "m", "--data", "d", "--out", tmp_path, "--loss", loss)
+    assert said in refused("train", *given, f"--{option.replace('_', '-')}", 0.1)
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({"objective": {"loss": loss, option: 0.1}}))
+    assert said in refused("train", config, *given[:6])
+    assert Objective(loss, **{option: 0.1}).loss == loss  # type: ignore[arg-type]
+
+
+def test_options_of_the_loss_itself() -> None:
+    for given in ({"loss": "simpo", "gamma": 0.5}, {"loss": "rdpo", "alpha": 0.1}, {"label_smoothing": 0.1}):
+        assert make_objective(given) == Objective(**given)  # type: ignore[arg-type]
+    assert make_objective({"loss": "hinge", "balance": False}) == Objective("hinge")
+
+
+def test_options_that_another_one_decides(tmp_path: Path) -> None:
+    given = ("--model", "m", "--data", __file__, "--out", tmp_path)
+    assert "--epochs must be left out with --max-steps" in refused("train", *given, "--epochs", 1, "--max-steps", 2)
+    config = tmp_path / "c.json"
+    config.write_text('{"training": {"eval_steps": 5}}')
+    assert "training.eval_steps must be left out without eval_data; got 5" in refused("train", config, *given)
+    said = refused("profile", "--settings", "full", "--lora-rank", 4, "--out", tmp_path / "p")
+    assert "--lora-rank must be left out without lora among --settings, full; got 4" in said
+
+
+@pytest.mark.parametrize("command", ["plan", "profile"])
+def test_positives(command: str, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "p") if command == "profile" else ()
+    assert "group must be even, for half of it is positive" in refused(command, "--groups", "3", *out)
+    said = refused(command, "--groups", "2,3", "--positives", 2, *out)
+    assert "positives must be less than group, which has a negative too; got 2 of 2" in said
+
+
+def test_elapsed_and_left_stand_apart() -> None:
+    shown = io.StringIO()
+    with bar(Console(file=shown, width=120, force_terminal=True, color_system=None)) as progress:
+        progress.add_task("training", total=10)
+    last = " ".join(shown.getvalue().split())
+    assert "0/10 0:00:00 elapsed, -:--:-- left" in last
+
+
+def test_check_keeps_its_remedies_at_80_columns() -> None:
+    """Each reason is a line of its own, whole."""
+    narrow = CliRunner().invoke(app, ["check", "--no-test"], env={"COLUMNS": "80"})
+    found: Any = json.loads(CliRunner().invoke(app, ["check", "--no-test", "--json"]).stdout)
+    assert narrow.exit_code == 0
+    for row in found["auto"]:
+        for name, reasons in row["why_not"].items():
+            why = "; ".join(reasons) or f"could run; {row['impl']} comes first"
+            assert f"{name}: {why}\n" in narrow.stdout
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": False}, {"gradient_checkpointing": True}])
+def test_a_config_warns_of_no_name(options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        config = GroupDPOConfig("out", use_cpu=True, **options)
+    assert config.gradient_checkpointing is options.get("gradient_checkpointing", True)
+    assert getattr(config, "activation_checkpointing", config.gradient_checkpointing) is config.gradient_checkpointing
+    off = {"activation_checkpointing": False}
+    if hasattr(config, "activation_checkpointing"):
+        assert GroupDPOConfig("out", use_cpu=True, **off).gradient_checkpointing is False  # type: ignore[arg-type]
