@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"logps", "groups", "objectives"},  # the last two for typing only
     "objectives": {"functions", "groups", "logps", "losses", "ops", "preference_ops"},  # groups for typing only
     "groups": {"objectives", "ops"},
-    "backward": {"groups", "objectives", "losses", "logps", "replay"},
+    "ranks": set(),
+    "backward": {"groups", "objectives", "losses", "logps", "ranks", "replay"},
     "heads": {"logps"},
     "probe": {"heads"},
     "models": {"heads", "probe", "logps"},
