@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backward": {"groups", "objectives", "losses", "logps", "ranks", "replay"},
     "heads": {"logps"},
     "probe": {"heads"},
-    "models": {"heads", "probe", "logps"},
+    "models": {"heads", "probe", "logps", "ranks"},
     "formats": {"groups"},
     "batches": {"formats", "groups"},
     "data": {"batches", "formats", "groups"},
@@ -87,7 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("groups", "losses", "models", "objectives", "one_column"),
         *("accelerate", "metrics", "reference", "rows"),  # beside it
     },
-    "integrations/trl/reference": set(),
+    "integrations/trl/reference": {"ranks"},
     "integrations/trl/stepwise": {
         *("data", "logps", "models", "objectives", "stepwise"),
         *("groups", "pairs", "reference", "rows"),  # beside it

@@ -173,6 +173,7 @@ class Ranks:
             yield
             return
         first: list[nn.Module] = []
+        late = torch.is_grad_enabled() and not self.one_pass
 
         def look(module: nn.Module, args: Any) -> None:
             if self.error is not None:
@@ -184,6 +185,8 @@ class Ranks:
                 self._add(first[0], module)
                 if self.wrappers:
                     hook.remove()
+                    if late and not self._only_ddp:
+                        raise ValueError("model must be given where pass 1 does not run the wrapper that pass 2 runs")
                     if not self._met:
                         self.meet()
                     for wrapper in self.wrappers:
