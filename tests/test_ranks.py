@@ -1,5 +1,5 @@
-"""group_backward over two gloo processes under DistributedDataParallel, FSDP 1 and 2 and ZeRO, against one process with
-the groups of both: the same weights after three steps, whatever the numbers of micro-batches; or an error on every rank.
+"""group_backward over two gloo processes under DistributedDataParallel, FSDP 1 and 2 and ZeRO, against one process that
+has the groups of both: the same weights after three steps, whatever the numbers of micro-batches; or an error on both.
 
 Each case runs on the same two processes; a test reads what its case reported. No case may hang: a collective that waits
 for longer than half a minute raises.
@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 from tiny_models import batch, eager_logps, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -40,7 +40,7 @@ WORLD, STEPS, LR = 2, 3, 0.05
 OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
 
 
-# ------------------------------------------------------------------------------------------------- the README's own loop
+# ------------------------------------------------------------------------------------------------ the README's own loop
 
 
 def forward_of(model: nn.Module) -> Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]:
@@ -148,7 +148,7 @@ def fsdp1_counts_differ(rank: int) -> None:
     same_as_one_process(rank, (3, 2), fsdp1)
 
 
-# -------------------------------------------------------------------------------------------------- adapters under FSDP2
+# ------------------------------------------------------------------------------------------------- adapters under FSDP2
 
 
 def lora_on_the_head() -> nn.Module:
@@ -195,7 +195,7 @@ def reference_of_the_trainers(rank: int) -> None:
     same_as_one_process(rank, (2, 2), units, lora_on_the_head(), reference)
 
 
-# ------------------------------------------------------------------------------------------------------ errors, in words
+# ----------------------------------------------------------------------------------------------------- errors, in words
 
 
 def raises(message: str, wrapped: nn.Module, *arguments: Any, forward: Any = None, **options: Any) -> None:
@@ -271,7 +271,7 @@ def a_micro_batch_without_live_tokens(rank: int) -> None:
         torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- tensor parallelism
+# --------------------------------------------------------------------------------------------------- tensor parallelism
 
 
 def split_head(model: nn.Module, **options: Any) -> nn.Module:
@@ -286,7 +286,7 @@ def a_head_split_over_ranks(rank: int) -> None:
     expected.sum().backward()
 
     local = split_head(copy.deepcopy(single), output_layouts=Shard(-1), use_local_output=True)
-    with pytest.warns(UserWarning, match="split over devices"), pytest.raises(ValueError, match="got 25[45] of 509"):
+    with pytest.warns(UserWarning, match="split over devices"), pytest.raises(ValueError, match=r"got 25[45] of 509"):
         model_logps(local, **inputs)
 
     known = split_head(copy.deepcopy(single), output_layouts=Shard(-1), use_local_output=False)
@@ -347,7 +347,7 @@ def a_model_sharded_by_transformers(rank: int) -> None:
             shutil.rmtree(folder[0])
 
 
-# -------------------------------------------------------------------------------------------------------------- DeepSpeed
+# ------------------------------------------------------------------------------------------------------------ DeepSpeed
 
 
 def zero(rank: int, stage: int, counts: tuple[int, int]) -> None:

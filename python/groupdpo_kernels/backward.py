@@ -120,7 +120,7 @@ def _check(strategy: str, micro_batches: Any, scale: float | Tensor, leaves: lis
         raise ValueError("parameters must be leaves, at least one of which requires grad")
     if leaves is not None and any(map(is_dtensor, leaves)):
         raise ValueError(
-            "parameters must be None, and strategy 'two_pass', for a model sharded by FSDP2 or tensor parallelism, whose"
+            "parameters must be None, and strategy 'two_pass', for a model sharded by FSDP2 or tensor parallelism: its"
             " parameters are not the leaves of the graph; got DTensors"
         )
 

@@ -273,7 +273,9 @@ def _check_whole(bare: Any, head: nn.Module | None, width: int) -> None:
     leaf: Any = None if head is None else leaf_of(head)
     base = leaf.get_base_layer() if hasattr(leaf, "get_base_layer") else leaf
     weight = getattr(base, "weight", None)
-    rows = weight.shape[0] if isinstance(weight, Tensor) and is_dtensor(weight) else getattr(base, "out_features", width)
+    rows = (
+        weight.shape[0] if isinstance(weight, Tensor) and is_dtensor(weight) else getattr(base, "out_features", width)
+    )
     config = getattr(bare, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocab = getattr(config, "vocab_size", None) or rows

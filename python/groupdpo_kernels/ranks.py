@@ -109,7 +109,9 @@ class Ranks:
         if high != -low:
             raise ValueError("strategy must be the same on every rank; got different ones")
         if least == 0:
-            raise ValueError(f"micro_batches must hold at least one on every rank; got from 0 to {most}, {self._own} here")
+            raise ValueError(
+                f"micro_batches must hold at least one on every rank; got from 0 to {most}, {self._own} here"
+            )
         self._most = most
 
     def _maximum(self, values: list[int]) -> list[int]:

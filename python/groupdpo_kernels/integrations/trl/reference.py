@@ -37,7 +37,9 @@ def check_on_one_device(name: str, model: Any) -> None:
 def frozen_copy(model: nn.Module) -> nn.Module:
     """The model as it is. ValueError for one that FSDP2, tensor parallelism or ZeRO-3 has sharded."""
     if any(map(is_dtensor, model.parameters())):
-        raise ValueError("ref_model must be given for a model whose parameters are DTensors, for no copy has them; got None")
+        raise ValueError(
+            "ref_model must be given for a model whose parameters are DTensors, for no copy has them; got None"
+        )
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError("ref_model must be given for a model sharded by ZeRO-3, which cannot be copied; got None")
     copied = copy.deepcopy(model).eval().requires_grad_(False)
