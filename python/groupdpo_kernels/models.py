@@ -70,7 +70,8 @@ def model_logps(
             `use_cache=False` is added where the model knows it. `labels` is refused: the model would compute a loss of
             its own from logits that do not exist.
 
-    Raises ValueError or TypeError for wrong targets, for `labels` and, under `strict`, where real logits are needed.
+    Raises ValueError or TypeError for wrong targets, for `labels`, for a head that gives one rank's piece of the
+    vocabulary (tensor parallelism) and, under `strict`, where real logits are needed.
     For the model's other outputs (the auxiliary loss of a mixture of experts): `attach(model).with_outputs(...)`.
     """
     options = ScoreOptions(ignore_index, temperature, grad_tol, workspace_bytes, impl, strict)
