@@ -227,7 +227,8 @@ class Ranks:
 @contextlib.contextmanager
 def _boundary(engine: Any, last: bool) -> Iterator[None]:
     """DeepSpeed takes each backward for the end of a step, unless it is told; what was told before holds afterwards."""
-    if not engine.managed_gradient_accumulation():  # then its step() is the end, whatever ran before
+    managed = getattr(engine, "managed_gradient_accumulation", None)  # of newer versions
+    if managed is not None and not managed():  # then its step() is the end, whatever ran before
         yield
         return
     before = engine._is_gradient_accumulation_boundary
