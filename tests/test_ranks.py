@@ -34,7 +34,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from groupdpo_kernels import Objective, PreferenceGroups, group_backward, model_logps, preference_loss
-from groupdpo_kernels.integrations.trl.reference import as_reference, frozen_copy
+from groupdpo_kernels.integrations.trl.reference import as_reference, check_on_one_device, frozen_copy
 
 WORLD, STEPS, LR = 2, 3, 0.05
 OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
@@ -306,24 +306,18 @@ def a_head_split_over_ranks(rank: int) -> None:
         model_logps(by_hand, **batch(B=2, L=9))
 
 
-def a_sharded_model_in_the_trainer(rank: int) -> None:
-    from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer
-
-    make_one = lambda: make("llama", num_hidden_layers=1)  # noqa: E731
-    for model in (units(make_one()), split_head(make_one()), fsdp1(make_one()), DistributedDataParallel(make_one())):
-        for given in ({"model": model}, {"model": make_one(), "ref_model": model}):
-            name = [*given][-1]
-            with pytest.raises(ValueError, match=f"^{name} must be whole on every rank and not wrapped"):
-                GroupDPOTrainer(args=GroupDPOConfig(use_cpu=True, report_to=[]), **given)
+def a_sharded_model_is_no_trainers(rank: int) -> None:
+    for wrap in (units, split_head, fsdp1, DistributedDataParallel):
+        with pytest.raises(ValueError, match=r"^model must be whole on every rank and not wrapped"):
+            check_on_one_device("model", wrap(make("llama", num_hidden_layers=1)))
     with pytest.raises(ValueError, match="DTensors"):
-        frozen_copy(units(make_one()))
+        frozen_copy(units(make("llama", num_hidden_layers=1)))
+    check_on_one_device("model", make("llama", num_hidden_layers=1))
 
 
 def a_model_sharded_by_transformers(rank: int) -> None:
     """As its `from_pretrained` shards it: values as before, and no trainer."""
     import transformers
-
-    from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer
 
     single, inputs = make("llama", num_hidden_layers=1), batch(B=2, L=9)
     folder = [tempfile.mkdtemp() if rank == 0 else None]
@@ -336,7 +330,7 @@ def a_model_sharded_by_transformers(rank: int) -> None:
             config = transformers.distributed.DistributedConfig(**sizes)
             model = transformers.AutoModelForCausalLM.from_pretrained(folder[0], distributed_config=config)
             with pytest.raises(ValueError, match="model must be whole on every rank"):
-                GroupDPOTrainer(model, args=GroupDPOConfig(use_cpu=True, report_to=[]))
+                check_on_one_device("model", model)
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 found = model_logps(model, **inputs)
@@ -402,7 +396,7 @@ CASES: list[Callable[[int], None]] = [
     a_bare_model_waits_for_nobody,
     a_micro_batch_without_live_tokens,
     a_head_split_over_ranks,
-    a_sharded_model_in_the_trainer,
+    a_sharded_model_is_no_trainers,
     a_model_sharded_by_transformers,
 ]
 if importlib.util.find_spec("deepspeed"):
