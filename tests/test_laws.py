@@ -35,10 +35,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"logps", "groups", "objectives"},  # the last two for typing only
     "objectives": {"functions", "groups", "logps", "losses", "ops", "preference_ops"},  # groups for typing only
     "groups": {"objectives", "ops"},
-    "backward": {"groups", "objectives", "losses", "logps", "replay"},
+    "ranks": set(),
+    "backward": {"groups", "objectives", "losses", "logps", "ranks", "replay"},
     "heads": {"logps"},
     "probe": {"heads"},
-    "models": {"heads", "probe", "logps"},
+    "models": {"heads", "probe", "logps", "ranks"},
     "formats": {"groups"},
     "batches": {"formats", "groups"},
     "data": {"batches", "formats", "groups"},
@@ -86,7 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("groups", "losses", "models", "objectives", "one_column"),
         *("accelerate", "metrics", "misplaced", "reference", "rows"),  # beside it
     },
-    "integrations/trl/reference": set(),
+    "integrations/trl/reference": {"ranks"},
     "integrations/trl/stepwise": {
         *("data", "logps", "models", "objectives", "stepwise"),
         *("groups", "pairs", "reference", "rows"),  # beside it

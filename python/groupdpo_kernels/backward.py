@@ -12,7 +12,7 @@ sum_i c_i s_i, and a sum splits over micro-batches anywhere.
 
 Both give the gradient of the whole group, dropout included: two_pass saves the random state of each micro-batch and
 replays it. First order only.
-Never: keeps the graph of a whole group; knows a loss or a model; hides a loss that is not finite.
+Several processes: see ranks.py. Never: keeps the graph of a whole group; knows a loss or a model; hides a loss that is not finite.
 Precondition: forward depends on its micro-batch, on parameters that stay as they are during the call, and on torch's
 global random state, nothing else; two_pass compares its passes and warns.
 Source: GroupDPO (arXiv 2604.15602). Derivation: docs/math.md.
@@ -23,16 +23,17 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .groups import PreferenceGroups
 from .logps import seq_logps
 from .objectives import Objective, PreferenceLoss, preference_loss
+from .ranks import Ranks, is_dtensor
 from .replay import LseTape, RandomState
 
 M = TypeVar("M")
@@ -50,6 +51,8 @@ def group_backward(
     parameters: Iterable[Tensor] | None = None,
     no_sync: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
     gradient_bytes: int = 2**30,
+    model: nn.Module | None = None,
+    process_group: Any = None,
 ) -> PreferenceLoss:
     """Accumulates into .grad what `(scale * preference_loss(...).loss).backward()` would, a micro-batch at a time.
 
@@ -69,16 +72,43 @@ def group_backward(
         strategy: "two_pass" or "one_pass", see the module.
         scale: factor on the gradient, not on the result: 1 / accumulation steps, the scale of a gradient scaler.
         parameters: the leaves whose .grad is filled. None: all that the graph leads to.
-        no_sync: under DistributedDataParallel its `ddp.no_sync`: only the last backward synchronises.
+        no_sync: the context of every micro-batch but the last, in which gradients are not reduced. None: found from
+            the wrapper: `ddp.no_sync`, or DeepSpeed's set_gradient_accumulation_boundary.
         gradient_bytes: the most that the S copies of one_pass may take.
+        model: the wrapper that forward calls, so that ranks agree before anything runs and hear of errors in the
+            arguments. None: found once forward calls it.
+        process_group: the ranks that must agree. None: those of the wrapper; without a wrapper no rank talks to
+            another. A wrapper that is not known here (neither DistributedDataParallel, FSDP nor DeepSpeed) needs it.
+
+    Several processes. Every rank calls group_backward with groups of its own; wrappers average the gradient over ranks,
+    so it is that of one process with all groups where ranks have equally many (else scale = ranks * own groups / all
+    groups). Ranks agree on the number of micro-batches; under FSDP and DeepSpeed, where each one is a collective, a
+    rank with fewer runs its smallest again with weight zero. one_pass knows DistributedDataParallel alone.
 
     Returns the PreferenceLoss, detached, without auxiliary losses. A loss that is not finite comes out as it is, and so
     do its gradients. A module that counts its forwards (batch normalisation) counts both passes.
 
     Raises ValueError or TypeError for what preference_loss refuses, for micro-batches that cannot be iterated twice or
     do not hold the sequences of groups, for results of forward of another form, for reentrant checkpoints with
-    `parameters`. Warns if pass 2 does not repeat pass 1.
+    `parameters`, for parameters or one_pass where FSDP or DeepSpeed shards, for ranks of different strategies. Before
+    pass 2 an error of one rank is an error on all (under FSDP and ZeRO-3 not if it came from forward itself). Warns if
+    pass 2 does not repeat pass 1.
     """
+    names = list(STRATEGIES)
+    at = names.index(strategy) if strategy in names else -1
+    ranks = Ranks(process_group, lambda: _count(micro_batches), at, strategy == "one_pass", no_sync is not None)
+    wrong: Exception | None = None
+    leaves = None if parameters is None else [p for p in parameters if p.requires_grad]
+    try:
+        _check(strategy, micro_batches, scale, leaves)
+    except (ValueError, TypeError) as error:
+        wrong = error
+    ranks.begin(model, wrong)
+    step = _Step(micro_batches, forward, groups, objective, ref_logps, scale, leaves, no_sync, gradient_bytes, ranks)
+    return STRATEGIES[strategy](step)
+
+
+def _check(strategy: str, micro_batches: Any, scale: float | Tensor, leaves: list[Tensor] | None) -> None:
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
     if isinstance(micro_batches, Iterator):
@@ -86,11 +116,17 @@ def group_backward(
         raise TypeError(f"micro_batches must be a list or another iterable that can be iterated twice; got a {got}")
     if isinstance(scale, Tensor) and scale.numel() != 1:
         raise ValueError(f"scale must be a number or a tensor of one; got shape {tuple(scale.shape)}")
-    leaves = None if parameters is None else [p for p in parameters if p.requires_grad]
     if leaves is not None and not (leaves and all(p.is_leaf for p in leaves)):
         raise ValueError("parameters must be leaves, at least one of which requires grad")
-    step = _Step(micro_batches, forward, groups, objective, ref_logps, scale, leaves, no_sync, gradient_bytes)
-    return STRATEGIES[strategy](step)
+    if leaves is not None and any(map(is_dtensor, leaves)):
+        raise ValueError(
+            "parameters must be None, and strategy 'two_pass', for a model sharded by FSDP2 or tensor parallelism: its"
+            " parameters are not the leaves of the graph; got DTensors"
+        )
+
+
+def _count(micro_batches: Any) -> int:
+    return len(micro_batches) if isinstance(micro_batches, Sized) else sum(1 for _ in micro_batches)
 
 
 class _Run(NamedTuple):
@@ -119,13 +155,18 @@ class _Step:
     leaves: list[Tensor] | None
     no_sync: Callable[[], contextlib.AbstractContextManager[Any]] | None
     gradient_bytes: int
+    ranks: Ranks
 
-    def sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if last or self.no_sync is None else self.no_sync()
+    @contextlib.contextmanager
+    def sync(self, last: bool) -> Iterator[None]:
+        with self.ranks.syncing(last), contextlib.nullcontext() if last or self.no_sync is None else self.no_sync():
+            yield
 
     def run(self, micro_batch: Any, at: int) -> _Run:
         """Forward of one micro-batch, its result checked for form."""
-        outputs, what = self.forward(micro_batch), f"forward(micro_batches[{at}])"
+        with self.ranks.watching() if at == 0 else contextlib.nullcontext():
+            outputs = self.ranks.call(self.forward, micro_batch)
+        what = f"forward(micro_batches[{at}])"
         if not isinstance(outputs, (tuple, list)) or len(outputs) not in (2, 3):
             got = f"{len(outputs)} items" if isinstance(outputs, (tuple, list)) else type(outputs).__name__
             raise TypeError(f"{what} must be (token_logps, cu_seqlens) or those and an auxiliary loss; got {got}")
@@ -166,14 +207,20 @@ def _two_pass(step: _Step) -> PreferenceLoss:
     first: list[_Run] = []
     states: list[RandomState] = []
     tapes: list[LseTape] = []
-    with torch.no_grad():
-        for at, micro_batch in enumerate(step.micro_batches):
-            states.append(RandomState())
-            tapes.append(LseTape())
-            with tapes[at].record():
-                first.append(step.run(micro_batch, at))
-    after = RandomState()
-    result, gradients = step.loss(first)
+    smallest: Any = None
+    with step.ranks.failing_together():
+        with torch.no_grad():
+            for at, micro_batch in enumerate(step.micro_batches):
+                states.append(RandomState())
+                tapes.append(LseTape())
+                with tapes[at].record():
+                    first.append(step.run(micro_batch, at))
+                if first[at].size[1] <= min(run.size[1] for run in first):
+                    smallest = micro_batch
+            after = RandomState()
+            for _ in range(step.ranks.missing):
+                step.run(smallest, len(first))
+        result, gradients = step.loss(first)
     again: list[Tensor] = []
     reached = False
     try:
@@ -183,7 +230,7 @@ def _two_pass(step: _Step) -> PreferenceLoss:
             # Autocast keeps casts of the weights: those of pass 1 carry no graph, those of a backward have lost it.
             torch.clear_autocast_cache()
             states[at].restore()
-            with step.sync(last=at == len(first) - 1):
+            with step.sync(last=at == len(first) - 1 and step.ranks.missing == 0):
                 with tapes[at].replay():
                     run = step.run(micro_batch, at)
                 if run.size != first[at].size:
@@ -199,6 +246,12 @@ def _two_pass(step: _Step) -> PreferenceLoss:
                         _check_reachable([x for x, _ in live])
                     torch.autograd.backward([x for x, _ in live], [g for _, g in live], inputs=step.leaves)
                     reached = True
+        for left in reversed(range(step.ranks.missing if reached else 0)):
+            with step.sync(last=left == 0):
+                run = step.run(smallest, len(first))
+                live = [(x, torch.zeros_like(x)) for x in (run.token_logps, run.auxiliary) if x is not None]
+                live = [(x, g) for x, g in live if x.requires_grad]
+                torch.autograd.backward([x for x, _ in live], [g for _, g in live], inputs=step.leaves)
     finally:
         after.restore()
     if len(again) != len(first):
@@ -241,6 +294,29 @@ def _one_pass(step: _Step) -> PreferenceLoss:
     runs: list[_Run] = []
     by_response: dict[Tensor, list[tuple[int, int, Tensor]]] = {}  # leaf -> (micro-batch, response in it, gradient)
     total: dict[Tensor, Tensor] = {}  # leaf -> gradient, in at least float32
+    with step.ranks.failing_together():
+        _gradients_by_response(step, runs, by_response, total)
+        result, d_token_logps = step.loss(runs)
+    # The gradient is the same at every token of a response: it is c. (Clamped: an empty response is NaN already.)
+    c = [g[run.cu_seqlens[:-1].long().clamp(max=g.shape[0] - 1)] for g, run in zip(d_token_logps, runs)]
+    for leaf, kept in by_response.items():
+        for at, k, gradient in kept:
+            _add(total, leaf, gradient, c[at][k])
+        kept.clear()
+    if not total:
+        raise ValueError(_NO_GRAPH)
+    # Through the leaves' own accumulation: so hooks run that reduce gradients over ranks.
+    torch.autograd.backward(list(total), [g.to(leaf.dtype) for leaf, g in total.items()])
+    return result
+
+
+def _gradients_by_response(
+    step: _Step,
+    runs: list[_Run],
+    by_response: dict[Tensor, list[tuple[int, int, Tensor]]],
+    total: dict[Tensor, Tensor],
+) -> None:
+    """Fills the three: forward of each micro-batch, and the gradient of each of its responses."""
     for at, (micro_batch, last) in enumerate(_marking_last(step.micro_batches)):
         torch.clear_autocast_cache()
         with step.sync(last):
@@ -258,18 +334,6 @@ def _one_pass(step: _Step) -> PreferenceLoss:
                     elif gradient is not None:
                         _add(total, leaf, gradient, step.scale)
         runs.append(_Run(run.token_logps.detach(), run.cu_seqlens, run.seq_logps.detach(), None))
-    result, d_token_logps = step.loss(runs)
-    # The gradient is the same at every token of a response: it is c. (Clamped: an empty response is NaN already.)
-    c = [g[run.cu_seqlens[:-1].long().clamp(max=g.shape[0] - 1)] for g, run in zip(d_token_logps, runs)]
-    for leaf, kept in by_response.items():
-        for at, k, gradient in kept:
-            _add(total, leaf, gradient, c[at][k])
-        kept.clear()
-    if not total:
-        raise ValueError(_NO_GRAPH)
-    # Through the leaves' own accumulation: so hooks run that reduce gradients over ranks.
-    torch.autograd.backward(list(total), [g.to(leaf.dtype) for leaf, g in total.items()])
-    return result
 
 
 def _add(total: dict[Tensor, Tensor], leaf: Tensor, gradient: Tensor, factor: Tensor | float) -> None:

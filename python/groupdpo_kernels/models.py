@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .heads import HeadCall, LogitMap, ScoreOptions, Tie, logps_in_chunks
+from .heads import HeadCall, LogitMap, ScoreOptions, Tie, leaf_of, logps_in_chunks
 from .probe import Probe, eager, logits_of
+from .ranks import is_dtensor, reshard
 
 
 def model_logps(
@@ -69,7 +70,8 @@ def model_logps(
             `use_cache=False` is added where the model knows it. `labels` is refused: the model would compute a loss of
             its own from logits that do not exist.
 
-    Raises ValueError or TypeError for wrong targets, for `labels` and, under `strict`, where real logits are needed.
+    Raises ValueError or TypeError for wrong targets, for `labels`, for a head that gives one rank's piece of the
+    vocabulary (tensor parallelism) and, under `strict`, where real logits are needed.
     For the model's other outputs (the auxiliary loss of a mixture of experts): `attach(model).with_outputs(...)`.
     """
     options = ScoreOptions(ignore_index, temperature, grad_tol, workspace_bytes, impl, strict)
@@ -164,9 +166,12 @@ class AttachedModel:
             finding = _findings[bare] = _find(self.model, head, targets, inputs)
         if head is None or finding.logit_map is None:
             return self._with_logits(finding, targets, inputs, finding.reason)
+        _check_whole(bare, head, finding.logit_map.vocab)
         call = HeadCall(head, targets, finding.logit_map, self.options)
         with call.installed(), eager(self.model, head):
             outputs = self.model(**inputs)
+        if hasattr(bare, "peft_config") and not torch.is_grad_enabled():
+            reshard(self.model)  # this may be a reference within disable_adapter(), which must end on shards
         if call.count != 1:
             reason = f"its output head is called {call.count} times in this forward"
             return self._with_logits(finding, targets, inputs, reason)
@@ -193,7 +198,10 @@ class AttachedModel:
             finding.warned = True
             warnings.warn(f"{message}. Its (B, L, V) logits are held: memory grows with the vocabulary.", stacklevel=4)
         outputs = self.model(**inputs) if outputs is None else outputs
-        logits = logits_of(outputs)
+        logits: Any = logits_of(outputs)
+        if is_dtensor(logits):  # split over ranks, and knows it
+            logits = logits.full_tensor()
+        _check_whole(_unwrap(self.model), finding.head(), logits.shape[-1])
         if logits.shape[:-1] != targets.shape:
             positions = tuple(logits.shape[:-1])
             raise ValueError(f"targets must have the positions of the logits, {positions}; got {tuple(targets.shape)}")
@@ -255,6 +263,32 @@ def _head_of(bare: nn.Module) -> nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     return head if isinstance(head, nn.Module) else None
+
+
+def _check_whole(bare: Any, head: nn.Module | None, width: int) -> None:
+    """ValueError where the head of a tensor-parallel model gives a rank's piece of the vocabulary, which would pass for
+    the whole: `width` logits, fewer than the rows of its weight over all ranks and than the model's vocabulary.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    leaf: Any = None if head is None else leaf_of(head)
+    base = leaf.get_base_layer() if hasattr(leaf, "get_base_layer") else leaf
+    weight = getattr(base, "weight", None)
+    rows = (
+        weight.shape[0] if isinstance(weight, Tensor) and is_dtensor(weight) else getattr(base, "out_features", width)
+    )
+    config = getattr(bare, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocab = getattr(config, "vocab_size", None) or rows
+    pieces, rest = divmod(vocab, width)  # a head cut by hand has no rows but its own: then an even cut tells
+    cut_by_hand = pieces > 1 and rest == 0 and torch.distributed.get_world_size() % pieces == 0
+    if width < min(rows, vocab) or (cut_by_hand and rows == width):
+        raise ValueError(
+            f"the output head of {type(bare).__name__} must give logits of the whole vocabulary; got {width} of"
+            f" {max(rows, vocab)}, the piece of one rank (tensor parallelism). Let the head gather them"
+            " (output_layouts=Replicate(), or use_local_output=False), or give hidden states and the rank's rows of the"
+            " weight to linear_logps(..., process_group=)"
+        )
 
 
 def _without_cache(bare: nn.Module) -> dict[str, Any]:

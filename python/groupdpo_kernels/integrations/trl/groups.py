@@ -46,6 +46,7 @@ from .reference import (
     as_reference,
     check_adapter_alone_trains,
     check_no_earlier_reference,
+    check_on_one_device,
     frozen_copy,
     take_off_forwards_of,
 )
@@ -77,7 +78,7 @@ class GroupDPOTrainer(Trainer):
     Raises ValueError or TypeError, naming argument, expectation and value, for: a reference that nobody reads or that
     could not stay what it is (`reference`), rows of no known columns or without a usable group, a response longer than
     micro_batch_tokens, with "coupled" a group whose graph alone wants more memory than there is, a pairwise loss on
-    larger groups, DeepSpeed, FSDP, several GPUs in one process.
+    larger groups, DeepSpeed, FSDP, several GPUs in one process, a model that is split over ranks or wrapped already.
     """
 
     model: Any
@@ -270,7 +271,7 @@ class GroupDPOTrainer(Trainer):
             scale=self._scale(),
             # None with two_pass: a backward that is told its leaves finds none inside a reentrant checkpoint.
             parameters=None if two_pass else [p for p in model.parameters() if p.requires_grad],
-            no_sync=getattr(model, "no_sync", None),
+            model=model,
         )
         more = {"pass_drift": (torch.cat(seen[True]) - torch.cat(seen[False])).abs().max()} if two_pass else {}
         return self._logged(inputs, result, parts, more) / self.current_gradient_accumulation_steps
@@ -379,6 +380,9 @@ def _check_arguments(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a model (AutoModelForCausalLM.from_pretrained loads one); got {model!r:.60}")
+    for name, each in {"model": model, "ref_model": ref_model}.items():
+        if isinstance(each, nn.Module):
+            check_on_one_device(name, each)
     if not isinstance(args, GroupDPOConfig):
         raise TypeError(f"args must be a GroupDPOConfig; got {type(args).__name__}")
     if not isinstance(objective, Objective):

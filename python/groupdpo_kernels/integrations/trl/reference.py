@@ -18,9 +18,28 @@ from typing import Any
 
 from torch import nn
 
+from ...ranks import is_dtensor, kind_of, reshard
+
+
+def check_on_one_device(name: str, model: Any) -> None:
+    """ValueError for a model that is split over ranks, or wrapped for them, before a trainer sees it."""
+    degrees = {size: getattr(model, size, None) for size in ("tp_size", "fsdp_size", "pp_size")}
+    split = [f"{size}={n}" for size, n in degrees.items() if isinstance(n, int) and n > 1]
+    split += [f"a {type(p).__name__} in {n!r}" for n, p in model.named_parameters() if is_dtensor(p)]
+    split += [f"a module under {kind}" for kind in map(kind_of, model.modules()) if kind is not None]
+    if split:
+        raise ValueError(
+            f"{name} must be whole on every rank and not wrapped: GroupDPOTrainer runs on one device or under the"
+            f" DistributedDataParallel that it sets up itself; got {split[0]} (DistributedConfig, tp_plan, fully_shard)"
+        )
+
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """The model as it is. ValueError for one that ZeRO-3 has sharded."""
+    """The model as it is. ValueError for one that FSDP2, tensor parallelism or ZeRO-3 has sharded."""
+    if any(map(is_dtensor, model.parameters())):
+        raise ValueError(
+            "ref_model must be given for a model whose parameters are DTensors, for no copy has them; got None"
+        )
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError("ref_model must be given for a model sharded by ZeRO-3, which cannot be copied; got None")
     copied = copy.deepcopy(model).eval().requires_grad_(False)
@@ -110,13 +129,17 @@ def as_reference(
             yield model
         elif "ref" not in model.peft_config:
             with model.disable_adapter():
-                yield model
+                try:
+                    yield model
+                finally:
+                    reshard(model)  # peft switches requires_grad back on the parameters that it switched off
         else:
             active = model.active_adapter
             model.set_adapter("ref")
             try:
                 yield model
             finally:
+                reshard(model)
                 model.set_adapter(active)
     finally:
         model.train(training)

@@ -1,0 +1,256 @@
+"""What several processes must do alike in one group_backward: found out, agreed on, or refused in words on all of them.
+
+A wrapper reduces gradients by collectives that every rank must join: DistributedDataParallel once for each backward
+that it was told of, FSDP and ZeRO in each forward and each backward. Ranks whose groups differ in size differ in their
+number of micro-batches. So before the first of them runs, one all-reduce agrees on that number, and after pass 1
+another one says whether a rank has failed: then all raise, before any gradient is written.
+
+Wrappers are found in `model` or, where none is given, by a hook on the first modules that `forward` calls, which runs
+before the wrapper's own forward and so before its first collective. Without a wrapper and without a process group
+nothing here talks to another rank: other ranks may be busy with other things (generation, rewards), and a collective
+that they do not join would never end.
+
+Never: imports deepspeed; keeps a hook past the first forward of a pass; guesses a group of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DDP, FSDP1, FSDP2, DEEPSPEED = "DistributedDataParallel", "FullyShardedDataParallel", "FSDP2", "DeepSpeed"
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The wrapper that the module is, by its name above; None for any other module."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return DDP
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+        return FSDP1
+    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+        return FSDP2
+    return DEEPSPEED if hasattr(type(module), "set_gradient_accumulation_boundary") else None
+
+
+def is_dtensor(x: Tensor) -> bool:
+    return "torch.distributed.tensor" in sys.modules and isinstance(x, torch.distributed.tensor.DTensor)
+
+
+def reshard(model: nn.Module) -> None:
+    """Every unit of FSDP2 back to its shards, which take over what the gathered parameters say of requires_grad.
+
+    peft switches requires_grad of the parameters that are registered at the time: `disable_adapter()` off on entry and
+    on again on exit, `set_adapter` likewise. A unit that stays gathered after its forward (the last one) would hear of
+    one switch on its shards and of the other on its gathered parameters, and its adapter would silently stop training.
+    """
+    units: list[Any] = [m for m in model.modules() if kind_of(m) == FSDP2]
+    if not units:
+        return
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    for unit in units:
+        unit.reshard()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != wanted[name]:
+            parameter.requires_grad_(wanted[name])
+
+
+class Ranks:
+    """The other ranks, as one call of group_backward sees them.
+
+    count: gives the number of this rank's micro-batches. strategy: as in group_backward. own_sync: whether the caller
+    has said himself which backward synchronises.
+    """
+
+    def __init__(self, process_group: Any, count: Callable[[], int], strategy: int, one_pass: bool, own_sync: bool):
+        self.process_group, self.count, self.strategy = process_group, count, strategy
+        self.one_pass, self.own_sync = one_pass, own_sync
+        self.wrappers: list[nn.Module] = []
+        self.error: Exception | None = None  # raised within a forward, whose caller may have caught it
+        self._known = process_group is not None  # whom to agree with
+        self._own = self._most = 0
+        self._met = self._last = self._in_forward = False
+        self._open: contextlib.ExitStack | None = None  # of the micro-batch that runs
+
+    # ------------------------------------------------------------------------------------------------------- agreement
+
+    def begin(self, model: nn.Module | None, error: Exception | None) -> None:
+        """Before anything runs: agree, if it is known with whom. `error`: what this rank is about to raise."""
+        if model is not None:
+            self._add(model)
+        self.meet(error)
+
+    def meet(self, error: Exception | None = None) -> None:
+        """Raises on every rank if one brings an error, if their strategies differ, or if one has no micro-batch."""
+        if not self._known:
+            if error is not None:
+                raise error
+            return
+        if not self._met and error is None:
+            try:
+                self._own = self.count()
+            except Exception as raised:  # whatever the caller's iterable raises: the others must hear of it
+                error = raised
+        self._met = True
+        own = [self._own, -self._own, int(error is not None), self.strategy, -self.strategy]
+        most, least, failed, high, low = self._maximum(own)
+        if error is not None:
+            raise error
+        if failed:
+            raise ValueError(
+                "group_backward stops on every rank, before any gradient is written, because it has failed on another"
+                " rank, whose error says why"
+            )
+        if high != -low:
+            raise ValueError("strategy must be the same on every rank; got different ones")
+        if least == 0:
+            raise ValueError(
+                f"micro_batches must hold at least one on every rank; got from 0 to {most}, {self._own} here"
+            )
+        self._most = most
+
+    def _maximum(self, values: list[int]) -> list[int]:
+        """The largest of each over the ranks."""
+        group = self.process_group
+        on_gpu = "nccl" in torch.distributed.get_backend(group)
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        joined = torch.tensor(values, dtype=torch.int64, device=device)
+        torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX, group)
+        return joined.tolist()
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """An error within is raised on this rank, and at the end on every other one. Where each forward is a
+        collective, the others wait for this rank in theirs, and an agreement would only cross it."""
+        try:
+            yield
+        except Exception as error:
+            if self._met and (not self._in_forward or self._only_ddp):
+                self.meet(error)
+            raise
+        self.meet()
+
+    def call(self, forward: Callable[[Any], Any], micro_batch: Any) -> Any:
+        self._in_forward = True  # and so it stays after an error
+        outputs = forward(micro_batch)
+        self._in_forward = False
+        return outputs
+
+    @property
+    def _only_ddp(self) -> bool:
+        return bool(self.wrappers) and all(kind_of(w) == DDP for w in self.wrappers)
+
+    @property
+    def missing(self) -> int:
+        """Micro-batches that this rank has fewer than another, where each of them is a collective."""
+        return 0 if self._only_ddp else self._most - self._own
+
+    # -------------------------------------------------------------------------------------------------------- wrappers
+
+    def _add(self, *roots: nn.Module) -> None:
+        """The wrappers in these modules, and what they ask for."""
+        found = [m for root in roots for m in root.modules() if kind_of(m) is not None and m not in self.wrappers]
+        self.wrappers += dict.fromkeys(found)
+        kinds = {kind_of(w) for w in self.wrappers}
+        if self.one_pass and (other := kinds - {DDP}):
+            raise ValueError(
+                f"strategy must be 'two_pass' under {other.pop()}, whose parameters are not the leaves of the graph;"
+                " got 'one_pass'"
+            )
+        for root in roots:
+            reshard(root)
+        if self.wrappers and not self._known:
+            self.process_group, self._known = _group_of(self.wrappers[0]), True
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Finds the wrappers that a forward calls, and agrees with the other ranks before they run."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.wrappers or not distributed:
+            yield
+            return
+        first: list[nn.Module] = []
+        late = torch.is_grad_enabled() and not self.one_pass
+
+        def look(module: nn.Module, args: Any) -> None:
+            if self.error is not None:
+                raise self.error
+            if self.wrappers or (first and kind_of(module) is None):
+                return
+            first.append(module)
+            try:
+                self._add(first[0], module)
+                if self.wrappers:
+                    hook.remove()
+                    if late and not self._only_ddp:
+                        raise ValueError("model must be given where pass 1 does not run the wrapper that pass 2 runs")
+                    if not self._met:
+                        self.meet()
+                    for wrapper in self.wrappers:
+                        self._enter(wrapper)
+            except Exception as error:
+                self.error = error
+                raise
+
+        hook = nn.modules.module.register_module_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            hook.remove()
+        if self.error is not None:
+            raise self.error
+
+    @contextlib.contextmanager
+    def syncing(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch: gradients are reduced once, with the last."""
+        with contextlib.ExitStack() as self._open:
+            self._last = last
+            for wrapper in self.wrappers:
+                self._enter(wrapper)
+            yield
+        self._open = None
+
+    def _enter(self, wrapper: Any) -> None:
+        if self._open is None or self.own_sync:
+            return
+        if kind_of(wrapper) == DDP and not self._last:
+            self._open.enter_context(wrapper.no_sync())
+        elif kind_of(wrapper) == DEEPSPEED:
+            self._open.enter_context(_boundary(wrapper, self._last))
+
+
+@contextlib.contextmanager
+def _boundary(engine: Any, last: bool) -> Iterator[None]:
+    """DeepSpeed takes each backward for the end of a step, unless it is told; what was told before holds afterwards."""
+    managed = getattr(engine, "managed_gradient_accumulation", None)  # of newer versions
+    if managed is not None and not managed():  # then its step() is the end, whatever ran before
+        yield
+        return
+    before = engine._is_gradient_accumulation_boundary
+    engine.set_gradient_accumulation_boundary(last and engine.is_gradient_accumulation_boundary())
+    try:
+        yield
+    finally:
+        engine._is_gradient_accumulation_boundary = before  # None: by the engine's own count of steps
+
+
+def _group_of(wrapper: Any) -> Any:
+    """The ranks that share in the wrapper's collectives; None: all."""
+    kind = kind_of(wrapper)
+    if kind == DDP:
+        return wrapper.process_group
+    if kind == DEEPSPEED:
+        return getattr(wrapper, "data_parallel_group", None)
+    if kind == FSDP1:
+        return None if getattr(wrapper, "_inter_node_pg", None) is not None else wrapper.process_group
+    mesh = next((p.device_mesh for p in wrapper.parameters() if is_dtensor(p)), None)
+    if mesh is not None and mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh is not None and mesh.size() != torch.distributed.get_world_size():
+        raise ValueError(f"process_group must be given for a mesh of {mesh.ndim} dimensions that is not all ranks")
+    return None

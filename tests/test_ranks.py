@@ -1,0 +1,448 @@
+"""group_backward over two gloo processes under DistributedDataParallel, FSDP 1 and 2 and ZeRO, against one process that
+has the groups of both: the same weights after three steps, whatever the numbers of micro-batches; or an error on both.
+
+Each case runs on the same two processes; a test reads what its case reported. No case may hang: a collective that waits
+for longer than half a minute raises.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny_models import batch, eager_logps, make
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from groupdpo_kernels import Objective, PreferenceGroups, group_backward, model_logps, preference_loss
+from groupdpo_kernels.integrations.trl.reference import as_reference, check_on_one_device, frozen_copy
+
+WORLD, STEPS, LR = 2, 3, 0.05
+OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
+
+
+# ------------------------------------------------------------------------------------------------ the README's own loop
+
+
+def forward_of(model: nn.Module) -> Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]:
+    def forward(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logps = model_logps(model, batch["input_ids"], batch["targets"], attention_mask=batch["attention_mask"])
+        live = batch["targets"] != -100
+        return logps[live], nn.functional.pad(live.sum(1).cumsum(0), (1, 0))
+
+    return forward
+
+
+def data_of(rank: int, count: int, step: int) -> tuple[list[dict[str, Tensor]], PreferenceGroups, Tensor]:
+    """Micro-batches of two responses, which are one group, and reference log-probabilities of that group."""
+    batches = [batch(B=2, L=9 + 2 * i, seed=100 * step + 10 * rank + i) for i in range(count)]
+    groups = PreferenceGroups.from_lists([[i % 3 == 0 for i in range(2 * count)]])
+    return batches, groups, torch.linspace(-40, -20, 2 * count)
+
+
+def single_step(model: nn.Module, counts: tuple[int, int], step: int, reference: Any = None) -> None:
+    """Gradients of one process with the groups of both ranks."""
+    for rank, count in enumerate(counts):
+        batches, groups, ref_logps = data_of(rank, count, step)
+        if reference is not None:
+            ref_logps = reference(model, batches)
+        runs = [forward_of(model)(mb) for mb in batches]
+        lengths = torch.cat([cu_seqlens.diff() for _, cu_seqlens in runs])
+        offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))
+        token_logps = torch.cat([logps for logps, _ in runs])
+        (preference_loss(token_logps, offsets, groups, OBJECTIVE, ref_logps).loss / WORLD).backward()
+
+
+def named(model: nn.Module) -> dict[str, Tensor]:
+    """Whole parameters by the names of the bare model."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return {n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in model.named_parameters()}
+    full = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters()}
+    return {n.removeprefix("module."): p.detach() for n, p in full.items()}
+
+
+def same_as_one_process(
+    rank: int,
+    counts: tuple[int, int],
+    wrap: Callable[[nn.Module], nn.Module],
+    model: nn.Module | None = None,
+    reference: Any = None,
+    **options: Any,
+) -> None:
+    single = make("llama", num_hidden_layers=1) if model is None else model
+    start = {n: p.detach().clone() for n, p in single.named_parameters()}
+    wrapped = wrap(copy.deepcopy(single))
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=LR) for m in (single, wrapped)]
+    if options.pop("give_model", False):
+        options["model"] = wrapped
+    for step in range(STEPS):
+        batches, groups, ref_logps = data_of(rank, counts[rank], step)
+        if reference is not None:
+            ref_logps = reference(wrapped, batches)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            group_backward(batches, forward_of(wrapped), groups, OBJECTIVE, ref_logps, **options)
+        single_step(single, counts, step, reference)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    found, way, off = named(wrapped), 0.0, 0.0
+    for name, expected in single.named_parameters():
+        way += float((expected.detach() - start[name]).square().sum())
+        off += float((expected.detach() - found[name]).square().sum())
+    assert way > 1e-4, "nothing has trained"
+    assert off <= 1e-10 * way, f"{(off / way) ** 0.5:.1e} of the way off"
+
+
+def units(model: nn.Module) -> nn.Module:
+    """FSDP2 as accelerate cuts it: layers, the embedding, norm and head as one unit that stays gathered, the rest."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    base = next(m for m in model.modules() if hasattr(m, "embed_tokens"))
+    for module in (*base.layers, base.embed_tokens):
+        fully_shard(module, mesh=mesh)
+    fully_shard([base.norm, model.get_output_embeddings()], mesh=mesh, reshard_after_forward=False)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def ddp_counts_differ(rank: int) -> None:
+    same_as_one_process(rank, (2, 3), DistributedDataParallel)
+
+
+def ddp_model_given(rank: int) -> None:
+    same_as_one_process(rank, (3, 1), DistributedDataParallel, give_model=True)
+
+
+def ddp_one_pass(rank: int) -> None:
+    same_as_one_process(rank, (2, 3), DistributedDataParallel, strategy="one_pass")
+
+
+def fsdp2_counts_differ(rank: int) -> None:
+    same_as_one_process(rank, (1, 3), units)
+
+
+def fsdp1_counts_differ(rank: int) -> None:
+    same_as_one_process(rank, (3, 2), fsdp1)
+
+
+# ------------------------------------------------------------------------------------------------- adapters under FSDP2
+
+
+def lora_on_the_head() -> nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "lm_head"])
+    model = peft.get_peft_model(make("llama", num_hidden_layers=1), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def sums(logps: Callable[..., Tensor], model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([logps(model, **mb).sum(1) for mb in batches])
+
+
+def reference_by_disable_adapter(rank: int) -> None:
+    def reference(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:
+        with model.disable_adapter():
+            return sums(model_logps, model, batches)
+
+    same_as_one_process(rank, (3, 3), units, lora_on_the_head(), reference)
+
+
+def reference_by_the_models_own_logits(rank: int) -> None:
+    """Scored without this package: group_backward itself finds the shards as peft has left them."""
+
+    def reference(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:
+        with model.disable_adapter():
+            return sums(eager_logps, model, batches)
+
+    same_as_one_process(rank, (2, 2), units, lora_on_the_head(), reference)
+
+
+def reference_of_the_trainers(rank: int) -> None:
+    def reference(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:
+        with as_reference(model) as without:
+            return sums(eager_logps, without, batches)
+
+    same_as_one_process(rank, (2, 2), units, lora_on_the_head(), reference)
+
+
+# ----------------------------------------------------------------------------------------------------- errors, in words
+
+
+def raises(message: str, wrapped: nn.Module, *arguments: Any, forward: Any = None, **options: Any) -> None:
+    """On this rank; and no gradient is written."""
+    batches, groups, ref_logps = arguments
+    start = time.monotonic()
+    with pytest.raises((ValueError, TypeError), match=message):
+        group_backward(batches, forward or forward_of(wrapped), groups, OBJECTIVE, ref_logps, **options)
+    assert all(p.grad is None for p in wrapped.parameters())
+    assert time.monotonic() - start < 10
+
+
+def one_pass_is_refused_under_fsdp(rank: int) -> None:
+    for wrap in (units, fsdp1):
+        model = wrap(make("llama", num_hidden_layers=1))
+        for options in ({}, {"model": model}):
+            raises("strategy must be 'two_pass' under F", model, *data_of(rank, 2, 0), strategy="one_pass", **options)
+    sharded = units(make("llama", num_hidden_layers=1))
+    raises("parameters must be None", sharded, *data_of(rank, 2, 0), parameters=[*sharded.parameters()])
+
+
+def an_error_of_one_rank_is_one_of_all(rank: int) -> None:
+    ddp = DistributedDataParallel(make("llama", num_hidden_layers=1))
+    batches, groups, ref_logps = data_of(rank, 2, 0)
+    elsewhere = "it has failed on another rank"
+
+    def failing(mb: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        outputs = forward_of(ddp)(mb)
+        if rank == 1 and mb is batches[1]:
+            raise ValueError("forward of the second micro-batch")
+        return outputs
+
+    raises(elsewhere if rank == 0 else "second micro-batch", ddp, batches, groups, ref_logps, forward=failing)
+    wrong = ref_logps if rank == 0 else ref_logps[:3]
+    raises(elsewhere if rank == 0 else "ref_logps must be", ddp, batches, groups, wrong)
+    strategy = "two_pass" if rank == 0 else "three_pass"
+    raises(elsewhere if rank == 0 else "must be one of", ddp, batches, groups, ref_logps, strategy=strategy, model=ddp)
+    strategy = "two_pass" if rank == 0 else "one_pass"
+    raises("strategy must be the same on every rank", ddp, batches, groups, ref_logps, strategy=strategy)
+    few = batches if rank == 0 else []
+    raises(f"at least one on every rank; got from 0 to 2, {len(few)} here", ddp, few, groups, ref_logps, model=ddp)
+    sharded = units(make("llama", num_hidden_layers=1))
+    raises(elsewhere if rank == 0 else "ref_logps must be", sharded, batches, groups, wrong)
+
+
+def a_bare_model_waits_for_nobody(rank: int) -> None:
+    """The other rank may be doing something else."""
+    model = make("llama", num_hidden_layers=1)
+    if rank == 0:
+        batches, groups, ref_logps = data_of(0, 2, 0)
+        group_backward(batches, forward_of(model), groups, OBJECTIVE, ref_logps)
+        assert model.lm_head.weight.grad.any()
+    else:
+        # With a process group all of it must come: here it is this rank alone.
+        alone = dist.new_group([1], use_local_synchronization=True)
+        batches, groups, ref_logps = data_of(1, 3, 0)
+        group_backward(batches, forward_of(model), groups, OBJECTIVE, ref_logps, process_group=alone)
+        assert model.lm_head.weight.grad.any()
+
+
+def a_micro_batch_without_live_tokens(rank: int) -> None:
+    """Rank 1 has nothing to score: its log-probabilities are zeros whose backward still takes part in the reduction."""
+    model = make("llama", num_hidden_layers=1)
+    ddp = DistributedDataParallel(copy.deepcopy(model))
+    inputs = batch(B=2, L=9)
+    (eager_logps(model, **inputs).sum() / WORLD).backward()
+    if rank == 1:
+        inputs["targets"].fill_(-100)
+    found = model_logps(ddp, **inputs)
+    assert rank == 0 or not found.any()
+    found.sum().backward()
+    for parameter, expected in zip(ddp.parameters(), model.parameters()):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- tensor parallelism
+
+
+def split_head(model: nn.Module, **options: Any) -> nn.Module:
+    plan = {"lm_head": ColwiseParallel(**options)}
+    return parallelize_module(model, init_device_mesh("cpu", (WORLD,)), plan)
+
+
+def a_head_split_over_ranks(rank: int) -> None:
+    """A rank's piece of the vocabulary is no vocabulary; logits that know of their pieces are gathered."""
+    single, inputs = make("llama", num_hidden_layers=1), batch(B=2, L=9)
+    expected = eager_logps(single, **inputs)
+    expected.sum().backward()
+
+    local = split_head(copy.deepcopy(single), output_layouts=Shard(-1), use_local_output=True)
+    with pytest.warns(UserWarning, match="split over devices"), pytest.raises(ValueError, match=r"got 25[45] of 509"):
+        model_logps(local, **inputs)
+
+    known = split_head(copy.deepcopy(single), output_layouts=Shard(-1), use_local_output=False)
+    with pytest.warns(UserWarning, match="split over devices"):
+        found = model_logps(known, **inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    found.sum().backward()
+    for (name, parameter), other in zip(single.named_parameters(), known.parameters()):
+        whole = other.grad.full_tensor() if hasattr(other.grad, "full_tensor") else other.grad
+        torch.testing.assert_close(whole, parameter.grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+    by_hand = make("llama", num_hidden_layers=1, vocab_size=508)
+    rows = by_hand.lm_head.weight.detach()
+    by_hand.lm_head = nn.Linear(32, 254, bias=False)
+    by_hand.lm_head.weight.data.copy_(rows[254 * rank :][:254])
+    with pytest.raises(ValueError, match="got 254 of 508, the piece of one rank"):
+        model_logps(by_hand, **batch(B=2, L=9))
+
+
+def a_sharded_model_is_no_trainers(rank: int) -> None:
+    for wrap in (units, split_head, fsdp1, DistributedDataParallel):
+        with pytest.raises(ValueError, match=r"^model must be whole on every rank and not wrapped"):
+            check_on_one_device("model", wrap(make("llama", num_hidden_layers=1)))
+    with pytest.raises(ValueError, match="DTensors"):
+        frozen_copy(units(make("llama", num_hidden_layers=1)))
+    check_on_one_device("model", make("llama", num_hidden_layers=1))
+
+
+def a_model_sharded_by_transformers(rank: int) -> None:
+    """As its `from_pretrained` shards it: values as before, and no trainer."""
+    import transformers
+
+    single, inputs = make("llama", num_hidden_layers=1), batch(B=2, L=9)
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    if rank == 0:
+        single.save_pretrained(folder[0])
+    dist.barrier()
+    try:
+        for sizes in ({"tp_size": WORLD}, {"fsdp_size": WORLD}):
+            config = transformers.distributed.DistributedConfig(**sizes)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder[0], distributed_config=config)
+            with pytest.raises(ValueError, match="model must be whole on every rank"):
+                check_on_one_device("model", model)
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                found = model_logps(model, **inputs)
+            torch.testing.assert_close(found, eager_logps(single, **inputs), rtol=1e-5, atol=2e-5)
+    finally:
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(folder[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ DeepSpeed
+
+
+def zero(rank: int, stage: int, counts: tuple[int, int]) -> None:
+    import deepspeed
+    import deepspeed.comm
+
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # it would compile an extension; gloo does without
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    single = make("llama", num_hidden_layers=1)
+    start = copy.deepcopy(single)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000},
+        "steps_per_print": 10**9,
+    }
+    model = copy.deepcopy(single)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=LR), config=config)
+    optimizer = torch.optim.SGD(single.parameters(), lr=LR)
+    for step in range(STEPS):
+        batches, groups, ref_logps = data_of(rank, counts[rank], step)
+        group_backward(batches, forward_of(engine), groups, OBJECTIVE, ref_logps)
+        engine.step()
+        single_step(single, counts, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    way = sum((a - b).square().sum() for a, b in zip(single.parameters(), start.parameters()))
+    off = sum((a - b).square().sum() for a, b in zip(single.parameters(), engine.module.parameters()))
+    assert off <= 1e-10 * way, f"{float(off / way) ** 0.5:.1e} of the way off"
+
+
+def zero_1(rank: int) -> None:
+    zero(rank, 1, (3, 3))
+
+
+def zero_2_counts_differ(rank: int) -> None:
+    zero(rank, 2, (2, 3))
+
+
+CASES: list[Callable[[int], None]] = [
+    ddp_counts_differ,
+    ddp_model_given,
+    ddp_one_pass,
+    fsdp2_counts_differ,
+    fsdp1_counts_differ,
+    reference_by_disable_adapter,
+    reference_by_the_models_own_logits,
+    reference_of_the_trainers,
+    one_pass_is_refused_under_fsdp,
+    an_error_of_one_rank_is_one_of_all,
+    a_bare_model_waits_for_nobody,
+    a_micro_batch_without_live_tokens,
+    a_head_split_over_ranks,
+    a_sharded_model_is_no_trainers,
+    a_model_sharded_by_transformers,
+]
+if importlib.util.find_spec("deepspeed"):
+    CASES += [zero_1, zero_2_counts_differ]
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # Read by accelerate, transformers and DeepSpeed, which find the process group that is there: no port is opened.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", DS_ACCELERATOR="cpu")
+    store, timeout = f"file://{folder}/store", datetime.timedelta(seconds=30)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timeout)
+    for case in CASES:
+        report = Path(folder, f"{case.__name__}.{rank}")
+        try:
+            case(rank)
+            report.write_text("passed")
+        except BaseException:
+            # The ranks are out of step after an error: the cases that follow are not run.
+            report.write_text(traceback.format_exc())
+            raise
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks")
+    context = mp.start_processes(worker, (str(path),), nprocs=WORLD, join=False, start_method="spawn")
+    end = time.monotonic() + 240
+    try:
+        while time.monotonic() < end and not context.join(timeout=5):
+            pass
+    except (mp.ProcessRaisedException, mp.ProcessExitedException):
+        pass  # the reports say where
+    finally:
+        for process in context.processes:
+            process.kill()
+    return path
+
+
+@pytest.mark.parametrize("case", [c.__name__ for c in CASES])
+def test_two_processes_step_as_one(case: str, folder: Path) -> None:
+    for rank in range(WORLD):
+        report = folder / f"{case}.{rank}"
+        assert report.exists(), f"rank {rank} did not finish this case; the first failure is in another"
+        assert report.read_text() == "passed", f"rank {rank}\n{report.read_text()}"
