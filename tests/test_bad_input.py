@@ -127,6 +127,25 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "impl must be 'auto' or one of ('triton', 'cuda', 'cpu', 'reference'); got 'tritn'",
     ),
     "impl_none": ({"impl": None}, ValueError, "got None"),
+    # kinds
+    "hidden_list": ({"hidden": [[0.0] * D] * T}, TypeError, "hidden must be a tensor; got list"),
+    "weight_module": ({"weight": torch.nn.Linear(D, V)}, TypeError, "weight must be a tensor; got Linear"),
+    "targets_list": ({"targets": [0] * T}, TypeError, "targets must be a tensor; got list"),
+    "bias_flag": ({"bias": True}, TypeError, "bias must be a tensor; got bool"),
+    "low_rank_tensor": ({"low_rank": torch.randn(T, R)}, TypeError, "low_rank must be a pair of tensors"),
+    "low_rank_of_nothing": ({"low_rank": (None, None)}, TypeError, "low_rank[0] must be a tensor; got NoneType"),
+    "temperature_text": ({"temperature": "1"}, TypeError, "temperature must be a number; got '1'"),
+    "temperature_trained": (
+        {"temperature": torch.tensor(2.0, requires_grad=True)},
+        TypeError,
+        "temperature must be a number, and gets no gradient; got a tensor that requires one",
+    ),
+    "logit_scale_none": ({"logit_scale": None}, TypeError, "logit_scale must be a number; got None"),
+    "softcap_flag": ({"softcap": True}, TypeError, "softcap must be a number; got True"),
+    "grad_tol_text": ({"grad_tol": "0.1"}, TypeError, "grad_tol must be a number; got '0.1'"),
+    "workspace_infinite": ({"workspace_bytes": float("inf")}, ValueError, "workspace_bytes must be positive; got inf"),
+    "ignore_index_fraction": ({"ignore_index": -100.5}, ValueError, "ignore_index must be an integer of 64 bits"),
+    "ignore_index_text": ({"ignore_index": "-100"}, TypeError, "ignore_index must be a number; got '-100'"),
     # ids
     "target_too_large": (
         {"targets": torch.tensor([0, 1, 20, 3, 25, 5])},

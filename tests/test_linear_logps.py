@@ -188,7 +188,7 @@ def test_upstream_gradients_of_any_layout(impl: str) -> None:
     assert all(map(torch.equal, by_sum, by_ones)) and all(map(torch.equal, strided, contiguous))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint32])
 def test_integer_targets_of_any_width(dtype: torch.dtype) -> None:
     case = Case("targets", 9, 16, 100, "", ignored="none")
     inputs = make_inputs(case)

@@ -163,6 +163,24 @@ def test_compile_frozen_head() -> None:
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("name", "values"), [("temperature", (0.5, 0.7, 2)), ("softcap", (5.0, 7.5, 3))])
+def test_compile_with_a_number_that_changes(name: str, values: tuple[float, ...], backend: str) -> None:
+    """From its second value on, torch.compile traces a float as a symbol, on which math.isfinite cannot be called."""
+    torch._dynamo.reset()
+    inputs = make_inputs(PLAIN)
+
+    def forward(value: float) -> Tensor:
+        return linear_logps(inputs.hidden, inputs.weight, inputs.targets, **{name: value})  # type: ignore[arg-type]
+
+    compiled = torch.compile(forward, backend=backend, fullgraph=True)
+    for value in values:
+        actual, expected = compiled(value), forward(value)
+        assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+        for x, y in zip(gradients(actual.sum(), inputs), gradients(expected.sum(), inputs)):
+            assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
 def test_compile_raises_on_wrong_ids_when_it_runs() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(linear_logps, backend="aot_eager", fullgraph=True)

@@ -9,7 +9,8 @@ FLOP, backward none. Formulas: docs/math.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,8 @@ def linear_logp_stats(
     never a silent zero. The other arguments are those of `linear_logps`.
     """
     known = ("lse", *_EXTRA)
+    if isinstance(outputs, str) or not isinstance(outputs, Iterable):
+        raise ValueError(f"outputs must be taken from {known}, as a tuple of names; got {outputs!r}")
     for name in outputs:
         if name not in known and name != "token_logps":
             raise ValueError(f"outputs must be taken from {known}; got {name!r}")
@@ -141,9 +144,10 @@ def seq_logps(
 ) -> Tensor:  # (S,) the dtype of token_logps
     """Sums of token_logps by sequence: sequence s owns tokens cu_seqlens[s] : cu_seqlens[s+1]. Differentiable.
 
-    Raises TypeError for offsets that are no integers, and ValueError where they do not start at 0, decrease, or do not
+    Raises TypeError for what is no tensor and for offsets that are no integers, ValueError where they do not start at 0, decrease, or do not
     end at T (on a GPU values are not read back: only shapes are checked).
     """
+    _are_tensors(token_logps=token_logps, cu_seqlens=cu_seqlens)
     if token_logps.dim() != 1 or not token_logps.is_floating_point():
         raise ValueError(
             f"token_logps must be a floating (T,) tensor; got {tuple(token_logps.shape)} {token_logps.dtype}"
@@ -200,6 +204,7 @@ def explain(
     """
     _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
     _known(impl)
+    _check_kinds(hidden, weight, targets, bias, low_rank)
     hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
     _check(hidden, weight, targets, bias, low_rank)
     why_not = {name: ops.why_not(name, hidden, weight) for name in ops.IMPLS}
@@ -221,11 +226,16 @@ def _options(
     grad_tail: str,
     workspace_bytes: int,
 ) -> HeadOptions:
-    if not math.isfinite(logit_scale):
+    numbers_given = {"logit_scale": logit_scale, "temperature": temperature, "grad_tol": grad_tol}
+    numbers_given |= {"ignore_index": ignore_index, "workspace_bytes": workspace_bytes}
+    for name, value in (*numbers_given.items(), *[("softcap", softcap)] * (softcap is not None)):
+        _is_a_number(name, value)
+    # Comparisons, not math.isfinite: torch.compile traces these for a float that changes from call to call.
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be finite; got {logit_scale}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, or None; got {softcap}")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite; got {temperature}")
     if not 0 <= grad_tol < 1:
         raise ValueError(f"grad_tol must be in [0, 1); got {grad_tol}")
@@ -233,15 +243,43 @@ def _options(
         raise ValueError(f"grad_tail must be 'exact' or 'sample'; got {grad_tail!r}")
     if grad_tail == "sample" and grad_tol == 0:
         raise ValueError("grad_tail='sample' needs grad_tol > 0, which says what is drawn; got grad_tol = 0")
-    if workspace_bytes <= 0:
+    if not 0 < workspace_bytes < math.inf:
         raise ValueError(f"workspace_bytes must be positive; got {workspace_bytes}")
+    if not (-(2**63) <= ignore_index < 2**63 and ignore_index == int(ignore_index)):
+        raise ValueError(f"ignore_index must be an integer of 64 bits; got {ignore_index}")
     cap = None if softcap is None else float(softcap)
     return HeadOptions(float(logit_scale), cap, float(temperature), int(ignore_index), int(workspace_bytes))
+
+
+def _is_a_number(name: str, value: Any) -> None:
+    """TypeError unless it is one: Python's, numpy's, or a tensor of one element that wants no gradient."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{name} must be a number, and gets no gradient; got a tensor that requires one")
+    real = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, numbers.Real)
+    if not real or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+
+
+def _are_tensors(**named: Any) -> None:
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
 
 
 def _known(impl: str) -> None:
     if impl != "auto" and impl not in ops.IMPLS:
         raise ValueError(f"impl must be 'auto' or one of {ops.IMPLS}; got {impl!r}")
+
+
+def _check_kinds(hidden: Any, weight: Any, targets: Any, bias: Any, low_rank: Any) -> None:
+    """TypeError for what is no tensor, and for a low_rank that is no pair of them."""
+    _are_tensors(hidden=hidden, weight=weight, targets=targets)
+    if bias is not None:
+        _are_tensors(bias=bias)
+    if low_rank is not None:
+        if not isinstance(low_rank, tuple | list) or len(low_rank) != 2:
+            raise TypeError(f"low_rank must be a pair of tensors, (..., R) and (V, R); got {type(low_rank).__name__}")
+        _are_tensors(**{"low_rank[0]": low_rank[0], "low_rank[1]": low_rank[1]})
 
 
 def _autocast(
@@ -321,6 +359,7 @@ def _run(
     impl: str,
 ) -> LogpStats:
     _known(impl)
+    _check_kinds(hidden, weight, targets, bias, low_rank)
     hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
     _check(hidden, weight, targets, bias, low_rank)
     low_rank_hidden, low_rank_weight = (None, None) if low_rank is None else low_rank
