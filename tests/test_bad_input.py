@@ -238,7 +238,7 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *rest)
 
     monkeypatch.setattr(importlib, "import_module", import_module)
-    message = "C++ extension is not built: run `pip install --no-build-isolation -e .` with a C++ compiler"
+    message = "C++ extension is not built: with a C++ compiler and Python's headers, run `pip install cmake ninja"
     with pytest.raises(ValueError, match=re.escape(message)):
         linear_logps(**good(), impl="cpu")
     explanation = explain(**good())

@@ -12,7 +12,8 @@ sum_i c_i s_i, and a sum splits over micro-batches anywhere.
 
 Both give the gradient of the whole group, dropout included: two_pass saves the random state of each micro-batch and
 replays it. First order only.
-Several processes: see ranks.py. Never: keeps the graph of a whole group; knows a loss or a model; hides a loss that is not finite.
+Several processes: see ranks.py.
+Never: keeps the graph of a whole group; knows a loss or a model; hides a loss that is not finite.
 Precondition: forward depends on its micro-batch, on parameters that stay as they are during the call, and on torch's
 global random state, nothing else; two_pass compares its passes and warns.
 Source: GroupDPO (arXiv 2604.15602). Derivation: docs/math.md.

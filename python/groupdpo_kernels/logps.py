@@ -144,8 +144,8 @@ def seq_logps(
 ) -> Tensor:  # (S,) the dtype of token_logps
     """Sums of token_logps by sequence: sequence s owns tokens cu_seqlens[s] : cu_seqlens[s+1]. Differentiable.
 
-    Raises TypeError for what is no tensor and for offsets that are no integers, ValueError where they do not start at 0, decrease, or do not
-    end at T (on a GPU values are not read back: only shapes are checked).
+    Raises TypeError for what is no tensor and for offsets that are no integers, and ValueError for offsets that do not
+    start at 0, decrease, or do not end at T (on a GPU values are not read back: only shapes are checked).
     """
     _are_tensors(token_logps=token_logps, cu_seqlens=cu_seqlens)
     if token_logps.dim() != 1 or not token_logps.is_floating_point():
