@@ -21,7 +21,9 @@ KERNELS = ROOT / "kernels" / "triton"
 MAY_IMPORT: dict[str, set[str]] = {
     "reference": set(),
     "extension": set(),
-    "store": set(),
+    "adapters": set(),
+    "limits": set(),
+    "store": {"adapters"},
     "blocks": {"reference"},
     "sparse": {"blocks", "reference"},
     "host": {"blocks", "reference", "sparse"},
@@ -39,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backward": {"groups", "objectives", "losses", "logps", "ranks", "replay"},
     "heads": {"logps"},
     "probe": {"heads"},
-    "models": {"heads", "probe", "logps", "ranks"},
+    "layouts": {"limits", "probe"},
+    "models": {"adapters", "heads", "layouts", "limits", "logps", "probe", "ranks"},
     "formats": {"groups"},
     "batches": {"formats", "groups"},
     "data": {"batches", "formats", "groups"},
@@ -51,10 +54,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli/app": {"__version__", "check", "logps", "profile", "train"},  # beside it: one module for each command
     "cli/check": {"__version__", "extension", "logps", "preference_ops", "selftest"},
     "cli/curves": set(),
-    "cli/loading": {"formats", "store"},
+    "cli/loading": {"formats", "limits", "store"},
     "cli/logps": {"formats", "loading", "scoring"},
     "cli/profile": {"loading", "planning", "profiling", "report", "workloads"},
-    "cli/scoring": {"__version__", "batches", "data", "formats", "loading", "models", "store"},
+    "cli/scoring": {
+        *("__version__", "batches", "data", "formats", "layouts", "limits", "models", "store"),
+        "loading",  # beside it
+    },
     "cli/selftest": {"groups", "logps", "objectives", "ops", "preference_ops", "reference", "testing"},
     "cli/train": {"loading", "logps", "training"},
     "cli/training": {"check", "curves", "formats", "integrations", "loading", "objectives", "store"},
@@ -78,22 +84,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations/trl/__init__": {"accelerate", "groups", "pairs", "stepwise"},
     "integrations/trl/accelerate": {"logps", "replacement"},
     "integrations/trl/groups": {
-        *("backward", "data", "logps", "measuring", "models", "objectives", "stepwise"),
+        *("adapters", "backward", "batches", "data", "limits", "logps"),
+        *("measuring", "models", "objectives", "stepwise"),
         *("memory", "metrics", "misplaced", "reference", "rows"),  # beside it
     },
     "integrations/trl/memory": {"data", "planning"},
     "integrations/trl/metrics": {"groups", "logps", "losses", "objectives"},
     "integrations/trl/pairs": {
-        *("groups", "losses", "models", "objectives", "one_column"),
+        *("adapters", "batches", "groups", "losses", "models", "objectives", "one_column"),
         *("accelerate", "metrics", "misplaced", "reference", "rows"),  # beside it
     },
-    "integrations/trl/reference": {"ranks"},
+    "integrations/trl/reference": {"adapters", "ranks"},
     "integrations/trl/stepwise": {
-        *("data", "logps", "models", "objectives", "stepwise"),
+        *("adapters", "data", "limits", "logps", "models", "objectives", "stepwise"),
         *("groups", "pairs", "reference", "rows"),  # beside it
     },
     "integrations/trl/misplaced": {"objectives"},
-    "integrations/trl/rows": {"backward", "data", "formats", "losses", "misplaced", "objectives"},
+    "integrations/trl/rows": {"backward", "data", "formats", "layouts", "losses", "misplaced", "objectives"},
 }
 SHARED_KERNEL_MODULES = {"launch", "library", "live_products", "rows", "tile", "pair_losses"}
 # A launcher that begins with what another does.

@@ -14,6 +14,7 @@ Cost: what the tokenizer takes; collation is linear, without a loop over tokens.
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def tokenize_groups(
     one_of("too_long", too_long, ("drop", "error", "truncate_prompt"))
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2, a token of each; got {max_length}")
+    tokenizer = tokenizer_of(tokenizer)
     texts = _Texts(tokenizer, chat, dict(template_options or {}))
     limit = _Limit(max_length, too_long, getattr(tokenizer, "bos_token_id", None))
     encoder = _Encoder(tokenizer, add_eos)
@@ -129,6 +131,7 @@ def _usable(
             report.drop(BadRow("empty", "a response has no tokens"), group.row, on_bad)
         elif room is not None and len(ids) > room:
             detail = f"a response of {len(ids)} tokens has room for {room}, with a prompt of {len(prompt)}"
+            detail += f" and at most {limit.max_length} together"
             choice = {"drop": "drop", "error": "error", "truncate_prompt": on_bad}[limit.too_long]
             report.drop(BadRow("too long", detail), group.row, choice)
         else:
@@ -140,6 +143,18 @@ def _usable(
         flat = torch.frombuffer(array("i", chain(prompt, *(ids for ids, _ in kept))), dtype=torch.int32)
         first, *rest = flat.split([len(prompt), *(len(ids) for ids, _ in kept)])
         yield TokenGroup(first, rest, sides, group.row)
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer of a processor, with the processor's chat template where it has none; a tokenizer itself."""
+    tokenizer = getattr(processing_class, "tokenizer", None)
+    if tokenizer is None or hasattr(processing_class, "convert_tokens_to_ids"):  # some tokenizers hold another one
+        return processing_class
+    template = getattr(processing_class, "chat_template", None)
+    if template and not tokenizer.chat_template:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 class _Limit(NamedTuple):
@@ -326,8 +341,9 @@ def collate(
         group_backward(step.micro_batches, forward, step.groups, objective)
 
     Args:
-        layout: "padded", right for every model, or "packed", without padding, for models that keep sequences apart by
-            their position_ids: attention of transformers 5 does, flash or not; recurrent layers do not.
+        layout: "padded", right for nearly every model, or "packed", without padding, for models that keep sequences
+            apart by their position_ids: rotary attention of transformers 5 does, flash or not; ALiBi and recurrent
+            layers do not. `model_logps` finds out, and refuses what would be mixed.
         max_tokens: of a micro-batch, padding included.
         max_sequences: of a micro-batch. A micro-batch may hold parts of several groups.
         sort: longest groups first, so that rows of a padded micro-batch are of similar length and the largest comes

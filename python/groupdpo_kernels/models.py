@@ -8,15 +8,15 @@ afterwards is measured once per model (probe.py).
 Never: patches a class, leaves anything on the model (attributes, hooks, flags, random state), or guesses. A model that
 does not fit is run with its real logits, after one warning that says why; `strict=True` makes that an error.
 
-Precondition: the head scores each position by itself, and its one result decides the logits; the probe checks both.
+Precondition: the head scores each position by itself, in the order of the input, and its one result decides the
+logits: the probe checks both. Sequences in one row are kept apart by position_ids: layouts.py checks it.
 Cost: the model's trunk, and `linear_logps` on the rows whose target is not ignored: no tensor with a vocabulary
-dimension. The probe is one forward of four tokens. On a GPU the number of live rows is read back once a call, before
+dimension. The probe is one forward of eight tokens. On a GPU the number of live rows is read back once a call, before
 the forward (not where targets are on the CPU). Formulas: docs/math.md.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -26,8 +26,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .adapters import why_not_scored
 from .heads import HeadCall, LogitMap, ScoreOptions, Tie, leaf_of, logps_in_chunks
-from .probe import Probe, eager, logits_of
+from .layouts import check_packed
+from .limits import check_inputs
+from .probe import Probe, eager, head_of, logits_of, unwrap, without_cache
 from .ranks import is_dtensor, reshard
 
 
@@ -70,8 +73,10 @@ def model_logps(
             `use_cache=False` is added where the model knows it. `labels` is refused: the model would compute a loss of
             its own from logits that do not exist.
 
-    Raises ValueError or TypeError for wrong targets, for `labels`, for a head that gives one rank's piece of the
-    vocabulary (tensor parallelism) and, under `strict`, where real logits are needed.
+    Raises ValueError or TypeError for wrong targets, for `labels`; for more positions than a model with learned ones
+    has, and, on the CPU, for ids without an embedding; for several sequences in a row of a model that mixes them; for
+    prompt tuning and its kin (virtual tokens); for a head that gives one rank's piece of the vocabulary (tensor
+    parallelism); and, under `strict`, where real logits are needed.
     For the model's other outputs (the auxiliary loss of a mixture of experts): `attach(model).with_outputs(...)`.
     """
     options = ScoreOptions(ignore_index, temperature, grad_tol, workspace_bytes, impl, strict)
@@ -124,7 +129,7 @@ class AttachedModel:
         self.model, self.options = model, options
 
     def __repr__(self) -> str:
-        bare = _unwrap(self.model)
+        bare = unwrap(self.model)
         finding = _findings.get(bare)
         what = "not probed yet" if finding is None else finding.logit_map or f"real logits, because {finding.reason}"
         return f"AttachedModel({type(bare).__name__}: {what})"
@@ -156,11 +161,15 @@ class AttachedModel:
             raise ValueError("labels must be left out: give them, shifted by one position, as targets")
         if targets.is_floating_point() or targets.dtype == torch.bool:
             raise TypeError(f"targets must be an integer tensor; got {targets.dtype}")
-        bare = _unwrap(self.model)
-        inputs = {**_without_cache(bare), **inputs}
+        bare = unwrap(self.model)
+        inputs = {**without_cache(bare), **inputs}
         if input_ids is not None:
             inputs["input_ids"] = input_ids
-        head = _head_of(bare)
+        if why := why_not_scored(bare):
+            raise ValueError(f"model must have {why}")
+        check_inputs(bare, inputs)
+        check_packed(self.model, inputs)
+        head = head_of(bare)
         finding = _findings.get(bare)
         if finding is None or finding.head() is not head:  # resize_token_embeddings makes a new head
             finding = _findings[bare] = _find(self.model, head, targets, inputs)
@@ -191,7 +200,7 @@ class AttachedModel:
         outputs: Any = None,  # with real logits; None: not computed yet
     ) -> LogpsAndOutputs:
         """From the model's real logits, widened to float32 a chunk of rows at a time."""
-        message = f"{type(_unwrap(self.model)).__name__} needs its real logits: {reason}"
+        message = f"{type(unwrap(self.model)).__name__} needs its real logits: {reason}"
         if self.options.strict:
             raise ValueError(f"{message} (strict=True forbids the fallback)")
         if not finding.warned:
@@ -201,7 +210,7 @@ class AttachedModel:
         logits: Any = logits_of(outputs)
         if is_dtensor(logits):  # split over ranks, and knows it
             logits = logits.full_tensor()
-        _check_whole(_unwrap(self.model), finding.head(), logits.shape[-1])
+        _check_whole(unwrap(self.model), finding.head(), logits.shape[-1])
         if logits.shape[:-1] != targets.shape:
             positions = tuple(logits.shape[:-1])
             raise ValueError(f"targets must have the positions of the logits, {positions}; got {tuple(targets.shape)}")
@@ -212,20 +221,22 @@ class AttachedModel:
 
 def assume_logit_map(model: nn.Module, logit_map: LogitMap) -> None:
     """Takes this for what the probe would find out: for a model without values (meta, fake), which none can probe."""
-    bare = _unwrap(model)
-    head = _head_of(bare)
+    bare = unwrap(model)
+    head = head_of(bare)
     if head is None:
         raise ValueError(f"model must have an output head; get_output_embeddings() of {type(bare).__name__} gives none")
     _findings[bare] = _Finding(weakref.ref(head), logit_map)
 
 
 def _find(model: nn.Module, head: nn.Module | None, targets: Tensor, inputs: dict[str, Any]) -> _Finding:
-    """Probe a model: with four tokens, or with its own inputs if it refuses those."""
+    """Probe a model: with eight tokens, or with its own inputs if it refuses those."""
     if head is None:
         return _Finding(lambda: None, None, "get_output_embeddings() gives no output head")
     probe = Probe(head)
     try:
-        logits = probe.run(model, {**_without_cache(_unwrap(model)), "input_ids": _plain_tokens(targets, inputs)})
+        tokens = _plain_tokens(targets, inputs)
+        probe.positions = tuple(tokens.shape)
+        logits = probe.run(model, {**without_cache(unwrap(model)), "input_ids": tokens})
     except Exception:  # whatever a model raises on an input that it does not expect
         probe = Probe(head)
         logits = probe.run(model, inputs)
@@ -235,34 +246,14 @@ def _find(model: nn.Module, head: nn.Module | None, targets: Tensor, inputs: dic
 
 
 def _plain_tokens(targets: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """(1, 4) ids of text: from the targets, since inputs may hold placeholders of images; from their middle, since the
+    """(2, 4) ids of text: from the targets, since inputs may hold placeholders of images; from their middle, since the
     ends of a vocabulary are special tokens."""
     ids = inputs.get("input_ids")
     known = targets[targets >= 0].unique()
     if not known.numel() and ids is not None:
         known = ids.unique()
-    four = (known.numel() // 2 + torch.arange(4, device=known.device)) % known.numel()
-    return known[four].long().unsqueeze(0).to(next(x.device for x in (ids, targets) if x is not None))
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model under DDP, FSDP 1, DeepSpeed and torch.compile: the first that has get_output_embeddings of its own, or
-    that none of these wraps."""
-    while not hasattr(type(model), "get_output_embeddings"):
-        wrapped = (model._modules.get(name) for name in ("_orig_mod", "_fsdp_wrapped_module", "module"))
-        inner = next((m for m in wrapped if m is not None), None)
-        if inner is None:
-            break
-        model = inner
-    return model
-
-
-def _head_of(bare: nn.Module) -> nn.Module | None:
-    try:
-        head = bare.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return head if isinstance(head, nn.Module) else None
+    eight = (known.numel() // 2 + torch.arange(8, device=known.device)) % known.numel()
+    return known[eight].long().reshape(2, 4).to(next(x.device for x in (ids, targets) if x is not None))
 
 
 def _check_whole(bare: Any, head: nn.Module | None, width: int) -> None:
@@ -289,12 +280,6 @@ def _check_whole(bare: Any, head: nn.Module | None, width: int) -> None:
             " (output_layouts=Replicate(), or use_local_output=False), or give hidden states and the rank's rows of the"
             " weight to linear_logps(..., process_group=)"
         )
-
-
-def _without_cache(bare: nn.Module) -> dict[str, Any]:
-    """use_cache=False where the forward names it: nothing is generated, so keys and values need not be kept."""
-    inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare  # type: ignore[operator]
-    return {"use_cache": False} if "use_cache" in inspect.signature(type(inner).forward).parameters else {}
 
 
 def _drop_logits(outputs: Any) -> Any:

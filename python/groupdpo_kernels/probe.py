@@ -10,6 +10,7 @@ Cost: one forward without gradient. Formulas: docs/math.md.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import sys
 from collections.abc import Iterator
@@ -28,29 +29,16 @@ class Probe:
         self.head, self.leaf = head, leaf_of(head)
         self.parts = linear_parts(self.leaf)
         self.count, self.vocab, self.reason = 0, 0, ""
+        self.positions: tuple[int, ...] | None = None  # (B, L) of the input, where each gives a row of logits
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (B, L, V)
         """The model's logits when its head returns the grid; in evaluation mode and without gradient."""
-        training = [m for m in model.modules() if m.training]
-        devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-        device_type = next((d.type for d in devices), "cuda")
-        # DDP would synchronise buffers for nothing; FSDP must be called through its wrapper.
-        called = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         hook = self.head.register_forward_hook(self._leave)
         try:
-            for m in training:
-                m.training = False  # not eval(), which a model may override with more effects
-            with (
-                torch.random.fork_rng(devices, device_type=device_type),
-                torch.no_grad(),
-                eager(model, self.head, always=True),
-                swapped(self.leaf, self._forward) as self.real,
-            ):
+            with quiet(model, self.head) as called, swapped(self.leaf, self._forward) as self.real:
                 return logits_of(called(**inputs))
         finally:
             hook.remove()
-            for m in training:
-                m.training = True
 
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.count += 1
@@ -70,6 +58,10 @@ class Probe:
             if not torch.allclose(alone, last, rtol=0.02, atol=0.02 * float(last.abs().max())):
                 self.reason = "its output head does not score each position by itself"
         *positions, _ = hidden.shape
+        if self.positions and tuple(positions) not in (self.positions, (math.prod(self.positions),)):
+            self.reason = (
+                f"its output head sees other positions than the input has, {(*positions,)} of {self.positions}"
+            )
         self.mark = torch.linspace(1, 2, math.prod(positions), device=hidden.device).reshape(*positions, 1)
         return self.mark
 
@@ -84,7 +76,9 @@ class Probe:
         self.grid = (torch.arange(self.vocab, device=output.device, dtype=wide) - half) * (40 / half)
         # For the rest of this forward, so that a parameter which acts on the logits shows. run() restores it.
         torch.set_grad_enabled(True)
-        return self.grid.expand(*self.mark.shape[:-1], self.vocab).clone()
+        # Each position has the grid moved on by one, which shows where the model puts them in another order.
+        rows = torch.stack([self.grid.roll(i) for i in range(self.mark.numel())])
+        return rows.reshape(*self.mark.shape[:-1], self.vocab)
 
     def fit(self, logits: Tensor) -> LogitMap | str:
         """The map from grid to logits, or the reason why there is none."""
@@ -97,8 +91,9 @@ class Probe:
         if logits.requires_grad:
             return "a parameter acts on the logits after the output head"
         y = logits.detach().reshape(-1, logits.shape[-1]).cpu()
-        if y.shape[1] > self.vocab or not torch.equal(y[0], y[-1]):
-            return "what it makes of its head's result depends on the position, or widens it"
+        moved = "what it makes of its head's result depends on the position, or widens it"
+        if len(y) != self.mark.numel() or y.shape[1] > self.vocab:
+            return moved
         eps = torch.finfo(y.dtype).eps
         fitted = fit_scale_and_cap(
             y[0].double(),
@@ -107,7 +102,14 @@ class Probe:
         )
         if fitted is None:
             return "what it makes of its head's result is not a scale, a soft cap or a cut of the vocabulary"
+        if not all(_close(y[i, i:], y[0, : max(0, y.shape[1] - i)]) for i in range(len(y))):
+            return moved
         return LogitMap(y.shape[1], *fitted)
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    """Equal but for the rounding of one function at other places of a vector."""
+    return torch.allclose(x, y, rtol=8 * torch.finfo(x.dtype).eps, atol=0)
 
 
 def fit_scale_and_cap(
@@ -144,6 +146,28 @@ def fit_scale_and_cap(
 
 
 @contextlib.contextmanager
+def quiet(model: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
+    """What to call for a forward that nobody notices: in evaluation mode, without gradient, eagerly; random state and
+    modes are as before afterwards."""
+    training = [m for m in model.modules() if m.training]
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    device_type = next((d.type for d in devices), "cuda")
+    try:
+        for m in training:
+            m.training = False  # not eval(), which a model may override with more effects
+        with (
+            torch.random.fork_rng(devices, device_type=device_type),
+            torch.no_grad(),
+            eager(model, head, always=True),
+        ):
+            # DDP would synchronise buffers for nothing; FSDP must be called through its wrapper.
+            yield model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    finally:
+        for m in training:
+            m.training = True
+
+
+@contextlib.contextmanager
 def eager(model: nn.Module, head: nn.Module, always: bool = False) -> Iterator[None]:
     """Run eagerly what is compiled around the head: it has baked the head in. Layers compiled by themselves stay so."""
     if "torch._dynamo" not in sys.modules:  # then nothing is compiled
@@ -168,6 +192,41 @@ def _path(model: nn.Module, head: nn.Module) -> tuple[nn.Module, ...]:
                 return (*path, head)
             paths.append((*path, child))
     return (model, head)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model under DDP, FSDP 1, DeepSpeed and torch.compile: the first that has get_output_embeddings of its own, or
+    that none of these wraps."""
+    while not hasattr(type(model), "get_output_embeddings"):
+        wrapped = (model._modules.get(name) for name in ("_orig_mod", "_fsdp_wrapped_module", "module"))
+        inner = next((m for m in wrapped if m is not None), None)
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def head_of(bare: nn.Module) -> nn.Module | None:
+    try:
+        head = bare.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def without_cache(bare: nn.Module) -> dict[str, Any]:
+    """use_cache=False where the forward takes it: nothing is generated, so keys and values need not be kept.
+
+    A forward of transformers may take it among its **kwargs; where it is left out there, the config decides, and a
+    model in training builds a cache.
+    """
+    inner: Any = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+    parameters = inspect.signature(type(inner).forward).parameters
+    config: Any = getattr(inner, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = "use_cache" in parameters or (open_ended and any(hasattr(c, "use_cache") for c in (config, text)))
+    return {"use_cache": False} if known else {}
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -31,6 +31,8 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor, nn
 
+from .adapters import active_adapters, adapter_configs
+
 _MAGIC = b"groupdpo_kernels 1\n"
 # 2.6 times as fast as SHA-256 on a core without instructions for that.
 _hash = functools.partial(hashlib.blake2b, digest_size=32)
@@ -90,12 +92,13 @@ def tensor_digests(model: nn.Module) -> dict[str, str]:
 
 def description(model: nn.Module) -> str:
     """What decides a model's outputs beside its weights: its config, its adapters' configs, the active adapter."""
-    configs = [getattr(model, "config", None), *getattr(model, "peft_config", {}).values()]
+    configs = [getattr(model, "config", None), *adapter_configs(model).values()]
     told = [config.to_dict() for config in configs if hasattr(config, "to_dict")]
     for config in told:  # where it came from, and with what it was saved
         for name in ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version"):
             config.pop(name, None)
-    adapter = str(model.active_adapter) if hasattr(model, "peft_config") else ""
+    active = active_adapters(model)
+    adapter = active[0] if len(active) == 1 else str(active or "")
 
     def plain(x: Any) -> Any:  # a set has no order, and a repr may hold an address
         return sorted(map(str, x)) if isinstance(x, (set, frozenset)) else type(x).__qualname__

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..formats import one_of
+from ..limits import token_limit
 from ..store import digest
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,8 +105,8 @@ def load_model(where: str, dtype: str, device: torch.device, seed: int = 0) -> A
 
 def check_fit(model: Any, tokenizer: Any) -> None:
     """ValueError for a tokenizer with ids that the model has no embedding of."""
-    rows, ids = model.get_input_embeddings().num_embeddings, len(tokenizer)
-    if ids > rows:
+    rows, ids = token_limit(model), len(tokenizer)
+    if rows is not None and ids > rows:
         raise ValueError(f"tokenizer must have no more ids than the model has embeddings, {rows}; got {ids}")
 
 

@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,9 +29,11 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..batches import micro_batches
+from ..batches import micro_batches, tokenizer_of
 from ..data import Group, Report, TokenGroup, tokenize_groups
 from ..formats import BadRow, Prompt, one_of, read_responses
+from ..layouts import why_not_padded
+from ..limits import position_limit, token_limit
 from ..models import attach
 from ..store import description, digest, file_digest, tensor_digests, write_json
 from .loading import jsonl, tokenizer_digest
@@ -121,6 +124,7 @@ def score_file(
     Raises ValueError for a row or option that is wrong, for what was begun otherwise, and for a log-probability that
     is not finite, naming the row; FileExistsError for a target of another making.
     """
+    tokenizer = tokenizer_of(tokenizer)
     total = sum(1 for _ in read(source, options.on_bad))
     if not total:
         raise ValueError(f"{source} must hold at least one row; it is empty")
@@ -173,17 +177,27 @@ def _score(model: Any, tokenizer: Any, window: list[Response], options: ScoringO
     found = tokenize_groups(
         groups,
         tokenizer,
-        max_length=options.max_length,
+        max_length=min((n for n in (options.max_length, position_limit(model)) if n is not None), default=None),
         too_long="drop" if options.too_long == "skip" else options.too_long,
         chat=options.chat,
         add_eos=options.add_eos,
         both_sides=False,
         report=reasons,
     )
-    longest_first = sorted(found, key=lambda group: -_length(group))
+    known = (group for group in found if _has_embeddings(group, token_limit(model), reasons))
+    longest_first = sorted(known, key=lambda group: -_length(group))
     values = _token_logps(model, longest_first, options.max_tokens)
     by_place = {group.row: logps for group, logps in zip(longest_first, values)}
     return [_line(response, by_place.get(at), reasons.by_row, at, options) for at, response in enumerate(window)]
+
+
+def _has_embeddings(group: TokenGroup, rows: int | None, reasons: Report) -> bool:
+    """Whether the model has an embedding of each token id; reported where it has not."""
+    largest = max(int(part.max()) for part in (group.prompt, *group.responses))
+    if rows is None or largest < rows:
+        return True
+    reasons.drop(BadRow("unknown token", f"token id {largest} has no embedding; the model has {rows}"), group.row)
+    return False
 
 
 def _length(group: TokenGroup) -> int:
@@ -195,7 +209,13 @@ def _token_logps(model: Any, groups: list[TokenGroup], max_tokens: int) -> Itera
     """Of each response, on the CPU, a micro-batch at a time."""
     device, score = next(model.parameters()).device, attach(model)
     sequences = [(group.prompt, group.responses[0]) for group in groups]
-    for mb in micro_batches(sequences, max_tokens=max_tokens) if sequences else ():
+    if not sequences:
+        return
+    apart = None
+    if why := why_not_padded(model):
+        warnings.warn(f"each response is scored by itself, without padding: {why}", stacklevel=2)
+        apart = 1
+    for mb in micro_batches(sequences, max_tokens=max_tokens, max_sequences=apart):
         moved = mb.to(device)
         live = moved.live(score(moved.input_ids, moved.targets, **moved.inputs))
         yield from live.cpu().split(mb.cu_seqlens.diff().tolist())

@@ -31,8 +31,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
+from ...adapters import has_adapter, is_peft_model, let_adapter_train, save_adapter
 from ...backward import group_backward
+from ...batches import tokenizer_of
 from ...data import MicroBatch, PreferenceBatch, Report, TokenGroup
+from ...limits import position_limit, token_limit
 from ...logps import seq_logps
 from ...measuring import out_of_memory
 from ...models import attach, checkpoint_layers
@@ -44,6 +47,7 @@ from .misplaced import check_names, check_order
 from .reference import (
     add_reference_adapter,
     as_reference,
+    check_adapter,
     check_adapter_alone_trains,
     check_no_earlier_reference,
     check_on_one_device,
@@ -61,11 +65,13 @@ class GroupDPOTrainer(Trainer):
     nll_weight=1.0). See the module.
 
     Args:
-        model: a causal LM; one with an adapter (a PeftModel) is its own reference, adapter included.
+        model: a causal LM; one with an adapter (a PeftModel, or an adapter's folder as AutoModelForCausalLM loads it)
+            is its own reference, adapter included. An adapter that was loaded for inference trains.
         ref_model: None: the model as it is given, or `ref_logps`, or none where the objective has no reference.
         train_dataset, eval_dataset: rows of a layout of `data.FORMATS` (a `datasets.Dataset`, a list of dicts), or
             a list of TokenGroup; eval_dataset may be a dict of these.
-        processing_class: the tokenizer; not needed with TokenGroups. Without a pad token eos pads.
+        processing_class: the tokenizer, or a processor that has one; not needed with TokenGroups. Without a pad token
+            eos pads.
         objective: any `Objective`; pairwise losses where every group is a pair.
         ref_logps: (S,) floating, of all responses of train_dataset, which then must be TokenGroups; no other reference
             is held, and none evaluates.
@@ -113,13 +119,15 @@ class GroupDPOTrainer(Trainer):
         if ref_logps is not None and eval_dataset is not None:
             raise ValueError(_NO_REFERENCE)
         self.objective, self.report = objective, defaultdict(Report)
-        self.tokenizer, self.config = processing_class, args
+        self.tokenizer, self.config = tokenizer_of(processing_class), args
+        self._limits = position_limit(model), token_limit(model)
         set_seed(args.seed)  # before the adapter draws its weights
         if peft_config is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        if hasattr(model, "peft_config") and args.gradient_checkpointing and args.reentrant:
+        let_adapter_train(model)
+        if has_adapter(model) and args.gradient_checkpointing and args.reentrant:
             model.enable_input_require_grads()  # its regions run again only where an input of theirs requires grad
         self.aux_coef = _aux_coef(model, args)
         self._given = ref_logps is not None
@@ -131,7 +139,7 @@ class GroupDPOTrainer(Trainer):
             for module in each.modules() if each is not None else ():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
-        pad_id = pad_id_of(model, processing_class)
+        pad_id = pad_id_of(model, self.tokenizer)
         train = self._tokenised(train_dataset, "train")
         most: Any = args.micro_batch_tokens
         if most == "auto" or args.strategy == "coupled":
@@ -156,6 +164,7 @@ class GroupDPOTrainer(Trainer):
             kinds = {"DeepSpeed": self.is_deepspeed_enabled, "FSDP": self.is_fsdp_enabled, "DataParallel": True}
             got = next(kind for kind, on in kinds.items() if on)
             raise ValueError(f"GroupDPOTrainer runs on one device or under DistributedDataParallel; got {got}")
+        self.data_collator = self.data_collator.fitting(model, ref_model)
         self.ref_model = ref_model
         if ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
@@ -168,7 +177,7 @@ class GroupDPOTrainer(Trainer):
     # --------------------------------------------------------------------------------------------------------- the data
 
     def _tokenised(self, rows: Any, name: str) -> Any:
-        return tokenised(rows, name, self.tokenizer, self.config, self.objective, self.report)
+        return tokenised(rows, name, self.tokenizer, self.config, self.objective, self.report, self._limits)
 
     def _scored(self, rows: Any) -> Any:
         """The same with the reference's log-probabilities, from disk as far as they are there."""
@@ -178,13 +187,13 @@ class GroupDPOTrainer(Trainer):
             return rows
         model = self.accelerator.unwrap_model(self.model) if self.ref_model is None else self.ref_model
         if self.ref_model is None and self.state.global_step > 0:
-            if not hasattr(model, "peft_config"):
+            if not has_adapter(model):
                 raise ValueError(
                     "ref_model must be given to evaluate rows that were not there before training, with"
                     " precompute_ref_log_probs=True: the model has moved since; got None"
                 )
             check_adapter_alone_trains(model)
-        options = {"layout": self.config.layout, "precision": self.accelerator.mixed_precision}
+        options = {"layout": self.data_collator.layout, "precision": self.accelerator.mixed_precision}
         folder = Path(str(self.args.output_dir)) / "ref_logps"
         values = reference_logps(
             model, rows.groups, folder, score=self.score, count=lambda group: len(group.responses), options=options
@@ -333,6 +342,18 @@ class GroupDPOTrainer(Trainer):
             logs.update(means_of(self._metrics["train"]))
         super().log(logs, *more, **named)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As in transformers; an adapter inside a transformers model is written here, with any version of PEFT."""
+        model = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(model) or not has_adapter(model):
+            super()._save(output_dir, state_dict)
+            return
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
+        save_adapter(model, folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, Path(folder) / "training_args.bin")
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 6 * int(inputs["num_tokens"]) * int(self.model.num_parameters(exclude_embeddings=True))
 
@@ -345,7 +366,7 @@ def _shares(micro_batches: Sequence[MicroBatch]) -> list[float]:
 def _reference_of(model: Any, fresh: bool, precompute: bool) -> nn.Module | None:
     """A copy of the model; or None where the model itself will do: before it trains, without its adapter, or with its
     adapter "ref"."""
-    if not hasattr(model, "peft_config"):
+    if not has_adapter(model):
         return None if precompute else frozen_copy(model)
     if not precompute:
         check_adapter_alone_trains(model)
@@ -359,6 +380,7 @@ def pad_id_of(model: Any, tokenizer: Any) -> int:
     """What stands in the padding, masked and never scored."""
     if tokenizer is None:
         return model.config.get_text_config().pad_token_id or 0
+    tokenizer = tokenizer_of(tokenizer)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None and eos is None:
         raise ValueError("processing_class must have a pad_token, or an eos_token, which pads then; got None for both")
@@ -389,8 +411,7 @@ def _check_arguments(
         raise TypeError(f"objective must be an Objective; got {objective!r}")
     if ref_model is model:
         raise ValueError("ref_model must be another object than model, or None for a copy of it; got model")
-    if peft_config is not None and hasattr(model, "peft_config"):
-        raise ValueError("peft_config must be None for a model that has an adapter; got both")
+    check_adapter(model, peft_config)
     if args.merge_prompts and objective.loss == "plackett_luce":
         raise ValueError("merge_prompts must be False for 'plackett_luce': merged rows have no ranking; got True")
     given = {"ref_model": ref_model, "ref_logps": ref_logps}

@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...adapters import is_peft_model, let_adapter_train
+from ...batches import tokenizer_of
 from ...groups import PreferenceGroups
 from ...losses import LOSSES
 from ...models import attach
@@ -39,6 +41,7 @@ from .accelerate import installed_trl
 from .metrics import means_of, preference_metrics, record
 from .misplaced import LOSS_OPTIONS, check_names, check_order
 from .reference import (
+    check_adapter,
     check_adapter_alone_trains,
     check_no_earlier_reference,
     copy_to_reference_adapter,
@@ -89,7 +92,9 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         _check_tokenizer(named.get("processing_class"))
         self.objective = objective
         given = isinstance(model, nn.Module)
-        is_peft = hasattr(model, "peft_config") or named.get("peft_config") is not None
+        check_adapter(model, named.get("peft_config"))
+        let_adapter_train(model)
+        is_peft = is_peft_model(model) or named.get("peft_config") is not None
         if ref_model is None and objective.needs_reference:
             check_no_earlier_reference(model)
             if given and not is_peft and not args.precompute_ref_log_probs:
@@ -205,7 +210,7 @@ def _check_objective(objective: Objective) -> None:
 
 def _check_tokenizer(processing_class: Any) -> None:
     """TRL ends each completion with eos, and pads with it where there is no pad token."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     if tokenizer is not None and tokenizer.eos_token is None:
         raise ValueError(
             "processing_class must have an eos_token, which ends a completion and, without a pad_token, pads;"

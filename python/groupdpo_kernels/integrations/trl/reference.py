@@ -2,7 +2,7 @@
 
     full fine-tuning      a frozen copy, or the reference model given
     peft_config           the model without its adapter
-    a PeftModel           base and adapter as given: a second adapter, "ref", holds a copy (TRL's name and way)
+    a model with adapter  base and adapter as given: a second adapter, "ref", holds a copy (TRL's name and way)
 
 Never: loads anything. Precondition: weights outside the adapter do not train where an adapter tells the two apart;
 `check_adapter_alone_trains` raises otherwise.
@@ -18,6 +18,16 @@ from typing import Any
 
 from torch import nn
 
+from ...adapters import (
+    active_adapters,
+    adapter_configs,
+    copy_config,
+    has_adapter,
+    why_config_not_scored,
+    why_not_scored,
+    with_adapter,
+    without_adapter,
+)
 from ...ranks import is_dtensor, kind_of, reshard
 
 
@@ -73,9 +83,19 @@ def _leads_to(value: Any, modules: set[nn.Module], seen: set[int]) -> bool:
     return any(_leads_to(each, modules, seen) for each in held)
 
 
+def check_adapter(model: Any, peft_config: Any) -> None:
+    """ValueError for an adapter over another, and for one whose model has no target for each position."""
+    if peft_config is not None and has_adapter(model):
+        raise ValueError("peft_config must be None for a model that has an adapter; got both")
+    if peft_config is not None and (why := why_config_not_scored(peft_config)):
+        raise ValueError(f"peft_config must be of {why}")
+    if why := why_not_scored(model):
+        raise ValueError(f"model must have {why}")
+
+
 def check_no_earlier_reference(model: Any) -> None:
     """ValueError for an adapter "ref": it is what an earlier training started from, not what this one does."""
-    if "ref" in getattr(model, "peft_config", {}):
+    if "ref" in adapter_configs(model):
         raise ValueError(
             "ref_model must be given for a model with an adapter named 'ref', which an earlier training has left"
             " behind: model.delete_adapter('ref') makes its present state the reference; got None"
@@ -84,7 +104,7 @@ def check_no_earlier_reference(model: Any) -> None:
 
 def check_adapter_alone_trains(model: Any) -> None:
     """ValueError where a weight outside the adapter trains: without its adapter the model would not stay as it was."""
-    active = {*_active(model)}
+    active = {*active_adapters(model)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not active & {*name.split(".")}:
             raise ValueError(
@@ -95,14 +115,14 @@ def check_adapter_alone_trains(model: Any) -> None:
 
 def add_reference_adapter(model: Any) -> None:
     """A copy of the active adapter, named "ref", that does not train."""
-    (active,) = _active(model)
-    model.add_adapter("ref", model.peft_config[active])
+    (active,) = active_adapters(model)
+    copy_config(model, active, "ref")
     copy_to_reference_adapter(model)
 
 
 def copy_to_reference_adapter(model: Any) -> None:
     """The active adapter's weights into "ref", those that are parameters in a dict by adapter too (of embeddings)."""
-    (active,) = _active(model)
+    (active,) = active_adapters(model)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         parts = name.split(".")
@@ -125,26 +145,22 @@ def as_reference(
     training = model.training
     model.eval()  # no dropout, no gradient checkpointing
     try:
-        if not hasattr(model, "peft_config"):
+        if not has_adapter(model):
             yield model
-        elif "ref" not in model.peft_config:
-            with model.disable_adapter():
-                try:
-                    yield model
-                finally:
-                    reshard(model)  # peft switches requires_grad back on the parameters that it switched off
-        else:
-            active = model.active_adapter
-            model.set_adapter("ref")
-            try:
+        elif "ref" not in adapter_configs(model):
+            with without_adapter(model), _resharded(model):
                 yield model
-            finally:
-                reshard(model)
-                model.set_adapter(active)
+        else:
+            with with_adapter(model, "ref"), _resharded(model):
+                yield model
     finally:
         model.train(training)
 
 
-def _active(model: Any) -> list[str]:
-    active = model.active_adapter
-    return [active] if isinstance(active, str) else list(active)
+@contextlib.contextmanager
+def _resharded(model: Any) -> Iterator[None]:
+    """Leaving an adapter switches `requires_grad` of the parameters, which under FSDP must be the shards by then."""
+    try:
+        yield
+    finally:
+        reshard(model)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import TrainingArguments
 from ...backward import STRATEGIES
 from ...data import Report, TokenGroup, collate, merge_prompts, read_groups, tokenize_groups
 from ...formats import one_of
+from ...layouts import why_not_packed, why_not_padded
 from ...losses import LOSSES
 from ...objectives import Objective
 from .misplaced import check_names
@@ -33,7 +35,8 @@ class GroupDPOConfig(TrainingArguments):
         strategy: "two_pass", "one_pass" (few trainable parameters, micro-batches of one response) or "coupled".
         micro_batch_sequences, micro_batch_tokens: limits of a micro-batch, padding included. None: no limit. For
             two_pass micro_batch_tokens may be "auto": what the planner fits in the memory that is free at the start.
-        layout: "padded", or "packed" for models that keep sequences apart by their position_ids.
+        layout: "padded", or "packed" for models that keep sequences apart by their position_ids; for others the
+            trainer takes "padded", after a warning that says why.
         format, rule: as in `data.read_groups`; merge_prompts: rows of one prompt become one group.
         max_length, too_long, chat, template_options, on_bad: as in `data.tokenize_groups`.
         precompute_ref_log_probs: the reference scores the data once, before training; kept on disk.
@@ -154,6 +157,19 @@ class Collator:
     max_sequences: int | None
     pad_id: int
 
+    def fitting(self, *models: Any) -> Collator:
+        """This one, or one whose batches the models, where they are not None, keep apart; a warning says why."""
+        present = [model for model in models if model is not None]
+        found = self
+        if found.layout == "packed" and (why := next(filter(None, map(why_not_packed, present)), "")):
+            warnings.warn(f"layout 'packed' becomes 'padded': {why}", stacklevel=3)
+            found = replace(found, layout="padded")
+        padded = found.layout == "padded" and found.max_sequences != 1
+        if padded and (why := next(filter(None, map(why_not_padded, present)), "")):
+            warnings.warn(f"a micro-batch is one response, without padding: {why}", stacklevel=3)
+            found = replace(found, max_sequences=1)
+        return found
+
     def __call__(self, items: Sequence[tuple[TokenGroup, Tensor | None]]) -> dict[str, Any]:
         groups, known = [group for group, _ in items], [ref for _, ref in items if ref is not None]
         limits: dict[str, Any] = {"max_tokens": self.max_tokens, "max_sequences": self.max_sequences}
@@ -172,17 +188,22 @@ def tokenised(
     config: GroupDPOConfig,
     objective: Objective,
     reports: MutableMapping[str, Report],
+    limits: tuple[int | None, int | None] = (None, None),
 ) -> Any:  # GroupRows, or a dict of them
     """Rows, or a dict of rows, as groups of token ids, each checked against what a step needs of it.
 
     Args:
         rows: of a layout of `data.FORMATS`, or TokenGroups; GroupRows stay as they are.
         name: of the data, for errors and its report.
+        limits: of the model: positions of a sequence, and token ids; None where there is none. A longer response is
+            dropped as one past max_length is; where the rows are TokenGroups both raise.
     """
     if isinstance(rows, GroupRows):
         return rows
     if isinstance(rows, Mapping):
-        return {key: tokenised(value, key, tokenizer, config, objective, reports) for key, value in rows.items()}
+        return {
+            key: tokenised(value, key, tokenizer, config, objective, reports, limits) for key, value in rows.items()
+        }
     if isinstance(rows, str) or not isinstance(rows, Iterable):
         raise TypeError(f"{name}_dataset must be rows, or a list of TokenGroup; got {rows!r:.60}")
     groups = list(rows)
@@ -196,6 +217,7 @@ def tokenised(
         texts = merge_prompts(texts, **bad) if config.merge_prompts else texts
         names = ("max_length", "too_long", "chat", "template_options")
         options = {option: getattr(config, option) for option in names}
+        options["max_length"] = min((n for n in (config.max_length, limits[0]) if n is not None), default=None)
         groups = list(tokenize_groups(texts, tokenizer, **options, **bad))
     if report.dropped:
         logger.warning("%s_dataset: %s", name, report)
@@ -204,6 +226,7 @@ def tokenised(
     row = LOSSES[objective.loss] if isinstance(objective.loss, str) else None
     pairs = row is not None and row.pair is not None and not row.every_pair
     for group in groups:
+        _check_limits(group, name, limits)
         most = config.micro_batch_tokens
         if isinstance(most, int) and group.longest > most:
             raise ValueError(f"micro_batch_tokens must be at least {group.longest}, for row {group.row}; got {most}")
@@ -212,6 +235,20 @@ def tokenised(
             larger = "all_pairs, margin, mpo and softmax take larger groups"
             raise ValueError(f"groups must be pairs for loss {objective.loss!r}; {got}; {larger}")
     return GroupRows(groups)
+
+
+def _check_limits(group: TokenGroup, name: str, limits: tuple[int | None, int | None]) -> None:
+    """ValueError for what the model has no position or no embedding of."""
+    positions, ids = limits
+    if positions is not None and group.longest > positions:
+        got = f"row {group.row} has {group.longest} tokens"
+        raise ValueError(f"{name}_dataset must have at most {positions} tokens, the model's positions; {got}")
+    if ids is None:
+        return
+    for part in (group.prompt, *group.responses):
+        if len(part) and not 0 <= int(part.min()) <= int(part.max()) < ids:
+            wrong = int(part.max()) if int(part.max()) >= ids else int(part.min())
+            raise ValueError(f"{name}_dataset must have token ids in [0, {ids}); row {group.row} has {wrong}")
 
 
 def _check_columns(rows: Sequence[Any], name: str) -> None:

@@ -31,13 +31,15 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
+from ...adapters import adapter_configs, delete_adapter, let_adapter_train
 from ...data import Report, TokenGroup
+from ...limits import position_limit, token_limit
 from ...logps import seq_logps
 from ...models import attach
 from ...objectives import Objective
 from ...stepwise import run_stages
 from .groups import GroupDPOTrainer, pad_id_of
-from .reference import check_no_earlier_reference
+from .reference import check_adapter, check_no_earlier_reference
 from .rows import Collator, GroupDPOConfig, tokenised
 
 # Options that change no weight: a run may be resumed with others.
@@ -91,13 +93,14 @@ class StepwiseDPO:
         if getattr(args, "sync_ref_model", False):
             raise ValueError("sync_ref_model must be False: the reference of a stage stands still; got True")
         check_no_earlier_reference(model)
+        check_adapter(model, peft_config)
         if peft_config is not None:
             from peft import get_peft_model
 
-            if hasattr(model, "peft_config"):
-                raise ValueError("peft_config must be None for a model that has an adapter; got both")
             set_seed(args.seed)
             model = get_peft_model(model, peft_config)
+        let_adapter_train(model)
+        self._limits = position_limit(model), token_limit(model)
         self.model: Any = model
         self.history: dict[int, list[dict[str, float]]] = {}
         self.report: dict[str, Report] = {}
@@ -127,7 +130,7 @@ class StepwiseDPO:
             return part
         name = f"stage {stage}"
         self.report[name] = Report()
-        rows = tokenised(part, name, self.processing_class, self.args, self.objective, self.report)
+        rows = tokenised(part, name, self.processing_class, self.args, self.objective, self.report, self._limits)
         return rows.groups
 
     def _score(self, model: nn.Module, groups: Sequence[TokenGroup]) -> Tensor:  # (S,) float32
@@ -138,7 +141,7 @@ class StepwiseDPO:
         collator = Collator(
             self.args.layout, tokens, self.args.micro_batch_sequences, pad_id_of(model, self.processing_class)
         )
-        step = collator([(group, None) for group in groups])["step"].to(self.args.device)
+        step = collator.fitting(model)([(group, None) for group in groups])["step"].to(self.args.device)
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
             scored = [
                 (mb.live(attach(model)(mb.input_ids, mb.targets, **mb.inputs)), mb.cu_seqlens)
@@ -187,8 +190,8 @@ def _left_as_it_was(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if "ref" in getattr(model, "peft_config", {}):
-            model.delete_adapter("ref")
+        if "ref" in adapter_configs(model):
+            delete_adapter(model, "ref")
         for module in model.modules():
             if module.__dict__.get("forward") is not before.get(module):
                 del module.__dict__["forward"]

@@ -1,0 +1,172 @@
+"""Adapters of a model, whichever way they were put on: a `peft.PeftModel`, or PEFT inside a transformers model.
+
+`AutoModelForCausalLM.from_pretrained` of an adapter's folder gives the second kind. Both have `peft_config`, a dict by
+name; what switches adapters has other names in each, and here one.
+
+Never: imports peft where there is no adapter, or changes `requires_grad` of a weight but in `let_adapter_train`.
+Precondition: none; a model without adapters has an empty list of them. Cost: a look at the model's attributes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+
+def is_peft_model(model: Any) -> bool:
+    peft = sys.modules.get("peft")  # no PeftModel exists before this is imported
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def has_adapter(model: Any) -> bool:
+    return is_peft_model(model) or bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def adapter_configs(model: Any) -> dict[str, Any]:
+    """The configs of all adapters by name, active or not."""
+    return dict(model.peft_config) if has_adapter(model) else {}
+
+
+def active_adapters(model: Any) -> list[str]:
+    if not has_adapter(model):
+        return []
+    active = model.active_adapter if is_peft_model(model) else next((m.active_adapter for m in _layers(model)), [])
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    """The modules that hold weights of adapters. transformers' own methods to switch them refuse all but the newest
+    PEFT, which an adapter's folder loads without."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    return (module for module in model.modules() if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)))
+
+
+def copy_config(model: Any, source: str, target: str) -> None:
+    """A new adapter `target` of the config of `source`; the active adapter stays active."""
+    config = model.peft_config[source]
+    if is_peft_model(model):
+        model.add_adapter(target, config)
+        return
+    from peft import inject_adapter_in_model
+
+    active = active_adapters(model)
+    with _same_requires_grad(model):
+        inject_adapter_in_model(config, model, target)
+        model.peft_config[target] = config
+        _set(model, active)
+    for name, parameter in model.named_parameters():
+        if target in name.split("."):
+            parameter.requires_grad_(False)
+
+
+def delete_adapter(model: Any, name: str) -> None:
+    if is_peft_model(model):
+        model.delete_adapter(name)
+        return
+    with _same_requires_grad(model):
+        for layer in _layers(model):
+            layer.delete_adapter(name)
+    model.peft_config.pop(name, None)
+
+
+@contextlib.contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """The model as it is without its adapters."""
+    if is_peft_model(model):
+        with model.disable_adapter():
+            yield
+        return
+    with _same_requires_grad(model):
+        for layer in _layers(model):
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in _layers(model):
+                layer.enable_adapters(True)
+
+
+@contextlib.contextmanager
+def with_adapter(model: Any, name: str) -> Iterator[None]:
+    """The model with this adapter in place of the active ones."""
+    active = active_adapters(model)
+    with _same_requires_grad(model):
+        _set(model, [name])
+        try:
+            yield
+        finally:
+            _set(model, active)
+
+
+def _set(model: Any, names: list[str]) -> None:
+    chosen = names[0] if len(names) == 1 else names
+    if is_peft_model(model):
+        model.set_adapter(chosen)
+        return
+    for layer in _layers(model):
+        layer.set_adapter(chosen)
+
+
+def save_adapter(model: Any, folder: str) -> None:
+    """The active adapter of a transformers model in a folder, as PEFT writes it."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    (active,) = active_adapters(model)
+    os.makedirs(folder, exist_ok=True)
+    found = get_peft_model_state_dict(model, adapter_name=active)
+    tensors = {f"base_model.model.{name}": x.detach().cpu().contiguous() for name, x in found.items()}
+    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    model.peft_config[active].save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _same_requires_grad(model: Any) -> Iterator[None]:
+    """Gives `requires_grad` back, which PEFT sets on each switch as suits training."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, trains in before.items():
+            if parameter.requires_grad != trains:
+                parameter.requires_grad_(trains)
+
+
+def let_adapter_train(model: Any) -> None:
+    """Where nothing of a model with an adapter trains, as one is loaded for inference, its active adapter does from
+    here on, after a warning."""
+    if not has_adapter(model) or any(p.requires_grad for p in model.parameters()):
+        return
+    active = {*active_adapters(model)}
+    for name, parameter in model.named_parameters():
+        if active & {*name.split(".")} and parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    warnings.warn(f"model had an adapter and nothing that trains: the adapter {', '.join(active)} does", stacklevel=3)
+
+
+def why_not_scored(model: Any) -> str:
+    """Why a model with this active adapter has no log-probability for each token of its input; empty if it has.
+
+    Prompt tuning, p-tuning and prefix tuning put virtual tokens before the input, or keys and values of some: the
+    model then sees other positions than those that have targets.
+    """
+    if "forward" in vars(model) and is_peft_model(model):
+        return ""  # inside disable_adapter(), where peft calls the base model
+    configs = adapter_configs(model)
+    for name in active_adapters(model):
+        if name in configs and (why := why_config_not_scored(configs[name])):
+            return why
+    return ""
+
+
+def why_config_not_scored(config: Any) -> str:
+    if not getattr(config, "is_prompt_learning", False):
+        return ""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    return f"an adapter without virtual tokens (LoRA, IA3, OFT ...); got {kind}, whose tokens have no targets"
