@@ -91,7 +91,8 @@ py::dict build_info() {
 #endif
   return py::dict("version"_a = GROUPDPO_KERNELS_VERSION, "torch"_a = GROUPDPO_KERNELS_TORCH_VERSION,
                   "compiler"_a = GROUPDPO_KERNELS_COMPILER, "abi"_a = "stable", "openmp"_a = openmp,
-                  "cpu_capability"_a = cpu_capability(), "bf16_products"_a = bf16_products(),
+                  "cpu_capability"_a = cpu_capability(),
+                  "widest_cpu_capability"_a = widest_cpu_capability(), "bf16_products"_a = bf16_products(),
                   "cuda_architectures"_a = py::tuple(architectures));
 }
 
@@ -116,6 +117,12 @@ STABLE_TORCH_LIBRARY_IMPL(groupdpo_kernels, CUDA, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of groupdpo_kernels: importing this module registers them with torch.";
   m.def("build_info", &build_info, "Versions and compiler of this build, and what it can use on this machine.");
+  if (const char* ignored = ignored_cpu_capability()) {
+    if (PyErr_WarnEx(PyExc_RuntimeWarning, ignored, 1) != 0) throw py::error_already_set();
+  }
+  m.def("use_cpu_capability", &use_cpu_capability, py::arg("name"),
+        "Which copy of the loops over a row runs: default, avx2 or avx512; ValueError for what this processor lacks."
+        " Returns the one of before. Not while another thread computes.");
   m.def("use_bf16_products", &use_bf16_products, py::arg("on"),
         "Whether bfloat16 is multiplied as it is (where this machine can) or widened to float32 first. Returns what was"
         " before.");

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from groupdpo_kernels import ops, reference
 from groupdpo_kernels.reference import HeadOptions
 from groupdpo_kernels.testing import CASES, Case, Inputs, Result, check_budget, error, exact, make_inputs
 
+CAPABILITIES = ("default", "avx2", "avx512")
 NEVER = ops.extension_why_not()
 INPUTS = ("hidden", "weight", "bias", "low_rank_hidden", "low_rank_weight")
 
@@ -330,10 +334,59 @@ def test_build_info() -> None:
     assert info["version"] == groupdpo_kernels.__version__
     assert int(info["torch"].split(".")[0]) >= 2  # built against, not necessarily the one at hand
     assert info["abi"] == "stable"
-    assert info["cpu_capability"] in ("avx512", "avx2", "default")
+    assert info["cpu_capability"] in CAPABILITIES and info["widest_cpu_capability"] in CAPABILITIES
     assert all(name.startswith(("sm_", "compute_")) for name in info["cuda_architectures"])  # none without nvcc
     assert isinstance(info["bf16_products"], bool)
     assert info["compiler"] and isinstance(info["openmp"], bool)
+
+
+def available() -> tuple[str, ...]:
+    """The instruction sets of row.cpp that this processor has, narrowest first."""
+    from groupdpo_kernels import _C
+
+    return CAPABILITIES[: CAPABILITIES.index(_C.build_info()["widest_cpu_capability"]) + 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_same_bits_under_every_instruction_set(dtype: torch.dtype, softcap: float | None) -> None:
+    """Of our own loops: the library's products are the same in all of these runs."""
+    from groupdpo_kernels import _C
+
+    head, targets = drawn(37, 48, 301, dtype)
+    upstream = [torch.linspace(-1, 1, 37), torch.linspace(1, -2, 37)]
+    options = HeadOptions(logit_scale=3.0, softcap=softcap, temperature=0.7)
+    results, before = [], _C.build_info()["cpu_capability"]
+    try:
+        for name in available():
+            _C.use_cpu_capability(name)
+            out = forward(head, targets, options)
+            results.append(
+                [*out, *backward(head, targets, [out[1], *upstream], options, [True, True, True, False, False])]
+            )
+    finally:
+        _C.use_cpu_capability(before)
+    for name, result in zip(available(), results):
+        assert all(map(torch.equal, result, results[0])), name
+
+
+def test_a_capability_that_is_unknown_or_missing_is_an_error_in_words() -> None:
+    from groupdpo_kernels import _C
+
+    for name in ("sse", "", "AVX2", *CAPABILITIES[len(available()) :]):
+        with pytest.raises(ValueError, match=f"must be default, avx2 or avx512.*got '{name}'"):
+            _C.use_cpu_capability(name)
+
+
+@pytest.mark.parametrize("asked", ["default", "avx2", "avx512", "sse9", ""])
+def test_the_environment_lowers_the_capability(asked: str) -> None:
+    """One that the processor lacks is a warning in words, and the widest is used."""
+    code = "from groupdpo_kernels import _C; print(_C.build_info()['cpu_capability'])"
+    environment = os.environ | {"GROUPDPO_KERNELS_CPU_CAPABILITY": asked}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    heeded = asked in available()
+    assert done.stdout.strip() == (asked if heeded else available()[-1]), done.stderr
+    assert (f"got '{asked}'" in done.stderr) == (not heeded and asked != "")
 
 
 def test_stable_abi_alone() -> None:

@@ -1,5 +1,5 @@
 // See row.h. Every loop here is meant to be vectorised: no branch, no call that is not inlined, reductions over a fixed
-// number of lanes, so that the order of additions is the same whatever instruction set is picked at run time.
+// number of lanes, so that the order of additions is the same whatever instruction set is picked at load time.
 #include "cpu/row.h"
 
 #include <algorithm>
@@ -8,14 +8,15 @@
 
 #include "cpu/vector_math.h"
 
-// One copy of a function for each instruction set; the loader picks. A portable build runs at full width.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#define EVERY_ISA __attribute__((target_clones("avx512f", "avx2", "default")))
+// CMakeLists.txt compiles this file once for each instruction set, into a namespace of its own. The attribute, not a flag
+// of the compiler: what headers define stays of the baseline, or the linker might pick a wider copy of it for everybody.
+#ifdef GROUPDPO_KERNELS_ROW_TARGET
+#define EVERY_ISA __attribute__((target(GROUPDPO_KERNELS_ROW_TARGET)))
 #else
 #define EVERY_ISA
 #endif
 
-namespace groupdpo_kernels {
+namespace groupdpo_kernels::GROUPDPO_KERNELS_ROW {
 
 static constexpr int64_t LANES = 32;
 
@@ -255,12 +256,26 @@ EVERY_ISA void add_column_sums(double* sums, const float* d, int64_t rows, int64
   }
 }
 
-const char* cpu_capability() {
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-  return __builtin_cpu_supports("avx512f") ? "avx512" : __builtin_cpu_supports("avx2") ? "avx2" : "default";
-#else
-  return "default";
-#endif
+// Points the names of row.h at the functions above.
+void use() {
+  groupdpo_kernels::to_logits = to_logits;
+  groupdpo_kernels::maximum = maximum;
+  groupdpo_kernels::first_index = first_index;
+  groupdpo_kernels::exp_sums = exp_sums;
+  groupdpo_kernels::to_d_products = to_d_products;
+  groupdpo_kernels::to_squashed = to_squashed;
+  groupdpo_kernels::squashed_logit = squashed_logit;
+  groupdpo_kernels::squashed_at = squashed_at;
+  groupdpo_kernels::squashed_slope = squashed_slope;
+  groupdpo_kernels::squashed_to_weights = squashed_to_weights;
+  groupdpo_kernels::squashed_sum = squashed_sum;
+  groupdpo_kernels::squashed_find = squashed_find;
+  groupdpo_kernels::first_at_least = first_at_least;
+  groupdpo_kernels::count_at_least = count_at_least;
+  groupdpo_kernels::to_bf16 = to_bf16;
+  groupdpo_kernels::add_column_sums = add_column_sums;
+  groupdpo_kernels::add_scaled_float = add_scaled;
+  groupdpo_kernels::add_scaled_bf16 = add_scaled;
 }
 
-}  // namespace groupdpo_kernels
+}  // namespace groupdpo_kernels::GROUPDPO_KERNELS_ROW
