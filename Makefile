@@ -7,13 +7,14 @@ TORCH ?= torch==2.13.0
 RUN := .venv/bin/python
 RESULTS ?= bench/results
 
-.PHONY: help setup test demo bench profile lint clean
+.PHONY: help setup test test-processors demo bench profile lint clean
 .PHONY: device device-losses device-memory device-steps device-counters
 
 help:
 	@echo "make setup    .venv with torch, the package and its C++ extension (TORCH=$(TORCH))"
 	@echo "make demo     train a small causal LM on groups of responses; writes demo/"
 	@echo "make test     every test that needs no GPU"
+	@echo "make test-processors  a slice of the tests as on a processor with SSE alone, with AVX2, with all that is here"
 	@echo "make bench    time and memory against the alternatives, on this machine"
 	@echo "make profile  peak memory and time of a training step against the size of its group; writes profile/"
 	@echo "make lint     ruff and mypy"
@@ -45,6 +46,21 @@ install = mkdir -p build && $(1) -m pip install -v --no-build-isolation --no-dep
 # worksteal: each worker takes half of the files in order, so that what a file sets up is seldom set up twice.
 test: setup
 	$(RUN) -m pytest -m 'not gpu' -n 2 --dist worksteal $(ARGS)
+
+# What a processor of less would use: torch's kernels, the matrix products of its libraries, NumPy's under the
+# interpreter, and our loops. torch does as it is told, so AVX2 is asked for only where it is; the last run takes all that
+# is here, AVX-512 where it is.
+as_sse := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+    OPENBLAS_CORETYPE=Nehalem GROUPDPO_KERNELS_CPU_CAPABILITY=default
+as_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+    OPENBLAS_CORETYPE=Haswell GROUPDPO_KERNELS_CPU_CAPABILITY=avx2
+as_all := -u OPENBLAS_CORETYPE
+SLICE := tests/test_csrc.py tests/test_blocks.py tests/test_sparse.py tests/test_sparse_triton.py tests/test_preference_weights.py
+SLICE_OF := ((plain or everything or softcap_tight or instruction_set) and not triton or same_bits) and not opcheck and not 268435456
+
+test-processors: setup
+	for units in "$(as_sse)" "$(shell grep -qsw avx2 /proc/cpuinfo && echo '$(as_avx2)')" "$(as_all)"; do \
+	    [ -z "$$units" ] || env $$units OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not gpu' -p no:xdist $(SLICE) -k '$(SLICE_OF)' $(ARGS) || exit 1; done
 
 demo: setup
 	$(RUN) examples/group_arithmetic.py $(ARGS)

@@ -1,10 +1,11 @@
 """Builds the Python packages always, and the C++ extension `groupdpo_kernels._C` where it can be built.
 
-What is missing is said in one line and the install goes on as pure Python. GROUPDPO_KERNELS_BUILD=1 makes the
-extension required (a missing tool or a compiler error fails the install); GROUPDPO_KERNELS_BUILD=0 leaves it out.
-GROUPDPO_KERNELS_CUDA says the same of the extension's device code, which is built where a CUDA compiler is found: 1
-makes it, and with it the extension, required; 0 leaves it out. CMakeLists.txt owns the list of sources; this file only
-calls cmake.
+A missing build package (cmake, ninja, pybind11) beside an installed torch is an error of one line. Without a compiler,
+or without torch in an isolated build, the install goes on as pure Python, which warns at its first call on a CPU.
+GROUPDPO_KERNELS_BUILD=1 makes the extension required (whatever is missing, or a compiler error, fails the install);
+GROUPDPO_KERNELS_BUILD=0 leaves it out. GROUPDPO_KERNELS_CUDA says the same of the extension's device code, which is
+built where a CUDA compiler is found: 1 makes it, and with it the extension, required; 0 leaves it out. CMakeLists.txt
+owns the list of sources; this file only calls cmake.
 """
 
 from __future__ import annotations
@@ -54,11 +55,15 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=os.path.dirname(sys.executable)) or shutil.which(name)
 
 
+def missing_tools() -> list[str]:
+    """Packages that build the extension and are not installed."""
+    out = [name for name in ("cmake", "ninja") if tool(name) is None]
+    return out if importlib.util.find_spec("pybind11") else [*out, "pybind11"]
+
+
 def missing() -> list[str]:
     """What the extension needs and this machine lacks; empty if it can be built."""
-    out = [f"no {name} (pip install {name})" for name in ("cmake", "ninja") if tool(name) is None]
-    if importlib.util.find_spec("pybind11") is None:
-        out.append("no pybind11 (pip install pybind11)")
+    out = [f"no {name} (pip install {name})" for name in missing_tools()]
     if importlib.util.find_spec("torch") is None:
         out.append("no torch in the build environment (install it first, then use --no-build-isolation)")
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
@@ -108,6 +113,12 @@ def extensions() -> list[Extension]:
     if WISH == "0":
         say("without the C++ extension: GROUPDPO_KERNELS_BUILD=0")
         return []
+    # Beside torch, so in the user's own environment: pip hides what a build says unless it fails.
+    if WISH == "" and importlib.util.find_spec("torch") and (tools := missing_tools()):
+        raise SystemExit(
+            f"groupdpo_kernels: the C++ extension needs {', '.join(tools)}: pip install {' '.join(tools)};"
+            " or install without it, slower on a CPU, by GROUPDPO_KERNELS_BUILD=0"
+        )
     if reasons := missing():
         if WISH == "1":
             raise SystemExit(f"groupdpo_kernels: GROUPDPO_KERNELS_BUILD=1, but there is {'; '.join(reasons)}")

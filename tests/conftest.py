@@ -27,6 +27,15 @@ settings.register_profile(
 settings.load_profile("derandomized")
 
 
+def pytest_report_header() -> str | None:
+    """Which units of the processor the tests run with: a red test elsewhere may be about them."""
+    try:
+        from groupdpo_kernels.cli.check import units, units_line
+    except ImportError:  # the tests of a GPU run without the command line's packages
+        return None
+    return f"processor: {units_line(units())}, {torch.get_num_threads()} threads"
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Every uninitialised tensor holds NaN (the largest integer, True): an output that is never written shows.

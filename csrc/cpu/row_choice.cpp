@@ -1,5 +1,5 @@
-// Which copy of row.cpp is in use. One choice at load, by the processor and GROUPDPO_KERNELS_CPU_CAPABILITY, whose words are
-// those of torch's ATEN_CPU_CAPABILITY. A call through a pointer is per row of a block: free.
+// Which copy of row.cpp is in use. One choice at load, by the processor and GROUPDPO_KERNELS_CPU_CAPABILITY, whose
+// words are those of torch's ATEN_CPU_CAPABILITY. A call through a pointer is per row of a block: free.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

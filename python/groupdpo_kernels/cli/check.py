@@ -110,7 +110,14 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 # What changes which instructions a library uses, where somebody has set it.
-SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "OPENBLAS_CORETYPE")
+SWITCHES = (
+    "GROUPDPO_KERNELS_CPU_CAPABILITY",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_CBWR",
+    "OPENBLAS_CORETYPE",
+)
 
 
 def units() -> dict[str, Any]:
@@ -120,14 +127,16 @@ def units() -> dict[str, Any]:
     found: dict[str, Any] = {"torch": torch.backends.cpu.get_cpu_capability()}
     if not extension_why_not():
         info = importlib.import_module("groupdpo_kernels._C").build_info()
-        found |= {"cpp": info["cpu_capability"], "bf16": info["bf16_products"]}
+        found |= {"cpp": info["cpu_capability"], "widest": info["widest_cpu_capability"], "bf16": info["bf16_products"]}
     return found | {"switches": {name: os.environ[name] for name in SWITCHES if name in os.environ}}
 
 
-def _units(found: dict[str, Any]) -> str:
+def units_line(found: dict[str, Any]) -> str:
+    """`units` in one line."""
     words = [f"torch uses {found['torch']}"]
     if "cpp" in found:
-        words.append(f"the C++ op {found['cpp']}, bfloat16 GEMMs {'bf16 units' if found['bf16'] else 'float32'}")
+        words.append(f"the C++ op {found['cpp']} (the processor has {found['widest']})")
+        words.append(f"bfloat16 GEMMs {'bf16 units' if found['bf16'] else 'float32'}")
     return ", ".join([*words, *(f"{name}={value}" for name, value in found["switches"].items())])
 
 
@@ -180,7 +189,7 @@ def _print_machine(console: Console, report: dict[str, Any]) -> None:
     console.print("  ".join(f"{name} [bold]{version or '-'}[/]" for name, version in report["versions"].items()))
     for device in report["devices"]:
         if device["device"] == "cpu":
-            about = f"{device['cores']} cores, {device['threads']} threads; {_units(device['units'])}"
+            about = f"{device['cores']} cores, {device['threads']} threads; {units_line(device['units'])}"
         else:
             about = f"{device['memory_bytes'] / 2**30:.0f} GiB, {device['capability']}"
         console.print(f"{device['device']}: {escape(device['name'])}, {about}", highlight=False)
