@@ -175,7 +175,7 @@ def test_processor_stands_for_its_tokenizer(tmp_path: Path) -> None:
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert losses[0] == losses[1]
-    parts = StepwiseDPO(llama(), args, [turns], processor).parts
+    parts = StepwiseDPO(llama(), args, [turns], processor, objective=DPO).parts
     assert len(parts[0]) == len(turns)
 
 

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backward": {"groups", "objectives", "losses", "logps", "ranks", "replay"},
     "heads": {"logps"},
     "probe": {"heads"},
-    "layouts": {"limits", "probe"},
+    "layouts": {"heads", "limits", "probe", "ranks"},
     "models": {"adapters", "heads", "layouts", "limits", "logps", "probe", "ranks"},
     "formats": {"groups"},
     "batches": {"formats", "groups"},

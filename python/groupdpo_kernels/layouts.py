@@ -4,12 +4,13 @@
              layers, masks that do not look at position_ids) lets the second sequence see the first
     padded   (B, L) with an attention mask: nearly every causal model; what stands in the padding must not matter
 
-A sequence is scored beside one neighbour and beside another of the same length. The shapes are the same, so a model
-that keeps them apart gives the same bits; one with experts, whose groups of tokens change, the same up to rounding.
-Then it is scored alone: the result must be the same up to what the place in a batch changes.
+A sequence goes through the model beside one neighbour, and beside another of the same length. The shapes are the same,
+so a model that keeps them apart gives the same bits; one with experts, whose groups of tokens change, the same up to
+rounding. Then it goes alone: the result must be the same up to what the place in a batch changes.
 
-Never: trains, caches keys, leaves a flag or the random state changed. Precondition: an input of plain token ids; all
-ranks of a sharded model ask at the same time. Cost: five forwards of at most ten tokens, once per model and attention.
+Never: trains, caches keys, forms logits (but where the head is called in another way than once on all positions),
+leaves a flag or the random state changed. Precondition: an input of plain token ids; all ranks of a sharded model ask
+at the same time. Cost: five forwards of at most ten tokens, once per model and attention.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .heads import leaf_of, swapped
 from .limits import token_limit
 from .probe import head_of, logits_of, quiet, unwrap, without_cache
+from .ranks import is_dtensor
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 
@@ -79,7 +82,8 @@ def _is_fake(x: Tensor) -> bool:
 
 
 class _Scores:
-    """Logits of a few tokens, in float32, without autocast where the model runs without."""
+    """What reaches the head for a few tokens, in float32 and without autocast; (B, L, V) logits where it is called in
+    another way than once on (B, L, D)."""
 
     def __init__(self, model: nn.Module, bare: nn.Module) -> None:
         self.model, self.bare = model, bare
@@ -103,12 +107,23 @@ class _Scores:
         with torch.autocast(kind, enabled=False):
             yield
 
-    def __call__(self, batch: Batch) -> Tensor:  # (B, L, V) float32
+    def __call__(self, batch: Batch) -> Tensor:  # (B, L, D) float32
         inputs = {**without_cache(self.bare), **{name: x.to(self.device) for name, x in batch.items()}}
-        with quiet(self.model, head_of(self.bare) or self.model) as called, self._precise():
-            logits = logits_of(called(**inputs))
-        self.eps = max(self.eps, torch.finfo(logits.dtype).eps)
-        return logits.float()
+        head = head_of(self.bare)
+        seen: list[Tensor] = []
+
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append(hidden.full_tensor() if is_dtensor(hidden) else hidden)  # type: ignore[attr-defined]
+            return hidden[..., :1].clone()  # stands for logits, without a vocabulary
+
+        with quiet(self.model, head or self.model) as called, self._precise():
+            if head is not None:
+                with swapped(leaf_of(head), forward):
+                    called(**inputs)
+            if [x.shape[:-1] for x in seen] != [batch["input_ids"].shape]:  # a head that is called in another way
+                seen = [logits_of(called(**inputs))]
+        self.eps = max(self.eps, torch.finfo(seen[0].dtype).eps)
+        return seen[0].float()
 
 
 def _packed(score: _Scores) -> str:
@@ -117,7 +132,7 @@ def _packed(score: _Scores) -> str:
     first, other, second = score.ids[:4], score.ids[4:8], score.ids[8:11]
     positions = torch.cat([torch.arange(4), torch.arange(3)])[None]
 
-    def beside(neighbour: Tensor) -> Tensor:  # (3, V)
+    def beside(neighbour: Tensor) -> Tensor:  # (3, D)
         return score({"input_ids": torch.cat([neighbour, second])[None], "position_ids": positions})[0, 4:]
 
     return _compare(score, second, beside, first, other, "a sequence sees the one before it in its row")
@@ -134,7 +149,7 @@ def _placed(score: _Scores) -> str:
         return ""
     moved = _distance(own, given)
     fits = moved <= 16 * score.eps * float(own.abs().max())
-    return "" if fits else f"positions from 0 move the logits of {type(score.bare).__name__} by {moved:.1e}"
+    return "" if fits else f"positions from 0 move the hidden states of {type(score.bare).__name__} by {moved:.1e}"
 
 
 def _padded(score: _Scores) -> str:
@@ -144,7 +159,7 @@ def _padded(score: _Scores) -> str:
     longer = score.ids[3:8]
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 
-    def beside(padding: Tensor) -> Tensor:  # (3, V)
+    def beside(padding: Tensor) -> Tensor:  # (3, D)
         ids = torch.stack([torch.cat([second, padding]), longer])
         return score({"input_ids": ids, "attention_mask": mask})[0, :3]
 
@@ -154,12 +169,12 @@ def _padded(score: _Scores) -> str:
 def _compare(
     score: _Scores,
     second: Tensor,  # (3,) ids
-    beside: Callable[[Tensor], Tensor],  # neighbour -> logits (3, V) of `second`
+    beside: Callable[[Tensor], Tensor],  # neighbour -> hidden states (3, D) of `second`
     first: Tensor,  # ids of a neighbour
     other: Tensor,  # of another of the same length
     what: str,
 ) -> str:
-    def in_batch(row: Tensor) -> Tensor:  # (3, V)
+    def in_batch(row: Tensor) -> Tensor:  # (3, D)
         return score({"input_ids": torch.stack([row, second])})[1]
 
     name = type(score.bare).__name__
@@ -176,11 +191,11 @@ def _compare(
     regrouped = _distance(*rows)
     allowed = 8 * regrouped + (16 * score.eps * scale if score.routed else 0.0)
     if not _distance(found, again) <= allowed:
-        return f"in {name} {what}: its logits move by {_distance(found, again):.1e} with the other's tokens"
+        return f"in {name} {what}: its hidden states move by {_distance(found, again):.1e} with the other's tokens"
     noise = max(regrouped, *(_distance(row, alone) for row in rows))
     apart = _distance(found, alone)
     if not apart <= max(8 * noise, 16 * score.eps * scale):  # NaN neither
-        return f"in {name} {what}: its logits are {apart:.1e} off those of the sequence alone"
+        return f"in {name} {what}: its hidden states are {apart:.1e} off those of the sequence alone"
     return ""
 
 

@@ -26,9 +26,11 @@ def position_limit(model: nn.Module) -> int | None:
 
 def _tables(name: str, module: nn.Module) -> list[int]:
     *above, last = name.split(".")
-    own = module.__dict__.get("_buffers", {})
-    found = [len(own[key]) for key in ("embed_positions", "pos_encoding") if _is_table(own.get(key))]  # GPT-J, CTRL
-    found += [len(x) for key in ("embed_positions", "pos_encoding") if _is_table(x := vars(module).get(key))]
+    own = module._buffers
+    tables = [
+        held.get(key) for held in (own, vars(module)) for key in ("embed_positions", "pos_encoding")
+    ]  # GPT-J, CTRL
+    found = [len(x) for x in tables if isinstance(x, Tensor) and x.dim() == 2]
     vision = any(re.search("vis|image|audio|encoder$", part) for part in above)  # they count patches, not tokens
     named = last == "wpe" or ("pos" in last and "rel" not in last)
     if isinstance(module, nn.Embedding) and named and not vision:
@@ -37,10 +39,6 @@ def _tables(name: str, module: nn.Module) -> list[int]:
             taken = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa
         found.append(module.num_embeddings - int(taken))
     return found
-
-
-def _is_table(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() == 2
 
 
 def token_limit(model: Any) -> int | None:

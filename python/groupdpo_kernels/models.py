@@ -268,7 +268,7 @@ def _check_whole(bare: Any, head: nn.Module | None, width: int) -> None:
     rows = (
         weight.shape[0] if isinstance(weight, Tensor) and is_dtensor(weight) else getattr(base, "out_features", width)
     )
-    config = getattr(bare, "config", None)
+    config: Any = getattr(bare, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocab = getattr(config, "vocab_size", None) or rows
     pieces, rest = divmod(vocab, width)  # a head cut by hand has no rows but its own: then an even cut tells

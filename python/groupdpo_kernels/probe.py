@@ -220,7 +220,8 @@ def without_cache(bare: nn.Module) -> dict[str, Any]:
     A forward of transformers may take it among its **kwargs; where it is left out there, the config decides, and a
     model in training builds a cache.
     """
-    inner: Any = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+    model: Any = bare
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     parameters = inspect.signature(type(inner).forward).parameters
     config: Any = getattr(inner, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
