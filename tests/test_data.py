@@ -202,9 +202,9 @@ def test_report_reads_well() -> None:
         "  read: 2 groups, 4 responses",
         "  merged: 1 group, 3 responses",
         "  1 group merged into an earlier one of the same prompt",
-        "  dropped 1 group: no positive (first: row 1: its group is left without a positive response)",
         "  dropped 1 response: empty (first: row 2: a response is empty)",
         "  dropped 1 response: duplicate (first: row 0: the response 'Three minutes.' is repeated)",
+        "  dropped 1 group: no positive (first: row 1: its group is left without a positive response)",
     ]
 
 

@@ -68,7 +68,7 @@ def test_history_in_a_column_is_read_by_every_format(name: str) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_what_cannot_be_read_of_a_prompt_is_named(name: str, column: str) -> None:
     assert f"the column '{column}' belongs to the prompt" in refused({**ROWS[name], column: ["something"]})
-    for nothing in (None, [], ""):
+    for nothing in (None, [], "", 0, False):
         assert only_group({**ROWS[name], column: nothing, "id": 3, "source": "a forum"}).responses == ["Four", "Six"]
 
 
@@ -96,6 +96,18 @@ def test_content_in_parts() -> None:
 def test_a_key_of_an_answer_that_is_not_read_is_named(key: str) -> None:
     answer = [{"role": "assistant", "content": "Four", key: "something"}]
     assert key in refused({**PAIR, "prompt": [QUESTION], "chosen": answer})
+
+
+def test_keys_of_a_sharegpt_message_are_not_lost() -> None:
+    answer = {"from": "gpt", "value": "Four", "tool_calls": [{"name": "f"}], "reasoning_content": "r"}
+    assert "got reasoning_content, tool_calls" in refused({**ROWS["sharegpt"], "chosen": answer})
+    turn = {"from": "human", "value": [{"type": "text", "text": "Boats?"}]}
+    assert only_group({**ROWS["sharegpt"], "conversations": [turn]}).prompt == [QUESTION]
+
+
+def test_a_blank_prompt_is_none() -> None:
+    for more in ({}, {"system": "S"}, {"history": [["Hi", "Hello"]]}):
+        assert "no prompt" in refused({**PAIR, "prompt": "  ", **more})
 
 
 def test_half_a_surrogate_pair() -> None:
@@ -149,6 +161,12 @@ def test_bytes_of_a_file(tmp_path: Path) -> None:
         assert list(jsonl(path)) == [row, row]
     path.write_bytes(codecs.BOM_UTF8 + text.encode() + text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2, must be UTF-8; got byte 0xe4 at place 14"):
+        list(jsonl(path))
+    path.write_bytes(codecs.BOM_UTF16_LE + text.encode("utf-16-le")[:-1])
+    with pytest.raises(ValueError, match=r"rows\.jsonl begins as UTF-16"):
+        list(jsonl(path))
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="line 1, must be a JSON object"):
         list(jsonl(path))
 
 

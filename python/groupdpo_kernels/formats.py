@@ -117,10 +117,13 @@ def _message(value: Any) -> Message:
     if not isinstance(value, Mapping):
         raise BadRow("malformed", f"a message must be a dict; got {value!r:.60}")
     if value.get("from") is not None:
-        role, content = _ROLES.get(value["from"], value["from"]), value.get("value")
-        if role not in ("system", "user", "assistant", "tool") or not isinstance(content, str):
-            raise BadRow("malformed", f"a message must be text of human, gpt, observation or system; got {role!r}")
-        return {"role": role, "content": content}
+        role, content = _ROLES.get(value["from"], value["from"]), _text_of(value.get("value"))
+        if role not in ("system", "user", "assistant", "tool"):
+            raise BadRow("malformed", f"a message must be of human, gpt, observation or system; got {value['from']!r}")
+        if not isinstance(content, str):
+            raise BadRow("malformed", f"a message must be text; got {type(content).__name__}")
+        rest = {k: v for k, v in value.items() if v is not None and k not in ("from", "value")}
+        return {"role": role, "content": content, **rest}
     if not isinstance(value.get("role"), str):
         raise BadRow("malformed", f"a message must have a role and a content; got {', '.join(value)}")
     return {k: _text_of(v) if k == "content" else v for k, v in value.items() if v is not None}
@@ -159,14 +162,16 @@ def _conversation(text: Any) -> list[Message]:
 # Columns that belong to the prompt in every format. A row that holds something in one of the others is refused: dropped
 # in silence, they would change what its responses answer. Any other column is somebody's note, and is not read.
 _SYSTEM = ("system", "system_prompt")
-_UNREAD = ("tools", "functions", "documents", "context", "chat_template_kwargs")
-_UNREAD += ("image", "images", "audio", "audios", "video", "videos")
+_UNREAD = (
+    *("tools", "functions", "documents", "context", "chat_template_kwargs"),
+    *("image", "images", "audio", "audios", "video", "videos"),
+)
 
 
 def _with_context(prompt: Prompt, row: Row) -> Prompt:
     """The prompt behind the row's system prompt and history, where it has them: then it is a conversation."""
     for name in _UNREAD:
-        if name in row and row[name] not in ("", [], {}):
+        if row.get(name):
             raise BadRow("malformed", f"the column {name!r} belongs to the prompt and is not read: take it out; or put"
                          " what it says into the prompt")  # fmt: skip
     systems = {name: row[name] for name in _SYSTEM if row.get(name)}
@@ -392,7 +397,7 @@ def read(fmt: Format, row: Row) -> Sided | Scored:
     for text in found.responses:
         if not isinstance(text, str):
             raise BadRow("malformed", f"a response must be text; got {type(text).__name__}")
-    if not found.prompt:
+    if not (found.prompt.strip() if isinstance(found.prompt, str) else found.prompt):
         raise BadRow("no prompt", "the prompt is empty")
     if isinstance(found.prompt, list) and found.prompt[-1].get("role") == "assistant":
         raise BadRow("malformed", "a prompt must not end with a message of the assistant")

@@ -30,24 +30,33 @@ def jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a file of one JSON object a line, in UTF-8 or behind a byte order mark of UTF-16; empty lines are none.
     ValueError names the line.
     """
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}, must be a JSON object: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}, must be a JSON object; got {line.strip()!r:.60}")
+        yield row
+
+
+def _lines(path: Path) -> Iterator[str]:
     with open(path, "rb") as file:
-        utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    with open(path, encoding="utf-16") if utf16 else open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             try:
-                row = json.loads(
-                    line if isinstance(line, str) else line.decode("utf-8-sig" if number == 1 else "utf-8")
-                )
+                yield from path.read_text(encoding="utf-16").split("\n")
             except UnicodeDecodeError as error:
-                found = f"byte {error.object[error.start]:#04x} at place {error.start + 1}"
+                raise ValueError(f"{path} begins as UTF-16 and must be so to its end: {error}") from None
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                found = f"byte {line[error.start]:#04x} at place {error.start + 1}"
                 raise ValueError(f"{path}, line {number}, must be UTF-8; got {found}: save the file as UTF-8") from None
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}, must be a JSON object: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}, must be a JSON object; got {line.strip()!r:.60}")
-            yield row
 
 
 def existing(what: str, path: Path) -> Path:

@@ -330,7 +330,8 @@ class GroupDPOTrainer(Trainer):
         """The numbers of this data under its own prefix: `eval_a_rewards/margins` of eval_dataset {"a": rows}."""
         output = super().evaluation_loop(*arguments, **named)
         prefix = named.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in means_of(self._metrics["eval"]).items()})
+        means = {f"{prefix}_{name}": value for name, value in means_of(self._metrics["eval"]).items()}
+        output = output._replace(metrics={**(output.metrics or {}), **means})
         return output
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:

@@ -28,8 +28,10 @@ LOSS_OPTIONS: dict[str, str | None] = {
     "use_weighting": None,
 }
 _OF_OBJECTIVE = {field.name: field.name for field in dataclasses.fields(Objective)} | LOSS_OPTIONS
-_OF_TRAINERS = ("model", "ref_model", "train_dataset", "eval_dataset", "processing_class", "objective", "ref_logps")
-_OF_TRAINERS += ("peft_config", "callbacks", "optimizers")
+_OF_TRAINERS = (
+    *("model", "ref_model", "train_dataset", "eval_dataset", "processing_class", "objective", "ref_logps"),
+    *("peft_config", "callbacks", "optimizers"),
+)
 _RENAMED = {"tokenizer": "processing_class", "config": "args"}
 
 
