@@ -114,6 +114,19 @@ def test_verdict_is_that_of_float32_in_bfloat16_training_and_autocast(name: str)
     assert not why_not_padded(half) and half.training
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom", "mamba"])
+def test_a_mask_over_a_packed_row_is_refused(name: str) -> None:
+    """transformers looks for sequences in position_ids only where there is no mask. Padding on either side is fine."""
+    model = build(name)
+    ids = torch.arange(5, 11)[None]
+    positions, ones = torch.tensor([[0, 1, 2, 0, 1, 2]]), torch.ones(1, 6, dtype=torch.long)
+    with pytest.raises(ValueError, match="attention_mask must be left out where position_ids start again"):
+        model_logps(model, ids, ids, attention_mask=ones, position_ids=positions)
+    for left in ([1, 1, 0, 1, 2, 3], [0, 0, 0, 1, 2, 3]):
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+        model_logps(model, ids, ids, attention_mask=mask, position_ids=torch.tensor([left]))
+
+
 def test_is_measured_once_for_each_attention_and_not_without_values() -> None:
     model = build("llama")
     calls: list[int] = []

@@ -51,6 +51,8 @@ def check_packed(model: nn.Module, inputs: dict[str, Any]) -> None:
     """
     positions = inputs.get("position_ids")
     plain = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1
+    if plain:
+        _check_mask(positions, inputs.get("attention_mask"))  # type: ignore[arg-type]
     told = any(inputs.get(name) is not None for name in ("attention_mask", "cu_seq_lens_q", "seq_idx"))
     if not plain or told or inputs.get("input_ids") is None:
         return
@@ -61,6 +63,24 @@ def check_packed(model: nn.Module, inputs: dict[str, Any]) -> None:
         raise ValueError(f"position_ids must be left out, or count as the model does ({own}); got some from 0")
     if bool((positions[:, 1:] <= positions[:, :-1]).any()):  # type: ignore[index]
         raise ValueError(f"position_ids must be of one sequence a row ({why}): take layout='padded'; got several")
+
+
+def _check_mask(
+    positions: Tensor,  # (B, L)
+    mask: Any,
+) -> None:
+    """ValueError for several sequences in a row under a 2-D mask, which joins them in every model: transformers looks
+    for sequences in position_ids only where there is no mask. On the CPU: on a GPU no value is read back.
+    """
+    if not isinstance(mask, Tensor) or mask.shape != positions.shape or positions.device.type != "cpu":
+        return
+    live = mask.to(positions.device).bool()
+    again = (positions[:, 1:] <= positions[:, :-1]) & live[:, 1:] & live[:, :-1]
+    if bool(again.any()):
+        raise ValueError(
+            "attention_mask must be left out where position_ids start again in a row, or be 4-D and block-diagonal: a"
+            f" 2-D one lets its sequences see each other; got {tuple(mask.shape)}"
+        )
 
 
 def _remembered(model: nn.Module, layout: str, measure: Callable[[_Scores], str]) -> str:
