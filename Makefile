@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN := .venv/bin/python
 RESULTS ?= bench/results
+# Without bytecode on disk each of the tests' hundred processes would compile torch and transformers again: 20 s.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup test test-processors demo bench profile lint clean
 .PHONY: device device-losses device-memory device-steps device-counters

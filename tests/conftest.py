@@ -30,7 +30,7 @@ settings.load_profile("derandomized")
 def pytest_report_header() -> str | None:
     """Which units of the processor the tests run with: a red test elsewhere may be about them."""
     try:
-        from groupdpo_kernels.cli.check import units, units_line
+        from groupdpo_kernels.cli.inspection import units, units_line
     except ImportError:  # the tests of a GPU run without the command line's packages
         return None
     return f"processor: {units_line(units())}, {torch.get_num_threads()} threads"

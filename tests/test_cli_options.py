@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 
 from groupdpo_kernels import Objective
 from groupdpo_kernels.cli.app import app
-from groupdpo_kernels.cli.logps import bar
+from groupdpo_kernels.cli.console import bar
 from groupdpo_kernels.cli.training import make_objective
 from groupdpo_kernels.integrations.trl import GroupDPOConfig
 
@@ -88,3 +90,18 @@ def test_a_config_warns_of_no_name(options: dict[str, Any]) -> None:
     off = {"activation_checkpointing": False}
     if hasattr(config, "activation_checkpointing"):
         assert GroupDPOConfig("out", use_cpu=True, **off).gradient_checkpointing is False  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"], ["check", "--help"]])
+def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
+    program = f"""
+import sys
+from groupdpo_kernels.cli.app import app
+try:
+    app({arguments!r})
+except SystemExit as end:
+    assert not end.code
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout, found.stderr

@@ -174,7 +174,7 @@ def test_bad_input(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     assert "loss must be a callable or one of sigmoid, hinge" in says("--loss", "dpo")
     assert "beta must be positive" in says("--beta", -1)
-    assert "strategy must be one of two_pass, one_pass, coupled; got 'three'" in says("--strategy", "three")
+    assert "strategy must be one of auto, two_pass, one_pass, coupled; got 'three'" in says("--strategy", "three")
     assert "groups must be pairs for loss 'sigmoid'; row 0 of train_dataset has 3 responses" in says()
     message = says("--loss", "mpo", content={"prompt": "Tea?", "good": " Green.", "bad": " Coffee."})
     assert "row 0" in message and "pairs: chosen, rejected" in message and "got bad, good, prompt" in message

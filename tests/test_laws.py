@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -52,18 +53,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli/__init__": {"app"},
     "cli/__main__": {"main"},  # of cli/__init__
     "cli/app": {"__version__", "check", "logps", "profile", "train"},  # beside it: one module for each command
-    "cli/check": {"__version__", "extension", "logps", "preference_ops", "selftest"},
+    "cli/check": {"inspection"},
+    "cli/console": set(),
     "cli/curves": set(),
+    "cli/inspection": {"__version__", "extension", "logps", "preference_ops", "selftest"},
     "cli/loading": {"formats", "limits", "store"},
-    "cli/logps": {"formats", "loading", "scoring"},
-    "cli/profile": {"loading", "planning", "profiling", "report", "workloads"},
+    "cli/logps": {"console", "formats", "loading", "scoring"},
+    "cli/profile": {"console", "planning", "profiling", "report", "workloads"},
     "cli/scoring": {
         *("__version__", "batches", "data", "formats", "layouts", "limits", "models", "store"),
         "loading",  # beside it
     },
     "cli/selftest": {"groups", "logps", "objectives", "ops", "preference_ops", "reference", "testing"},
-    "cli/train": {"loading", "logps", "training"},
-    "cli/training": {"check", "curves", "formats", "integrations", "loading", "objectives", "store"},
+    "cli/train": {"console", "training"},
+    "cli/training": {"inspection", "curves", "formats", "integrations", "loading", "objectives", "store"},
     "machine": set(),
     "resident": set(),
     "tracking": set(),
@@ -132,6 +135,20 @@ def test_import_law(name: str) -> None:
     found = imports(PACKAGE / f"{name}.py")
     ours = {module[1:].split(".")[0] for module in found if module.startswith(".")}
     assert ours <= MAY_IMPORT[name]
+
+
+def test_public_names_are_those_that_a_type_checker_sees() -> None:
+    """They are imported when first asked for; each is what its module calls by that name."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    assert {f"{n.module}.{a.name}" for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names} == {
+        f"{home}.{name}" for name, home in groupdpo_kernels._HOME_OF.items()
+    }
+    for name in groupdpo_kernels.__all__:
+        home = importlib.import_module(f"groupdpo_kernels.{groupdpo_kernels._HOME_OF[name]}")
+        assert getattr(groupdpo_kernels, name) is getattr(home, name) and name in dir(groupdpo_kernels)
+    with pytest.raises(AttributeError, match="module 'groupdpo_kernels' has no attribute 'linear_logprobs'"):
+        groupdpo_kernels.linear_logprobs  # noqa: B018
 
 
 def test_losses_know_groups_for_typing_only() -> None:

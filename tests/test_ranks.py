@@ -2,14 +2,13 @@
 has the groups of both: the same weights after three steps, whatever the numbers of micro-batches; or an error on both.
 
 Each case runs on the same two processes; a test reads what its case reported. No case may hang: a collective that waits
-for longer than half a minute raises.
+for longer than two minutes raises.
 """
 
 from __future__ import annotations
 
 import copy
 import datetime
-import importlib.util
 import os
 import shutil
 import sys
@@ -205,7 +204,7 @@ def raises(message: str, wrapped: nn.Module, *arguments: Any, forward: Any = Non
     with pytest.raises((ValueError, TypeError), match=message):
         group_backward(batches, forward or forward_of(wrapped), groups, OBJECTIVE, ref_logps, **options)
     assert all(p.grad is None for p in wrapped.parameters())
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def one_pass_is_refused_under_fsdp(rank: int) -> None:
@@ -358,6 +357,7 @@ def zero(rank: int, stage: int, counts: tuple[int, int]) -> None:
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000},
         "steps_per_print": 10**9,
+        "gradient_clipping": 0.0,  # its default is 1.0
     }
     model = copy.deepcopy(single)
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=LR), config=config)
@@ -370,7 +370,9 @@ def zero(rank: int, stage: int, counts: tuple[int, int]) -> None:
         optimizer.step()
         optimizer.zero_grad()
     way = sum((a - b).square().sum() for a, b in zip(single.parameters(), start.parameters()))
-    off = sum((a - b).square().sum() for a, b in zip(single.parameters(), engine.module.parameters()))
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        off = sum((a - b).square().sum() for a, b in zip(single.parameters(), engine.module.parameters()))
+    assert way > 1e-4, "nothing has trained"
     assert off <= 1e-10 * way, f"{float(off / way) ** 0.5:.1e} of the way off"
 
 
@@ -380,6 +382,10 @@ def zero_1(rank: int) -> None:
 
 def zero_2_counts_differ(rank: int) -> None:
     zero(rank, 2, (2, 3))
+
+
+def zero_3_counts_differ(rank: int) -> None:
+    zero(rank, 3, (3, 1))
 
 
 CASES: list[Callable[[int], None]] = [
@@ -398,9 +404,10 @@ CASES: list[Callable[[int], None]] = [
     a_head_split_over_ranks,
     a_sharded_model_is_no_trainers,
     a_model_sharded_by_transformers,
+    zero_1,
+    zero_2_counts_differ,
+    zero_3_counts_differ,
 ]
-if importlib.util.find_spec("deepspeed"):
-    CASES += [zero_1, zero_2_counts_differ]
 
 
 def worker(rank: int, folder: str) -> None:
@@ -409,7 +416,7 @@ def worker(rank: int, folder: str) -> None:
     # Read by accelerate, transformers and DeepSpeed, which find the process group that is there: no port is opened.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", DS_ACCELERATOR="cpu")
-    store, timeout = f"file://{folder}/store", datetime.timedelta(seconds=30)
+    store, timeout = f"file://{folder}/store", datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timeout)
     for case in CASES:
         report = Path(folder, f"{case.__name__}.{rank}")
@@ -428,7 +435,7 @@ def worker(rank: int, folder: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
     context = mp.start_processes(worker, (str(path),), nprocs=WORLD, join=False, start_method="spawn")
-    end = time.monotonic() + 240
+    end = time.monotonic() + 400
     try:
         while time.monotonic() < end and not context.join(timeout=5):
             pass

@@ -128,7 +128,7 @@ def test_two_ranks_are_one_of_twice_the_batch(make_trainer: Any, tmp_path: Path)
     torch.multiprocessing.spawn(run_as_rank, (port, str(tmp_path)), 2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     trainer, start, expected = run(make_trainer({"micro_batch_sequences": 2}))
-    for strategy in ("two_pass", "one_pass", "coupled"):
+    for strategy in ("two_pass", "one_pass", "coupled", "auto"):
         (kind, weights, logged), (_, others, _) = (rank[strategy] for rank in ranks)
         assert kind == "DistributedDataParallel" and torch.equal(weights, others)
         assert (weights - expected).norm() < 1e-5 * (expected - start).norm()
@@ -289,7 +289,7 @@ def test_resuming_gives_the_same_bits(make_trainer: Any, tmp_path: Path, with_lo
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"strategy": "three_pass"}, "strategy must be one of two_pass, one_pass, coupled; got 'three_pass'"),
+        ({"strategy": "three_pass"}, "strategy must be one of auto, two_pass, one_pass, coupled; got 'three_pass'"),
         ({"layout": "dense"}, "layout must be one of padded, packed; got 'dense'"),
         ({"micro_batch_sequences": 0}, "micro_batch_sequences must be at least 1; got 0"),
         (

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_trl import COMMON, GROUPS, llama, run
+from tiny_trl import COMMON, GROUPS, check_same, llama, run
 
+from groupdpo_kernels.data import TokenGroup
 from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer, groups, memory
 from groupdpo_kernels.planning import largest_micro_batch, step_peak
 
@@ -82,6 +83,38 @@ def test_a_group_that_cannot_fit_is_refused_before_training(make_trainer: Any, m
     said = rf"row {largest.row} of train_dataset has 4 responses of some {tokens} tokens, .*'two_pass'.*; got 'coupled'"
     with pytest.raises(ValueError, match=said):
         make_trainer(strategy="coupled")
+
+
+def test_auto_is_coupled_where_the_graph_of_the_largest_step_fits(
+    make_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest step has the two largest groups: just enough memory, and one byte less. The weights are the same."""
+    chosen = make_trainer(strategy="auto", max_steps=2)
+    assert chosen.strategy == "coupled"
+    two = sorted(chosen.train_dataset.groups, key=memory._tokens_of)[-2:]
+    responses, tokens = sum(len(g.responses) for g in two), sum(map(memory._tokens_of, two))
+    assert memory._shape_of(two) == (responses + responses % 2, -(-tokens // responses))
+    peak = step_peak(llama(), *memory._shape_of(two), 2**40, device="cpu")
+    assert peak < 256 * responses * tokens * 2 * 32 + 16 * chosen.model.num_parameters()  # what it asked no planner for
+    expected = run(chosen)
+    for more, strategy in ((1, "coupled"), (0, "two_pass")):
+        monkeypatch.setattr(groups, "memory_of", lambda model, device, n=peak + more: n)
+        trainer = make_trainer(strategy="auto", max_steps=2, micro_batch_tokens="auto" if more else None)
+        assert trainer.strategy == strategy
+        check_same(run(trainer), expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_auto_of_models_that_the_bound_does_not_know(attention: str) -> None:
+    """Eager attention keeps scores, experts keep copies: the planner is asked, and says what it finds."""
+    args = llama(), None, [TokenGroup([1] * 9, [[2] * 90, [3] * 91], [True, False], 0)], 1
+    model = args[0]
+    model.set_attn_implementation(attention)
+    _, why = memory.strategy_that_fits(*args, torch.device("cpu"), False, 2**40)
+    assert ("less than" in why) == (attention == "sdpa")
+    del model.model.layers
+    strategy, why = memory.strategy_that_fits(*args, torch.device("cpu"), False, 1000)
+    assert strategy == "two_pass" and "is not known: model must have a decoder with layers" in why
 
 
 def test_advice_never_hides_the_error(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ COMMON: dict[str, Any] = {
     "disable_tqdm": True,
     "use_cpu": True,
     "bf16": False,
+    "strategy": "two_pass",
 }
 _LLAMA = make("llama")
 
@@ -89,20 +90,24 @@ def check_same(ours: Any, theirs: Any, *, weights: float = 1e-5, logs: float = 1
 
 
 def run_as_rank(rank: int, port: int, folder: str) -> None:
-    """Two ranks of one group each, of different numbers of micro-batches; saves what each ends with."""
+    """Two ranks of one group each, of different numbers of micro-batches; saves what each ends with. The second rank
+    has no memory for "auto" to keep a whole graph in."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **address)
     torch.set_num_threads(1)
     from tiny_tokenizers import byte_level_bpe
 
-    from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer
+    from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer, groups
 
+    if rank == 1:
+        groups.memory_of = lambda *_: 1000
     found = {}
-    for strategy in ("two_pass", "one_pass", "coupled"):
+    for strategy in ("two_pass", "one_pass", "coupled", "auto"):
         options = {"per_device_train_batch_size": 1, "micro_batch_sequences": 2, "strategy": strategy}
         config = GroupDPOConfig(output_dir=f"{folder}/{strategy}-{rank}", **COMMON | options)
         trainer = GroupDPOTrainer(llama(), args=config, train_dataset=GROUPS, processing_class=byte_level_bpe())
         _, _, weights = run(trainer)
+        assert trainer.strategy == ("two_pass" if strategy == "auto" else strategy)
         found[strategy] = type(trainer.model_wrapped).__name__, weights, steps(trainer)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()

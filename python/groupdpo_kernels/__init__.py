@@ -1,33 +1,50 @@
 """Per-token log-probabilities and group-wise preference losses without the logits.
 
-The public names; torch is all that importing them needs.
+The public names; torch is all that they need, and it is imported with the first of them that is asked for.
 """
 
-from .backward import group_backward
-from .functions import LinearLogps, PreferenceWeights
-from .groups import PreferenceGroups
-from .logps import Explanation, explain, linear_logp_stats, linear_logps, seq_logps
-from .models import attach, model_logps
-from .objectives import AdaBalance, Objective, PreferenceLoss, preference_loss
-from .reference import LogpStats
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backward import group_backward as group_backward
+    from .functions import LinearLogps as LinearLogps
+    from .functions import PreferenceWeights as PreferenceWeights
+    from .groups import PreferenceGroups as PreferenceGroups
+    from .logps import Explanation as Explanation
+    from .logps import explain as explain
+    from .logps import linear_logp_stats as linear_logp_stats
+    from .logps import linear_logps as linear_logps
+    from .logps import seq_logps as seq_logps
+    from .models import attach as attach
+    from .models import model_logps as model_logps
+    from .objectives import AdaBalance as AdaBalance
+    from .objectives import Objective as Objective
+    from .objectives import PreferenceLoss as PreferenceLoss
+    from .objectives import preference_loss as preference_loss
+    from .reference import LogpStats as LogpStats
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AdaBalance",
-    "Explanation",
-    "LinearLogps",
-    "LogpStats",
-    "Objective",
-    "PreferenceGroups",
-    "PreferenceLoss",
-    "PreferenceWeights",
-    "attach",
-    "explain",
-    "group_backward",
-    "linear_logp_stats",
-    "linear_logps",
-    "model_logps",
-    "preference_loss",
-    "seq_logps",
-]
+_HOMES = {
+    "backward": ("group_backward",),
+    "functions": ("LinearLogps", "PreferenceWeights"),
+    "groups": ("PreferenceGroups",),
+    "logps": ("Explanation", "explain", "linear_logp_stats", "linear_logps", "seq_logps"),
+    "models": ("attach", "model_logps"),
+    "objectives": ("AdaBalance", "Objective", "PreferenceLoss", "preference_loss"),
+    "reference": ("LogpStats",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

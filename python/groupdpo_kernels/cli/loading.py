@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import importlib.util
 import json
 import os
 import warnings
@@ -18,12 +17,6 @@ from ..limits import token_limit
 from ..store import digest
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def needs(command: str, *packages: str) -> None:
-    """ImportError that says what to install."""
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"{command} needs {', '.join(missing)}: pip install 'groupdpo-kernels[cli]'")
 
 
 def jsonl(path: Path) -> Iterator[dict[str, Any]]:

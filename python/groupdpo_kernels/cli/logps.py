@@ -6,10 +6,8 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..formats import one_of
-from .loading import DTYPES, check_fit, check_place, device_of, existing, load_model, load_tokenizer, needs
+from .console import bar, needs
 
 
 def logps(
@@ -35,6 +33,8 @@ def logps(
 ) -> None:
     """Score responses with a model. The same command again goes on where it was stopped or killed."""
     needs("logps", "transformers")
+    from ..formats import one_of
+    from .loading import DTYPES, check_fit, check_place, device_of, existing, load_model, load_tokenizer
     from .scoring import ScoringOptions, read, score_file
 
     options = ScoringOptions(max_length, too_long, max_tokens, window, token_logps, chat, add_eos, on_bad)
@@ -64,10 +64,3 @@ def logps(
     if found.skipped:
         console.print(f"[yellow]{found.skipped} could not be scored:[/] their lines say why, under skipped")
     console.print(f"{found.responses} responses: {out}", highlight=False, soft_wrap=True)
-
-
-def bar(console: Console) -> Progress:
-    """How far long work is, and how long it takes still."""
-    counts = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    times = TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left")
-    return Progress(*counts, *times, console=console)

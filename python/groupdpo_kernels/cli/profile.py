@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from .loading import needs
+from .console import needs
 
 SETTINGS = ("full", "checkpointing", "lora")
 

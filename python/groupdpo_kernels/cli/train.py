@@ -9,8 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .loading import needs
-from .logps import bar
+from .console import bar, needs
 
 # Flag: section and name of the setting; "" is the top.
 PLACES = {
@@ -45,7 +44,7 @@ def train(
     alpha: float | None = typer.Option(None, help="Of rdpo."),
     tau: float | None = typer.Option(None, help="Of discopop; 0.05 by default."),
     balance: bool | None = typer.Option(None, "--balance/--no-balance", help="AdaDPO's; its options: in the file."),
-    strategy: str | None = typer.Option(None, help="two_pass (default), one_pass or coupled."),
+    strategy: str | None = typer.Option(None, help="auto (default), two_pass, one_pass or coupled."),
     learning_rate: float | None = typer.Option(None, "--learning-rate", "--lr"),
     epochs: float | None = typer.Option(None),
     max_steps: int | None = typer.Option(None, help="Instead of --epochs."),

@@ -33,8 +33,8 @@ import torch
 from ..formats import one_of
 from ..objectives import AdaBalance, Objective
 from ..store import description, digest, file_digest, tensor_digests, write_json
-from .check import versions
 from .curves import draw
+from .inspection import versions
 from .loading import check_fit, device_of, existing, jsonl, load_model, load_tokenizer, tokenizer_digest
 
 SECTIONS = ("objective", "lora", "training")

@@ -1,11 +1,12 @@
 """GroupDPO in a trainer: several positives and negatives to a prompt, at the memory of one micro-batch.
 
-    trainer = GroupDPOTrainer(model, args=GroupDPOConfig("out", strategy="two_pass"), train_dataset=rows,
-                              processing_class=tokenizer, objective=GROUP_OBJECTIVE)
+    trainer = GroupDPOTrainer(model, args=GroupDPOConfig("out"), train_dataset=rows, processing_class=tokenizer,
+                              objective=GROUP_OBJECTIVE)
 
 Rows of every layout that `data` reads become groups; a step takes `per_device_train_batch_size` groups, cuts their
 responses into micro-batches and gives them to `group_backward` (strategy "two_pass" or "one_pass") or, with "coupled",
-keeps the graph of the whole step. All three give the same gradient. Names of options and metrics are those of TRL's
+keeps the graph of the whole step; "auto" is coupled where the planner finds that this graph fits, and two_pass where
+not. All give the same gradient. Names of options and metrics are those of TRL's
 DPOConfig where it has them.
 
 The base is transformers.Trainer and not TRL's DPOTrainer, of which little would be left: it tokenises pairs, patches
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import traceback
 from collections import defaultdict
 from collections.abc import Sequence
@@ -41,7 +43,7 @@ from ...measuring import out_of_memory
 from ...models import attach, checkpoint_layers
 from ...objectives import Objective, PreferenceLoss, preference_loss
 from ...stepwise import reference_logps
-from .memory import advice, check_group_fits, memory_of, micro_batch_tokens_of
+from .memory import advice, check_group_fits, memory_of, micro_batch_tokens_of, strategy_that_fits
 from .metrics import means_of, preference_metrics, record
 from .misplaced import check_names, check_order
 from .reference import (
@@ -55,6 +57,8 @@ from .reference import (
     take_off_forwards_of,
 )
 from .rows import Collator, GroupDPOConfig, GroupRows, tokenised
+
+logger = logging.getLogger(__name__)
 
 GROUP_OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
 _NO_REFERENCE = "ref_model must be given to evaluate: ref_logps are those of train_dataset; got ref_logps"
@@ -77,9 +81,10 @@ class GroupDPOTrainer(Trainer):
             is held, and none evaluates.
         peft_config: makes the adapter; on the LM head too. callbacks, optimizers: as in transformers.
 
-    Attributes: `report`, what was read and dropped, by dataset. Logged: TRL's rewards/*, logps/*, num_tokens, aux_loss,
-    and positive_mass, balance_weight (AdaDPO), pass_drift (two_pass: the largest difference of a response's
-    log-probability between the passes). The auxiliary loss is the mean over micro-batches, weighted by their tokens.
+    Attributes: `report`, what was read and dropped, by dataset; `strategy`, the one that runs. Logged: TRL's rewards/*,
+    logps/*, num_tokens, aux_loss, and positive_mass, balance_weight (AdaDPO), pass_drift (two_pass: the largest
+    difference of a response's log-probability between the passes). The auxiliary loss is the mean over micro-batches,
+    weighted by their tokens.
 
     Raises ValueError or TypeError, naming argument, expectation and value, for: a reference that nobody reads or that
     could not stay what it is (`reference`), rows of no known columns or without a usable group, a response longer than
@@ -142,14 +147,19 @@ class GroupDPOTrainer(Trainer):
         pad_id = pad_id_of(model, self.tokenizer)
         train = self._tokenised(train_dataset, "train")
         most: Any = args.micro_batch_tokens
-        if most == "auto" or args.strategy == "coupled":
+        self.strategy = args.strategy
+        if most == "auto" or args.strategy in ("auto", "coupled"):
             if args.gradient_checkpointing:
                 checkpoint_layers(model, args.gradient_checkpointing_kwargs)
             memory, autocast = memory_of(model, args.device), bool(args.bf16 or args.fp16)
-            if most == "auto":
-                most = micro_batch_tokens_of(model, ref_model, train.groups, args.device, autocast, memory)
-            else:
+            if args.strategy == "auto":
+                self.strategy = self._choice(model, ref_model, train.groups, autocast, memory)
+            if args.strategy == "coupled":
                 check_group_fits(model, train.groups, args.device, autocast, memory)
+            if most == "auto":
+                most = None  # the whole graph fits
+                if self.strategy == "two_pass":
+                    most = micro_batch_tokens_of(model, ref_model, train.groups, args.device, autocast, memory)
         super().__init__(
             model=model,
             args=args,
@@ -173,6 +183,19 @@ class GroupDPOTrainer(Trainer):
         if args.precompute_ref_log_probs:
             self.train_dataset = self._scored(self.train_dataset)
             self.eval_dataset = self._scored(self.eval_dataset)
+
+    def _choice(self, model: Any, ref_model: Any, groups: Sequence[TokenGroup], autocast: bool, memory: int) -> str:
+        """The strategy of "auto", the same on all ranks, each of which sees the memory of its own device."""
+        args = self.config
+        size, device = args.per_device_train_batch_size, args.device
+        chosen, why = strategy_that_fits(model, ref_model, groups, size, device, autocast, memory)
+        if args.world_size > 1:
+            fits = torch.tensor(int(chosen == "coupled"), device=device)
+            torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)
+            if not fits and chosen == "coupled":
+                chosen, why = "two_pass", "on another rank the whole graph of a step does not fit"
+        logger.info("strategy %r: %s", chosen, why)
+        return chosen
 
     # --------------------------------------------------------------------------------------------------------- the data
 
@@ -246,11 +269,11 @@ class GroupDPOTrainer(Trainer):
         traceback.clear_frames(ran_out.__traceback__)  # frees what the step held, which the advice may count on
         bare, device = self.accelerator.unwrap_model(model), self.args.device
         autocast = bool(self.args.bf16 or self.args.fp16)
-        why = advice(bare, inputs["step"], self.config.strategy, autocast, device, self.optimizer)
+        why = advice(bare, inputs["step"], self.strategy, autocast, device, self.optimizer)
         raise type(ran_out)(f"{ran_out}\n{why}") from ran_out
 
     def _training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
-        if self.config.strategy == "coupled":
+        if self.strategy == "coupled":
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # of schedule-free optimisers
@@ -260,7 +283,7 @@ class GroupDPOTrainer(Trainer):
         bare, shares = self.accelerator.unwrap_model(model), _shares(step.micro_batches)
         seen: dict[bool, list[Tensor]] = {False: [], True: []}  # by whether a graph is kept: pass 2
         parts: list[Tensor] = []
-        two_pass = self.config.strategy == "two_pass"
+        two_pass = self.strategy == "two_pass"
 
         def forward(at: tuple[int, MicroBatch]) -> tuple[Tensor, ...]:
             graph = torch.is_grad_enabled()
@@ -276,7 +299,7 @@ class GroupDPOTrainer(Trainer):
             step.groups,
             self.objective,
             ref_logps,
-            strategy=self.config.strategy,
+            strategy=self.strategy,
             scale=self._scale(),
             # None with two_pass: a backward that is told its leaves finds none inside a reentrant checkpoint.
             parameters=None if two_pass else [p for p in model.parameters() if p.requires_grad],

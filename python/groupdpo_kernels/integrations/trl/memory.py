@@ -1,4 +1,4 @@
-"""What a trainer asks the planner: the micro-batch that fits, and why a step did not.
+"""What a trainer asks the planner: the strategy and the micro-batch that fit, and why a step did not.
 
 Memory counted is that of the device less a tenth, which allocators and libraries take. Never: measures by running out.
 Cost: a few seconds, once, and when a step has run out of memory.
@@ -52,6 +52,58 @@ def micro_batch_tokens_of(
     return size * longest
 
 
+def strategy_that_fits(
+    model: nn.Module,
+    ref_model: Any,
+    groups: Sequence[TokenGroup],
+    groups_per_step: int,
+    device: torch.device,
+    autocast: bool,
+    memory: int,
+) -> tuple[str, str]:
+    """("coupled" or "two_pass", why): coupled, which runs each forward once, where the graph of the largest step fits.
+
+    The largest step has the `groups_per_step` longest of `groups`, with AdamW. The planner takes seconds, and is not
+    asked where a bound of 256 bytes a token, layer and unit of width fits: a decoder in float32 without checkpointing
+    keeps about 100. The bound knows neither the scores of eager attention nor a mixture of experts.
+    """
+    responses, tokens = _shape_of(sorted(groups, key=_tokens_of)[-groups_per_step:])
+    if isinstance(ref_model, nn.Module):  # what is there already is not free
+        memory -= sum(p.nbytes for p in ref_model.parameters() if p.device.type != device.type)
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    known = config._attn_implementation != "eager" and not hasattr(config, "output_router_logits")
+    bound = 256 * responses * tokens * _layers_by_width(config) + _with_adamw(model)
+    if known and 0 < bound < memory:
+        peak = bound
+    else:
+        try:
+            peak = step_peak(model, responses, tokens, max(1, memory), autocast=autocast, device=device.type)
+        except ValueError as error:  # a model that the planner cannot take apart
+            return "two_pass", f"what the whole graph of a step takes is not known: {error}"
+    what = f"the whole graph of a step of {responses} responses of some {tokens} tokens takes"
+    amount = f"{'less than ' if peak == bound else ''}{peak / GiB:.2f} GiB of the {memory / GiB:.2f} GiB that are there"
+    return "coupled" if peak < memory else "two_pass", f"{what} {amount}"
+
+
+def _tokens_of(group: TokenGroup) -> int:
+    return len(group.responses) * len(group.prompt) + sum(map(len, group.responses))
+
+
+def _shape_of(groups: Sequence[TokenGroup]) -> tuple[int, int]:
+    """(responses, tokens of one) of these groups as one of the planner's, whose number of responses is even."""
+    responses = sum(len(group.responses) for group in groups)
+    return responses + responses % 2, max(2, -(-sum(map(_tokens_of, groups)) // responses))
+
+
+def _layers_by_width(config: Any) -> int:
+    return int(getattr(config, "num_hidden_layers", 0)) * int(getattr(config, "hidden_size", 0))
+
+
+def _with_adamw(model: nn.Module) -> int:
+    """Bytes of float32 parameters, gradients and both moments."""
+    return 16 * sum(p.numel() for p in model.parameters())
+
+
 def check_group_fits(
     model: nn.Module, groups: Sequence[TokenGroup], device: torch.device, autocast: bool, memory: int
 ) -> None:
@@ -59,15 +111,13 @@ def check_group_fits(
 
     A lower bound of a step with the whole graph, whatever the optimizer keeps, against all that is free and not the
     SHARE of it that `memory` is: nothing is refused that would have run. The planner takes seconds, and is not asked
-    where 64 bytes a token, layer and unit of width, and 16 a parameter, fit anyway: more than what a decoder takes
-    without checkpointing, with AdamW.
+    where 64 bytes a token, layer and unit of width fit, with AdamW.
     """
-    largest = max(groups, key=lambda group: len(group.responses) * len(group.prompt) + sum(map(len, group.responses)))
+    largest = max(groups, key=_tokens_of)
     n = max(2, len(largest.responses) // 2 * 2)  # as the planner's groups
     tokens = max(2, len(largest.prompt) + sum(map(len, largest.responses)) // len(largest.responses))
     config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    wide = getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0)
-    if 64 * n * tokens * wide + 16 * sum(p.numel() for p in model.parameters()) < memory:
+    if 64 * n * tokens * _layers_by_width(config) + _with_adamw(model) < memory:
         return
     try:
         peak = step_peak(model, n, tokens, memory, autocast=autocast, device=device.type, optimizer="sgd")

@@ -32,9 +32,11 @@ class GroupDPOConfig(TrainingArguments):
     """Options of `GroupDPOTrainer`; batch sizes count groups. Defaults that transformers has otherwise are TRL's.
 
     Args:
-        strategy: "two_pass", "one_pass" (few trainable parameters, micro-batches of one response) or "coupled".
+        strategy: "auto", "two_pass", "one_pass" (few trainable parameters, micro-batches of one response) or "coupled".
+            "auto" is "coupled", the fastest, where the planner finds that the largest step fits in the memory that is
+            free at the start, else "two_pass"; `GroupDPOTrainer.strategy` is what was chosen.
         micro_batch_sequences, micro_batch_tokens: limits of a micro-batch, padding included. None: no limit. For
-            two_pass micro_batch_tokens may be "auto": what the planner fits in the memory that is free at the start.
+            "auto" and "two_pass" micro_batch_tokens may be "auto": what the planner fits in that memory.
         layout: "padded", or "packed" for models that keep sequences apart by their position_ids; for others the
             trainer takes "padded", after a warning that says why.
         format, rule: as in `data.read_groups`; merge_prompts: rows of one prompt become one group.
@@ -51,7 +53,7 @@ class GroupDPOConfig(TrainingArguments):
     logging_steps: float = 10
     gradient_checkpointing: bool = True
     bf16: bool | None = None  # type: ignore[assignment]  # None: unless fp16
-    strategy: str = "two_pass"
+    strategy: str = "auto"
     micro_batch_sequences: int | None = 4
     micro_batch_tokens: int | str | None = None
     layout: str = "padded"
@@ -74,16 +76,16 @@ class GroupDPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
-        one_of("strategy", self.strategy, (*STRATEGIES, "coupled"))
+        one_of("strategy", self.strategy, ("auto", *STRATEGIES, "coupled"))
         one_of("layout", self.layout, ("padded", "packed"))
         if isinstance(self.micro_batch_tokens, str) and self.micro_batch_tokens.isdecimal():  # from a command line
             self.micro_batch_tokens = int(self.micro_batch_tokens)
         for name in ("micro_batch_sequences", "micro_batch_tokens"):
             value = getattr(self, name)
-            if value == "auto" and name == "micro_batch_tokens" and self.strategy == "two_pass":
+            if value == "auto" and name == "micro_batch_tokens" and self.strategy in ("auto", "two_pass"):
                 continue
             if isinstance(value, str):
-                asked = "an int or None, or for two_pass micro_batch_tokens may be 'auto'"
+                asked = "an int or None, or for auto and two_pass micro_batch_tokens may be 'auto'"
                 raise ValueError(f"{name} must be {asked}; got {value!r} with strategy {self.strategy!r}")
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
