@@ -180,6 +180,9 @@ def test_bad_input(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "row 0" in message and "pairs: chosen, rejected" in message and "got bad, good, prompt" in message
     only = {"prompt": "Tea?", "positives": [" Green."], "negatives": []}
     assert "must hold a group that can be used" in says("--loss", "mpo", content=only)
+    assert "error: row 0: its group is left without a negative response" in says(
+        "--loss", "mpo", "--on-bad", "error", content=only
+    )
     assert "model must be a folder or a hub name; /no/model is not there" in refused(
         "train", "--model", "/no/model", "--tokenizer", folder, "--data", rows, "--out", out
     )

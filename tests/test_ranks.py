@@ -317,6 +317,10 @@ def a_sharded_model_is_no_trainers(rank: int) -> None:
 def a_model_sharded_by_transformers(rank: int) -> None:
     """As its `from_pretrained` shards it: values as before, and no trainer."""
     import transformers
+    import trl
+    from tiny_tokenizers import byte_level_bpe
+
+    from groupdpo_kernels.integrations.trl import DPOTrainer, GroupDPOConfig, GroupDPOTrainer
 
     single, inputs = make("llama", num_hidden_layers=1), batch(B=2, L=9)
     folder = [tempfile.mkdtemp() if rank == 0 else None]
@@ -328,8 +332,13 @@ def a_model_sharded_by_transformers(rank: int) -> None:
         for sizes in ({"tp_size": WORLD}, {"fsdp_size": WORLD}):
             config = transformers.distributed.DistributedConfig(**sizes)
             model = transformers.AutoModelForCausalLM.from_pretrained(folder[0], distributed_config=config)
-            with pytest.raises(ValueError, match="model must be whole on every rank"):
-                check_on_one_device("model", model)
+            options = {"output_dir": folder[0], "use_cpu": True, "bf16": False, "report_to": []}
+            for trainer, arguments, said in (
+                (GroupDPOTrainer, GroupDPOConfig, "model must be whole on every rank"),
+                (DPOTrainer, trl.DPOConfig, "DTensors"),
+            ):
+                with pytest.raises(ValueError, match=said):
+                    trainer(model, args=arguments(**options), train_dataset=[], processing_class=byte_level_bpe())
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 found = model_logps(model, **inputs)

@@ -18,7 +18,10 @@ PLACES = {
     **{name: ("objective", name) for name in ("label_smoothing", "gamma", "alpha", "tau", "balance")},
     "lora_rank": ("lora", "r"),
     **{name: ("training", name) for name in ("strategy", "learning_rate", "max_length", "seed", "max_steps", "bf16")},
-    **{name: ("training", name) for name in ("micro_batch_sequences", "micro_batch_tokens", "save_steps", "rule")},
+    **{
+        name: ("training", name)
+        for name in ("micro_batch_sequences", "micro_batch_tokens", "save_steps", "rule", "on_bad")
+    },
     "epochs": ("training", "num_train_epochs"),
     "groups_per_step": ("training", "per_device_train_batch_size"),
     "merge_prompts": ("training", "merge_prompts"),
@@ -53,6 +56,7 @@ def train(
     micro_batch_tokens: int | None = typer.Option(None, help="The same in tokens, padding included."),
     max_length: int | None = typer.Option(None, help="The most tokens of prompt and response (default 1024)."),
     rule: str | None = typer.Option(None, help="How ratings become sides (default best_vs_rest)."),
+    on_bad: str | None = typer.Option(None, help="A row that cannot be used: drop (default; counted) or error."),
     merge_prompts: bool | None = typer.Option(None, help="Rows of one prompt become one group."),
     lora_rank: int | None = typer.Option(None, help="Trains an adapter of this rank on every linear layer."),
     bf16: bool | None = typer.Option(None, "--bf16/--fp32", help="Of the arithmetic (default: bf16 on a GPU)."),
