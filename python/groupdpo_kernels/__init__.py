@@ -9,31 +9,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backward import group_backward as group_backward
     from .functions import LinearLogps as LinearLogps
-    from .functions import PreferenceWeights as PreferenceWeights
     from .groups import PreferenceGroups as PreferenceGroups
     from .logps import Explanation as Explanation
     from .logps import explain as explain
     from .logps import linear_logp_stats as linear_logp_stats
     from .logps import linear_logps as linear_logps
-    from .logps import seq_logps as seq_logps
     from .models import attach as attach
     from .models import model_logps as model_logps
     from .objectives import AdaBalance as AdaBalance
     from .objectives import Objective as Objective
     from .objectives import PreferenceLoss as PreferenceLoss
     from .objectives import preference_loss as preference_loss
+    from .preference_ops import PreferenceWeights as PreferenceWeights
     from .reference import LogpStats as LogpStats
+    from .segments import seq_logps as seq_logps
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "backward": ("group_backward",),
-    "functions": ("LinearLogps", "PreferenceWeights"),
+    "functions": ("LinearLogps",),
     "groups": ("PreferenceGroups",),
-    "logps": ("Explanation", "explain", "linear_logp_stats", "linear_logps", "seq_logps"),
+    "logps": ("Explanation", "explain", "linear_logp_stats", "linear_logps"),
     "models": ("attach", "model_logps"),
     "objectives": ("AdaBalance", "Objective", "PreferenceLoss", "preference_loss"),
+    "preference_ops": ("PreferenceWeights",),
     "reference": ("LogpStats",),
+    "segments": ("seq_logps",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from .groups import PreferenceGroups
-from .logps import seq_logps
 from .objectives import Objective, PreferenceLoss, preference_loss
 from .ranks import Ranks, is_dtensor
 from .replay import LseTape, RandomState
+from .segments import seq_logps
 
 M = TypeVar("M")
 

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .formats import BadRow, Group, Report, one_of
+from .checks import one_of
+from .formats import BadRow, Group, Report
 from .groups import PreferenceGroups
 
 

@@ -28,20 +28,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from .batches import MicroBatch, PreferenceBatch, TokenGroup, collate, tokenize_groups
-from .formats import (
-    FORMATS,
-    BadRow,
-    Format,
-    Group,
-    Prompt,
-    Report,
-    Row,
-    Scored,
-    as_score,
-    one_of,
-    read,
-    recognise,
-)
+from .checks import one_of
+from .formats import FORMATS, BadRow, Format, Group, Prompt, Report, Row, Scored, as_score, read, recognise
 
 Rule = Callable[[Sequence[float]], list[tuple[int, bool]]]  # scores -> (index, positive), in the order of the group
 

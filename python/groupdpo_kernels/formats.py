@@ -1,7 +1,7 @@
 """Preference rows as they are published -> a prompt and its responses, which stand on two sides or have scores.
 
-`FORMATS` is the only list of formats: a row is recognised by its columns. Texts only, standard library only; data.py
-makes groups of them, batches.py tokens and tensors. What any of the three drops is counted in a `Report`.
+`FORMATS` is the only list of formats: a row is recognised by its columns. Texts only; data.py makes
+groups of them, batches.py tokens and tensors. What any of the three drops is counted in a `Report`.
 
 Never: guesses at columns, repairs a text, or drops anything silently: what does not fit is a `BadRow` with its reason.
 Precondition: a response is one message of an assistant, as text (no images, no tool calls).
@@ -19,6 +19,8 @@ from fnmatch import fnmatchcase
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
+
+from .checks import one_of
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]  # {"role": ..., "content": ...}
@@ -357,12 +359,6 @@ FORMATS: dict[str, Format] = {
 
 # A prompt and one response of no side, or a list of them: to be scored, not to learn a preference from.
 SINGLE = Format(("prompt", "response|completion"), _single)
-
-
-def one_of(name: str, value: Any, known: Collection[str]) -> None:
-    """ValueError unless the argument has one of the known values."""
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
 
 
 def recognise(columns: Collection[str], name: str = "auto", formats: Mapping[str, Format] = FORMATS) -> Format:

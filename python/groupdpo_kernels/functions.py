@@ -15,24 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import kept, ops, preference_ops
-from .preference_ops import LossSpec
+from . import kept, ops
+from .checks import NotUnderVmap
 from .reference import Head, HeadOptions, LogpStats, row_gradients
 from .replay import KnownLse
 from .sparse import Candidates, exact_rows
 
 
-class _NotUnderVmap(torch.autograd.Function):
-    """A Function over ops that know one batch: torch.vmap raises, and says what to do in its place."""
-
-    instead: str
-
-    @classmethod
-    def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:
-        raise RuntimeError(f"torch.vmap does not go through {cls.__name__}: {cls.instead}")
-
-
-class OfHead(_NotUnderVmap):
+class OfHead(NotUnderVmap):
     instead = (
         "linear_logps takes any leading dimensions, hidden (..., D) and targets (...); pass the whole batch at once"
     )
@@ -273,23 +263,6 @@ class SparseLinearLogps(OfHead):
         return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *[None] * 4
 
 
-class SegmentSums(_NotUnderVmap):
-    """`SegmentSums.apply(values, offsets)`: ops.segment_sums, values (T,) and offsets (S+1,) integer -> (S,), for
-    torch.func.grad too, which does not go through an op's own formula.
-    """
-
-    instead = "seq_logps takes all sequences packed into one (T,) tensor, with one cu_seqlens"
-    setup_context = staticmethod(ops.segment_sums_context)
-    backward = staticmethod(ops.segment_sums_backward)
-
-    @staticmethod
-    def forward(
-        values: Tensor,  # (T,)
-        offsets: Tensor,  # (S+1,) integer
-    ) -> Tensor:
-        return ops.segment_sums(values, offsets)
-
-
 class RefuseGradient(torch.autograd.Function):
     """`RefuseGradient.apply(value, anchor, name)`: `value`, tied to the graph of `anchor` so that a gradient into it
     raises instead of vanishing.
@@ -310,56 +283,3 @@ class RefuseGradient(torch.autograd.Function):
             raise ops.not_differentiable(ctx.name)
         # An op, so that a compiled backward raises when it runs, not when it is traced.
         return None, ops.refuse_gradient(gradient, ctx.name), None
-
-
-class PreferenceWeights:
-    """`PreferenceWeights.apply(token_logps, ref_logps, cu_seqlens, cu_groups, positive, spec, max_group, impl)`.
-
-    token_logps (T,) float32, ref_logps (S,), (T,) or None, integers cu_seqlens (S+1,) and cu_groups (G+1,), positive
-    (S,) bool, `spec` a LossSpec, `max_group` a bound on the responses of a group, `impl` "triton" or "cpu". Returns the
-    five tensors of PreferenceLoss in order; only loss is differentiable, in token_logps.
-    """
-
-    @staticmethod
-    def apply(
-        token_logps: Tensor, ref_logps: Tensor | None, cu_seqlens: Tensor, cu_groups: Tensor, *rest: Any
-    ) -> tuple[Tensor, ...]:
-        offsets = (ops.as_offsets("cu_seqlens", cu_seqlens), ops.as_offsets("cu_groups", cu_groups))
-        return WeightedPreference.apply(token_logps, ref_logps, *offsets, *rest)[:5]
-
-
-class WeightedPreference(_NotUnderVmap):
-    """What PreferenceWeights applies. A sixth output is d loss / d seq_logps, (S,), without a gradient."""
-
-    instead = "preference_loss takes all groups in one call (PreferenceGroups)"
-
-    @staticmethod
-    def forward(
-        token_logps: Tensor,  # (T,) float32
-        ref_logps: Tensor | None,  # (S,) or (T,) float32
-        cu_seqlens: Tensor,  # (S+1,) int32 | int64
-        cu_groups: Tensor,  # (G+1,) int32 | int64
-        positive: Tensor,  # (S,) bool
-        spec: LossSpec,
-        max_group: int,
-        impl: str,
-    ) -> tuple[Tensor, ...]:
-        return preference_ops.preference_weights_forward(
-            token_logps, ref_logps, cu_seqlens, cu_groups, positive, spec, max_group, impl
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        token_logps, _, cu_seqlens, *_, ctx.impl = inputs
-        # d loss / d seq_logps is known in closed form by now: nothing of the forward is kept but these S numbers.
-        ctx.save_for_backward(output[5], cu_seqlens)
-        ctx.set_materialize_grads(False)  # the outputs but loss have no gradient to make zeros for
-        ctx.T = token_logps.shape[0]
-        ctx.mark_non_differentiable(*output[1:])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        coefficients, cu_seqlens = ctx.saved_tensors
-        d_token_logps = preference_ops.preference_weights_backward(d_loss, coefficients, cu_seqlens, ctx.T, ctx.impl)
-        return d_token_logps, *[None] * 7

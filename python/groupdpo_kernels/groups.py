@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .objectives import bounded_offsets
-from .ops import as_offsets
+from .segments import as_offsets, bounded_offsets
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,6 @@ FLOP, backward none. Formulas: docs/math.md.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 
 from . import ops, replay
+from .checks import INTEGERS, check_number, check_tensors
 from .functions import (
     ExactLinearLogps,
     FrozenLinearLogps,
     KeptLinearLogps,
     RefuseGradient,
-    SegmentSums,
     SparseLinearLogps,
 )
 from .kept import columns_to_keep
@@ -138,31 +137,6 @@ def linear_logp_stats(
     return LogpStats(**fields)
 
 
-def seq_logps(
-    token_logps: Tensor,  # (T,) floating
-    cu_seqlens: Tensor,  # (S+1,) integer
-) -> Tensor:  # (S,) the dtype of token_logps
-    """Sums of token_logps by sequence: sequence s owns tokens cu_seqlens[s] : cu_seqlens[s+1]. Differentiable.
-
-    Raises TypeError for what is no tensor and for offsets that are no integers, and ValueError for offsets that do not
-    start at 0, decrease, or do not end at T (on a GPU values are not read back: only shapes are checked).
-    """
-    _are_tensors(token_logps=token_logps, cu_seqlens=cu_seqlens)
-    if token_logps.dim() != 1 or not token_logps.is_floating_point():
-        raise ValueError(
-            f"token_logps must be a floating (T,) tensor; got {tuple(token_logps.shape)} {token_logps.dtype}"
-        )
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(
-            f"cu_seqlens must be an integer (S+1,) tensor; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
-        )
-    if cu_seqlens.device != token_logps.device:
-        raise ValueError(
-            f"cu_seqlens must be on the device of token_logps, {token_logps.device}; got {cu_seqlens.device}"
-        )
-    return SegmentSums.apply(token_logps, ops.as_offsets("cu_seqlens", cu_seqlens))
-
-
 @dataclass(frozen=True)
 class Explanation:
     """What impl="auto" picks, and why not each of the others (an implementation that could run but comes later has no
@@ -229,7 +203,7 @@ def _options(
     numbers_given = {"logit_scale": logit_scale, "temperature": temperature, "grad_tol": grad_tol}
     numbers_given |= {"ignore_index": ignore_index, "workspace_bytes": workspace_bytes}
     for name, value in (*numbers_given.items(), *[("softcap", softcap)] * (softcap is not None)):
-        _is_a_number(name, value)
+        check_number(name, value)
     # Comparisons, not math.isfinite: torch.compile traces these for a float that changes from call to call.
     if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be finite; got {logit_scale}")
@@ -251,21 +225,6 @@ def _options(
     return HeadOptions(float(logit_scale), cap, float(temperature), int(ignore_index), int(workspace_bytes))
 
 
-def _is_a_number(name: str, value: Any) -> None:
-    """TypeError unless it is one: Python's, numpy's, or a tensor of one element that wants no gradient."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(f"{name} must be a number, and gets no gradient; got a tensor that requires one")
-    real = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, numbers.Real)
-    if not real or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-
-
-def _are_tensors(**named: Any) -> None:
-    for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-
-
 def _known(impl: str) -> None:
     if impl != "auto" and impl not in ops.IMPLS:
         raise ValueError(f"impl must be 'auto' or one of {ops.IMPLS}; got {impl!r}")
@@ -273,13 +232,13 @@ def _known(impl: str) -> None:
 
 def _check_kinds(hidden: Any, weight: Any, targets: Any, bias: Any, low_rank: Any) -> None:
     """TypeError for what is no tensor, and for a low_rank that is no pair of them."""
-    _are_tensors(hidden=hidden, weight=weight, targets=targets)
+    check_tensors(hidden=hidden, weight=weight, targets=targets)
     if bias is not None:
-        _are_tensors(bias=bias)
+        check_tensors(bias=bias)
     if low_rank is not None:
         if not isinstance(low_rank, tuple | list) or len(low_rank) != 2:
             raise TypeError(f"low_rank must be a pair of tensors, (..., R) and (V, R); got {type(low_rank).__name__}")
-        _are_tensors(**{"low_rank[0]": low_rank[0], "low_rank[1]": low_rank[1]})
+        check_tensors(**{"low_rank[0]": low_rank[0], "low_rank[1]": low_rank[1]})
 
 
 def _autocast(
@@ -308,7 +267,7 @@ def _check(
 ) -> None:
     if hidden.dtype not in _FLOATING:
         raise TypeError(f"hidden must be one of {', '.join(map(str, _FLOATING))}; got {hidden.dtype}")
-    if targets.dtype not in ops.INTEGERS:
+    if targets.dtype not in INTEGERS:
         raise TypeError(f"targets must be an integer tensor; got {targets.dtype}")
     if hidden.dim() < 1:
         raise ValueError("hidden must be (..., D); got a scalar")

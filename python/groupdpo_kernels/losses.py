@@ -10,17 +10,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid  # not softplus, which is linear from 20 on
 
-from .logps import seq_logps
+from .groups import PreferenceGroups
+from .segments import seq_logps
 
-if TYPE_CHECKING:
-    from .groups import PreferenceGroups
-    from .objectives import Objective
+
+class Options(Protocol):
+    """What a pairwise formula reads of an Objective."""
+
+    @property
+    def beta(self) -> float: ...
+    @property
+    def label_smoothing(self) -> float: ...
+    @property
+    def gamma(self) -> float: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def tau(self) -> float: ...
 
 
 # ----------------------------------------------------------------------------------------------------------- pairwise
@@ -35,38 +47,38 @@ class Side(NamedTuple):
     balance: Tensor | None  # (K,) AdaDPO's w; None for 1
 
 
-def logistic(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def logistic(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """-log sigma(D)."""
     return -logsigmoid(chosen.scores - rejected.scores)
 
 
-def sigmoid(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def sigmoid(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """DPO (arXiv 2305.18290): -(1 - e) log sigma(D) - e log sigma(-D), e the label smoothing."""
     d, e = chosen.scores - rejected.scores, objective.label_smoothing
     return -logsigmoid(d) if e == 0 else -(1 - e) * logsigmoid(d) - e * logsigmoid(-d)
 
 
-def hinge(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def hinge(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """relu(1 - D)."""
     return torch.relu(1 - (chosen.scores - rejected.scores))
 
 
-def ipo(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def ipo(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """IPO (arXiv 2310.12036): (D / beta - 1 / (2 beta))^2."""
     return ((chosen.scores - rejected.scores - 0.5) / objective.beta).square()
 
 
-def rdpo(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def rdpo(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """R-DPO (arXiv 2403.19159): -log sigma(D + alpha (n_w - n_l)): the reward pays alpha for each token."""
     return -logsigmoid(chosen.scores - rejected.scores + objective.alpha * (chosen.lengths - rejected.lengths))
 
 
-def simpo(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def simpo(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """SimPO (arXiv 2405.14734): -log sigma(D - gamma)."""
     return -logsigmoid(chosen.scores - rejected.scores - objective.gamma)
 
 
-def orpo(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def orpo(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """ORPO (arXiv 2403.07691): -m_w - beta log sigma(o_w - o_l), m the mean log-probability, o the log-odds of e^m."""
     odds_w, odds_l = (side.mean_logps - log1mexp(side.mean_logps) for side in (chosen, rejected))
     if chosen.balance is not None:
@@ -74,43 +86,43 @@ def orpo(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
     return -chosen.mean_logps - objective.beta * logsigmoid(odds_w - odds_l)
 
 
-def robust(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def robust(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """rDPO (arXiv 2403.00409): [-(1 - e) log sigma(D) + e log sigma(-D)] / (1 - 2e), e the label smoothing."""
     d, e = chosen.scores - rejected.scores, objective.label_smoothing
     return -logsigmoid(d) - e / (1 - 2 * e) * d  # the same: log sigma(-D) = log sigma(D) - D
 
 
-def exo_pair(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def exo_pair(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """EXO (arXiv 2402.00856): KL((sigma(D), sigma(-D)) || (1 - e, e)), e the label smoothing, not 0."""
     d, e = chosen.scores - rejected.scores, objective.label_smoothing
     won = torch.sigmoid(d) * (logsigmoid(d) - math.log1p(-e))
     return won + torch.sigmoid(-d) * (logsigmoid(-d) - math.log(e))
 
 
-def nca_pair(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def nca_pair(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """NCA (arXiv 2402.05369): -log sigma(u_w) - (log sigma(-u_w) + log sigma(-u_l)) / 2."""
     u_w, u_l = chosen.scores, rejected.scores
     return -logsigmoid(u_w) - 0.5 * (logsigmoid(-u_w) + logsigmoid(-u_l))
 
 
-def apo_zero(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def apo_zero(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """APO-zero (arXiv 2408.06266): sigma(-u_w) + sigma(u_l): the preferred response up, the other down."""
     return torch.sigmoid(-chosen.scores) + torch.sigmoid(rejected.scores)
 
 
-def apo_down(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def apo_down(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """APO-down (arXiv 2408.06266): sigma(u_w) + sigma(-D): both responses down, the dispreferred one more."""
     return torch.sigmoid(chosen.scores) + torch.sigmoid(rejected.scores - chosen.scores)
 
 
-def discopop(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def discopop(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """DiscoPOP (arXiv 2406.08414): -(1 - m) log sigma(D) + m e^-D, m = sigma(D / tau)."""
     d, tau = chosen.scores - rejected.scores, objective.tau
     # m e^-D as one exponential: for a negative D of a large size it is 0 times infinity.
     return torch.exp(logsigmoid(d / tau) - d) - torch.sigmoid(-d / tau) * logsigmoid(d)
 
 
-def sppo_hard(chosen: Side, rejected: Side, objective: Objective) -> Tensor:
+def sppo_hard(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """SPPO (arXiv 2405.00675), a win certain: ((u_w - 1/2) / beta)^2 + ((u_l + 1/2) / beta)^2."""
     won, lost = chosen.scores - 0.5, rejected.scores + 0.5
     return (won / objective.beta).square() + (lost / objective.beta).square()
@@ -193,7 +205,7 @@ def lse(
 class Loss(NamedTuple):
     """A row: `pair`, over the pair of each group (every_pair: the mean over all), or `group`; and its conventions."""
 
-    pair: Callable[[Side, Side, Objective], Tensor] | None = None
+    pair: Callable[[Side, Side, Options], Tensor] | None = None
     group: Callable[[Tensor, PreferenceGroups], Tensor] | None = None
     average: bool = False
     reference_free: bool = False

@@ -21,19 +21,16 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import preference_ops
-from .functions import PreferenceWeights
-from .logps import seq_logps
+from .groups import PreferenceGroups
 from .losses import LOSSES, Loss, Side, log1mexp, mean
-from .ops import IMPLS, as_offsets, check_offsets
-
-if TYPE_CHECKING:
-    from .groups import PreferenceGroups
+from .preference_ops import PreferenceWeights
+from .segments import as_offsets, bounded_offsets, check_offsets, seq_logps
 
 
 @dataclass(frozen=True)
@@ -347,17 +344,6 @@ def _unchecked(x: Tensor) -> bool:
     return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 
-def bounded_offsets(
-    offsets: Tensor,  # (n+1,) integer
-    total: int,
-) -> tuple[Tensor, Tensor]:
-    """Offsets that start at 0, never decrease and end at `total`, so that nothing reads out of bounds; and whether the
-    given ones did so, a bool tensor."""
-    inner = offsets[1:-1].clamp(0, total).cummax(0).values if offsets.shape[0] > 2 else offsets[1:-1]
-    bounded = torch.cat([torch.zeros_like(offsets[:1]), inner, torch.full_like(offsets[:1], total)])
-    return bounded, (bounded == offsets).all()
-
-
 def _check_shapes(
     token_logps: Tensor,
     cu_seqlens: Tensor,
@@ -366,8 +352,8 @@ def _check_shapes(
     ref_logps: Tensor | None,
     impl: str,
 ) -> None:
-    if impl not in ("auto", *IMPLS):
-        raise ValueError(f"impl must be one of {('auto', *IMPLS)}; got {impl!r}")
+    if impl not in ("auto", *preference_ops.IMPLS):
+        raise ValueError(f"impl must be one of {('auto', *preference_ops.IMPLS)}; got {impl!r}")
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective; got {objective!r}")
     if token_logps.dim() != 1 or not token_logps.is_floating_point():

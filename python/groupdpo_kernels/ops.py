@@ -18,7 +18,6 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -296,59 +295,6 @@ def _refuse_gradient(gradient: Tensor, name: str) -> Tensor:
 @_refuse_gradient.register_fake
 def _(gradient: Tensor, name: str) -> Tensor:
     return torch.empty_like(gradient)
-
-
-@torch.library.custom_op("groupdpo_kernels::segment_sums", mutates_args=())
-def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
-    """values (T,), offsets (S+1,) integer -> (S,), the dtype of values."""
-    if values.device.type == "cpu":
-        check_offsets("cu_seqlens", offsets, values.shape[0], "the number of tokens")
-    # In float64, each segment in order: deterministic, exact to the last float32 digit for a million tokens, and a NaN
-    # stays in its segment.
-    return torch.segment_reduce(values.double(), "sum", offsets=offsets.long(), axis=0, unsafe=True).to(values.dtype)
-
-
-@segment_sums.register_fake
-def _(values: Tensor, offsets: Tensor) -> Tensor:
-    return values.new_empty(offsets.shape[0] - 1)
-
-
-def segment_sums_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.T = inputs[0].shape[0]
-
-
-def segment_sums_backward(ctx: Any, d_sums: Tensor) -> tuple[Tensor, None]:
-    (offsets,) = ctx.saved_tensors
-    return torch.repeat_interleave(d_sums, offsets.long().diff(), output_size=ctx.T), None
-
-
-segment_sums.register_autograd(segment_sums_backward, setup_context=segment_sums_context)
-
-INTEGERS = (
-    *(torch.int64, torch.int32, torch.int16, torch.int8),
-    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-)
-
-
-def as_offsets(name: str, offsets: Tensor) -> Tensor:
-    """Offsets of any integer dtype as int32 or int64, which sums and differences of them fit. TypeError for others."""
-    if offsets.dtype not in INTEGERS:
-        raise TypeError(f"{name} must be an integer tensor; got {offsets.dtype}")
-    return offsets if offsets.dtype in (torch.int32, torch.int64) else offsets.long()
-
-
-def check_offsets(name: str, offsets: Tensor, total: int, what: str) -> None:
-    """ValueError unless offsets start at 0, never decrease and end at `total`. Reads values: host side only."""
-    first, last = int(offsets[0]), int(offsets[-1])
-    if first != 0 or last != total:
-        raise ValueError(f"{name} must start at 0 and end at {what}, {total}; got {first} and {last}")
-    decreases = offsets.diff() < 0
-    if decreases.any():
-        i = int(decreases.nonzero()[0, 0])
-        raise ValueError(
-            f"{name} must not decrease; {name}[{i}] is {int(offsets[i])} and {name}[{i + 1}] is {int(offsets[i + 1])}"
-        )
 
 
 def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOptions) -> Tensor:

@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from .checks import NotUnderVmap
 from .extension import extension_why_not
+from .segments import as_offsets
 
 IMPLS = ("triton", "cpu", "reference")  # in the order "auto" tries them
 _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
@@ -137,7 +140,7 @@ def _(d_loss, coefficients, cu_seqlens, T, impl):
     return coefficients.new_empty(T)
 
 
-# Typed doors to the ops, for functions.py.
+# Typed doors to the ops.
 
 
 def preference_weights_forward(
@@ -162,3 +165,56 @@ def preference_weights_backward(
     impl: str,
 ) -> Tensor:  # (T,) float32
     return torch.ops.groupdpo_kernels.preference_weights_backward(d_loss, coefficients, cu_seqlens, T, impl)
+
+
+class PreferenceWeights:
+    """`PreferenceWeights.apply(token_logps, ref_logps, cu_seqlens, cu_groups, positive, spec, max_group, impl)`.
+
+    token_logps (T,) float32, ref_logps (S,), (T,) or None, integers cu_seqlens (S+1,) and cu_groups (G+1,), positive
+    (S,) bool, `spec` a LossSpec, `max_group` a bound on the responses of a group, `impl` "triton" or "cpu". Returns the
+    five tensors of PreferenceLoss in order; only loss is differentiable, in token_logps.
+    """
+
+    @staticmethod
+    def apply(
+        token_logps: Tensor, ref_logps: Tensor | None, cu_seqlens: Tensor, cu_groups: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        offsets = (as_offsets("cu_seqlens", cu_seqlens), as_offsets("cu_groups", cu_groups))
+        return WeightedPreference.apply(token_logps, ref_logps, *offsets, *rest)[:5]
+
+
+class WeightedPreference(NotUnderVmap):
+    """What PreferenceWeights applies. A sixth output is d loss / d seq_logps, (S,), without a gradient."""
+
+    instead = "preference_loss takes all groups in one call (PreferenceGroups)"
+
+    @staticmethod
+    def forward(
+        token_logps: Tensor,  # (T,) float32
+        ref_logps: Tensor | None,  # (S,) or (T,) float32
+        cu_seqlens: Tensor,  # (S+1,) int32 | int64
+        cu_groups: Tensor,  # (G+1,) int32 | int64
+        positive: Tensor,  # (S,) bool
+        spec: LossSpec,
+        max_group: int,
+        impl: str,
+    ) -> tuple[Tensor, ...]:
+        return preference_weights_forward(
+            token_logps, ref_logps, cu_seqlens, cu_groups, positive, spec, max_group, impl
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        token_logps, _, cu_seqlens, *_, ctx.impl = inputs
+        # d loss / d seq_logps is known in closed form by now: nothing of the forward is kept but these S numbers.
+        ctx.save_for_backward(output[5], cu_seqlens)
+        ctx.set_materialize_grads(False)  # the outputs but loss have no gradient to make zeros for
+        ctx.T = token_logps.shape[0]
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        coefficients, cu_seqlens = ctx.saved_tensors
+        d_token_logps = preference_weights_backward(d_loss, coefficients, cu_seqlens, ctx.T, ctx.impl)
+        return d_token_logps, *[None] * 7

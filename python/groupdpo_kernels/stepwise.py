@@ -36,8 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from .groups import PreferenceGroups
-from .logps import seq_logps
 from .models import model_logps
+from .segments import seq_logps
 from .store import UnusableFileError, description, digest, read, tensor_digests, write
 
 logger = logging.getLogger(__name__)

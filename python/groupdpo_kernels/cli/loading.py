@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..formats import one_of
+from ..checks import one_of
 from ..limits import token_limit
 from ..store import digest
 

@@ -33,7 +33,7 @@ def logps(
 ) -> None:
     """Score responses with a model. The same command again goes on where it was stopped or killed."""
     needs("logps", "transformers")
-    from ..formats import one_of
+    from ..checks import one_of
     from .loading import DTYPES, check_fit, check_place, device_of, existing, load_model, load_tokenizer
     from .scoring import ScoringOptions, read, score_file
 

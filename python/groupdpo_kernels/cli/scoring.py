@@ -30,8 +30,9 @@ from torch import Tensor
 
 from .. import __version__
 from ..batches import micro_batches, tokenizer_of
+from ..checks import one_of
 from ..data import Group, Report, TokenGroup, tokenize_groups
-from ..formats import BadRow, Prompt, one_of, read_responses
+from ..formats import BadRow, Prompt, read_responses
 from ..layouts import why_not_padded
 from ..limits import position_limit, token_limit
 from ..models import attach

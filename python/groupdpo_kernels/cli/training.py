@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from ..formats import one_of
+from ..checks import one_of
 from ..objectives import AdaBalance, Objective
 from ..store import description, digest, file_digest, tensor_digests, write_json
 from .curves import draw
@@ -198,7 +198,7 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str
 
 def _make_config(settings: TrainSettings, objective: Objective) -> Any:
     """GroupDPOConfig: the settings' options over what suits a command line."""
-    from ..integrations.trl.groups import GroupDPOConfig
+    from ..integrations.trl.config import GroupDPOConfig
 
     given = dict(settings.training)
     ours = ["output_dir", "resume_from_checkpoint", "push_to_hub", "disable_tqdm", "use_cpu", "save_strategy"]

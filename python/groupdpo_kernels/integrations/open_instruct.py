@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..logps import seq_logps
 from ..models import attach
+from ..segments import seq_logps
 from .replacement import (
     REQUIRED,
     Acceleration,

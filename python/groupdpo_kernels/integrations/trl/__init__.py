@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from .accelerate import Acceleration, accelerate, restore
 
 if TYPE_CHECKING:
-    from .groups import GroupDPOConfig, GroupDPOTrainer
+    from .config import GroupDPOConfig
+    from .groups import GroupDPOTrainer
     from .pairs import DPOTrainer
     from .stepwise import StepwiseDPO
 
 __all__ = ["Acceleration", "DPOTrainer", "GroupDPOConfig", "GroupDPOTrainer", "StepwiseDPO", "accelerate", "restore"]
 
-_MODULES = {"DPOTrainer": "pairs", "GroupDPOConfig": "groups", "GroupDPOTrainer": "groups", "StepwiseDPO": "stepwise"}
+_MODULES = {"DPOTrainer": "pairs", "GroupDPOConfig": "config", "GroupDPOTrainer": "groups", "StepwiseDPO": "stepwise"}
 
 
 def __getattr__(name: str) -> Any:

@@ -38,11 +38,12 @@ from ...backward import group_backward
 from ...batches import tokenizer_of
 from ...data import MicroBatch, PreferenceBatch, Report, TokenGroup
 from ...limits import position_limit, token_limit
-from ...logps import seq_logps
 from ...measuring import out_of_memory
 from ...models import attach, checkpoint_layers
 from ...objectives import Objective, PreferenceLoss, preference_loss
+from ...segments import seq_logps
 from ...stepwise import reference_logps
+from .config import GroupDPOConfig
 from .memory import advice, check_group_fits, memory_of, micro_batch_tokens_of, strategy_that_fits
 from .metrics import means_of, preference_metrics, record
 from .misplaced import check_names, check_order
@@ -56,7 +57,7 @@ from .reference import (
     frozen_copy,
     take_off_forwards_of,
 )
-from .rows import Collator, GroupDPOConfig, GroupRows, tokenised
+from .rows import Collator, GroupRows, tokenised
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ...groups import PreferenceGroups
-from ...logps import seq_logps
 from ...losses import mean
 from ...objectives import Objective, PreferenceLoss
+from ...segments import seq_logps
 
 
 @torch.no_grad()

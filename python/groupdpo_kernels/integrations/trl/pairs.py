@@ -38,6 +38,7 @@ from ...models import attach
 from ...objectives import Objective, preference_loss
 from ..one_column import NOT_OF_THE_MODEL, completion_targets
 from .accelerate import installed_trl
+from .config import check_not_compiled
 from .metrics import means_of, preference_metrics, record
 from .misplaced import LOSS_OPTIONS, check_names, check_order
 from .reference import (
@@ -48,7 +49,6 @@ from .reference import (
     frozen_copy,
     take_off_forwards_of,
 )
-from .rows import check_not_compiled
 
 SUPPORTED = (1, 16), (2, 0)  # from, to before
 

@@ -34,13 +34,14 @@ from transformers import set_seed
 from ...adapters import adapter_configs, delete_adapter, let_adapter_train
 from ...data import Report, TokenGroup
 from ...limits import position_limit, token_limit
-from ...logps import seq_logps
 from ...models import attach
 from ...objectives import Objective
+from ...segments import seq_logps
 from ...stepwise import run_stages
+from .config import GroupDPOConfig
 from .groups import GroupDPOTrainer, pad_id_of
 from .reference import check_adapter, check_no_earlier_reference
-from .rows import Collator, GroupDPOConfig, tokenised
+from .rows import Collator, tokenised
 
 # Options that change no weight: a run may be resumed with others.
 _ASIDE = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging_", "log_", "save_", "hub_", "push_to_hub")
