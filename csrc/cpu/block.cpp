@@ -15,6 +15,8 @@
 extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(int layout, int transpose_a, int transpose_b, int m, int n,
                                                              int k, float alpha, const uint16_t* a, int lda,
                                                              const uint16_t* b, int ldb, float beta, float* c, int ldc);
+// Likewise: the most threads of this thread's calls from now on, 0 for the library's own choice; returns that of before.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
 #define HAS_BF16_LIBRARY 1
 #else
 #define HAS_BF16_LIBRARY 0
@@ -94,6 +96,25 @@ int64_t most_tile_rows(bool large) {
 }
 constexpr int64_t kMostTileColumns = 512;
 
+// The library cuts a product by the number of threads that it may use, inside of a parallel region too, where it uses
+// one: on processors with AVX-512 its sums then depend on that number. While this lives it may use one.
+class OneThread {
+ public:
+#if HAS_BF16_LIBRARY
+  OneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~OneThread() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  }
+#else
+  OneThread() = default;
+#endif
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  [[maybe_unused]] int before_ = 0;
+};
+
 void multiply_tile(const Matrix& out, const Factor& a, const Factor& b, bool accumulate) {
 #if HAS_BF16_LIBRARY
   if (a.bf16) return multiply_bf16(out, a, b, accumulate);
@@ -133,6 +154,7 @@ void multiply(const Matrix& out, const Factor& a, const Factor& b, bool accumula
   const int64_t across = ceil_div(out.columns, columns), tiles = ceil_div(out.rows, rows) * across;
   // A second, empty task makes a parallel region of a single tile: outside of one the library would take all threads.
   torch::stable::parallel_for(0, std::max<int64_t>(tiles, 2), 1, [&](int64_t begin, int64_t end) {
+    const OneThread limit;
     for (int64_t tile = begin; tile < std::min(end, tiles); ++tile) {
       const int64_t i = tile / across * rows, j = tile % across * columns;
       const int64_t height = std::min(rows, out.rows - i), width = std::min(columns, out.columns - j);
