@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bench.peers import TokenLogps, log_softmax_gather
-from groupdpo_kernels.profiles import draw_profile
-from groupdpo_kernels.sparse import TAIL_SAMPLES
+from bench.recorded_rows import draw_profile
+from groupdpo_kernels.lm_head.sparse import TAIL_SAMPLES
 from groupdpo_kernels.testing import Case, error
 
 # The bare matrix products of each mode, 2 T D V FLOP each: the limit for who does not store the logits.
@@ -40,7 +40,7 @@ class Inputs:
 
 def draw(case: Case, device: torch.device, seed: int = 0, profile: str = RANDOM) -> Inputs:
     """Drawn on the device: a CPU would take seconds for an LM head. `random`: logits of unit variance; else a profile
-    of groupdpo_kernels.profiles, for what depends on how peaked the rows are."""
+    of bench.recorded_rows, for what depends on how peaked the rows are."""
     generator = torch.Generator(device).manual_seed(seed)
     if profile != RANDOM:
         drawn = draw_profile(profile, case.T, case.D, case.V, case.dtype, seed, device)

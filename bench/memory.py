@@ -24,7 +24,7 @@ import torch
 
 from bench.measure import RANDOM, Differentiated, Step, draw
 from bench.peers import maker
-from groupdpo_kernels.resident import forget_peak, resident, return_freed_memory
+from groupdpo_kernels.memory.rss import forget_peak, resident, return_freed_memory
 from groupdpo_kernels.testing import Case
 
 ROOT = Path(__file__).resolve().parent.parent

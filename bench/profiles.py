@@ -22,7 +22,7 @@ from torch import Tensor
 # At the end of the path: the directory kernels/ must not come before a package of that name.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from groupdpo_kernels.profiles import (
+from bench.recorded_rows import (
     GRAD_TOL,
     PROFILES,
     Rows,

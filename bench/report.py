@@ -15,7 +15,7 @@ import torch
 
 from bench.measure import MODES, RANDOM
 from bench.peers import PACKAGES
-from groupdpo_kernels.machine import device_name, versions
+from groupdpo_kernels.memory.machine import device_name, versions
 from groupdpo_kernels.testing import Case
 
 ROOT = Path(__file__).resolve().parent.parent

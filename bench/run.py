@@ -29,11 +29,11 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from bench import memory
 from bench.measure import MODES, RANDOM, Differentiated, Gate, Inputs, Products, Seconds, Step, clock, draw, spread
 from bench.peers import OURS, PEERS, SAMPLED, Unavailable, grad_tol_of, maker
+from bench.recorded_rows import PROFILES, describe_rows
 from bench.report import Report, Row, dtype_name, header, output_path, tables, title
-from groupdpo_kernels import ops
-from groupdpo_kernels.profiles import PROFILES, describe_rows
+from groupdpo_kernels.lm_head import ops
+from groupdpo_kernels.lm_head.sparse import exact_rows
 from groupdpo_kernels.reference import Head
-from groupdpo_kernels.sparse import exact_rows
 from groupdpo_kernels.testing import Case
 
 LIMIT = "matrix products"

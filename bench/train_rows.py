@@ -7,7 +7,7 @@ Text: sources of the Python standard library (no tests, no tables) and the docum
 of installed packages, each text once; one file in 20 is held out. Tokens: byte-level BPE trained on the rest. Model: a
 Llama, head tied to the embedding. Rows: runs of 16 neighbouring positions of held-out files.
 
-The file holds, of each row, what groupdpo_kernels.profiles needs to redraw it at any shape: log-probabilities at a grid
+The file holds, of each row, what bench.recorded_rows needs to redraw it at any shape: log-probabilities at a grid
 of ranks, the ids of the first ranks (as ranks of the prior, which is what an id means there), the target, how its tail
 follows the prior; and the row's exact statistics, which a redrawn row is held against. It never holds weights.
 Texts differ between machines, and so does the file; the seed alone does not fix it.
@@ -33,8 +33,8 @@ from torch import Tensor
 # At the end of the path: the directory kernels/ must not come before a package of that name.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+from bench.recorded_rows import GRAD_TOL, HEAD, ROWS, rank_grid, row_statistics, shared_candidates, summarise
 from groupdpo_kernels import linear_logps
-from groupdpo_kernels.profiles import GRAD_TOL, HEAD, ROWS, rank_grid, row_statistics, shared_candidates, summarise
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3", "turtledemo"}
 LENGTH, RUN = 256, 16

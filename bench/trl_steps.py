@@ -5,9 +5,9 @@
     python bench/trl_steps.py --device cuda --results bench/results  also writes bench/results/<gpu>/<date>-steps.json
 
 On a CPU the model is a Llama of one layer and width 1024 from config, its head tied: small but for the head. On a GPU
-it is one of the shapes of groupdpo_kernels.workloads, of 1.2 billion parameters. Random weights, SGD. Rows:
+it is one of the shapes of groupdpo_kernels.memory.workload, of 1.2 billion parameters. Random weights, SGD. Rows:
 
-- pairs: eight of them; TRL as it is, and after `accelerate()`;
+- pairs: eight of them; TRL as it is, and after `patch_trl()`;
 - LoRA: the same with an adapter on the attention, so that the head is frozen;
 - groups: of one positive; TRL on the pairs that they flatten to, as it is and accelerated, and `GroupDPOTrainer`, with
   the graph of the whole step and in two passes.
@@ -38,8 +38,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from bench.memory import ROOT, MiB
 from bench.report import Report, header, output_path
 from bench.run import say
-from groupdpo_kernels.resident import forget_peak, resident
-from groupdpo_kernels.workloads import MODELS, Workload, build_model
+from groupdpo_kernels.memory.rss import forget_peak, resident
+from groupdpo_kernels.memory.workload import MODELS, Workload, build_model
 
 ROWS = {
     "pairs": ["trl", "trl, accelerated"],
@@ -110,7 +110,8 @@ def model_of(setting: Setting) -> Any:
 def trainer_of(row: str, name: str, setting: Setting, folder: str) -> Any:
     import peft
 
-    from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer, accelerate
+    from groupdpo_kernels.integrations.trl import patch_trl
+    from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer
 
     V, prompt = setting.V, setting.tokens // 4
     response = setting.tokens - prompt - 1  # and the end of sequence
@@ -142,7 +143,7 @@ def trainer_of(row: str, name: str, setting: Setting, folder: str) -> Any:
     pairs = flat if row == "groups" else pairs
     data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs])
     if name.endswith("accelerated"):
-        accelerate()
+        patch_trl()
     config = trl.DPOConfig(**common, per_device_train_batch_size=len(pairs))
     if row != "LoRA":
         more["ref_model"] = model_of(setting)

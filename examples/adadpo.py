@@ -15,7 +15,7 @@ from trl import DPOConfig
 from trl_task import SETTINGS, as_pairs, make_groups, make_model, make_tokenizer  # type: ignore[import-not-found]
 
 from groupdpo_kernels import AdaBalance, Objective
-from groupdpo_kernels.integrations.trl import DPOTrainer
+from groupdpo_kernels.trainers import DPOTrainer
 
 OBJECTIVES = {"DPO": Objective("sigmoid", beta=0.3), "AdaDPO": Objective("sigmoid", beta=0.3, balance=AdaBalance())}
 

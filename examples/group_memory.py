@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from groupdpo_kernels import Objective, PreferenceGroups, group_backward, model_logps, preference_loss
-from groupdpo_kernels.resident import forget_peak, resident, return_freed_memory
+from groupdpo_kernels.memory.rss import forget_peak, resident, return_freed_memory
 
 OBJECTIVE = Objective("mpo", beta=5.0, average=True, nll_weight=1.0)
 

@@ -13,7 +13,7 @@ import tempfile
 from trl_task import SETTINGS, make_groups, make_model, make_tokenizer  # type: ignore[import-not-found]
 
 from groupdpo_kernels import Objective
-from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer
+from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer
 
 OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
 

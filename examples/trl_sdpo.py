@@ -15,11 +15,10 @@ from datasets import Dataset  # type: ignore[import-untyped]
 from peft import LoraConfig
 from trl_task import SETTINGS, as_pairs, make_groups, make_model, make_tokenizer  # type: ignore[import-not-found]
 
-from groupdpo_kernels import Objective
+from groupdpo_kernels import Objective, PreferenceGroups
 from groupdpo_kernels.data import read_groups, tokenize_groups
-from groupdpo_kernels.groups import PreferenceGroups
-from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer, StepwiseDPO
 from groupdpo_kernels.stepwise import easy_to_hard, take
+from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer, StepwiseDPO
 
 STAGES = 2
 

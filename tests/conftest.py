@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench, which is no installed package
 
 # Workers side by side take one thread each, and so do their children: more threads than cores wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -16,9 +16,9 @@ from tiny_trl import COMMON, GROUPS, PAIRS, llama, lora, run
 from torch import nn
 
 from groupdpo_kernels import Objective, model_logps
-from groupdpo_kernels.adapters import active_adapters, has_adapter, without_adapter
-from groupdpo_kernels.batches import tokenizer_of
-from groupdpo_kernels.integrations.trl import DPOTrainer, GroupDPOConfig, GroupDPOTrainer, StepwiseDPO
+from groupdpo_kernels.data.batches import tokenizer_of
+from groupdpo_kernels.models.adapters import active_adapters, has_adapter, without_adapter
+from groupdpo_kernels.trainers import DPOTrainer, GroupDPOConfig, GroupDPOTrainer, StepwiseDPO
 
 IDS = torch.tensor([[5, 9, 30, 77, 12]])
 OPTIONS: dict[str, Any] = {**COMMON, "max_steps": 2, "gradient_checkpointing": False}

@@ -12,11 +12,16 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from groupdpo_kernels.backward import group_backward
-from groupdpo_kernels.groups import PreferenceGroups
-from groupdpo_kernels.losses import LOSSES
-from groupdpo_kernels.models import model_logps
-from groupdpo_kernels.objectives import AdaBalance, Objective, PreferenceLoss, preference_loss
+from groupdpo_kernels import (
+    AdaBalance,
+    Objective,
+    PreferenceGroups,
+    PreferenceLoss,
+    group_backward,
+    model_logps,
+    preference_loss,
+)
+from groupdpo_kernels.preference.losses import LOSSES
 
 RAGGED = [[False, True, False], [True, False], [False, True, True, False, False, True]]
 S = 11

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
 
 from bench import launches, memory, preference, scaling, trl_steps  # noqa: E402
 from bench.measure import Differentiated, Gate, draw  # noqa: E402

@@ -9,7 +9,8 @@ import torch
 from test_reference import OPTIONS, small
 from torch import Tensor
 
-from groupdpo_kernels import blocks, reference
+from groupdpo_kernels import reference
+from groupdpo_kernels.lm_head import torch_blocks
 from groupdpo_kernels.reference import HeadOptions, LogpStats
 from groupdpo_kernels.testing import Case, Inputs, make_inputs
 
@@ -26,9 +27,9 @@ def live_arguments(inputs: Inputs) -> tuple[Tensor | None, ...]:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_blocks_of_any_shape(options: HeadOptions, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocked forms are the specification and its autograd in float64, whatever the blocks."""
-    monkeypatch.setattr(blocks, "block_shape", lambda *_: shape)
+    monkeypatch.setattr(torch_blocks, "block_shape", lambda *_: shape)
     inputs = small(T=30, D=11, V=90, R=4, ignored="none", hidden_scale=3.0)
-    stats = blocks.forward_in_blocks(*live_arguments(inputs), options)
+    stats = torch_blocks.forward_in_blocks(*live_arguments(inputs), options)
     expected = reference.linear_logp_stats(
         inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.low_rank, options
     )
@@ -38,7 +39,7 @@ def test_blocks_of_any_shape(options: HeadOptions, shape: tuple[int, int], monke
     upstream = (inputs.d_token_logps, inputs.d_lse)
     needs = (True,) * 6
     rows = reference.row_gradients(stats.token_logps, *upstream)
-    actual = blocks.backward_in_blocks(*live_arguments(inputs), stats.lse, *rows, options, needs)
+    actual = torch_blocks.backward_in_blocks(*live_arguments(inputs), stats.lse, *rows, options, needs)
     loss = (expected.token_logps * upstream[0] + expected.lse * upstream[1]).sum()
     for name, a, b in zip(inputs.leaves, actual, torch.autograd.grad(loss, list(inputs.leaves.values()))):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"d_{n}: {m}")
@@ -51,9 +52,9 @@ def test_expectations_are_the_derivative(
     options: HeadOptions, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """d token_logps / d hidden from one pass, and the logits of the targets alone, against autograd in float64."""
-    monkeypatch.setattr(blocks, "block_shape", lambda *_: shape)
+    monkeypatch.setattr(torch_blocks, "block_shape", lambda *_: shape)
     inputs = small(T=30, D=11, V=90, R=4, ignored="none", hidden_scale=3.0)
-    found = blocks.expectations_in_blocks(*live_arguments(inputs), options)
+    found = torch_blocks.expectations_in_blocks(*live_arguments(inputs), options)
     assert inputs.low_rank is not None and found.expected_low_rank is not None
     expected = reference.linear_logp_stats(
         inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.low_rank, options
@@ -67,17 +68,17 @@ def test_expectations_are_the_derivative(
     ):
         actual = chain * (found.coefficients[:, None] * factor.detach()[inputs.targets] - expectation)
         torch.testing.assert_close(actual, gradient, rtol=1e-10, atol=1e-10)
-    logits = blocks.target_logits(*live_arguments(inputs), options)
+    logits = torch_blocks.target_logits(*live_arguments(inputs), options)
     torch.testing.assert_close(logits - found.lse, expected.token_logps.detach())
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=6)), ids=str)
 def test_blocks_compute_what_is_needed(needs: tuple[bool, ...]) -> None:
     inputs = small(T=20, ignored="none")
-    arguments = (*live_arguments(inputs), blocks.forward_in_blocks(*live_arguments(inputs), HeadOptions()).lse)
+    arguments = (*live_arguments(inputs), torch_blocks.forward_in_blocks(*live_arguments(inputs), HeadOptions()).lse)
     upstream = (inputs.d_token_logps, inputs.d_lse)
-    full = blocks.backward_in_blocks(*arguments, *upstream, HeadOptions(), (True,) * 6)
-    some = blocks.backward_in_blocks(*arguments, *upstream, HeadOptions(), needs)
+    full = torch_blocks.backward_in_blocks(*arguments, *upstream, HeadOptions(), (True,) * 6)
+    some = torch_blocks.backward_in_blocks(*arguments, *upstream, HeadOptions(), needs)
     for needed, a, b in zip(needs, some, full):
         assert (a is not None) == needed and (a is None or torch.equal(a, b))
 
@@ -90,8 +91,8 @@ def test_blocks_accumulate_in_float32(dtype: torch.dtype) -> None:
     upstream = (inputs.d_token_logps.float(), inputs.d_lse.float())
     results = []
     for x in (live_arguments(inputs), live_arguments(wide)):
-        stats = blocks.forward_in_blocks(*x, options)
-        results.append((stats, blocks.backward_in_blocks(*x, stats.lse, *upstream, options, (True,) * 6)))
+        stats = torch_blocks.forward_in_blocks(*x, options)
+        results.append((stats, torch_blocks.backward_in_blocks(*x, stats.lse, *upstream, options, (True,) * 6)))
     (stats, gradients), (wide_stats, wide_gradients) = results
     assert all(map(torch.equal, stats, wide_stats))
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(gradients, wide_gradients))
@@ -107,7 +108,7 @@ def test_blocks_know_masks_and_ties() -> None:
     hidden[4] = torch.nan
     weight[99], bias[[60, 99]] = weight[60].clone(), 50.0
     targets[:2] = torch.tensor([60, 99])
-    stats = blocks.forward_in_blocks(hidden, weight, bias, x, b, targets, options)
+    stats = torch_blocks.forward_in_blocks(hidden, weight, bias, x, b, targets, options)
     expected = reference.linear_logp_stats(hidden, weight, targets, bias)
     for field, a, e in zip(LogpStats._fields, stats, expected):
         torch.testing.assert_close(a, e, equal_nan=True, msg=lambda m, f=field: f"{f}: {m}")
@@ -118,7 +119,7 @@ def test_blocks_know_masks_and_ties() -> None:
 def test_block_shape_stays_within_the_budget(budget: int) -> None:
     """Eight blocks of logits, and twice a widened slice of the weight, its gradient and a block of hidden."""
     for T, D, V in itertools.product([1, 37, 8192, 70000], [1, 64, 4096], [1, 300, 151936]):
-        rows, columns = blocks.block_shape(T, D, V, budget, 4)
+        rows, columns = torch_blocks.block_shape(T, D, V, budget, 4)
         assert rows >= 16 and columns >= 16
         rows, columns = min(rows, T), min(columns, V)
         used = 4 * (8 * rows * columns + 4 * columns * D + 2 * rows * D)

@@ -14,7 +14,8 @@ import transformers
 from tiny_cli import PREFERENCES, invoke, lines, refused, run_until, save_model, write_rows
 from tiny_models import eager_logps, make
 
-from groupdpo_kernels.formats import BadRow, read_responses
+from groupdpo_kernels.data import BadRow
+from groupdpo_kernels.data.formats import read_responses
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "Tea?", "response": " Green."},

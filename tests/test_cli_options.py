@@ -19,7 +19,7 @@ from groupdpo_kernels import Objective
 from groupdpo_kernels.cli.app import app
 from groupdpo_kernels.cli.console import bar
 from groupdpo_kernels.cli.training import make_objective
-from groupdpo_kernels.integrations.trl import GroupDPOConfig
+from groupdpo_kernels.trainers import GroupDPOConfig
 
 
 @pytest.mark.parametrize(

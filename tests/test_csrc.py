@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import groupdpo_kernels
-from groupdpo_kernels import ops, reference
+from groupdpo_kernels import reference
+from groupdpo_kernels.lm_head import ops
 from groupdpo_kernels.reference import HeadOptions
 from groupdpo_kernels.testing import CASES, Case, Inputs, Result, check_budget, error, exact, make_inputs
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from weighted_rows import Problem, check, make_problem
 
-from groupdpo_kernels import extension
+from groupdpo_kernels.lm_head import extension
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "csrc" / "cuda" / "weighted_rows.cu"

@@ -13,7 +13,8 @@ from test_workspace import FULL_SIZES, SIZES, Allocations, launching_nothing, on
 from torch import Tensor
 from torch.library import opcheck
 
-from groupdpo_kernels import linear_logp_stats, linear_logps, ops
+from groupdpo_kernels import linear_logp_stats, linear_logps
+from groupdpo_kernels.lm_head import ops
 from groupdpo_kernels.testing import CASES, Case, Inputs, Result, check_budget, make_inputs, triton_on_cpu
 
 IMPLS = ("reference", "cpu", "triton")

@@ -21,7 +21,7 @@ from groupdpo_kernels import (
     preference_loss,
     seq_logps,
 )
-from groupdpo_kernels.preference_ops import LossSpec
+from groupdpo_kernels.preference.fused import LossSpec
 from groupdpo_kernels.testing import Case, make_inputs
 
 CASE = Case("", 24, 16, 60, "", bias=True, R=3)
@@ -71,7 +71,7 @@ def test_grad_and_vjp_in_hidden(path: str, train_head: bool, impl: str) -> None:
 
 
 def test_grad_with_kept_products() -> None:
-    """Wide enough for kept.py: D = 1024."""
+    """Wide enough for logit_cache.py: D = 1024."""
     inputs = make_inputs(Case("", 4, 1024, 300, "", ignored="none"))
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from test_frozen_head import freeze, result_of
 from test_sparse_triton import BACKWARD, NAMES, head_of, needs_of, upstream_of
 from weighted_rows import Problem, check, make_problem
 
-from groupdpo_kernels import extension, host, linear_logp_stats, linear_logps, ops, sparse
+from groupdpo_kernels import linear_logp_stats, linear_logps
+from groupdpo_kernels.lm_head import extension, host, ops, sparse
 from groupdpo_kernels.reference import HeadOptions
 from groupdpo_kernels.testing import CASES, Case, check_budget, make_inputs, run
 

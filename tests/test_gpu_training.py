@@ -12,9 +12,9 @@ from tiny_models import make
 
 from groupdpo_kernels import Objective, model_logps
 from groupdpo_kernels.kernels.preference_weights import LOSSES
-from groupdpo_kernels.planning import Hardware, Prediction
-from groupdpo_kernels.profiling import Worker
-from groupdpo_kernels.workloads import Workload
+from groupdpo_kernels.memory.planner import Hardware, Prediction
+from groupdpo_kernels.memory.sweep import Worker
+from groupdpo_kernels.memory.workload import Workload
 
 pytestmark = pytest.mark.gpu
 STEP = Workload(model="llama-3.2-1b", layers=4, tokens=512, micro_batch=2, dtype="bfloat16", group=8)

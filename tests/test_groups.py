@@ -11,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from groupdpo_kernels.backward import group_backward
-from groupdpo_kernels.groups import PreferenceGroups
-from groupdpo_kernels.objectives import Objective, preference_loss
+from groupdpo_kernels import Objective, PreferenceGroups, group_backward, preference_loss
 
 MPO = Objective("mpo", beta=3.0, average=True, nll_weight=1.0)
 

@@ -20,8 +20,8 @@ from recorded_trainers import namespace, trainer
 from tiny_models import VOCAB, make
 from torch import Tensor
 
+from groupdpo_kernels.installed import distribution_version
 from groupdpo_kernels.integrations import axolotl, llama_factory, ms_swift, open_instruct, openrlhf
-from groupdpo_kernels.integrations.replacement import distribution_version
 
 # name: ours, its modules as recorded, the module with what is replaced, distribution, a version inside and one outside
 TRAINERS: dict[str, tuple[Any, Callable[[], Any], str, str, str, str]] = {
@@ -65,7 +65,7 @@ def theirs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """The module of the trainer, recorded or real."""
     name, kind = request.param
     yield record(name, monkeypatch) if kind == "recorded" else importlib.import_module(TRAINERS[name][2])
-    TRAINERS[name][0].restore()
+    getattr(TRAINERS[name][0], f"unpatch_{name}")()
 
 
 Values = dict[str, Tensor]
@@ -85,13 +85,11 @@ def run(model: Any, call: Callable[[], Values], seed: int = 3) -> tuple[Values, 
     return values, [p.grad.clone() for p in model.parameters() if p.grad is not None], widths
 
 
-def check_same(
-    model: Any, call: Callable[[], Values], accelerate: Callable[[], Any], nan: tuple[str, ...] = ()
-) -> None:
+def check_same(model: Any, call: Callable[[], Values], patch: Callable[[], Any], nan: tuple[str, ...] = ()) -> None:
     """Values and gradients with and without ours, but for what nobody knows without logits."""
     expected, gradients, widths = run(model, call)
     assert widths == {VOCAB}
-    with accelerate():
+    with patch():
         found, ours, widths = run(model, call)
     assert widths == {1} and found.keys() == expected.keys()
     for name, value in expected.items():
@@ -152,7 +150,7 @@ def test_openrlhf(theirs: Any, packing: bool, temperature: float, left: bool) ->
         assert torch.equal(alone, log_probs) and actions.shape == action_mask.shape
         return {"log_probs": log_probs, "actions": actions}
 
-    check_same(model, call, openrlhf.accelerate)
+    check_same(model, call, openrlhf.patch_openrlhf)
 
 
 @both("openrlhf")
@@ -170,7 +168,7 @@ def test_openrlhf_where_logits_are_asked_for(theirs: Any) -> None:
         return {"log_probs": log_probs, "entropy": output.entropy, "logits": logits}
 
     expected, gradients, _ = run(model, call)
-    with openrlhf.accelerate():
+    with openrlhf.patch_openrlhf():
         found, ours, widths = run(model, call)
     assert widths == {VOCAB} and all(torch.equal(found[name], value) for name, value in expected.items())
     assert all(map(torch.equal, ours, gradients))
@@ -188,7 +186,7 @@ def test_openrlhf_auxiliary_loss(theirs: Any) -> None:
         log_probs, output = actor(ids, attention_mask=mask, return_output=True, return_logprobs=True)
         return {"log_probs": log_probs * mask[:, 1:], "aux_loss": output.aux_loss}
 
-    check_same(model, call, openrlhf.accelerate)
+    check_same(model, call, openrlhf.patch_openrlhf)
 
 
 # -------------------------------------------------------------------------------------------------------- LLaMA-Factory
@@ -210,7 +208,7 @@ def test_llama_factory(theirs: Any, loss_type: str, ld_alpha: float | None, is_r
         unknown = {name: output.pop(name).mean().detach() for name in ("chosen_logits", "rejected_logits")}
         return {**output, **unknown}
 
-    check_same(model, call, llama_factory.accelerate, nan=("chosen_logits", "rejected_logits"))
+    check_same(model, call, llama_factory.patch_llama_factory, nan=("chosen_logits", "rejected_logits"))
 
 
 def test_llama_factory_of_tuples_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +216,7 @@ def test_llama_factory_of_tuples_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     theirs = record("llama_factory", monkeypatch)
     theirs.CustomDPOTrainer.concatenated_forward.__annotations__["return"] = tuple[Tensor, ...]
     with pytest.raises(RuntimeError, match=r"concatenated_forward returns a dict; the installed 0\.9\.5 returns none"):
-        llama_factory.accelerate()
+        llama_factory.patch_llama_factory()
 
 
 # ------------------------------------------------------------------------------------------------------------- ms-swift
@@ -262,7 +260,7 @@ def test_ms_swift(theirs: Any, keep: bool, padding_free: bool, ld_alpha: float |
         output = own.concatenated_forward(model, batch, is_ref_model)
         return output | {name: output[name].detach() for name in unknown}
 
-    check_same(model, call, ms_swift.accelerate, nan=unknown)
+    check_same(model, call, ms_swift.patch_ms_swift, nan=unknown)
     assert vars(own).keys() == vars(of_swift(theirs, keep=keep)).keys()
 
 
@@ -277,7 +275,7 @@ def test_ms_swift_auxiliary_loss(theirs: Any) -> None:
         output = own.concatenated_forward(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
         return output | {name: output[name].detach() for name in unknown}
 
-    check_same(model, call, ms_swift.accelerate, nan=unknown)
+    check_same(model, call, ms_swift.patch_ms_swift, nan=unknown)
 
 
 # -------------------------------------------------------------------------------------------------------- open-instruct
@@ -316,7 +314,7 @@ def test_open_instruct(theirs: Any, average: bool, form: str) -> None:
         assert aux_loss is None
         return {"chosen": chosen, "rejected": rejected}
 
-    check_same(model, call, open_instruct.accelerate)
+    check_same(model, call, open_instruct.patch_open_instruct)
 
 
 @both("open_instruct")
@@ -327,8 +325,11 @@ def test_open_instruct_auxiliary_loss(theirs: Any) -> None:
         chosen, rejected, aux_loss = theirs.concatenated_forward(model, batch, output_router_logits=True)
         return {"chosen": chosen, "rejected": rejected, "aux_loss": aux_loss}
 
-    check_same(model, call, open_instruct.accelerate)
-    with open_instruct.accelerate(), pytest.raises(ValueError, match=r"output_router_logits must be False.*got True"):
+    check_same(model, call, open_instruct.patch_open_instruct)
+    with (
+        open_instruct.patch_open_instruct(),
+        pytest.raises(ValueError, match=r"output_router_logits must be False.*got True"),
+    ):
         theirs.separate_forward(model, batch, output_router_logits=True)
 
 
@@ -341,7 +342,7 @@ def test_other_versions_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) 
     for version in (outside, "unknown"):
         record(name, monkeypatch, version)
         with pytest.raises(RuntimeError, match=rf"integrations\.{name} knows .* and later, before .*is {version}"):
-            ours.accelerate()
+            getattr(ours, f"patch_{name}")()
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -355,11 +356,12 @@ def test_other_parameters_are_refused(name: str, monkeypatch: pytest.MonkeyPatch
     def other(self: Any, model: Any, batch: Any, reference: bool = False) -> None: ...
 
     monkeypatch.setattr(holder, method, other)
+    patch = getattr(TRAINERS[name][0], f"patch_{name}")
     with pytest.raises(RuntimeError, match=rf"{name} knows .*in the installed .* it takes \(model, batch, reference\)"):
-        TRAINERS[name][0].accelerate()
+        patch()
     assert getattr(holder, method) is other
     monkeypatch.setattr(holder, method, own)
-    with TRAINERS[name][0].accelerate():
+    with patch():
         assert getattr(holder, method) is not own
     assert getattr(holder, method) is own
 
@@ -380,7 +382,7 @@ class Hiding:
 sys.meta_path[:] = map(Hiding, sys.meta_path)
 for module in modules:
     try:
-        module.accelerate()
+        getattr(module, "patch_" + module.__name__.rpartition(".")[2])()
     except ImportError as error:
         print("is not installed: pip install" in str(error))
 try:

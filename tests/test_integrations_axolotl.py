@@ -21,7 +21,7 @@ from test_integrations import rows, run
 from tiny_models import VOCAB, make
 
 from groupdpo_kernels.integrations import axolotl
-from groupdpo_kernels.integrations.trl.accelerate import TokenStatistics
+from groupdpo_kernels.integrations.trl import TokenStatistics
 
 NAME = "groupdpo_kernels.integrations.axolotl.GroupDPOPlugin"
 REAL = importlib.util.find_spec("axolotl") is not None
@@ -31,7 +31,7 @@ REAL = importlib.util.find_spec("axolotl") is not None
 def restored() -> Iterator[None]:
     axolotl._plugin.cache_clear()
     yield
-    axolotl.restore()
+    axolotl.unpatch_axolotl()
     axolotl._plugin.cache_clear()
 
 
@@ -105,7 +105,7 @@ def test_the_loss_of_trl_1_9(trl_1_9: Any, precomputed: bool) -> None:
 def test_weighting_runs_on_real_logits(trl_1_9: Any) -> None:
     own, inputs = of_trl(trl_1_9, use_weighting=True), pairs()
     expected = own._compute_loss(own.model, inputs, False)
-    with axolotl.accelerate():
+    with axolotl.patch_axolotl():
         found = own._compute_loss(own.model, inputs, False)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert own._metrics["train"].keys() > set(axolotl.FROM_LOGITS)
@@ -117,11 +117,11 @@ def test_weighting_runs_on_real_logits(trl_1_9: Any) -> None:
 def test_versions(trl_1_9: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     vars(sys.modules["trl"])["__version__"] = "1.10.1"
     with pytest.raises(RuntimeError, match=r"knows TRL 1\.15 and later, before 2\.0; installed is 1\.10\.1"):
-        axolotl.accelerate()
+        axolotl.patch_axolotl()
     vars(sys.modules["trl"])["__version__"] = "1.9.3"
     monkeypatch.setattr(trl_1_9.DPOTrainer, "_compute_loss", lambda self, inputs: None)
     with pytest.raises(RuntimeError, match=r"knows TRL 1\.9 and later, before 1\.10, whose .* it takes \(inputs\)"):
-        axolotl.accelerate()
+        axolotl.patch_axolotl()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.17.0")
     with pytest.raises(RuntimeError, match=r"knows Axolotl 0\.19 and later, before 0\.20; installed is 0\.17\.0"):
         load()
@@ -146,7 +146,7 @@ if not REAL:  # else the TRL that is installed is Axolotl's
         assert isinstance(plugin, sys.modules["axolotl.integrations.base"].BasePlugin)  # type: ignore[attr-defined]
         plugin.pre_model_load(namespace(rl=namespace(value="ipo")))  # an enum of Axolotl's
         assert utils._ChunkedLogProbFunction is TokenStatistics
-        axolotl.restore()
+        axolotl.unpatch_axolotl()
         assert utils._ChunkedLogProbFunction is own
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from groupdpo_kernels import AdaBalance, Objective, PreferenceGroups, preference_loss
-from groupdpo_kernels.losses import LOSSES
+from groupdpo_kernels.preference.losses import LOSSES
 
 PAIR = PreferenceGroups.pairs(1)
 TWO = torch.tensor([0, 1, 2])  # responses of one token

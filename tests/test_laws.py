@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,94 +18,37 @@ import groupdpo_kernels
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "groupdpo_kernels"
 KERNELS = ROOT / "kernels" / "triton"
+NAME = "groupdpo_kernels"
 
-# What each module may import of ours, lowest first; a function body counts too, but for the kernels, which ops load by
-# name when they first run one.
+# What each package or module of ours may import of the others, lowest first. "kernels" and "_C" are loaded by a string
+# with their name, when an op first runs one.
 MAY_IMPORT: dict[str, set[str]] = {
-    "reference": set(),
-    "extension": set(),
-    "adapters": set(),
-    "limits": set(),
-    "store": {"adapters"},
-    "blocks": {"reference"},
-    "sparse": {"blocks", "reference"},
-    "host": {"blocks", "reference", "sparse"},
-    "ops": {"extension", "host", "reference", "sparse"},
-    "kept": {"host", "ops", "reference"},
-    "preference_ops": {"extension"},
-    "replay": set(),
-    "functions": {"kept", "ops", "preference_ops", "reference", "replay", "sparse"},
-    "sharded": {"functions", "ops", "reference"},
-    "logps": {"functions", "kept", "ops", "reference", "replay", "sharded"},
-    "losses": {"logps", "groups", "objectives"},  # the last two for typing only
-    "objectives": {"functions", "groups", "logps", "losses", "ops", "preference_ops"},  # groups for typing only
-    "groups": {"objectives", "ops"},
-    "ranks": set(),
-    "backward": {"groups", "objectives", "losses", "logps", "ranks", "replay"},
-    "heads": {"logps"},
-    "probe": {"heads"},
-    "layouts": {"heads", "limits", "probe", "ranks"},
-    "models": {"adapters", "heads", "layouts", "limits", "logps", "probe", "ranks"},
-    "formats": {"groups"},
-    "batches": {"formats", "groups"},
-    "data": {"batches", "formats", "groups"},
-    "stepwise": {"backward", "groups", "logps", "models", "objectives", "store"},
+    **{name: set() for name in ("checks", "installed", "distributed", "reference", "replay")},
+    "lm_head": {"checks", "reference", "replay", "kernels", "_C"},
+    "preference": {"checks", "distributed", "replay", "kernels", "_C", "lm_head"},
+    "models": {"distributed", "lm_head"},
+    "data": {"checks", "preference"},
+    "memory": {"lm_head", "models", "preference"},
+    "stepwise": {"models", "preference"},
+    "trainers": {"checks", "installed", "distributed", "preference", "models", "data", "memory", "stepwise"},
+    "integrations": {"installed", "lm_head", "models", "preference"},
     "testing": {"reference", "kernels"},
-    "profiles": set(),
-    "cli/__init__": {"app"},
-    "cli/__main__": {"main"},  # of cli/__init__
-    "cli/app": {"__version__", "check", "logps", "profile", "train"},  # beside it: one module for each command
-    "cli/check": {"inspection"},
-    "cli/console": set(),
-    "cli/curves": set(),
-    "cli/inspection": {"__version__", "extension", "logps", "preference_ops", "selftest"},
-    "cli/loading": {"formats", "limits", "store"},
-    "cli/logps": {"console", "formats", "loading", "scoring"},
-    "cli/profile": {"console", "planning", "profiling", "report", "workloads"},
-    "cli/scoring": {
-        *("__version__", "batches", "data", "formats", "layouts", "limits", "models", "store"),
-        "loading",  # beside it
+    "cli": {
+        "checks",
+        "reference",
+        "testing",
+        "_C",
+        "lm_head",
+        "preference",
+        "models",
+        "data",
+        "memory",
+        "stepwise",
+        "trainers",
     },
-    "cli/selftest": {"groups", "logps", "objectives", "ops", "preference_ops", "reference", "testing"},
-    "cli/train": {"console", "training"},
-    "cli/training": {"inspection", "curves", "formats", "integrations", "loading", "objectives", "store"},
-    "machine": set(),
-    "resident": set(),
-    "tracking": set(),
-    "workloads": {"backward", "groups", "models", "objectives"},
-    "planning": {"heads", "kept", "models", "tracking", "workloads"},
-    "measuring": {"planning", "resident", "tracking", "workloads"},
-    "profiling": {"machine", "report", "workloads"},
-    "pictures": set(),
-    "report": {"pictures", "profiling", "workloads"},
-    "integrations/__init__": set(),
-    "integrations/replacement": set(),
-    "integrations/one_column": {"models"},
-    "integrations/axolotl": {"one_column", "replacement", "trl"},
-    "integrations/llama_factory": {"models", "replacement"},
-    "integrations/ms_swift": {"one_column", "replacement"},
-    "integrations/open_instruct": {"logps", "models", "replacement"},
-    "integrations/openrlhf": {"models", "replacement"},
-    "integrations/trl/__init__": {"accelerate", "groups", "pairs", "stepwise"},
-    "integrations/trl/accelerate": {"logps", "replacement"},
-    "integrations/trl/groups": {
-        *("adapters", "backward", "batches", "data", "limits", "logps"),
-        *("measuring", "models", "objectives", "stepwise"),
-        *("memory", "metrics", "misplaced", "reference", "rows"),  # beside it
-    },
-    "integrations/trl/memory": {"data", "planning"},
-    "integrations/trl/metrics": {"groups", "logps", "losses", "objectives"},
-    "integrations/trl/pairs": {
-        *("adapters", "batches", "groups", "losses", "models", "objectives", "one_column"),
-        *("accelerate", "metrics", "misplaced", "reference", "rows"),  # beside it
-    },
-    "integrations/trl/reference": {"adapters", "ranks"},
-    "integrations/trl/stepwise": {
-        *("adapters", "data", "limits", "logps", "models", "objectives", "stepwise"),
-        *("groups", "pairs", "reference", "rows"),  # beside it
-    },
-    "integrations/trl/misplaced": {"objectives"},
-    "integrations/trl/rows": {"backward", "data", "formats", "layouts", "losses", "misplaced", "objectives"},
+    "__init__": {"reference", "lm_head", "preference", "models"},
+    "bench": {"__init__", "reference", "testing", "kernels", "lm_head", "memory", "trainers", "integrations"},
+    "examples": {"__init__", "data", "memory", "stepwise", "trainers"},
 }
 SHARED_KERNEL_MODULES = {"launch", "library", "live_products", "rows", "tile", "pair_losses"}
 # A launcher that begins with what another does.
@@ -112,7 +57,7 @@ SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports; ours as `.name`."""
+    """Modules that a file of kernels/triton imports; ours as `.name`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -123,18 +68,62 @@ def imports(path: Path) -> set[str]:
                 found |= {"." + alias.name for alias in node.names}
             else:
                 found.add("." * bool(node.level) + base)
-    return {name.replace("groupdpo_kernels.", ".", 1) for name in found}
+    return found
 
 
-MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")} - {"__init__"}
+def ours(path: Path) -> set[str]:
+    """Full paths, below the package, of what a file imports of ours: for typing, in function bodies and by name too."""
+    folder = list(path.relative_to(PACKAGE).parts[:-1]) if PACKAGE in path.parents else None
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level and folder is not None:
+            base = [*folder[: len(folder) - node.level + 1], *filter(None, (node.module or "").split("."))]
+            names = [] if node.module else [alias.name for alias in node.names]
+            found |= {".".join([*base, name]) for name in names} if names else {".".join(base)}
+        elif isinstance(node, ast.ImportFrom) and node.module == NAME:
+            known = {alias.name for alias in node.names}
+            found |= {name if name in MAY_IMPORT else "__init__" for name in known}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{NAME}."):
+            found.add((node.module or "").removeprefix(f"{NAME}."))
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix(f"{NAME}.") for a in node.names if a.name.startswith(f"{NAME}.")}
+        elif isinstance(node, ast.Constant) and re.fullmatch(rf"{NAME}\.[\w.]+", str(node.value)):
+            found.add(str(node.value).removeprefix(f"{NAME}."))
+    return found
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_import_law(name: str) -> None:
-    assert name in MAY_IMPORT, f"{name}.py has no place in the import law"
-    found = imports(PACKAGE / f"{name}.py")
-    ours = {module[1:].split(".")[0] for module in found if module.startswith(".")}
-    assert ours <= MAY_IMPORT[name]
+def files_of(part: str) -> list[Path]:
+    folder = ROOT / part if part in ("bench", "examples") else PACKAGE / part
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def test_every_file_has_a_place_in_the_law() -> None:
+    parts = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in PACKAGE.rglob("*.py")}
+    assert parts | {"bench", "examples"} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_import_law(part: str) -> None:
+    """Nothing else; and a permit that nobody uses is taken away."""
+    used = {name.split(".")[0]: f"{path.name}: {name}" for path in files_of(part) for name in ours(path)}
+    beyond = {name: where for name, where in used.items() if name not in MAY_IMPORT[part] | {part, "__version__"}}
+    assert not beyond, f"{part} may not import {beyond}"
+    assert not (unused := MAY_IMPORT[part] - set(used)), f"nobody in {part} imports {unused}"
+
+
+@pytest.mark.parametrize("part", [part for part in MAY_IMPORT if len(files_of(part)) > 1])
+def test_no_circle_within_a_package(part: str) -> None:
+    if part in ("bench", "examples"):
+        return
+    arrows = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ours(path)
+        for path in files_of(part)
+    }
+    TopologicalSorter({a: {b for b in to if b in arrows and b != a} for a, to in arrows.items()}).prepare()
+
+
+def test_the_law_has_no_circle() -> None:
+    TopologicalSorter(MAY_IMPORT).prepare()
 
 
 def test_public_names_are_those_that_a_type_checker_sees() -> None:
@@ -151,18 +140,11 @@ def test_public_names_are_those_that_a_type_checker_sees() -> None:
         groupdpo_kernels.linear_logprobs  # noqa: B018
 
 
-def test_losses_know_groups_for_typing_only() -> None:
-    for name in ("losses", "objectives"):
-        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-        top = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
-        assert "groups" not in top
-
-
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.stem)
 def test_kernels_know_nothing_above_them(path: Path) -> None:
     found = imports(path)
-    ours = {module[1:].split(".")[0] for module in found if module.startswith(".")}
-    assert ours <= SHARED_KERNEL_MODULES | {CONTINUES.get(path.stem, "")}
+    beside = {module[1:].split(".")[0] for module in found if module.startswith(".")}
+    assert beside <= SHARED_KERNEL_MODULES | {CONTINUES.get(path.stem, "")}
     outside = {module.split(".")[0] for module in found if not module.startswith(".")} - set(sys.stdlib_module_names)
     assert outside <= {"torch", "triton"}
 
@@ -194,9 +176,9 @@ import torch
 from groupdpo_kernels import explain, linear_logps
 arguments = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, -100])
 print(linear_logps(*arguments).tolist()[2], "triton does not import" in str(explain(*arguments)))
-from groupdpo_kernels.integrations.trl import accelerate
+from groupdpo_kernels.integrations.trl import patch_trl
 try:
-    accelerate()
+    patch_trl()
 except ImportError as error:
     print("groupdpo-kernels[trl]" in str(error))
 """

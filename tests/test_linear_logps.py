@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupdpo_kernels import LogpStats, linear_logp_stats, linear_logps, ops
+from groupdpo_kernels import LogpStats, linear_logp_stats, linear_logps
 from groupdpo_kernels.kernels import launch
-from groupdpo_kernels.ops import Head
+from groupdpo_kernels.lm_head import ops
+from groupdpo_kernels.lm_head.ops import Head
 from groupdpo_kernels.reference import HeadGradients, HeadOptions
 from groupdpo_kernels.testing import CASES, Case, Result, check_budget, make_inputs, run, triton_on_cpu
 

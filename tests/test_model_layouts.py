@@ -12,9 +12,9 @@ from tiny_models import BASE, GPT2, VOCAB, make, spread
 from torch import Tensor, nn
 
 from groupdpo_kernels import model_logps
-from groupdpo_kernels.batches import micro_batches
-from groupdpo_kernels.layouts import why_not_packed, why_not_padded
-from groupdpo_kernels.limits import position_limit, token_limit
+from groupdpo_kernels.data.batches import micro_batches
+from groupdpo_kernels.models.layouts import why_not_packed, why_not_padded
+from groupdpo_kernels.models.limits import position_limit, token_limit
 
 NO_GQA = {name: value for name, value in BASE.items() if name != "num_key_value_heads"}
 SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}

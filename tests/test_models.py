@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from groupdpo_kernels.heads import LogitMap
-from groupdpo_kernels.models import _findings, attach, model_logps
+from groupdpo_kernels import attach, model_logps
+from groupdpo_kernels.models.api import _findings
+from groupdpo_kernels.models.head_call import LogitMap
 
 
 def ours(model: nn.Module, **inputs: object) -> Tensor:

@@ -18,23 +18,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import groupdpo_kernels.heads
-from groupdpo_kernels.heads import LogitMap, ScoreOptions, logps_in_chunks
-from groupdpo_kernels.models import attach, model_logps
-from groupdpo_kernels.probe import fit_scale_and_cap
+import groupdpo_kernels.models.head_call
+from groupdpo_kernels import attach, model_logps
+from groupdpo_kernels.models.head_call import LogitMap, ScoreOptions, logps_in_chunks
+from groupdpo_kernels.models.probe import fit_scale_and_cap
 
 
 @pytest.fixture
 def in_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Records the rows of each call of logps_in_chunks from the head, to tell which way a head went."""
     calls: list[int] = []
-    real = groupdpo_kernels.heads.logps_in_chunks
+    real = groupdpo_kernels.models.head_call.logps_in_chunks
 
     def recorded(logits_of, x, *rest):  # type: ignore[no-untyped-def]
         calls.append(x.shape[0])
         return real(logits_of, x, *rest)
 
-    monkeypatch.setattr(groupdpo_kernels.heads, "logps_in_chunks", recorded)
+    monkeypatch.setattr(groupdpo_kernels.models.head_call, "logps_in_chunks", recorded)
     return calls
 
 

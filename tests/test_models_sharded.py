@@ -25,7 +25,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from groupdpo_kernels.models import attach, model_logps
+from groupdpo_kernels import attach, model_logps
 
 WORLD = 2
 

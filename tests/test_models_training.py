@@ -8,7 +8,7 @@ from test_models import ours
 from tiny_models import batch, check_budget, check_model, eager_logps, from_logits, make, score
 from torch import Tensor, nn
 
-from groupdpo_kernels.models import attach, model_logps
+from groupdpo_kernels import attach, model_logps
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "phi", "mixtral"])

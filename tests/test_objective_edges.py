@@ -7,9 +7,8 @@ import torch
 from test_objectives import RAGGED, UNBALANCED, draw, make_objective, run, shape_for
 from torch import Tensor
 
-from groupdpo_kernels.groups import PreferenceGroups
-from groupdpo_kernels.losses import LOSSES
-from groupdpo_kernels.objectives import AdaBalance, Objective, PreferenceLoss, preference_loss
+from groupdpo_kernels import AdaBalance, Objective, PreferenceGroups, PreferenceLoss, preference_loss
+from groupdpo_kernels.preference.losses import LOSSES
 
 
 def test_only_loss_is_differentiable() -> None:

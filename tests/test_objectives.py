@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from groupdpo_kernels.groups import PreferenceGroups
-from groupdpo_kernels.losses import LOSSES
-from groupdpo_kernels.objectives import AdaBalance, Objective, PreferenceLoss, preference_loss
+from groupdpo_kernels import AdaBalance, Objective, PreferenceGroups, PreferenceLoss, preference_loss
+from groupdpo_kernels.preference.losses import LOSSES
 
 PAIRWISE = [name for name, row in LOSSES.items() if row.pair is not None and not row.every_pair]
 GROUPWISE = [name for name in LOSSES if name not in PAIRWISE]

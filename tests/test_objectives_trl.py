@@ -11,8 +11,7 @@ from tiny_models import make
 from tiny_tokenizers import byte_level_bpe
 from torch import Tensor, nn
 
-from groupdpo_kernels.groups import PreferenceGroups
-from groupdpo_kernels.objectives import Objective, preference_loss
+from groupdpo_kernels import Objective, PreferenceGroups, preference_loss
 
 K, LENGTH = 4, 9  # pairs, tokens of a row
 # TRL's name: ours. Its sigmoid ignores the label smoothing.

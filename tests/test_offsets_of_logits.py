@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from groupdpo_kernels import LogpStats, linear_logp_stats, linear_logps
-from groupdpo_kernels.functions import KeptLinearLogps
+from groupdpo_kernels.lm_head.autograd import KeptLinearLogps
 from groupdpo_kernels.reference import HeadOptions
 from groupdpo_kernels.replay import LseTape
 from groupdpo_kernels.testing import Case, Inputs, Result, check_budget, make_inputs, run, triton_on_cpu

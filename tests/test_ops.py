@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.testing import assert_close
 
-from groupdpo_kernels import LogpStats, linear_logp_stats, linear_logps, ops, reference, seq_logps
+from groupdpo_kernels import LogpStats, linear_logp_stats, linear_logps, reference, seq_logps
+from groupdpo_kernels.lm_head import ops
 from groupdpo_kernels.testing import Case, Inputs, make_inputs
 
 HOST = ("reference", "cpu")

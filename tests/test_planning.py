@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import make
 
-from groupdpo_kernels.planning import (
+from groupdpo_kernels.memory.planner import (
     Hardware,
     Prediction,
     batch_of,
@@ -24,9 +24,9 @@ from groupdpo_kernels.planning import (
     trace,
     track,
 )
-from groupdpo_kernels.profiling import Worker
-from groupdpo_kernels.tracking import MemoryTracker, Peak, follow_layers, head_workspace
-from groupdpo_kernels.workloads import MODELS, TrainingStep, Workload, build_model, config_of
+from groupdpo_kernels.memory.sweep import Worker
+from groupdpo_kernels.memory.tracker import MemoryTracker, Peak, follow_layers, head_workspace
+from groupdpo_kernels.memory.workload import MODELS, TrainingStep, Workload, build_model, config_of
 
 META = torch.device("meta")
 SMALL = Workload(tokens=32, group=4, layers=3)

@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 
-from groupdpo_kernels import AdaBalance, Objective, PreferenceGroups, PreferenceWeights, preference_loss, preference_ops
+from groupdpo_kernels import AdaBalance, Objective, PreferenceGroups, PreferenceWeights, preference_loss
 from groupdpo_kernels.kernels.preference_weights import LOSSES, PAIRWISE
-from groupdpo_kernels.losses import LOSSES as TABLE
-from groupdpo_kernels.preference_ops import LossSpec
+from groupdpo_kernels.preference import fused
+from groupdpo_kernels.preference.fused import LossSpec
+from groupdpo_kernels.preference.losses import LOSSES as TABLE
 from groupdpo_kernels.testing import error, triton_on_cpu
 
 IMPLS = ("triton", "cpu")
@@ -83,7 +84,7 @@ def test_every_loss_against_float64(loss, balance, impl, poisoned_memory):
 
 
 def test_the_kernels_know_every_loss_of_the_table():
-    assert set(LOSSES) == set(preference_ops.extension_losses()) == set(TABLE)
+    assert set(LOSSES) == set(fused.extension_losses()) == set(TABLE)
     assert set(PAIRWISE) == {name for name, row in TABLE.items() if row.pair and not row.every_pair}
 
 
@@ -256,12 +257,12 @@ def test_opcheck():
 def test_auto_and_explicit_choices():
     groups, cu_seqlens, logps, _ = draw("mpo", 0, 1.0, per_token=True)
     device, dtype = logps.device, logps.dtype
-    assert preference_ops.resolve("auto", device, dtype, "mpo", 9) == "cpu"
-    assert preference_ops.resolve("auto", device, torch.float64, "mpo", 9) == "reference"
-    assert preference_ops.resolve("auto", device, dtype, lambda u, groups: u, 9) == "reference"
+    assert fused.resolve("auto", device, dtype, "mpo", 9) == "cpu"
+    assert fused.resolve("auto", device, torch.float64, "mpo", 9) == "reference"
+    assert fused.resolve("auto", device, dtype, lambda u, groups: u, 9) == "reference"
     with pytest.raises(ValueError, match=r"impl='triton' cannot run here: token_logps is on cpu.*want a GPU"):
         preference_loss(logps, cu_seqlens, groups, Objective("mpo", reference_free=True), impl="triton")
     with pytest.raises(ValueError, match="float64: only the reference"):
         preference_loss(logps.double(), cu_seqlens, groups, Objective("mpo", reference_free=True), impl="cpu")
     with pytest.raises(ValueError, match="holds up to 1024"), triton_on_cpu():
-        preference_ops.resolve("triton", device, dtype, "mpo", 1025)
+        fused.resolve("triton", device, dtype, "mpo", 1025)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from groupdpo_kernels import profiles
-from groupdpo_kernels.profiles import PROFILES, ROWS, Rows, describe_rows, draw_profile, load_rows
+from bench import recorded_rows
+from bench.recorded_rows import PROFILES, ROWS, Rows, describe_rows, draw_profile, load_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -56,11 +56,11 @@ def test_trained_rows_are_as_recorded():
     recorded = load_rows()
     inputs = draw_profile("trained", 512, 1024, recorded.V, BF16)
     found = describe_rows(*inputs)
-    model = profiles.summarise(recorded.statistics)
+    model = recorded_rows.summarise(recorded.statistics)
     for name in ("entropy", "candidates", "kept_mass", "dropped_mass", "not_target"):
         assert getattr(found, name) == pytest.approx(getattr(model, name), rel=0.15), name
     assert abs(found.sparse_rows - model.sparse_rows) < 0.05
-    assert profiles.shared_candidates(*inputs[:2]) == pytest.approx(recorded.sharing.tolist(), rel=0.35)
+    assert recorded_rows.shared_candidates(*inputs[:2]) == pytest.approx(recorded.sharing.tolist(), rel=0.35)
 
 
 def test_describe_rows_by_hand():
@@ -94,4 +94,4 @@ def test_script_writes_rows(tmp_path):
     recorded = load_rows(path)
     assert recorded.V == 1024 and len(recorded.ids) == len(recorded.statistics) == 32 and "seed 0" in recorded.made_by
     for row, ids in zip(recorded.logps, recorded.ids):
-        assert (row.diff() <= 0).all() and ids.unique().numel() == profiles.HEAD
+        assert (row.diff() <= 0).all() and ids.unique().numel() == recorded_rows.HEAD

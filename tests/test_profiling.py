@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from groupdpo_kernels.measuring import measure_time, out_of_memory
-from groupdpo_kernels.profiling import Worker, profile, read_figures, table
-from groupdpo_kernels.report import curves, write_report
-from groupdpo_kernels.workloads import Workload, sweep
+from groupdpo_kernels.memory.report import curves, write_report
+from groupdpo_kernels.memory.sweep import Worker, profile, read_figures, table
+from groupdpo_kernels.memory.worker import measure_time, out_of_memory
+from groupdpo_kernels.memory.workload import Workload, sweep
 
 SMALL = Workload(layers=1, tokens=64, micro_batch=1)
 MiB = 2**20
@@ -60,7 +60,7 @@ def test_figures_are_those_of_a_step(measured: Path) -> None:
 
 
 def _model() -> torch.nn.Module:
-    from groupdpo_kernels.workloads import build_model
+    from groupdpo_kernels.memory.workload import build_model
 
     return build_model(SMALL, torch.device("meta"))
 
@@ -140,7 +140,7 @@ def test_times_are_interleaved_and_a_failure_is_a_row(monkeypatch: pytest.Monkey
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("groupdpo_kernels.workloads.group_backward", broken)
+    monkeypatch.setattr("groupdpo_kernels.memory.workload.group_backward", broken)
     rows = measure_time(loads, torch.device("cpu"), seconds=0, rounds=3)
     assert [row["status"] for row in rows] == ["ok", "out_of_memory"]
 

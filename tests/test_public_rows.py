@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from groupdpo_kernels.data import Report, read_groups, tokenize_groups
-from groupdpo_kernels.formats import Group, read_responses
+from groupdpo_kernels.data import Group, Report, read_groups, tokenize_groups
+from groupdpo_kernels.data.formats import read_responses
 
 SYSTEM = {"role": "system", "content": "Speak as a pirate."}
 QUESTION = {"role": "user", "content": "Boats?"}

@@ -33,7 +33,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from groupdpo_kernels import Objective, PreferenceGroups, group_backward, model_logps, preference_loss
-from groupdpo_kernels.integrations.trl.reference import as_reference, check_on_one_device, frozen_copy
+from groupdpo_kernels.trainers.reference import as_reference, check_on_one_device, frozen_copy
 
 WORLD, STEPS, LR = 2, 3, 0.05
 OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
@@ -320,7 +320,7 @@ def a_model_sharded_by_transformers(rank: int) -> None:
     import trl
     from tiny_tokenizers import byte_level_bpe
 
-    from groupdpo_kernels.integrations.trl import DPOTrainer, GroupDPOConfig, GroupDPOTrainer
+    from groupdpo_kernels.trainers import DPOTrainer, GroupDPOConfig, GroupDPOTrainer
 
     single, inputs = make("llama", num_hidden_layers=1), batch(B=2, L=9)
     folder = [tempfile.mkdtemp() if rank == 0 else None]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from groupdpo_kernels import Objective, PreferenceGroups, group_backward, linear_logp_stats, linear_logps, ops, replay
+from groupdpo_kernels import Objective, PreferenceGroups, group_backward, linear_logp_stats, linear_logps, replay
+from groupdpo_kernels.lm_head import ops
 from groupdpo_kernels.replay import LseTape
 from groupdpo_kernels.testing import Case, Inputs, check_budget, make_inputs, run, triton_on_cpu
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from groupdpo_kernels import host, linear_logp_stats, linear_logps, ops, reference, sparse
-from groupdpo_kernels.profiles import describe_rows, draw_profile
+from bench.recorded_rows import describe_rows, draw_profile
+from groupdpo_kernels import linear_logp_stats, linear_logps, reference
+from groupdpo_kernels.lm_head import host, ops, sparse
 from groupdpo_kernels.reference import Head, HeadOptions
 from groupdpo_kernels.testing import CASES, Case, Inputs, make_inputs
 

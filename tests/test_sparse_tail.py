@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from groupdpo_kernels import explain, linear_logp_stats, linear_logps, ops
-from groupdpo_kernels.profiles import draw_profile
+from bench.recorded_rows import draw_profile
+from groupdpo_kernels import explain, linear_logp_stats, linear_logps
+from groupdpo_kernels.lm_head import ops
+from groupdpo_kernels.lm_head.sparse import TAIL_SAMPLES, Candidates
 from groupdpo_kernels.reference import Head, HeadOptions
-from groupdpo_kernels.sparse import TAIL_SAMPLES, Candidates
 from groupdpo_kernels.testing import CASES, Case, Inputs, make_inputs, triton_on_cpu
 
 IMPLS = ("reference", "cpu")

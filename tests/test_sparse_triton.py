@@ -10,11 +10,12 @@ import torch
 from test_workspace import FULL_SIZES, Allocations, launching_nothing, on_meta
 from torch import Tensor
 
-from groupdpo_kernels import blocks, host, linear_logps, ops, sparse
+from groupdpo_kernels import linear_logps
 from groupdpo_kernels.kernels import linear_logps_candidates as launcher
 from groupdpo_kernels.kernels import sparse_backward
+from groupdpo_kernels.lm_head import host, ops, sparse, torch_blocks
+from groupdpo_kernels.lm_head.sparse import Candidates
 from groupdpo_kernels.reference import Head, HeadGradients, HeadOptions, logits
-from groupdpo_kernels.sparse import Candidates
 from groupdpo_kernels.testing import CASES, Case, Inputs, make_inputs, triton_on_cpu
 
 BY_NAME = {case.name: case for case in CASES}
@@ -148,7 +149,7 @@ def test_nothing_cancels_in_a_row_that_is_sure() -> None:
 
 
 def test_the_constant_of_the_specification() -> None:
-    assert launcher.SUM_ERROR.value == blocks.SUM_ERROR
+    assert launcher.SUM_ERROR.value == torch_blocks.SUM_ERROR
 
 
 def test_wrong_ids_and_rows_that_are_not_finite_go_the_exact_way(poisoned_memory: None) -> None:

@@ -21,9 +21,7 @@ from tiny_models import batch, make
 from tiny_training import PARTS, B, L, Training, lora, stages
 from torch import Tensor, nn
 
-from groupdpo_kernels import store
-from groupdpo_kernels.groups import PreferenceGroups
-from groupdpo_kernels.models import model_logps
+from groupdpo_kernels import PreferenceGroups, model_logps
 from groupdpo_kernels.stepwise import (
     by_column,
     easy_to_hard,
@@ -34,6 +32,7 @@ from groupdpo_kernels.stepwise import (
     sequence_logps,
     take,
 )
+from groupdpo_kernels.stepwise.stages import store
 
 
 @pytest.fixture(autouse=True)
@@ -115,11 +114,11 @@ def test_pairs_of_scores_a_row(tmp_path: Path) -> None:
 
 
 def test_progress_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "groupdpo_kernels.stepwise"):
+    with caplog.at_level(logging.INFO, "groupdpo_kernels.stepwise.stages"):
         stages(make("llama"), tmp_path)
     assert "stage 1: 3 of 3 chunks to score" in caplog.text and "stage 2 of 2: done" in caplog.text
     caplog.clear()
-    with caplog.at_level(logging.INFO, "groupdpo_kernels.stepwise"):
+    with caplog.at_level(logging.INFO, "groupdpo_kernels.stepwise.stages"):
         stages(make("llama"), tmp_path)
     assert "stage 2 of 2: done before" in caplog.text and "training" not in caplog.text
 

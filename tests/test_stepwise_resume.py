@@ -17,9 +17,9 @@ from tiny_models import batch, make
 from tiny_training import PARTS, B, Counting, L, Training, lora, run_as_rank, run_until_killed, run_with_others, stages
 from torch import Tensor, nn
 
-from groupdpo_kernels import store
 from groupdpo_kernels.stepwise import reference_logps, run_stages
-from groupdpo_kernels.store import tensor_digests
+from groupdpo_kernels.stepwise.stages import store
+from groupdpo_kernels.stepwise.store import tensor_digests
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once; each child is a process of its own
-CONTEXT.set_forkserver_preload(["transformers.models.llama.modeling_llama", "groupdpo_kernels.stepwise"])
+CONTEXT.set_forkserver_preload(["transformers.models.llama.modeling_llama", "groupdpo_kernels.stepwise.stages"])
 
 
 def in_process(target: Callable[..., None], *args: Any) -> Any:

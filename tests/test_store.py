@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from groupdpo_kernels import store
-from groupdpo_kernels.objectives import AdaBalance
+from groupdpo_kernels import AdaBalance
+from groupdpo_kernels.stepwise import store
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:

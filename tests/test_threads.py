@@ -17,8 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupdpo_kernels import Objective, PreferenceGroups, linear_logp_stats, linear_logps, preference_loss
-from groupdpo_kernels.functions import LinearLogps
+from groupdpo_kernels import LinearLogps, Objective, PreferenceGroups, linear_logp_stats, linear_logps, preference_loss
 from groupdpo_kernels.reference import HeadOptions
 from groupdpo_kernels.testing import Case, Inputs, Result, check_budget, exact, make_inputs
 

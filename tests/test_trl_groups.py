@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 
 from groupdpo_kernels import AdaBalance, Objective
 from groupdpo_kernels.data import read_groups, tokenize_groups
-from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer
+from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer
 
 LN2 = pytest.approx(math.log(2), abs=1e-6)
 MPO = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)

@@ -11,8 +11,8 @@ import torch
 from tiny_trl import COMMON, GROUPS, check_same, llama, run
 
 from groupdpo_kernels.data import TokenGroup
-from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer, groups, memory
-from groupdpo_kernels.planning import largest_micro_batch, step_peak
+from groupdpo_kernels.memory.planner import largest_micro_batch, step_peak
+from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer, fit_check, group_dpo
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def longest(trainer: Any) -> int:
 def test_auto_takes_the_largest_micro_batch_that_fits(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     _, one = largest_micro_batch(model, 17, 2**40, device="cpu")
-    monkeypatch.setattr(groups, "memory_of", lambda model, device: one + 2**20)
+    monkeypatch.setattr(group_dpo, "memory_of", lambda model, device: one + 2**20)
     trainer = make_trainer(micro_batch_tokens="auto")
     tokens, L = trainer.data_collator.max_tokens, longest(trainer)
     assert tokens % L == 0 and tokens // L == largest_micro_batch(model, L, one + 2**20, device="cpu")[0] >= 1
@@ -45,7 +45,7 @@ def test_auto_reads_the_memory_of_the_machine(make_trainer: Any) -> None:
 
 
 def test_auto_says_what_does_not_fit(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "memory_of", lambda model, device: 1000)
+    monkeypatch.setattr(group_dpo, "memory_of", lambda model, device: 1000)
     with pytest.raises(ValueError, match=r"micro_batch_tokens='auto' finds no micro-batch: one sequence of \d+ tokens"):
         make_trainer(micro_batch_tokens="auto")
 
@@ -59,7 +59,7 @@ def test_a_step_without_memory_says_what_fits(
     def fails(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(groups, "group_backward", fails)
+    monkeypatch.setattr(group_dpo, "group_backward", fails)
     monkeypatch.setattr(GroupDPOTrainer, "compute_loss", fails)
     with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\.") as caught:
         trainer.train()
@@ -75,10 +75,10 @@ def test_a_group_that_cannot_fit_is_refused_before_training(make_trainer: Any, m
     largest = max(rows, key=lambda group: len(group.responses) * len(group.prompt) + sum(map(len, group.responses)))
     tokens = len(largest.prompt) + sum(map(len, largest.responses)) // len(largest.responses)
     need = step_peak(llama(), len(largest.responses) // 2 * 2, tokens, 2**40, device="cpu", optimizer="sgd")
-    most = math.ceil(memory.SHARE * need)
-    monkeypatch.setattr(groups, "memory_of", lambda model, device: most)
+    most = math.ceil(fit_check.SHARE * need)
+    monkeypatch.setattr(group_dpo, "memory_of", lambda model, device: most)
     make_trainer(strategy="coupled")
-    monkeypatch.setattr(groups, "memory_of", lambda model, device: most - 1)
+    monkeypatch.setattr(group_dpo, "memory_of", lambda model, device: most - 1)
     make_trainer(strategy="two_pass")
     said = rf"row {largest.row} of train_dataset has 4 responses of some {tokens} tokens, .*'two_pass'.*; got 'coupled'"
     with pytest.raises(ValueError, match=said):
@@ -91,14 +91,14 @@ def test_auto_is_coupled_where_the_graph_of_the_largest_step_fits(
     """The largest step has the two largest groups: just enough memory, and one byte less. The weights are the same."""
     chosen = make_trainer(strategy="auto", max_steps=2)
     assert chosen.strategy == "coupled"
-    two = sorted(chosen.train_dataset.groups, key=memory._tokens_of)[-2:]
-    responses, tokens = sum(len(g.responses) for g in two), sum(map(memory._tokens_of, two))
-    assert memory._shape_of(two) == (responses + responses % 2, -(-tokens // responses))
-    peak = step_peak(llama(), *memory._shape_of(two), 2**40, device="cpu")
+    two = sorted(chosen.train_dataset.groups, key=fit_check._tokens_of)[-2:]
+    responses, tokens = sum(len(g.responses) for g in two), sum(map(fit_check._tokens_of, two))
+    assert fit_check._shape_of(two) == (responses + responses % 2, -(-tokens // responses))
+    peak = step_peak(llama(), *fit_check._shape_of(two), 2**40, device="cpu")
     assert peak < 256 * responses * tokens * 2 * 32 + 16 * chosen.model.num_parameters()  # what it asked no planner for
     expected = run(chosen)
     for more, strategy in ((1, "coupled"), (0, "two_pass")):
-        monkeypatch.setattr(groups, "memory_of", lambda model, device, n=peak + more: n)
+        monkeypatch.setattr(group_dpo, "memory_of", lambda model, device, n=peak + more: n)
         trainer = make_trainer(strategy="auto", max_steps=2, micro_batch_tokens="auto" if more else None)
         assert trainer.strategy == strategy
         check_same(run(trainer), expected)
@@ -110,10 +110,10 @@ def test_auto_of_models_that_the_bound_does_not_know(attention: str) -> None:
     args = llama(), None, [TokenGroup([1] * 9, [[2] * 90, [3] * 91], [True, False], 0)], 1
     model = args[0]
     model.set_attn_implementation(attention)
-    _, why = memory.strategy_that_fits(*args, torch.device("cpu"), False, 2**40)
+    _, why = fit_check.strategy_that_fits(*args, torch.device("cpu"), False, 2**40)
     assert ("less than" in why) == (attention == "sdpa")
     del model.model.layers
-    strategy, why = memory.strategy_that_fits(*args, torch.device("cpu"), False, 1000)
+    strategy, why = fit_check.strategy_that_fits(*args, torch.device("cpu"), False, 1000)
     assert strategy == "two_pass" and "is not known: model must have a decoder with layers" in why
 
 
@@ -122,8 +122,8 @@ def test_advice_never_hides_the_error(make_trainer: Any, monkeypatch: pytest.Mon
     trainer = make_trainer(optim="adamw_torch", max_steps=2)
     run(trainer)
     with monkeypatch.context() as patch:
-        patch.setattr(memory.Path, "read_text", lambda self: "MemAvailable: 1000 kB")
-        known = [memory.memory_of(trainer.model, trainer.args.device, o) for o in (trainer.optimizer, None)]
+        patch.setattr(fit_check.Path, "read_text", lambda self: "MemAvailable: 1000 kB")
+        known = [fit_check.memory_of(trainer.model, trainer.args.device, o) for o in (trainer.optimizer, None)]
     parameters = [p.nbytes for p in trainer.model.parameters()]
     counts = 4 * len(parameters)  # AdamW's numbers of steps
     assert known[0] - known[1] == 2 * sum(parameters) + counts
@@ -131,8 +131,8 @@ def test_advice_never_hides_the_error(make_trainer: Any, monkeypatch: pytest.Mon
     def fails(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(groups, "group_backward", fails)
-    monkeypatch.setattr(memory, "memory_of", lambda *_: 1 // 0)
+    monkeypatch.setattr(group_dpo, "group_backward", fails)
+    monkeypatch.setattr(fit_check, "memory_of", lambda *_: 1 // 0)
     said = r"^CUDA out of memory\.\nWhat would fit is not known: integer division or modulo by zero$"
     with pytest.raises(torch.OutOfMemoryError, match=said):
         make_trainer().train()
@@ -147,7 +147,7 @@ def test_other_errors_pass(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(groups, "group_backward", fails)
+    monkeypatch.setattr(group_dpo, "group_backward", fails)
     with pytest.raises(RuntimeError, match=r"^shapes differ$"):
         make_trainer().train()
 

@@ -10,7 +10,7 @@ import trl
 from tiny_trl import COMMON, GROUPS, PAIRS, llama, lora, run, steps
 
 from groupdpo_kernels import Objective
-from groupdpo_kernels.integrations.trl import DPOTrainer, GroupDPOConfig, GroupDPOTrainer
+from groupdpo_kernels.trainers import DPOTrainer, GroupDPOConfig, GroupDPOTrainer
 
 NUMBERS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "num_tokens")
 

@@ -14,7 +14,7 @@ from tiny_trl import COMMON, GROUPS, PAIRS, llama
 
 from groupdpo_kernels import AdaBalance, Objective
 from groupdpo_kernels.data import read_groups, tokenize_groups
-from groupdpo_kernels.integrations.trl import DPOTrainer, GroupDPOConfig, GroupDPOTrainer, StepwiseDPO
+from groupdpo_kernels.trainers import DPOTrainer, GroupDPOConfig, GroupDPOTrainer, StepwiseDPO
 
 
 @pytest.mark.parametrize(

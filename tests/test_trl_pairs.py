@@ -17,8 +17,8 @@ from tiny_models import make
 from tiny_trl import COMMON, PAIRS, check_same, llama, lora, run, steps, trainable
 
 from groupdpo_kernels import AdaBalance, Objective
-from groupdpo_kernels.integrations.trl import DPOTrainer
-from groupdpo_kernels.losses import LOSSES
+from groupdpo_kernels.preference.losses import LOSSES
+from groupdpo_kernels.trainers import DPOTrainer
 
 METRICS = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
 METRICS |= {"logps/chosen", "logps/rejected", "num_tokens", "loss", "grad_norm", "learning_rate", "epoch"}

@@ -16,7 +16,7 @@ from tiny_trl import COMMON, GROUPS, PAIRS, llama, lora
 from torch import nn
 
 from groupdpo_kernels import Objective
-from groupdpo_kernels.integrations.trl import DPOTrainer, GroupDPOConfig, GroupDPOTrainer, StepwiseDPO
+from groupdpo_kernels.trainers import DPOTrainer, GroupDPOConfig, GroupDPOTrainer, StepwiseDPO
 
 LN2 = pytest.approx(math.log(2), abs=1e-6)
 ALL_PAIRS = Objective("all_pairs", beta=0.5)

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from groupdpo_kernels import linear_logp_stats, linear_logps, ops
+from groupdpo_kernels import linear_logp_stats, linear_logps
+from groupdpo_kernels.lm_head import ops
 from groupdpo_kernels.testing import Case, Inputs, make_inputs, triton_on_cpu
 
 IMPLS = ("reference", "descriptors", "pointers")

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from groupdpo_kernels.heads import LogitMap
+from groupdpo_kernels.models.head_call import LogitMap
 
 VOCAB = 509
 BASE = {

@@ -15,11 +15,9 @@ import torch
 from tiny_models import batch, make
 from torch import Tensor, nn
 
-from groupdpo_kernels.groups import PreferenceGroups
-from groupdpo_kernels.models import model_logps
-from groupdpo_kernels.objectives import Objective, preference_loss
+from groupdpo_kernels import Objective, PreferenceGroups, model_logps, preference_loss
 from groupdpo_kernels.stepwise import run_stages, sequence_logps
-from groupdpo_kernels.store import tensor_digests
+from groupdpo_kernels.stepwise.store import tensor_digests
 
 B, L = 4, 13  # two pairs a batch, chosen then rejected
 PARTS = [[batch(B, L, seed=10 * k + i) for i in range(3)] for k in range(2)]

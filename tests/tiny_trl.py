@@ -97,10 +97,10 @@ def run_as_rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     from tiny_tokenizers import byte_level_bpe
 
-    from groupdpo_kernels.integrations.trl import GroupDPOConfig, GroupDPOTrainer, groups
+    from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer, group_dpo
 
     if rank == 1:
-        groups.memory_of = lambda *_: 1000
+        group_dpo.memory_of = lambda *_: 1000
     found = {}
     for strategy in ("two_pass", "one_pass", "coupled", "auto"):
         options = {"per_device_train_batch_size": 1, "micro_batch_sequences": 2, "strategy": strategy}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from groupdpo_kernels import sparse
+from groupdpo_kernels.lm_head import sparse
 from groupdpo_kernels.reference import HeadOptions
 
 # Entries a row: none, around a batch of 8, around the 512 from which a row takes a block, thousands.

@@ -41,7 +41,7 @@ enum class LossKind {
   plackett_luce
 };
 
-// An Objective with its conventions resolved, as LossSpec in preference_ops.py.
+// An Objective with its conventions resolved, as LossSpec in fused.py.
 struct LossSpec {
   LossKind loss;
   double beta;

@@ -7,35 +7,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backward import group_backward as group_backward
-    from .functions import LinearLogps as LinearLogps
-    from .groups import PreferenceGroups as PreferenceGroups
-    from .logps import Explanation as Explanation
-    from .logps import explain as explain
-    from .logps import linear_logp_stats as linear_logp_stats
-    from .logps import linear_logps as linear_logps
-    from .models import attach as attach
-    from .models import model_logps as model_logps
-    from .objectives import AdaBalance as AdaBalance
-    from .objectives import Objective as Objective
-    from .objectives import PreferenceLoss as PreferenceLoss
-    from .objectives import preference_loss as preference_loss
-    from .preference_ops import PreferenceWeights as PreferenceWeights
+    from .lm_head.api import Explanation as Explanation
+    from .lm_head.api import explain as explain
+    from .lm_head.api import linear_logp_stats as linear_logp_stats
+    from .lm_head.api import linear_logps as linear_logps
+    from .lm_head.autograd import LinearLogps as LinearLogps
+    from .models.api import attach as attach
+    from .models.api import model_logps as model_logps
+    from .preference.fused import PreferenceWeights as PreferenceWeights
+    from .preference.group_backward import group_backward as group_backward
+    from .preference.groups import PreferenceGroups as PreferenceGroups
+    from .preference.objective import AdaBalance as AdaBalance
+    from .preference.objective import Objective as Objective
+    from .preference.objective import PreferenceLoss as PreferenceLoss
+    from .preference.objective import preference_loss as preference_loss
+    from .preference.segments import seq_logps as seq_logps
     from .reference import LogpStats as LogpStats
-    from .segments import seq_logps as seq_logps
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "backward": ("group_backward",),
-    "functions": ("LinearLogps",),
-    "groups": ("PreferenceGroups",),
-    "logps": ("Explanation", "explain", "linear_logp_stats", "linear_logps"),
-    "models": ("attach", "model_logps"),
-    "objectives": ("AdaBalance", "Objective", "PreferenceLoss", "preference_loss"),
-    "preference_ops": ("PreferenceWeights",),
+    "lm_head.api": ("Explanation", "explain", "linear_logp_stats", "linear_logps"),
+    "lm_head.autograd": ("LinearLogps",),
+    "models.api": ("attach", "model_logps"),
+    "preference.fused": ("PreferenceWeights",),
+    "preference.group_backward": ("group_backward",),
+    "preference.groups": ("PreferenceGroups",),
+    "preference.objective": ("AdaBalance", "Objective", "PreferenceLoss", "preference_loss"),
+    "preference.segments": ("seq_logps",),
     "reference": ("LogpStats",),
-    "segments": ("seq_logps",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -22,7 +22,7 @@ The vocabulary of the whole package (docs/math.md derives the formulas):
     logits  = cap(logit_scale * (product + bias)) / temperature,   cap(x) = softcap * tanh(x / softcap)
 
 All functions are over whole rows, differentiable, and hold the (T, V) logits: they are the specification, and the
-oracle of the tests. blocks.py has the same maths with a bounded workspace and gradients in closed form: what
+oracle of the tests. torch_blocks.py has the same maths with a bounded workspace and gradients in closed form: what
 `impl="reference"` runs. Everything past the inputs is float32, or float64 for float64 inputs. Nothing here is fast.
 """
 

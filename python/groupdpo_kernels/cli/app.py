@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from .check import check
 from .logps import logps
-from .profile import plan, profile, report
+from .memory import plan, profile, report
 from .train import train
 
 COMMANDS: tuple[Callable[..., Any], ...] = (check, logps, train, profile, plan, report)

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import __version__, preference_ops
-from ..extension import cuda_extension_why_not, extension_why_not
-from ..logps import explain
+from .. import __version__
+from ..lm_head.api import explain
+from ..lm_head.extension import cuda_extension_why_not, extension_why_not
+from ..preference import fused
 from .selftest import Outcome, probe, self_test
 
 PACKAGES = ("triton", "transformers", "trl", "peft", "accelerate", "datasets", "typer", "rich", "matplotlib")
@@ -136,8 +137,8 @@ def _choices(device: torch.device) -> list[dict[str, Any]]:
         else:
             rows.append({**row, "dtypes": [name]})
     arguments: tuple[Any, ...] = (device, torch.float32, "mpo", 8)
-    picked = preference_ops.resolve("auto", *arguments)
-    why_not = {name: preference_ops.why_not(name, *arguments) for name in preference_ops.IMPLS if name != picked}
+    picked = fused.resolve("auto", *arguments)
+    why_not = {name: fused.why_not(name, *arguments) for name in fused.IMPLS if name != picked}
     rows.append({"device": str(device), "function": "preference_loss", "impl": picked})
     rows[-1] |= {"why_not": why_not, "dtypes": ["float32"]}
     return rows

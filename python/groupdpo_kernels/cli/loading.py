@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..checks import one_of
-from ..limits import token_limit
-from ..store import digest
+from ..models.limits import token_limit
+from ..stepwise.store import digest
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

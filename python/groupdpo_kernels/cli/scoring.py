@@ -29,14 +29,13 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..batches import micro_batches, tokenizer_of
 from ..checks import one_of
-from ..data import Group, Report, TokenGroup, tokenize_groups
-from ..formats import BadRow, Prompt, read_responses
-from ..layouts import why_not_padded
-from ..limits import position_limit, token_limit
-from ..models import attach
-from ..store import description, digest, file_digest, tensor_digests, write_json
+from ..data.batches import TokenGroup, micro_batches, tokenize_groups, tokenizer_of
+from ..data.formats import BadRow, Group, Prompt, Report, read_responses
+from ..models.api import attach
+from ..models.layouts import why_not_padded
+from ..models.limits import position_limit, token_limit
+from ..stepwise.store import description, digest, file_digest, tensor_digests, write_json
 from .loading import jsonl, tokenizer_digest
 
 

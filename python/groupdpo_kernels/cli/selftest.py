@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, preference_ops
-from ..groups import PreferenceGroups
-from ..logps import linear_logp_stats, linear_logps
-from ..objectives import AdaBalance, Objective, preference_loss
+from ..lm_head import ops
+from ..lm_head.api import linear_logp_stats, linear_logps
+from ..preference import fused
+from ..preference.groups import PreferenceGroups
+from ..preference.objective import AdaBalance, Objective, preference_loss
 from ..reference import HeadOptions, LogpStats
 from ..testing import CASES, Case, check_budget, make_inputs, run
 
@@ -77,9 +78,9 @@ def _comparisons(devices: list[torch.device]) -> Iterator[tuple[torch.device, st
                     yield device, impl, "frozen head", name, _bound(_frozen_head, BY_NAME[name], device, impl)
                 for tolerance in TOLERANCES:
                     yield device, impl, "grad_tol", f"{tolerance:.3g}", _bound(_grad_tol, tolerance, device, impl)
-        for impl in preference_ops.IMPLS[:-1]:  # less the reference, which is the measure here
+        for impl in fused.IMPLS[:-1]:  # less the reference, which is the measure here
             for objective in OBJECTIVES:
-                if not preference_ops.why_not(impl, device, torch.float32, objective.loss, 9):
+                if not fused.why_not(impl, device, torch.float32, objective.loss, 9):
                     compare = _bound(_preference, objective, device, impl)
                     yield device, impl, "preference_loss", str(objective.loss), compare
 

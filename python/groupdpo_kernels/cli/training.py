@@ -31,8 +31,8 @@ from typing import Any
 import torch
 
 from ..checks import one_of
-from ..objectives import AdaBalance, Objective
-from ..store import description, digest, file_digest, tensor_digests, write_json
+from ..preference.objective import AdaBalance, Objective
+from ..stepwise.store import description, digest, file_digest, tensor_digests, write_json
 from .curves import draw
 from .inspection import versions
 from .loading import check_fit, device_of, existing, jsonl, load_model, load_tokenizer, tokenizer_digest
@@ -198,7 +198,7 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str
 
 def _make_config(settings: TrainSettings, objective: Objective) -> Any:
     """GroupDPOConfig: the settings' options over what suits a command line."""
-    from ..integrations.trl.config import GroupDPOConfig
+    from ..trainers.config import GroupDPOConfig
 
     given = dict(settings.training)
     ours = ["output_dir", "resume_from_checkpoint", "push_to_hub", "disable_tqdm", "use_cpu", "save_strategy"]
@@ -239,7 +239,7 @@ def _make_trainer(
 ) -> Any:
     from transformers import PrinterCallback, TrainerCallback
 
-    from ..integrations.trl.groups import GroupDPOTrainer
+    from ..trainers.group_dpo import GroupDPOTrainer
 
     class Telling(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
@@ -278,7 +278,7 @@ def _wider_log(listener: Listener) -> Iterator[None]:
         def emit(self, record: logging.LogRecord) -> None:
             listener.note(f"reference: {record.getMessage()}")
 
-    logger, handler = logging.getLogger("groupdpo_kernels.stepwise"), Passing()
+    logger, handler = logging.getLogger("groupdpo_kernels.stepwise.stages"), Passing()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -3,8 +3,8 @@
     plugins:
       - groupdpo_kernels.integrations.axolotl.GroupDPOPlugin
 
-Axolotl's DPO trainer is TRL's, of the version that Axolotl pins. With TRL 1.15 and later the plugin calls the
-`accelerate()` of integrations.trl. With TRL 1.9, which Axolotl 0.19 pins, DPOTrainer builds logits: its `_compute_loss`
+Axolotl's DPO trainer is TRL's, of the version that Axolotl pins. With TRL 1.15 and later the plugin calls
+`integrations.trl.patch_trl()`. With TRL 1.9, which Axolotl 0.19 pins, DPOTrainer builds logits: its `_compute_loss`
 and `compute_ref_log_probs` run as TRL wrote them (every loss, ld_alpha, precomputed references, the auxiliary loss), on
 a model whose logits are the log-probabilities of the targets. Not logged then, because nobody has the logits: entropy,
 logits/*, mean_token_accuracy. `dpo_use_weighting` (WPO) runs as before, on real logits; what a `compute_metrics` asks
@@ -22,19 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .one_column import NOT_OF_THE_MODEL, OneColumn, completion_targets
-from .replacement import (
-    REQUIRED,
-    Acceleration,
-    Replacement,
-    Swap,
-    Versions,
-    check,
-    distribution_version,
-    imported,
-)
-from .trl import accelerate as accelerate_trl
-from .trl import restore as restore_trl
+from ..installed import REQUIRED, Versions, check, distribution_version, imported
+from ..models.one_column import NOT_OF_THE_MODEL, OneColumn, completion_targets
+from ._patching import Patch, Patched, Swap
+from .trl import patch_trl, unpatch_trl
 
 SUPPORTED: dict[str, Versions] = {"axolotl": ((0, 19), (0, 20)), "trl": ((1, 9), (1, 10))}  # from, to before
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -44,17 +35,19 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 FROM_LOGITS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
-def accelerate() -> Acceleration:
-    """What the plugin does: until `restore()`, or until the end of `with accelerate():`. ImportError or RuntimeError
-    where TRL is not one that this module, or integrations.trl, knows."""
+def patch_axolotl() -> Patched:
+    """Does what the plugin does, until `unpatch_axolotl()`, or until the end of a `with patch_axolotl():` block.
+
+    Raises ImportError without TRL, and RuntimeError for a TRL that neither this module nor integrations.trl knows.
+    """
     trl = imported("trl", "TRL", "pip install axolotl")
-    return _replacement.accelerate() if trl.__version__.startswith("1.9.") else accelerate_trl()
+    return _patch.apply() if trl.__version__.startswith("1.9.") else patch_trl()
 
 
-def restore() -> None:
-    """TRL's own are back."""
-    restore_trl()
-    _replacement.restore()
+def unpatch_axolotl() -> None:
+    """Puts TRL's own functions back."""
+    unpatch_trl()
+    _patch.remove()
 
 
 def __getattr__(name: str) -> Any:
@@ -77,7 +70,7 @@ def _plugin() -> type:
             rl = getattr(cfg.rl, "value", cfg.rl)
             if rl not in ("dpo", "ipo"):
                 raise ValueError(f"rl must be dpo or ipo with GroupDPOPlugin; got {rl!r}")
-            accelerate()
+            patch_axolotl()
 
     return GroupDPOPlugin
 
@@ -128,4 +121,4 @@ def _find() -> Swap:
     return Swap(pairs, (theirs.DPOTrainer,))
 
 
-_replacement = Replacement("trl", _find)
+_patch = Patch("trl", _find)

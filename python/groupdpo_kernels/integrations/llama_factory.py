@@ -1,9 +1,9 @@
 """LLaMA-Factory's DPO (and ORPO, SimPO, IPO, hinge: `stage: dpo`) without the logits.
 
-    from groupdpo_kernels.integrations.llama_factory import accelerate
+    from groupdpo_kernels.integrations.llama_factory import patch_llama_factory
     from llamafactory.train.tuner import run_exp
 
-    with accelerate():
+    with patch_llama_factory():
         run_exp(config)  # what `llamafactory-cli train` calls
 
 Replaces `CustomDPOTrainer.concatenated_forward`, of the policy and of the reference, for trainers that exist too; the
@@ -22,31 +22,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import attach
-from .replacement import (
-    REQUIRED,
-    Acceleration,
-    Replacement,
-    Swap,
-    check,
-    distribution_version,
-    imported,
-    wanted,
-)
+from ..installed import REQUIRED, check, distribution_version, imported, wanted
+from ..models.api import attach
+from ._patching import Patch, Patched, Swap
 
 SUPPORTED = (0, 9), (0, 10)  # from, to before; 0.9.4 and later: 0.9.3 returns a tuple
 PARAMETERS: dict[str, Any] = {"model": REQUIRED, "batch": REQUIRED, "is_ref_model": False}
 
 
-def accelerate() -> Acceleration:
-    """As that of TRL: until `restore()`, or until the end of `with accelerate():`. ImportError or RuntimeError where
-    there is no LLaMA-Factory that this module knows."""
-    return _replacement.accelerate()
+def patch_llama_factory() -> Patched:
+    """Patches LLaMA-Factory until `unpatch_llama_factory()`, or until the end of a `with patch_llama_factory():` block.
+
+    Raises ImportError without LLaMA-Factory, and RuntimeError for a version that this module does not know.
+    """
+    return _patch.apply()
 
 
-def restore() -> None:
-    """LLaMA-Factory's own is back."""
-    _replacement.restore()
+def unpatch_llama_factory() -> None:
+    """Puts LLaMA-Factory's own functions back."""
+    _patch.remove()
 
 
 def sequence_logps(
@@ -102,4 +96,4 @@ def _find() -> Swap:
     return Swap([(original, concatenated_forward)], (theirs.CustomDPOTrainer,))
 
 
-_replacement = Replacement("llamafactory", _find)
+_patch = Patch("llamafactory", _find)

@@ -1,9 +1,9 @@
 """ms-swift's DPO (`--rlhf_type dpo`, all its losses) without the logits.
 
-    from groupdpo_kernels.integrations.ms_swift import accelerate
+    from groupdpo_kernels.integrations.ms_swift import patch_ms_swift
     from swift.pipelines import rlhf_main
 
-    with accelerate():
+    with patch_ms_swift():
         rlhf_main(arguments)
 
 Replaces `DPOTrainer.concatenated_forward`, of the policy and of the reference, for trainers that exist too. ms-swift's
@@ -24,16 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .one_column import OneColumn
-from .replacement import (
-    REQUIRED,
-    Acceleration,
-    Replacement,
-    Swap,
-    check,
-    distribution_version,
-    imported,
-)
+from ..installed import REQUIRED, check, distribution_version, imported
+from ..models.one_column import OneColumn
+from ._patching import Patch, Patched, Swap
 
 SUPPORTED = (4, 0), (5, 0)  # from, to before
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -43,15 +36,17 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 
-def accelerate() -> Acceleration:
-    """As that of TRL: until `restore()`, or until the end of `with accelerate():`. ImportError or RuntimeError where
-    there is no ms-swift that this module knows."""
-    return _replacement.accelerate()
+def patch_ms_swift() -> Patched:
+    """Patches ms-swift until `unpatch_ms_swift()`, or until the end of a `with patch_ms_swift():` block.
+
+    Raises ImportError without ms-swift, and RuntimeError for a version that this module does not know.
+    """
+    return _patch.apply()
 
 
-def restore() -> None:
-    """ms-swift's own is back."""
-    _replacement.restore()
+def unpatch_ms_swift() -> None:
+    """Puts ms-swift's own functions back."""
+    _patch.remove()
 
 
 def _find() -> Swap:
@@ -89,4 +84,4 @@ def _column(
     return logits.squeeze(-1), torch.full_like(logits.detach().squeeze(-1), torch.nan), labels != label_pad_token_id
 
 
-_replacement = Replacement("swift", _find)
+_patch = Patch("swift", _find)

@@ -1,8 +1,8 @@
 """open-instruct's DPO (`dpo_tune_cache.py`: dpo, dpo_norm, simpo, wpo) without the logits.
 
-    from groupdpo_kernels.integrations.open_instruct import accelerate
+    from groupdpo_kernels.integrations.open_instruct import patch_open_instruct
 
-    accelerate()  # before the training script asks its configuration for forward_fn; restore() undoes it
+    patch_open_instruct()  # before the training script asks its configuration for forward_fn
 
 Replaces `concatenated_forward` and `separate_forward` of open_instruct.dpo_utils, which `ExperimentConfig.forward_fn`
 chooses from, by the two here: the same arguments and results, packed (padding-free) batches and the auxiliary loss
@@ -20,17 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import attach
-from ..segments import seq_logps
-from .replacement import (
-    REQUIRED,
-    Acceleration,
-    Replacement,
-    Swap,
-    check,
-    distribution_version,
-    imported,
-)
+from ..installed import REQUIRED, check, distribution_version, imported
+from ..models.api import attach
+from ..preference.segments import seq_logps
+from ._patching import Patch, Patched, Swap
 
 _COMMON = {"model": REQUIRED, "batch": REQUIRED, "average_log_prob": False, "output_router_logits": False}
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -40,15 +33,17 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 Logps = tuple[Tensor, Tensor, Tensor | None]  # chosen (B,), rejected (B,), auxiliary loss ()
 
 
-def accelerate() -> Acceleration:
-    """As that of TRL: until `restore()`, or until the end of `with accelerate():`. ImportError or RuntimeError where
-    there is no open-instruct that this module knows."""
-    return _replacement.accelerate()
+def patch_open_instruct() -> Patched:
+    """Patches open-instruct until `unpatch_open_instruct()`, or until the end of a `with patch_open_instruct():` block.
+
+    Raises ImportError without open-instruct, and RuntimeError for a version that this module does not know.
+    """
+    return _patch.apply()
 
 
-def restore() -> None:
-    """open-instruct's own are back."""
-    _replacement.restore()
+def unpatch_open_instruct() -> None:
+    """Puts open-instruct's own functions back."""
+    _patch.remove()
 
 
 def concatenated_forward(
@@ -116,4 +111,4 @@ def _find() -> Swap:
     return Swap(pairs)
 
 
-_replacement = Replacement("open_instruct", _find)
+_patch = Patch("open_instruct", _find)

@@ -1,8 +1,8 @@
 """OpenRLHF's Actor scores tokens without its logits: SFT, DPO, and the policy and reference of PPO and its kin.
 
-    from groupdpo_kernels.integrations.openrlhf import accelerate
+    from groupdpo_kernels.integrations.openrlhf import patch_openrlhf
 
-    accelerate()  # in each process that trains, before or after its Actors are made; restore() undoes it
+    patch_openrlhf()  # in each process that trains, before or after its Actors are made; unpatch_openrlhf() undoes it
 
 Replaces `Actor.forward` wherever it returns log-probabilities (`return_logprobs=True`, or an `action_mask`): the same
 numbers at every position, packed samples and temperature included, with None for the logits of the output. With an
@@ -21,16 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import attach
-from .replacement import (
-    REQUIRED,
-    Acceleration,
-    Replacement,
-    Swap,
-    check,
-    distribution_version,
-    imported,
-)
+from ..installed import REQUIRED, check, distribution_version, imported
+from ..models.api import attach
+from ._patching import Patch, Patched, Swap
 
 SUPPORTED = (0, 10), (0, 12)  # from, to before
 PARAMETERS: dict[str, Any] = {
@@ -47,15 +40,17 @@ PARAMETERS: dict[str, Any] = {
 }
 
 
-def accelerate() -> Acceleration:
-    """As that of TRL: until `restore()`, or until the end of `with accelerate():`. ImportError or RuntimeError where
-    there is no OpenRLHF that this module knows."""
-    return _replacement.accelerate()
+def patch_openrlhf() -> Patched:
+    """Patches OpenRLHF until `unpatch_openrlhf()`, or until the end of a `with patch_openrlhf():` block.
+
+    Raises ImportError without OpenRLHF, and RuntimeError for a version that this module does not know.
+    """
+    return _patch.apply()
 
 
-def restore() -> None:
-    """OpenRLHF's own forward is back."""
-    _replacement.restore()
+def unpatch_openrlhf() -> None:
+    """Puts OpenRLHF's own functions back."""
+    _patch.remove()
 
 
 def _find() -> Swap:
@@ -106,4 +101,4 @@ def _find() -> Swap:
     return Swap([(original, forward)], (theirs.Actor,))
 
 
-_replacement = Replacement("openrlhf", _find)
+_patch = Patch("openrlhf", _find)

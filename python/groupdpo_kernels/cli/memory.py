@@ -1,0 +1,168 @@
+"""`profile`, `plan` and `report`: what a group costs, measured here or predicted for a machine that is not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from .console import needs
+
+SETTINGS = ("full", "checkpointing", "lora")
+
+# Of both commands.
+_MODEL = typer.Option("tiny", help="A name of the table in workload.py, a config.json, or a name on the hub.")
+_STRATEGIES = typer.Option(None, help="coupled_logits, coupled, two_pass, one_pass, pairs. Default: all that apply.")
+_TOKENS = typer.Option(256, help="Of a response with its prompt.")
+_MICRO_BATCH = typer.Option(2, help="Sequences of a micro-batch of two_pass.")
+_POSITIVES = typer.Option(None, help="How many responses of a group are preferred. Default: half, of even groups.")
+_OPTIMIZER = typer.Option("adamw", help="adamw, adamw_foreach or sgd.")
+
+
+def profile(
+    model: str = _MODEL,
+    groups: str = typer.Option("2,4,8,16", help="Sizes: even, or any with --positives."),
+    positives: int | None = _POSITIVES,
+    strategies: str | None = _STRATEGIES,
+    settings: str = typer.Option("full,lora", help=f"Of {', '.join(SETTINGS)}."),
+    tokens: int = _TOKENS,
+    micro_batch: int = _MICRO_BATCH,
+    dtype: str = typer.Option("float32", help="Of the parameters: float32, bfloat16, float16."),
+    optimizer: str = _OPTIMIZER,
+    lora_rank: int | None = typer.Option(None, help="The rank of the setting lora (default 16)."),
+    layers: int | None = typer.Option(None, help="Instead of the model's own number."),
+    device: str | None = typer.Option(None, help="cpu or cuda. Default: cuda where there is one."),
+    limit_mib: int | None = typer.Option(None, help="Memory that a step may take; more counts as out of memory."),
+    kinds: str = typer.Option("memory,time", help="Of memory, time."),
+    seconds: float = typer.Option(8.0, help="Of timing a group."),
+    rounds: int = typer.Option(20, help="The most, of timing a group."),
+    out: Path = typer.Option(Path("profile"), help="A folder: measured.jsonl, report.html, pictures."),
+    resume: bool = typer.Option(False, help="Go on where an earlier run has stopped."),
+) -> None:
+    """Measure a training step's peak memory and time against the size of its group, for each strategy."""
+    needs("profile", "transformers", "matplotlib")
+    from dataclasses import replace
+
+    from ..memory.report import write_report
+    from ..memory.sweep import profile as run
+    from ..memory.sweep import read_figures, table
+    from ..memory.workload import Workload, sweep
+
+    sizes = numbers("groups", groups)
+    base = Workload(
+        model=model, tokens=tokens, micro_batch=micro_batch, dtype=dtype, optimizer=optimizer, layers=layers,
+        group=max(sizes, default=8), positives=positives,
+    )  # fmt: skip
+    changes: dict[str, dict[str, Any]] = {
+        "full": {},
+        "checkpointing": {"checkpointing": True},
+        "lora": {"lora_rank": 16 if lora_rank is None else lora_rank},
+    }
+    chosen = words("settings", settings, SETTINGS)
+    if lora_rank is not None and "lora" not in chosen:
+        raise ValueError(f"--lora-rank must be left out without lora among --settings, {settings}; got {lora_rank}")
+    if "lora" in chosen:
+        needs("profile --settings lora", "peft")
+    some = None if strategies is None else words("strategies", strategies)
+    bases = [replace(base, **changes[name]) for name in chosen]
+    loads = [load for setting in bases for load in sweep(setting, sizes, some)]
+    path, interrupted = out / "measured.jsonl", False
+    try:
+        run(
+            loads,
+            path,
+            device=device,
+            limit=None if limit_mib is None else limit_mib * 2**20,
+            resume=resume,
+            kinds=words("kinds", kinds),
+            seconds=seconds,
+            rounds=rounds,
+            command=shlex.join(["groupdpo-kernels", *sys.argv[1:]]),
+        )
+    except KeyboardInterrupt:
+        interrupted = True
+        typer.echo(f"interrupted: {path} holds what was measured; --resume goes on", err=True)
+    if path.exists():
+        typer.echo(table(read_figures(path)[1]))
+        typer.echo(f"\n{write_report(path, out)}")
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def plan(
+    model: str = _MODEL,
+    groups: str = typer.Option("2,8,32,128", help="Sizes: even, or any with --positives."),
+    positives: int | None = _POSITIVES,
+    memory: float = typer.Option(80.0, help="Of a GPU, in GB (10^9 bytes)."),
+    strategies: str | None = _STRATEGIES,
+    tokens: int = typer.Option(1024, help="Of a response with its prompt."),
+    micro_batch: int = _MICRO_BATCH,
+    dtype: str = typer.Option("bfloat16", help="Of the parameters: float32, bfloat16, float16."),
+    autocast: bool = typer.Option(False, help="The forward computes in bfloat16 whatever the parameters are."),
+    optimizer: str = _OPTIMIZER,
+    lora_rank: int = typer.Option(0, help="0: all weights train."),
+    checkpointing: bool = typer.Option(True, "--checkpointing/--no-checkpointing"),
+    ranks: int = typer.Option(1, help="Of FSDP."),
+    reference: bool = typer.Option(False, help="The GPU also holds a frozen copy of the model."),
+    headroom: float = typer.Option(0.05, help="Share of the memory that stays free."),
+    device: str = typer.Option("cuda", help="cuda or cpu."),
+    as_json: bool = typer.Option(False, "--json", help="For a machine to read."),
+) -> None:
+    """Predict which group size fits a GPU that is not here, and what is in the way. Nothing is allocated."""
+    needs("plan", "transformers")
+    if lora_rank:
+        needs("plan --lora-rank", "peft")
+    from ..memory.planner import Hardware, plan_table
+    from ..memory.planner import plan as predict
+    from ..memory.workload import Workload
+
+    if not memory > 0:
+        raise ValueError(f"memory must be positive; got {memory}")
+    sizes = numbers("groups", groups)
+    base = Workload(
+        model=model, tokens=tokens, micro_batch=micro_batch, dtype=dtype, autocast=autocast, optimizer=optimizer,
+        lora_rank=lora_rank, checkpointing=checkpointing, group=max(sizes, default=8), positives=positives,
+    )  # fmt: skip
+    hardware = Hardware(round(memory * 1e9), ranks, headroom, device, reference)
+    some = None if strategies is None else words("strategies", strategies)
+    processes = os.cpu_count() or 1
+    with Console(stderr=True).status("planning: a minute") as status:
+        rows = predict(base, sizes, hardware, some, lambda name: status.update(f"planning: {name} is done"), processes)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    each = f" of each of {ranks} GPUs" if ranks > 1 else ""
+    typer.echo(f"{model}, {base.setting}, {tokens} tokens a response, {dtype}: GiB{each}; in brackets: does not fit\n")
+    typer.echo(plan_table(rows))
+
+
+def report(
+    figures: Path = typer.Argument(help="measured.jsonl of a profile, or a .json of bench/run.py."),
+    out: Path = typer.Option(Path("profile"), help="A folder."),
+) -> None:
+    """Draw figures again, as one HTML file and pictures."""
+    needs("report", "matplotlib")
+    from ..memory.report import write_report
+
+    typer.echo(write_report(figures, out))
+
+
+def words(name: str, given: str, known: tuple[str, ...] | None = None) -> list[str]:
+    found = [word.strip() for word in given.split(",") if word.strip()]
+    for word in found:
+        if known is not None and word not in known:
+            raise ValueError(f"{name} must be of {', '.join(known)}; got {word!r}")
+    return found
+
+
+def numbers(name: str, given: str) -> list[int]:
+    try:
+        return [int(word) for word in words(name, given)]
+    except ValueError:
+        raise ValueError(f"{name} must be whole numbers with commas between; got {given!r}") from None

@@ -1,0 +1,30 @@
+"""From rows as they are published to groups of responses, and from groups to the batch of a training step.
+
+formats.py  rows of any known layout: FORMATS, and what their columns mean
+rules.py    rows -> groups: read_groups, merge_prompts, and the rules that turn ratings into sides
+batches.py  groups -> token ids -> micro-batches: tokenize_groups, collate
+"""
+
+from .batches import MicroBatch, PreferenceBatch, TokenGroup, collate, tokenize_groups
+from .formats import FORMATS, BadRow, Group, Report
+from .rules import RULES, best_vs_rest, margin, merge_prompts, ranks, read_groups, threshold, top_k
+
+__all__ = [
+    "FORMATS",
+    "RULES",
+    "BadRow",
+    "Group",
+    "MicroBatch",
+    "PreferenceBatch",
+    "Report",
+    "TokenGroup",
+    "best_vs_rest",
+    "collate",
+    "margin",
+    "merge_prompts",
+    "ranks",
+    "read_groups",
+    "threshold",
+    "tokenize_groups",
+    "top_k",
+]

@@ -1,0 +1,424 @@
+"""Groups of texts -> token ids -> tensors for `model_logps` and `group_backward`.
+
+Prompt and response are tokenised apart, as in generation: no token spans the border, all responses of a group have the
+same prompt tokens, and what is scored are the tokens of the response, its end of text included.
+
+    padded   (S, L)   one sequence a row, padded on the right, with an attention mask
+    packed   (1, N)   all sequences in one row, with position_ids from 0 in each: no padding
+
+Both hold the same sequences, and `MicroBatch.live` picks the same vector (T,) from either.
+Never: imports transformers, shares the prompt's work between responses (it is repeated), breaks the order of a group.
+Precondition: a tokenizer with the interface of transformers; a chat template for conversations.
+Cost: what the tokenizer takes; collation is linear, without a loop over tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, chain, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import one_of
+from ..preference.groups import PreferenceGroups
+from .formats import BadRow, Group, Report
+
+
+class TokenGroup(NamedTuple):
+    """A prompt and its responses as token ids."""
+
+    prompt: Tensor  # (p,) int32
+    responses: list[Tensor]  # (n_i,) int32 each
+    positive: list[bool]
+    row: int  # where it was read
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest response."""
+        return len(self.prompt) + max(map(len, self.responses))
+
+
+def tokenize_groups(
+    groups: Iterable[Group],
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    too_long: str = "drop",
+    chat: bool | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    add_eos: bool = True,
+    both_sides: bool = True,
+    on_bad: str = "drop",
+    report: Report | None = None,
+) -> Iterator[TokenGroup]:
+    """Token ids of the groups, lazily, a few hundred groups at a time.
+
+    A conversation goes through the chat template. The prompt is what the template writes with the header of an answer,
+    the response is what it adds for the answer. White space after a final eos is cut off: it is never sampled. Plain
+    text begins with the special tokens that the tokenizer puts first and ends with its eos.
+
+    Args:
+        max_length: the most tokens that a prompt and a response have together. None: any number.
+        too_long: what becomes of a longer response. "drop"; "error"; "truncate_prompt": the left of the prompt is cut
+            off, for the whole group alike, behind a bos. A response that has no room beside one token is dropped.
+        chat: True makes a text prompt the turn of a user; False takes a conversation of one turn as plain text; None
+            leaves each as it is.
+        template_options: for the chat template, as {"enable_thinking": False}.
+        add_eos: whether plain text ends with the tokenizer's eos. A chat template ends its turns itself.
+        both_sides: whether a group without a positive or a negative is dropped. False: only one without a response.
+        on_bad: "drop" what cannot be used, or "error".
+        report: is filled.
+    """
+    one_of("on_bad", on_bad, ("drop", "error"))
+    one_of("too_long", too_long, ("drop", "error", "truncate_prompt"))
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be at least 2, a token of each; got {max_length}")
+    tokenizer = tokenizer_of(tokenizer)
+    texts = _Texts(tokenizer, chat, dict(template_options or {}))
+    limit = _Limit(max_length, too_long, getattr(tokenizer, "bos_token_id", None))
+    encoder = _Encoder(tokenizer, add_eos)
+    return _tokenize_groups(groups, texts, encoder, limit, both_sides, on_bad, report or Report())
+
+
+def _tokenize_groups(
+    groups: Iterable[Group],
+    texts: _Texts,
+    encoder: _Encoder,
+    limit: _Limit,
+    both_sides: bool,
+    on_bad: str,
+    report: Report,
+) -> Iterator[TokenGroup]:
+    pending = iter(groups)
+    while chunk := list(islice(pending, 256)):
+        rendered: list[tuple[Group, _Rendered]] = []
+        for group in chunk:
+            try:
+                rendered.append((group, texts.render(group, partial(report.drop, row=group.row, on_bad=on_bad))))
+            except BadRow as bad:
+                report.drop(bad, group.row, on_bad)
+        prompts = encoder.encode([r.prompt for _, r in rendered])
+        responses = iter(encoder.continuations([text for _, r in rendered for text in r.responses]))
+        for (group, r), prompt in zip(rendered, prompts):
+            mine = list(islice(responses, len(r.responses)))
+            if r.plain:
+                prompt = encoder.lead + prompt
+                mine = [ids + encoder.eos if ids and ids[-1:] != encoder.eos else ids for ids in mine]
+            yield from _usable(group._replace(positive=r.positive), prompt, mine, limit, both_sides, on_bad, report)
+
+
+def _usable(
+    group: Group,
+    prompt: list[int],
+    responses: list[list[int]],
+    limit: _Limit,
+    both_sides: bool,
+    on_bad: str,
+    report: Report,
+) -> Iterator[TokenGroup]:
+    """The group of the responses that have tokens and room, if it has both sides still, or one where that will do."""
+    if not prompt:
+        report.drop(BadRow("no prompt", "its prompt has no tokens"), group.row, on_bad)
+        return
+    kept, room = [], limit.room(prompt)
+    for ids, side in zip(responses, group.positive):
+        if not ids:
+            report.drop(BadRow("empty", "a response has no tokens"), group.row, on_bad)
+        elif room is not None and len(ids) > room:
+            detail = f"a response of {len(ids)} tokens has room for {room}, with a prompt of {len(prompt)}"
+            detail += f" and at most {limit.max_length} together"
+            choice = {"drop": "drop", "error": "error", "truncate_prompt": on_bad}[limit.too_long]
+            report.drop(BadRow("too long", detail), group.row, choice)
+        else:
+            kept.append((ids, side))
+    sides = [side for _, side in kept]
+    if report.has_both_sides(sides, group.row, on_bad) if both_sides else sides:
+        report.keep("tokenized", len(kept))
+        prompt = limit.cut(prompt, max(len(ids) for ids, _ in kept))
+        flat = torch.frombuffer(array("i", chain(prompt, *(ids for ids, _ in kept))), dtype=torch.int32)
+        first, *rest = flat.split([len(prompt), *(len(ids) for ids, _ in kept)])
+        yield TokenGroup(first, rest, sides, group.row)
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer of a processor, with the processor's chat template where it has none; a tokenizer itself."""
+    tokenizer = getattr(processing_class, "tokenizer", None)
+    if tokenizer is None or hasattr(processing_class, "convert_tokens_to_ids"):  # some tokenizers hold another one
+        return processing_class
+    template = getattr(processing_class, "chat_template", None)
+    if template and not tokenizer.chat_template:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+class _Limit(NamedTuple):
+    """How many tokens a sequence may have, and what gives way."""
+
+    max_length: int | None
+    too_long: str
+    bos: int | None
+
+    def room(self, prompt: list[int]) -> int | None:
+        """The most tokens that a response may have."""
+        if self.max_length is None:
+            return None
+        least = min(len(prompt), 1 + (prompt[0] == self.bos)) if self.too_long == "truncate_prompt" else len(prompt)
+        return self.max_length - least
+
+    def cut(self, prompt: list[int], longest: int) -> list[int]:
+        """The end of the prompt that the longest response leaves room for; a bos stays in front."""
+        if self.max_length is None or len(prompt) + longest <= self.max_length:
+            return prompt
+        bos = prompt[:1] if prompt[0] == self.bos else []
+        return bos + prompt[len(prompt) + longest + len(bos) - self.max_length :]
+
+
+class _Encoder:
+    """Ids of texts, without special tokens, and what the tokenizer puts around a text."""
+
+    def __init__(self, tokenizer: Any, add_eos: bool) -> None:
+        self.tokenizer = tokenizer
+        if add_eos and tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer must have an eos token to end a response with, or add_eos must be False")
+        self.eos: list[int] = [tokenizer.eos_token_id] if add_eos else []
+        end, letter, both = self.encode(["\n", "a", "\na"])
+        # Some tokenizers (SentencePiece: Llama 2, Mistral) put a space before every text, and so into the middle of
+        # ours. There a response is tokenised behind a line end, which merges with nothing, and that is taken off.
+        self.before = end if end and both != end + letter and both[: len(end)] == end else None
+        marked = tokenizer("a")["input_ids"]
+        starts = (k for k in range(len(marked)) if marked[k : k + len(letter)] == letter)
+        self.lead: list[int] = marked[: next(starts, 0)]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        found: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+    def continuations(self, texts: list[str]) -> list[list[int]]:
+        """As `encode`, for texts that stand behind another one."""
+        if self.before is None:
+            return self.encode(texts)
+        n = len(self.before)
+        found = self.encode(["\n" + text for text in texts])
+        for ids, text in zip(found, texts):
+            if ids[:n] != self.before:
+                raise ValueError(f"tokenizer merges a line end with what follows it; cannot place {text!r:.60}")
+        return [ids[n:] for ids in found]
+
+
+class _Rendered(NamedTuple):
+    prompt: str
+    responses: list[str]
+    positive: list[bool]
+    plain: bool  # without a chat template
+
+
+class _Texts:
+    """Groups as the texts that are tokenised."""
+
+    def __init__(self, tokenizer: Any, chat: bool | None, options: dict[str, Any]) -> None:
+        self.tokenizer, self.chat, self.options = tokenizer, chat, options
+
+    def render(self, group: Group, drop: Callable[[BadRow], None]) -> _Rendered:
+        prompt = group.prompt
+        if self.chat is False and not isinstance(prompt, str):
+            if len(prompt) != 1 or not isinstance(prompt[0].get("content"), str):
+                raise BadRow("template", f"chat=False takes one turn of text as a prompt; it has {len(prompt)} turns")
+            prompt = prompt[0]["content"]
+        elif self.chat and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str):
+            return _Rendered(prompt, group.responses, group.positive, True)
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"tokenizer has no chat_template for the conversation of row {group.row}: set it, or chat")
+        return self._from_template(prompt, group, drop)
+
+    def _from_template(self, prompt: list[dict[str, Any]], group: Group, drop: Callable[[BadRow], None]) -> _Rendered:
+        from jinja2 import TemplateError  # what transformers renders with
+
+        render = partial(self.tokenizer.apply_chat_template, tokenize=False, **self.options)
+        try:
+            head = render(prompt, add_generation_prompt=True)
+            whole = render([[*prompt, {"role": "assistant", "content": text}] for text in group.responses])
+        except (TemplateError, TypeError) as error:  # TypeError: a message without content, for instance
+            raise BadRow("template", f"the chat template refuses it: {error}") from None
+        if not all(text.startswith(head) for text in whole):
+            raise BadRow("template", "the chat template does not continue its own prompt with the response")
+        answers = [self._until_eos(text[len(head) :]) for text in whole]
+        kept = _told_apart(answers, group, drop)
+        return _Rendered(head, [answers[i] for i in kept], [group.positive[i] for i in kept], False)
+
+    def _until_eos(self, text: str) -> str:
+        bare = text.rstrip()
+        eos = self.tokenizer.eos_token
+        return bare if eos and bare.endswith(eos) else text
+
+
+def _told_apart(answers: list[str], group: Group, drop: Callable[[BadRow], None]) -> list[int]:
+    """Which responses are still what they were after the template. One that cuts parts out of an answer (its thoughts)
+    trains on another answer; what it makes alike tells nothing, or the same twice. White space is the template's.
+    """
+    sides: dict[str, set[bool]] = {}
+    for answer, side in zip(answers, group.positive):
+        sides.setdefault(answer, set()).add(side)
+    kept: dict[str, int] = {}
+    for i, (answer, text) in enumerate(zip(answers, group.responses)):
+        if len(sides[answer]) > 1 or answer in kept:
+            drop(BadRow("identical after the template", f"the response {text!r:.60} is rendered like another one"))
+        elif "".join(text.split()) not in "".join(answer.split()):
+            drop(BadRow("answer changed by the template", f"the response {text!r:.60} becomes {answer!r:.60}"))
+        else:
+            kept[answer] = i
+    return list(kept.values())
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some of the sequences of a step: `model_logps(model, mb.input_ids, mb.targets, **mb.inputs)`."""
+
+    input_ids: Tensor  # (B, L) int64
+    targets: Tensor  # (B, L) int64, the token after each position where that is of a response, -100 elsewhere
+    inputs: dict[str, Tensor]  # position_ids or attention_mask, (B, L) int64
+    cu_seqlens: Tensor  # (s+1,) int32, offsets of the sequences in the vector of live tokens
+    live_index: Tensor  # (T,) int64, places of the live tokens in the flattened batch
+
+    def live(
+        self,
+        values: Tensor,  # (B, L), as model_logps gives them
+    ) -> Tensor:  # (T,)
+        """Those of the response tokens, in order. No wait for the device."""
+        return values.reshape(-1)[self.live_index]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        inputs = {name: move(x) for name, x in self.inputs.items()}
+        return MicroBatch(
+            move(self.input_ids), move(self.targets), inputs, move(self.cu_seqlens), move(self.live_index)
+        )
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """Groups as tensors: the sequences of all micro-batches, in order, are the S sequences of `groups`."""
+
+    micro_batches: list[MicroBatch]
+    groups: PreferenceGroups
+    order: Tensor  # (S,) int64, where each sequence was in what was collated: `out[order] = seq_logps` undoes a sort
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
+        moved = [mb.to(device, non_blocking) for mb in self.micro_batches]
+        return PreferenceBatch(moved, self.groups.to(device, non_blocking), self.order.to(device))
+
+
+def collate(
+    groups: Sequence[TokenGroup],
+    layout: str = "padded",
+    *,
+    max_tokens: int | None = None,
+    max_sequences: int | None = None,
+    sort: bool = False,
+    pad_id: int = 0,
+) -> PreferenceBatch:
+    """One step's groups as tensors, in as many micro-batches as the limits ask for, one without limits.
+
+        step = collate(tokens[:8], "packed", max_tokens=16384, sort=True)
+
+        def forward(mb):
+            return mb.live(model_logps(model, mb.input_ids, mb.targets, **mb.inputs)), mb.cu_seqlens
+
+        group_backward(step.micro_batches, forward, step.groups, objective)
+
+    Args:
+        layout: "padded", right for nearly every model, or "packed", without padding, for models that keep sequences
+            apart by their position_ids: rotary attention of transformers 5 does, flash or not; ALiBi and recurrent
+            layers do not. `model_logps` finds out, and refuses what would be mixed.
+        max_tokens: of a micro-batch, padding included.
+        max_sequences: of a micro-batch. A micro-batch may hold parts of several groups.
+        sort: longest groups first, so that rows of a padded micro-batch are of similar length and the largest comes
+            first. Groups stay whole; `order` says where each sequence came from.
+        pad_id: what stands in the padding; masked and never scored.
+    """
+    if not groups:
+        raise ValueError("groups must hold at least one group; got none")
+    longest = [g.longest for g in groups]
+    if max_tokens is not None and max(longest) > max_tokens:
+        row = groups[longest.index(max(longest))].row
+        raise ValueError(f"max_tokens must be at least {max(longest)}, the sequence of row {row}; got {max_tokens}")
+    places = sorted(range(len(groups)), key=lambda g: -longest[g]) if sort else range(len(groups))
+    first = list(accumulate((len(g.responses) for g in groups), initial=0))
+    sequences = [(groups[g].prompt, response) for g in places for response in groups[g].responses]
+    limits: dict[str, Any] = {"max_tokens": max_tokens, "max_sequences": max_sequences}
+    return PreferenceBatch(
+        micro_batches(sequences, layout, **limits, pad_id=pad_id),
+        PreferenceGroups.from_lists(groups[g].positive for g in places),
+        torch.tensor([i for g in places for i in range(first[g], first[g + 1])]),
+    )
+
+
+def micro_batches(
+    sequences: Sequence[tuple[Tensor, Tensor]],  # prompt (p,) and response (n,) each, integer
+    layout: str = "padded",
+    *,
+    max_tokens: int | None = None,
+    max_sequences: int | None = None,
+    pad_id: int = 0,
+) -> list[MicroBatch]:
+    """Sequences that need belong to no group, in order, as tensors; the options are those of `collate`. A sequence
+    longer than max_tokens is a micro-batch by itself."""
+    one_of("layout", layout, ("packed", "padded"))
+    for name, value in {"max_tokens": max_tokens, "max_sequences": max_sequences}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
+    parts = _split(lengths, layout, max_tokens, max_sequences)
+    return [_micro_batch(sequences[start:end], layout, pad_id) for start, end in parts]
+
+
+def _split(
+    lengths: list[int], layout: str, max_tokens: int | None, max_sequences: int | None
+) -> Iterator[tuple[int, int]]:
+    """Ranges of sequences, in order, each as long as the limits allow."""
+    start, total, longest = 0, 0, 0
+    for i, n in enumerate(lengths):
+        count, total, longest = i - start + 1, total + n, max(longest, n)
+        tokens = total if layout == "packed" else longest * count
+        full = (max_tokens is not None and tokens > max_tokens) or (max_sequences is not None and count > max_sequences)
+        if full and i > start:
+            yield start, i
+            start, total, longest = i, n, n
+    yield start, len(lengths)
+
+
+def _micro_batch(sequences: Sequence[tuple[Tensor, Tensor]], layout: str, pad_id: int) -> MicroBatch:
+    prompts, responses = (torch.tensor([len(x) for x in side]) for side in zip(*sequences))
+    lengths = prompts + responses  # (S,)
+    flat = torch.cat([x for pair in sequences for x in pair]).long()  # (N,), like all that follow
+    sequence = torch.repeat_interleave(torch.arange(len(sequences)), lengths)
+    position = torch.arange(len(flat)) - (lengths.cumsum(0) - lengths)[sequence]
+    # Shifted by one: no target crosses into another sequence, since each begins with a token of its prompt.
+    targets = flat.where(position >= prompts[sequence], -100).roll(-1)
+    if layout == "packed":
+        place, shape, inputs = torch.arange(len(flat)), (1, len(flat)), {"position_ids": position.unsqueeze(0)}
+    else:
+        L = int(lengths.max())
+        place, shape = sequence * L + position, (len(sequences), L)
+        inputs = {"attention_mask": (torch.arange(L) < lengths.unsqueeze(1)).long()}
+
+    def placed(values: Tensor, fill: int) -> Tensor:
+        return torch.full((shape[0] * shape[1],), fill).index_copy_(0, place, values).reshape(shape)
+
+    cu_seqlens = torch.cat([responses.new_zeros(1), responses.cumsum(0)]).int()
+    return MicroBatch(placed(flat, pad_id), placed(targets, -100), inputs, cu_seqlens, place[targets != -100])

@@ -1,0 +1,416 @@
+"""Preference rows as they are published -> a prompt and its responses, which stand on two sides or have scores.
+
+`FORMATS` is the only list of formats: a row is recognised by its columns. Texts only; data.py makes
+groups of them, batches.py tokens and tensors. What any of the three drops is counted in a `Report`.
+
+Never: guesses at columns, repairs a text, or drops anything silently: what does not fit is a `BadRow` with its reason.
+Precondition: a response is one message of an assistant, as text (no images, no tool calls).
+Cost: tens of microseconds a row.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from ..checks import one_of
+
+Row = Mapping[str, Any]
+Message = dict[str, Any]  # {"role": ..., "content": ...}
+Prompt = str | list[Message]  # text that the response continues, or a conversation that it answers
+
+
+class Group(NamedTuple):
+    """A prompt and its responses as texts."""
+
+    prompt: Prompt
+    responses: list[str]
+    positive: list[bool]
+    row: int  # where it was read; of a merged group the first
+
+
+# Why something is dropped, and what of it is counted. Causes stand before what follows from them.
+REASONS = {
+    "malformed": "row",
+    "other context": "row",
+    "no prompt": "row",
+    "template": "group",
+    "empty": "response",
+    "no score": "response",
+    "duplicate": "response",
+    "on both sides": "response",
+    "left out by the rule": "response",
+    "answer changed by the template": "response",
+    "identical after the template": "response",
+    "too long": "response",
+    "no positive": "group",
+    "no negative": "group",
+}
+
+
+class BadRow(Exception):
+    """Why a row cannot be used: a reason that is counted, and words."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass
+class Report:
+    """What was kept and what was dropped. Give one object to every stage, and print it at the end."""
+
+    rows: int = 0
+    merged: int = 0  # groups that went into an earlier one of the same prompt
+    kept: dict[str, tuple[int, int]] = field(default_factory=dict)  # stage: groups, responses
+    dropped: dict[str, int] = field(default_factory=dict)  # reason: how many
+    first: dict[str, str] = field(default_factory=dict)  # reason: the first of them
+
+    def keep(self, stage: str, responses: int) -> None:
+        groups, total = self.kept.get(stage, (0, 0))
+        self.kept[stage] = groups + 1, total + responses
+
+    def drop(self, bad: BadRow, row: int, on_bad: str = "drop") -> None:
+        """Counts it; raises ValueError instead with on_bad="error"."""
+        if on_bad == "error":
+            raise ValueError(f"row {row}: {bad}") from None
+        self.dropped[bad.reason] = self.dropped.get(bad.reason, 0) + 1
+        self.first.setdefault(bad.reason, f"row {row}: {bad}")
+
+    def has_both_sides(self, positive: Sequence[bool], row: int, on_bad: str) -> bool:
+        """Whether a group can be used; if not it is dropped."""
+        for side, name in ((True, "positive"), (False, "negative")):
+            if side not in positive:
+                self.drop(BadRow(f"no {name}", f"its group is left without a {name} response"), row, on_bad)
+                return False
+        return True
+
+    def __str__(self) -> str:
+        lines = [_count(self.rows, "row")]
+        for stage, (groups, responses) in self.kept.items():
+            lines.append(f"  {stage}: {_count(groups, 'group')}, {_count(responses, 'response')}")
+        if self.merged:
+            lines.append(f"  {_count(self.merged, 'group')} merged into an earlier one of the same prompt")
+        for reason, what in REASONS.items():
+            if n := self.dropped.get(reason):
+                lines.append(f"  dropped {_count(n, what)}: {reason} (first: {self.first[reason]})")
+        return "\n".join(lines)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT's names
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+def _message(value: Any) -> Message:
+    """{"role", "content"} of either convention, without the empty fields that a table adds."""
+    if not isinstance(value, Mapping):
+        raise BadRow("malformed", f"a message must be a dict; got {value!r:.60}")
+    if value.get("from") is not None:
+        role, content = _ROLES.get(value["from"], value["from"]), _text_of(value.get("value"))
+        if role not in ("system", "user", "assistant", "tool"):
+            raise BadRow("malformed", f"a message must be of human, gpt, observation or system; got {value['from']!r}")
+        if not isinstance(content, str):
+            raise BadRow("malformed", f"a message must be text; got {type(content).__name__}")
+        rest = {k: v for k, v in value.items() if v is not None and k not in ("from", "value")}
+        return {"role": role, "content": content, **rest}
+    if not isinstance(value.get("role"), str):
+        raise BadRow("malformed", f"a message must have a role and a content; got {', '.join(value)}")
+    return {k: _text_of(v) if k == "content" else v for k, v in value.items() if v is not None}
+
+
+def _text_of(content: Any) -> Any:
+    """The text of a content that is a list of parts, as processors and APIs take them; other contents as they are."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = (
+            part.get("type", "text" if "text" in part else None) if isinstance(part, Mapping) else type(part).__name__
+        )
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise BadRow("malformed", f"a message must be text alone; got a part of type {kind!r}")
+    return "".join(part["text"] for part in content)
+
+
+def _messages(value: Any) -> list[Message]:
+    if not isinstance(value, list):
+        raise BadRow("malformed", f"messages must be a list; got {type(value).__name__}")
+    return [_message(m) for m in value]
+
+
+def _conversation(text: Any) -> list[Message]:
+    """The user's text as a conversation, or messages as they are."""
+    if isinstance(text, list):
+        return _messages(text)
+    if not isinstance(text, str):
+        raise BadRow("malformed", f"a prompt must be text; got {type(text).__name__}")
+    if not text.strip():
+        return []
+    return [{"role": "user", "content": text}]
+
+
+# Columns that belong to the prompt in every format. A row that holds something in one of the others is refused: dropped
+# in silence, they would change what its responses answer. Any other column is somebody's note, and is not read.
+_SYSTEM = ("system", "system_prompt")
+_UNREAD = (
+    *("tools", "functions", "documents", "context", "chat_template_kwargs"),
+    *("image", "images", "audio", "audios", "video", "videos"),
+)
+
+
+def _with_context(prompt: Prompt, row: Row) -> Prompt:
+    """The prompt behind the row's system prompt and history, where it has them: then it is a conversation."""
+    for name in _UNREAD:
+        if row.get(name):
+            raise BadRow("malformed", f"the column {name!r} belongs to the prompt and is not read: take it out; or put"
+                         " what it says into the prompt")  # fmt: skip
+    systems = {name: row[name] for name in _SYSTEM if row.get(name)}
+    history = row.get("history") or []
+    if not systems and not history:
+        return prompt
+    turns: list[Message] = []
+    for name, text in systems.items():
+        if not isinstance(text, str) or (turns and turns[0]["content"] != text):
+            raise BadRow("malformed", f"the column {name!r} must be the system prompt, as text; got {text!r:.60}")
+        turns = [{"role": "system", "content": text}]
+    messages = _conversation(prompt)
+    if messages[0].get("role") == "system":
+        if turns and turns[0]["content"] != messages[0].get("content"):
+            raise BadRow("malformed", "the system prompt of its column is not that of its messages")
+        turns, messages = messages[:1], messages[1:]
+    return [*turns, *_past(history), *messages]
+
+
+def _past(history: Any) -> list[Message]:
+    """The messages of a column "history": pairs of question and answer, or messages."""
+    if isinstance(history, list) and all(isinstance(m, Mapping) for m in history):
+        return _messages(history)
+    pairs = history if isinstance(history, list) else [history]
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise BadRow("malformed", f"history must be pairs of question and answer, as text; got {pair!r:.60}")
+    turns = zip(("user", "assistant") * len(pairs), [text for pair in pairs for text in pair])
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def _transcript(text: str) -> list[Message] | None:
+    r"""Messages of "\n\nHuman: ...\n\nAssistant: ...", without a last empty turn; None if it is no transcript."""
+    lead, *parts = _SPEAKER.split(text)
+    if lead.strip() or not parts:
+        return None
+    turns = [("user" if who == "Human" else "assistant", said.strip()) for who, said in zip(parts[::2], parts[1::2])]
+    return [{"role": role, "content": said} for role, said in (turns if turns[-1][1] else turns[:-1])]
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+class Sided(NamedTuple):
+    prompt: Prompt
+    responses: list[str]
+    positive: list[bool]
+
+
+class Scored(NamedTuple):
+    prompt: Prompt
+    responses: list[str]
+    scores: list[Any]  # higher is better; as_score(x) is None where there is none
+
+
+def as_score(value: Any) -> float | None:
+    """A number, also one written as text; None for what is not (None, "N/A", nan, inf)."""
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        return None
+    return score if math.isfinite(score) else None
+
+
+def _answers(value: Any, prompt: Prompt | None) -> Iterator[tuple[Prompt | None, str]]:
+    """(what it answers, text) of a response or of a list of them: text, a message, a conversation that ends with it."""
+    if isinstance(value, list) and not (value and isinstance(value[0], Mapping)):
+        for one in value:
+            yield from _answers(one, prompt)
+        return
+    turns = _transcript(value) if isinstance(value, str) and prompt is None else None
+    if isinstance(value, str) and turns is None:
+        yield prompt, value
+        return
+    *context, answer = turns or _messages([value] if isinstance(value, Mapping) else value)
+    if extra := sorted(answer.keys() - {"role", "content"}):
+        raise BadRow("malformed", f"a response must be a message of role and content alone; got {', '.join(extra)}")
+    if answer.get("role") != "assistant" or not isinstance(answer.get("content"), str):
+        raise BadRow("malformed", "a response must end with a message of the assistant, text alone")
+    if isinstance(prompt, str):
+        if context and all(m.get("content") != prompt for m in context):
+            raise BadRow("other context", "prompt is not among the messages before the response")
+        context = context or _conversation(prompt)
+    elif prompt:
+        context = context or prompt
+        if prompt not in (context[: len(prompt)], context[-len(prompt) :]):  # at its end where it lacks a system prompt
+            raise BadRow("other context", "prompt is not among the messages before the response")
+    yield context, answer["content"]
+
+
+def _sided(prompt: Any, positives: Any, negatives: Any) -> Sided:
+    """Responses that stand on a side. All answer one prompt: the one given, or the one that their messages share."""
+    prompt = prompt if prompt is None or isinstance(prompt, str) else _messages(prompt)
+    answers = [*_answers(positives, prompt)]
+    P = len(answers)
+    answers += _answers(negatives, prompt)
+    context = answers[0][0] if answers else prompt
+    if any(other != context for other, _ in answers):
+        raise BadRow("other context", "its responses do not answer the same messages")
+    if context is None:
+        raise BadRow("no prompt", "it has no prompt, and its responses are not conversations")
+    return Sided(context, [text for _, text in answers], [i < P for i in range(len(answers))])
+
+
+def _pairs(row: Row) -> Sided:
+    return _sided(row.get("prompt"), row["chosen"], row["rejected"])
+
+
+def _sets(row: Row) -> Sided:
+    return _sided(row["prompt"], row["positives"], row["negatives"])
+
+
+def _alpaca(row: Row) -> Sided:
+    text = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
+    return _sided(_conversation(text), row["chosen"], row["rejected"])
+
+
+def _sharegpt(row: Row) -> Sided:
+    return _sided(_messages(row["conversations"]), row["chosen"], row["rejected"])
+
+
+def _ms_swift(row: Row) -> Sided:
+    messages = _messages(row["messages"])
+    return _sided(messages[:-1], messages[-1:], row.get("rejected_messages") or row["rejected_response"])
+
+
+def _ultrafeedback(row: Row, score: Callable[[Row], Any]) -> Scored:
+    found = row["completions"]
+    return Scored(_conversation(row["instruction"]), [c["response"] for c in found], [score(c) for c in found])
+
+
+def _mean_rating(completion: Row) -> float | None:
+    """Mean over the aspects that have a number. Ratings are texts, "N/A" among them."""
+    ratings = [as_score(aspect["Rating"]) for aspect in completion["annotations"].values() if aspect]
+    known = [r for r in ratings if r is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _nectar(row: Row) -> Scored:
+    prompt = _transcript(row["prompt"]) or _conversation(row["prompt"])
+    ranks = [as_score(a["rank"]) for a in row["answers"]]
+    return Scored(prompt, [a["answer"] for a in row["answers"]], [None if r is None else -r for r in ranks])
+
+
+def _listed(row: Row) -> Scored:
+    scores = row["all_rm_scores"] if "all_rm_scores" in row else row["scores"]
+    return Scored(_conversation(row["prompt"]), row["all_generated_responses"], scores)
+
+
+def _numbered(row: Row) -> Scored:
+    names = sorted((c for c in row if re.fullmatch(r"response_\d+", c)), key=lambda c: int(c[9:]))
+    return Scored(_conversation(row["prompt"]), [row[c] for c in names], [row.get(f"{c}_reward") for c in names])
+
+
+def _single(row: Row) -> Sided:
+    return _sided(row.get("prompt"), row["response"] if "response" in row else row["completion"], [])
+
+
+@dataclass(frozen=True)
+class Format:
+    needs: tuple[str, ...]  # columns; "|" between alternatives, [0-9] for a number
+    read: Callable[[Row], Sided | Scored]
+
+    def fits(self, columns: Collection[str]) -> bool:
+        return all(any(fnmatchcase(c, name) for name in need.split("|") for c in columns) for need in self.needs)
+
+
+_COMPLETIONS = ("instruction", "completions")
+# In the order of recognition: rows with scores often carry the pairs that were made of them, too.
+FORMATS: dict[str, Format] = {
+    "ultrafeedback": Format(_COMPLETIONS, partial(_ultrafeedback, score=itemgetter("overall_score"))),
+    "ultrafeedback_fine_grained": Format(_COMPLETIONS, partial(_ultrafeedback, score=itemgetter("fine-grained_score"))),
+    "ultrafeedback_annotations": Format(_COMPLETIONS, partial(_ultrafeedback, score=_mean_rating)),
+    "nectar": Format(("prompt", "answers"), _nectar),
+    "listed": Format(("prompt", "all_generated_responses", "all_rm_scores|scores"), _listed),
+    "numbered": Format(("prompt", "response_[0-9]", "response_[0-9]_reward"), _numbered),
+    "sets": Format(("prompt", "positives", "negatives"), _sets),
+    "sharegpt": Format(("conversations", "chosen", "rejected"), _sharegpt),  # LLaMA-Factory
+    "alpaca": Format(("instruction", "chosen", "rejected"), _alpaca),  # LLaMA-Factory
+    "ms_swift": Format(("messages", "rejected_response|rejected_messages"), _ms_swift),
+    "pairs": Format(("chosen", "rejected"), _pairs),  # TRL, and prompt where it is there
+}
+
+# A prompt and one response of no side, or a list of them: to be scored, not to learn a preference from.
+SINGLE = Format(("prompt", "response|completion"), _single)
+
+
+def recognise(columns: Collection[str], name: str = "auto", formats: Mapping[str, Format] = FORMATS) -> Format:
+    """The format of that name, or the first that finds its columns. ValueError says what was found and wanted."""
+    one_of("format", name, ["auto", *formats])
+    candidates = {n: f for n, f in formats.items() if name in ("auto", n)}
+    for candidate in candidates.values():
+        if candidate.fits(columns):
+            return candidate
+    wanted = "; ".join(f"{n}: {', '.join(f.needs)}" for n, f in candidates.items())
+    raise ValueError(f"the columns must be those of a format ({wanted}); got {', '.join(sorted(columns))}")
+
+
+def read_responses(row: Row) -> tuple[Prompt, list[str]]:
+    """A prompt and its responses, of `SINGLE` or of any format, whatever side they stand on. A None is as no column.
+
+    ValueError for columns of no format, BadRow for a row without the structure of its format.
+    """
+    full = {name: value for name, value in row.items() if value is not None}
+    found = read(recognise(full, formats={"single": SINGLE, **FORMATS}), full)
+    return found.prompt, found.responses
+
+
+def read(fmt: Format, row: Row) -> Sided | Scored:
+    """What the row holds. BadRow where it does not have the structure of its format."""
+    try:
+        found = fmt.read(row)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:  # nested values of another form
+        raise BadRow("malformed", f"not the structure of its format ({type(error).__name__}: {error})") from None
+    if len(found.responses) != len(found[2]):
+        raise BadRow("malformed", f"{len(found.responses)} responses have {len(found[2])} scores")
+    for text in found.responses:
+        if not isinstance(text, str):
+            raise BadRow("malformed", f"a response must be text; got {type(text).__name__}")
+    if not (found.prompt.strip() if isinstance(found.prompt, str) else found.prompt):
+        raise BadRow("no prompt", "the prompt is empty")
+    if isinstance(found.prompt, list) and found.prompt[-1].get("role") == "assistant":
+        raise BadRow("malformed", "a prompt must not end with a message of the assistant")
+    found = found._replace(prompt=_with_context(found.prompt, row))
+    turns = [found.prompt] if isinstance(found.prompt, str) else [m.get("content") for m in found.prompt]
+    for text in (*turns, *found.responses):
+        _check_unicode(text)
+    return found
+
+
+def _check_unicode(text: Any) -> None:
+    """BadRow for half of a surrogate pair (an emoji cut in two), which no tokenizer takes."""
+    try:
+        if isinstance(text, str):
+            text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.start]
+        raise BadRow(
+            "malformed", f"a text has half of a surrogate pair at character {error.start}, after {near!r}"
+        ) from None

@@ -1,0 +1,251 @@
+"""Preference rows of every common format -> groups of responses -> token ids -> batches for `model_logps`.
+
+    report = Report()
+    groups = read_groups(dataset, rule=top_k(2), report=report)            # formats and rules: formats.py
+    groups = merge_prompts(groups, report=report)                          # pair rows of one prompt become one group
+    tokens = list(tokenize_groups(groups, tokenizer, max_length=2048, report=report))
+    print(report)
+    step = collate(tokens[:8], "padded", max_tokens=16384)                 # tensors: batches.py
+    group_backward(step.micro_batches, forward, step.groups, objective)
+
+Each stage is a generator in the order of the rows. What cannot be used (an empty, repeated, contradictory or over-long
+response, a group without a positive or a negative) is dropped and counted in the report, or with on_bad="error" a
+ValueError that names its row.
+
+Prompt and response are tokenised apart, as in generation: no token spans the border, all responses of a group have
+the same prompt tokens, and the tokens that are scored are those of the response, its end of text included.
+
+Never: imports transformers or datasets, downloads, shuffles, shows progress.
+Precondition: a tokenizer with the interface of transformers, and its chat template for conversations.
+Cost: tens of microseconds a row to read and merge; `merge_prompts` holds all texts. Then what the tokenizer takes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+
+from ..checks import one_of
+from .formats import FORMATS, BadRow, Format, Group, Prompt, Report, Row, Scored, as_score, read, recognise
+
+Rule = Callable[[Sequence[float]], list[tuple[int, bool]]]  # scores -> (index, positive), in the order of the group
+
+
+def read_groups(
+    rows: Iterable[Row] | Row,
+    format: str = "auto",  # noqa: A002  the word for it
+    *,
+    rule: str | Rule = "best_vs_rest",
+    rename: Mapping[str, str] | None = None,
+    on_bad: str = "drop",
+    report: Report | None = None,
+) -> Iterator[Group]:
+    """Groups of the rows, lazily.
+
+    Args:
+        rows: dicts, a list of them, a `datasets.Dataset`: whatever gives dicts. A None is as no column.
+        format: "auto" goes by the columns of each row; a name of `FORMATS` insists.
+        rule: how scores become sides, a name of `RULES` or what one of them makes: `top_k(2)`. Formats that say the
+            sides themselves do not ask it.
+        rename: {column of the rows: column of the format}, for instance {"generations": "all_generated_responses"}.
+        on_bad: "drop" what cannot be used, or "error". What a rule leaves out is no error.
+        report: is filled.
+
+    Raises ValueError for columns of no format, and TypeError for rows that are not dicts, whatever on_bad.
+    """
+    one_of("on_bad", on_bad, ("drop", "error"))
+    one_of("format", format, ["auto", *FORMATS])
+    if not callable(rule):
+        one_of("rule", rule, RULES)
+        rule = RULES[rule]()
+    rows = [rows] if isinstance(rows, Mapping) else rows
+    return _read_groups(rows, format, rule, rename or {}, on_bad, report or Report())
+
+
+def _read_groups(
+    rows: Iterable[Row], name: str, rule: Rule, rename: Mapping[str, str], on_bad: str, report: Report
+) -> Iterator[Group]:
+    known: dict[tuple[tuple[str, ...], ...], Format] = {}  # a row costs one look-up
+    for i, row in enumerate(rows):
+        report.rows += 1
+        if not isinstance(row, Mapping):
+            raise TypeError(f"rows must be dicts; row {i} is a {type(row).__name__}")
+        row = {rename.get(k, k): v for k, v in row.items()}
+        full = {k: v for k, v in row.items() if v is not None}
+        columns = tuple(row), tuple(full)
+        try:
+            if columns not in known:
+                known[columns] = _format_of(i, row, full, name)
+            found = read(known[columns], full)
+        except BadRow as bad:
+            report.drop(bad, i, on_bad)
+            continue
+        responses, positive = found.responses, found[2]
+        if isinstance(found, Scored):
+            responses, positive = _sides(found, rule, i, on_bad, report)
+        yield from _sound("read", found.prompt, responses, positive, i, on_bad, report)
+
+
+def _format_of(i: int, row: Row, full: Row, name: str) -> Format:
+    """By the columns that hold something; a row that lacks one of its format's only here is bad, not of no format."""
+    for columns in (full, row):
+        try:
+            return recognise(columns, name)
+        except ValueError as error:
+            unknown = error
+    raise ValueError(f"row {i}: {unknown}")
+
+
+def _sides(found: Scored, rule: Rule, row: int, on_bad: str, report: Report) -> tuple[list[str], list[bool]]:
+    """What the rule makes of responses with a text and a score. One drawn twice counts once if scores agree."""
+    scores: dict[tuple[str, float], None] = {}
+    for text, value in zip(found.responses, found.scores):
+        score = as_score(value)
+        if not text.strip():
+            report.drop(BadRow("empty", "a response is empty"), row, on_bad)
+        elif score is None:
+            report.drop(BadRow("no score", f"a response has the score {value!r}"), row, on_bad)
+        elif (text, score) in scores:
+            report.drop(BadRow("duplicate", f"the response {text!r:.60} is repeated"), row, on_bad)
+        else:
+            scores[text, score] = None
+    candidates = list(scores)
+    picked = rule([score for _, score in candidates]) if candidates else []
+    for i in sorted(set(range(len(candidates))) - {i for i, _ in picked}):
+        report.drop(BadRow("left out by the rule", f"a response with the score {candidates[i][1]}"), row)
+    return [candidates[i][0] for i, _ in picked], [side for _, side in picked]
+
+
+def merge_prompts(groups: Iterable[Group], *, on_bad: str = "drop", report: Report | None = None) -> Iterator[Group]:
+    """Groups of the same prompt as one, in the order of their first rows; responses in the order that they came.
+
+    A response that repeats on one side counts once; one that is on both sides is dropped from both. Reads all groups
+    before it yields the first. Not for rankings: the order of a merged group is none.
+    """
+    one_of("on_bad", on_bad, ("drop", "error"))
+    return _merge_prompts(groups, on_bad, report or Report())
+
+
+def _merge_prompts(groups: Iterable[Group], on_bad: str, report: Report) -> Iterator[Group]:
+    by_prompt: dict[tuple[bool, str], list[Group]] = {}
+    for group in groups:
+        text = group.prompt if isinstance(group.prompt, str) else None
+        key = text is None, json.dumps(group.prompt, sort_keys=True, default=repr) if text is None else text
+        by_prompt.setdefault(key, []).append(group)
+    for same in by_prompt.values():
+        report.merged += len(same) - 1
+        responses = list(chain.from_iterable(g.responses for g in same))
+        positive = list(chain.from_iterable(g.positive for g in same))
+        yield from _sound("merged", same[0].prompt, responses, positive, same[0].row, on_bad, report)
+
+
+def _sound(
+    stage: str, prompt: Prompt, responses: list[str], positive: list[bool], row: int, on_bad: str, report: Report
+) -> Iterator[Group]:
+    """The group of what can be used: no empty response, none twice, none on both sides; if it has both sides."""
+    sides: dict[str, bool | None] = {}  # None: both
+    for text, side in zip(responses, positive):
+        if not text.strip():
+            report.drop(BadRow("empty", "a response is empty"), row, on_bad)
+        elif text not in sides:
+            sides[text] = side
+        elif sides[text] is side:
+            report.drop(BadRow("duplicate", f"the response {text!r:.60} is repeated"), row, on_bad)
+        elif sides[text] is not None:
+            report.drop(BadRow("on both sides", f"the response {text!r:.60} is preferred and rejected"), row, on_bad)
+            sides[text] = None
+    kept = {text: side for text, side in sides.items() if side is not None}
+    if report.has_both_sides(list(kept.values()), row, on_bad):
+        report.keep(stage, len(kept))
+        yield Group(prompt, list(kept), list(kept.values()), row)
+
+
+# ---- scores to sides: each function makes a rule of its options, and says what it does with ties --------------------
+
+
+def best_vs_rest() -> Rule:
+    """The best is positive, all others are negative. Those tied for the best are all positive."""
+
+    def rule(scores: Sequence[float]) -> list[tuple[int, bool]]:
+        best = max(scores)
+        return [(i, scores[i] == best) for i in _best_first(scores)]
+
+    return rule
+
+
+def top_k(k: int = 1, bottom: int | None = None) -> Rule:
+    """The k best are positive, the rest, or the `bottom` worst, negative. Those tied across a cut are left out."""
+    _at_least(1, k=k, **({} if bottom is None else {"bottom": bottom}))
+
+    def rule(scores: Sequence[float]) -> list[tuple[int, bool]]:
+        order = _best_first(scores)
+        first_negative = max(k, 0 if bottom is None else len(order) - bottom)
+        best, worst = order[:k], order[first_negative:]
+        if best and k < len(order):
+            best = [i for i in best if scores[i] != scores[order[k]]]
+        worst = [i for i in worst if scores[i] != scores[order[first_negative - 1]]]
+        return [(i, True) for i in best] + [(i, False) for i in worst]
+
+    return rule
+
+
+def threshold(at: float | str = "mean", below: float | None = None) -> Rule:
+    """Scores of at least `at` (a number, "mean", "median") are positive, those under `below` (None: under `at`)
+    negative, those between left out. A score equal to `at` is positive."""
+    centres: dict[str, Callable[[Sequence[float]], float]] = {"mean": statistics.fmean, "median": statistics.median}
+    if isinstance(at, str) and at not in centres:
+        raise ValueError(f"at must be a number, 'mean' or 'median'; got {at!r}")
+    if below is not None and (isinstance(at, str) or below > at):
+        raise ValueError(f"below must be at most at, and at a number; got below={below}, at={at!r}")
+
+    def rule(scores: Sequence[float]) -> list[tuple[int, bool]]:
+        high = centres[at](scores) if isinstance(at, str) else at
+        low = high if below is None else below
+        return [(i, scores[i] >= high) for i in _best_first(scores) if scores[i] >= high or scores[i] < low]
+
+    return rule
+
+
+def margin(by: float = 1.0) -> Rule:
+    """The best, and those tied with it, are positive, those lower by at least `by` negative, the rest left out."""
+    if not by > 0:
+        raise ValueError(f"by must be positive; got {by}")
+
+    def rule(scores: Sequence[float]) -> list[tuple[int, bool]]:
+        best = max(scores)
+        return [(i, scores[i] == best) for i in _best_first(scores) if scores[i] == best or scores[i] <= best - by]
+
+    return rule
+
+
+def ranks(positives: int = 1) -> Rule:
+    """All, best first, as plackett_luce reads them; the first ones are positive. Of tied ones the first stays."""
+    _at_least(1, positives=positives)
+
+    def rule(scores: Sequence[float]) -> list[tuple[int, bool]]:
+        order = _best_first(scores)
+        order = [i for n, i in enumerate(order) if n == 0 or scores[i] != scores[order[n - 1]]]
+        return [(i, n < positives) for n, i in enumerate(order)]
+
+    return rule
+
+
+RULES: dict[str, Callable[..., Rule]] = {
+    "best_vs_rest": best_vs_rest,
+    "top_k": top_k,
+    "threshold": threshold,
+    "margin": margin,
+    "ranks": ranks,
+}
+
+
+def _best_first(scores: Sequence[float]) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: ties in the order of the row
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")

@@ -1,0 +1,12 @@
+"""From hidden states and an LM head to token log-probabilities, without the logits.
+
+api.py             the public functions: linear_logps, linear_logp_stats, explain
+autograd.py        the autograd Functions behind them
+ops.py             the torch.library ops, and which implementation runs
+host.py            the ops on the host: values checked, ignored rows removed
+torch_blocks.py    the implementation in plain PyTorch, a block of the vocabulary at a time
+extension.py       the C++ and CUDA extension, if it is built
+sparse.py          gradients over the likely entries of a row (grad_tol)
+logit_cache.py     logits that a CPU keeps from the forward for the backward
+vocab_parallel.py  a vocabulary that is split over processes
+"""

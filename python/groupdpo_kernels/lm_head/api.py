@@ -1,0 +1,371 @@
+"""Token log-probabilities straight from hidden states and the LM head: the public functions.
+
+The (T, V) logits never exist. Cost: forward 2 T D V FLOP, backward 2 T D V and as many again for each of d_hidden and
+d_weight; memory beyond the gradients: one float32 (T, D) buffer and `workspace_bytes`. Where the head needs no gradient
+(LoRA, the usual DPO case) `linear_logps` stores its derivative in hidden if that fits in the budget: forward 4 T D V
+FLOP, backward none. Formulas: docs/math.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import replay
+from ..checks import INTEGERS, check_number, check_tensors
+from ..reference import Head, HeadOptions, LogpStats
+from . import ops
+from .autograd import ExactLinearLogps, FrozenLinearLogps, KeptLinearLogps, RefuseGradient, SparseLinearLogps
+from .logit_cache import columns_to_keep
+
+_FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_EXTRA = ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
+
+
+def linear_logps(
+    hidden: Tensor,  # (..., D) bf16 | fp16 | fp32 | fp64
+    weight: Tensor,  # (V, D) the dtype of hidden
+    targets: Tensor,  # (...) integer
+    bias: Tensor | None = None,  # (V,) the dtype of hidden
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    grad_tol: float = 0.0,
+    workspace_bytes: int = 2**28,
+    process_group: Any = None,
+    impl: str = "auto",
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
+    grad_tail: str = "exact",
+) -> Tensor:  # (...) float32, float64 for float64 inputs
+    """Log-probability of each target under softmax(cap(logit_scale (hidden @ weight.T + bias)) / temperature).
+
+    Differentiable in hidden, weight, bias and low_rank, once. Rows with `ignore_index` give 0 and no gradient.
+
+    Args:
+        hidden: last hidden states; any leading dimensions, contiguous or not.
+        weight: the LM head.
+        targets: the token id that each row predicts (already shifted), or `ignore_index`.
+        bias: of the LM head.
+        logit_scale: multiplies the logits (Cohere; Granite: 1 / logits_scaling).
+        softcap: soft-caps the logits, softcap * tanh(logits / softcap) (Gemma 2).
+        temperature: divides the logits, after the cap.
+        grad_tol: allowed relative L1 error of the gradient in the logits, over the call; 0: exact. A trained model's
+            rows are then differentiated over their likely entries alone, those that this bound forbids exactly, so it
+            holds whatever the data; 2**-7 is about the rounding of bfloat16. Vocabulary-parallel calls are exact.
+        workspace_bytes: bound on temporaries, beyond gradients and one float32 (T, D) buffer. On a CPU what fits is
+            kept for the backward, where that is faster (logit_cache.py).
+        process_group: the vocabulary is split over this group in order of rank: weight and bias (and low_rank[1])
+            are this rank's rows, targets are global ids, hidden is the same on all ranks. Gradients of hidden (and
+            low_rank[0]) are summed over the group.
+        impl: "auto" takes the first of "triton", "cuda", "cpu", "reference" that can run (see `explain`); an
+            explicit choice never falls back.
+        low_rank: (x, B) adds x @ B.T to hidden @ weight.T: LoRA on the head without a merged copy of the weight,
+            with x = scaling * hidden @ A.T.
+        grad_tail: with grad_tol > 0, what is done about unlikely entries. "exact": left out where the bound above
+            allows it, else computed. "sample": those less likely than grad_tol / 4 are represented, in every row, by
+            eight drawn from them, so the gradient is unbiased, no row costs the exact path, and the bound gives way to
+            a variance (docs/math.md). Each call takes one number from torch's CPU generator: torch.manual_seed and
+            checkpoints replay it. By "reference" and "cpu" alone; calls that grad_tol leaves exact stay so.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it, what is expected, and its value. On a GPU
+            values inside tensors are not read back: a target id outside the vocabulary gives NaN in its row and in
+            the gradients.
+
+    Source: DPO (arXiv 2305.18290) needs exactly these; the online log-sum-exp over vocabulary blocks follows cut
+    cross-entropy (arXiv 2411.09009).
+    """
+    options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
+    settings = (options, grad_tol, grad_tail, (), process_group, impl)
+    return _run(hidden, weight, targets, bias, low_rank, *settings).token_logps
+
+
+def linear_logp_stats(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (...) integer
+    bias: Tensor | None = None,  # (V,)
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    grad_tol: float = 0.0,
+    workspace_bytes: int = 2**28,
+    process_group: Any = None,
+    impl: str = "auto",
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
+    grad_tail: str = "exact",
+    outputs: Sequence[str] = ("lse", "entropy"),
+) -> LogpStats:
+    """`linear_logps` with more of each row's distribution, at the same number of matrix products.
+
+    outputs: any of "lse", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1"; the others are None. token_logps is
+    always there. token_logps and lse are differentiable; a gradient into any other field raises a RuntimeError, it is
+    never a silent zero. The other arguments are those of `linear_logps`.
+    """
+    known = ("lse", *_EXTRA)
+    if isinstance(outputs, str) or not isinstance(outputs, Iterable):
+        raise ValueError(f"outputs must be taken from {known}, as a tuple of names; got {outputs!r}")
+    for name in outputs:
+        if name not in known and name != "token_logps":
+            raise ValueError(f"outputs must be taken from {known}; got {name!r}")
+    if process_group is not None and "is_top1" in outputs:
+        raise ValueError(
+            "outputs must not hold 'is_top1' with a process_group: a shard does not see the others' largest logits"
+        )
+    options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
+    stats = _run(hidden, weight, targets, bias, low_rank, options, grad_tol, grad_tail, outputs, process_group, impl)
+    fields = stats._asdict()
+    for name in known:
+        if name not in outputs:
+            fields[name] = None
+        elif name in _EXTRA[:-1] and stats.token_logps.requires_grad:  # is_top1 is bool and cannot carry a gradient
+            fields[name] = RefuseGradient.apply(fields[name], stats.token_logps, name)
+    return LogpStats(**fields)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What impl="auto" picks, and why not each of the others (an implementation that could run but comes later has no
+    reasons).
+    """
+
+    impl: str
+    why_not: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"auto picks {self.impl!r}"]
+        for name, reasons in self.why_not.items():
+            if name != self.impl:
+                lines.append(
+                    f"  {name}: " + ("; ".join(reasons) if reasons else f"could run; {self.impl!r} comes first")
+                )
+        return "\n".join(lines)
+
+
+def explain(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    grad_tol: float = 0.0,
+    workspace_bytes: int = 2**28,
+    process_group: Any = None,
+    impl: str = "auto",
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
+    grad_tail: str = "exact",
+) -> Explanation:
+    """Which implementation impl="auto" takes for these arguments of `linear_logps`, and every reason against the
+    others. Computes nothing; raises what the call itself would raise before it computes. `impl` makes no difference.
+    """
+    _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
+    _known(impl)
+    _check_kinds(hidden, weight, targets, bias, low_rank)
+    hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
+    _check(hidden, weight, targets, bias, low_rank)
+    why_not = {name: ops.why_not(name, hidden, weight) for name in ops.IMPLS}
+    first = ops.resolve("auto", hidden, weight)
+    if grad_tail == "sample":
+        ops.check_tail(first)
+    return Explanation(first, why_not)
+
+
+# ------------------------------------------------------------------------------------------------------------ arguments
+
+
+def _options(
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    grad_tol: float,
+    grad_tail: str,
+    workspace_bytes: int,
+) -> HeadOptions:
+    numbers_given = {"logit_scale": logit_scale, "temperature": temperature, "grad_tol": grad_tol}
+    numbers_given |= {"ignore_index": ignore_index, "workspace_bytes": workspace_bytes}
+    for name, value in (*numbers_given.items(), *[("softcap", softcap)] * (softcap is not None)):
+        check_number(name, value)
+    # Comparisons, not math.isfinite: torch.compile traces these for a float that changes from call to call.
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"logit_scale must be finite; got {logit_scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None; got {softcap}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite; got {temperature}")
+    if not 0 <= grad_tol < 1:
+        raise ValueError(f"grad_tol must be in [0, 1); got {grad_tol}")
+    if grad_tail not in ("exact", "sample"):
+        raise ValueError(f"grad_tail must be 'exact' or 'sample'; got {grad_tail!r}")
+    if grad_tail == "sample" and grad_tol == 0:
+        raise ValueError("grad_tail='sample' needs grad_tol > 0, which says what is drawn; got grad_tol = 0")
+    if not 0 < workspace_bytes < math.inf:
+        raise ValueError(f"workspace_bytes must be positive; got {workspace_bytes}")
+    if not (-(2**63) <= ignore_index < 2**63 and ignore_index == int(ignore_index)):
+        raise ValueError(f"ignore_index must be an integer of 64 bits; got {ignore_index}")
+    cap = None if softcap is None else float(softcap)
+    return HeadOptions(float(logit_scale), cap, float(temperature), int(ignore_index), int(workspace_bytes))
+
+
+def _known(impl: str) -> None:
+    if impl != "auto" and impl not in ops.IMPLS:
+        raise ValueError(f"impl must be 'auto' or one of {ops.IMPLS}; got {impl!r}")
+
+
+def _check_kinds(hidden: Any, weight: Any, targets: Any, bias: Any, low_rank: Any) -> None:
+    """TypeError for what is no tensor, and for a low_rank that is no pair of them."""
+    check_tensors(hidden=hidden, weight=weight, targets=targets)
+    if bias is not None:
+        check_tensors(bias=bias)
+    if low_rank is not None:
+        if not isinstance(low_rank, tuple | list) or len(low_rank) != 2:
+            raise TypeError(f"low_rank must be a pair of tensors, (..., R) and (V, R); got {type(low_rank).__name__}")
+        check_tensors(**{"low_rank[0]": low_rank[0], "low_rank[1]": low_rank[1]})
+
+
+def _autocast(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """What torch.autocast does to F.linear: floating inputs, float64 excepted, are cast to its dtype. The casts are
+    differentiable.
+    """
+    device_type = hidden.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return hidden, weight, bias, low_rank
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+    pair = None if low_rank is None else (cast(low_rank[0]), cast(low_rank[1]))
+    return cast(hidden), cast(weight), None if bias is None else cast(bias), pair
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None
+) -> None:
+    if hidden.dtype not in _FLOATING:
+        raise TypeError(f"hidden must be one of {', '.join(map(str, _FLOATING))}; got {hidden.dtype}")
+    if targets.dtype not in INTEGERS:
+        raise TypeError(f"targets must be an integer tensor; got {targets.dtype}")
+    if hidden.dim() < 1:
+        raise ValueError("hidden must be (..., D); got a scalar")
+    D = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != D or weight.shape[0] < 1 or D < 1:
+        raise ValueError(
+            f"weight must be (V, D = {D}), both at least 1, D the last dimension of hidden {tuple(hidden.shape)};"
+            f" got {tuple(weight.shape)}"
+        )
+    V = weight.shape[0]
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must have the leading shape of hidden, {tuple(hidden.shape[:-1])}; got {tuple(targets.shape)}"
+        )
+    named = {"weight": weight}
+    if bias is not None:
+        named["bias"] = bias
+        if bias.shape != (V,):
+            raise ValueError(f"bias must be (V,) = ({V},); got {tuple(bias.shape)}")
+    if low_rank is not None:
+        x, b = low_rank
+        named |= {"low_rank[0]": x, "low_rank[1]": b}
+        if b.dim() != 2 or b.shape[0] != V or b.shape[1] < 1:
+            raise ValueError(f"low_rank[1] must be (V = {V}, R) with R at least 1; got {tuple(b.shape)}")
+        if x.shape != (*hidden.shape[:-1], b.shape[1]):
+            raise ValueError(f"low_rank[0] must be (..., R) = {(*hidden.shape[:-1], b.shape[1])}; got {tuple(x.shape)}")
+    for name, x in named.items():
+        if x.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of hidden, {hidden.dtype} (torch.autocast mixes dtypes); got {x.dtype}"
+            )
+    for name, x in (*named.items(), ("targets", targets)):
+        if x.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}; got {x.device}")
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+    options: HeadOptions,
+    grad_tol: float,
+    grad_tail: str,
+    outputs: Sequence[str],
+    process_group: Any,
+    impl: str,
+) -> LogpStats:
+    _known(impl)
+    _check_kinds(hidden, weight, targets, bias, low_rank)
+    hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
+    _check(hidden, weight, targets, bias, low_rank)
+    low_rank_hidden, low_rank_weight = (None, None) if low_rank is None else low_rank
+    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    # Whether or not this call uses it: forwards with and without a graph take as much from the generator.
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64) if grad_tail == "sample" else None
+    if seed is not None and not torch.compiler.is_compiling():  # then the op says so
+        ops.check_tail(ops.resolve(impl, hidden, weight))
+    arguments = (hidden, weight, targets.long(), bias, low_rank_hidden, low_rank_weight, options)
+    extra = any(name in outputs for name in _EXTRA)
+    if process_group is not None:
+        from .vocab_parallel import ShardedLinearLogps  # torch.distributed is optional in a build of torch
+
+        return LogpStats(*ShardedLinearLogps.apply(*arguments, extra, impl, process_group)[:6])
+    tape = replay.active()
+    known = None if tape is None else tape.take(targets.shape)
+    sparse = grad_tol > 0 and not extra and _differentiates(head)
+    # A GPU does not have the products of a row at hand once it knows that the row needs them: candidates are cheaper.
+    # With a sampled tail no row needs them, on any device.
+    cheaper = sparse and (hidden.device.type != "cpu" or seed is not None)
+    stores = not outputs and _stores_derivative(head, options) and not cheaper
+    # `wide` is the lse in float64, for the tape.
+    if stores and (known is None or sparse):
+        token_logps, lse, wide, *_ = FrozenLinearLogps.apply(*arguments, float(grad_tol), impl)
+        stats = LogpStats(token_logps, lse)
+    elif sparse:
+        # Also where the lse is known: the candidates cost the one product that it would save, and save two.
+        token_logps, lse, wide, *_ = SparseLinearLogps.apply(*arguments, float(grad_tol), impl, seed)
+        stats = LogpStats(token_logps, lse)
+    elif known is None and _differentiates(head) and (columns := columns_to_keep(head, targets, options, impl)):
+        *results, wide, _ = KeptLinearLogps.apply(*arguments, extra, columns)
+        stats = LogpStats(*results)
+    else:
+        *results, wide = ExactLinearLogps.apply(*arguments, extra, impl, None if extra else known)
+        stats = LogpStats(*results)
+    if tape is not None:
+        tape.note(wide)
+    return stats
+
+
+def _differentiates(head: Head) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
+
+
+def _stores_derivative(head: Head, options: HeadOptions) -> bool:
+    """Whether the forward had better store d token_logps / d hidden: the head needs no gradient, hidden does, and the
+    buffer fits in the budget. The choice does not depend on the implementation.
+    """
+    if not (torch.is_grad_enabled() and head.hidden.requires_grad):
+        return False
+    rest = (head.weight, head.bias, head.low_rank_weight)
+    if any(x is not None and x.requires_grad for x in rest):
+        return False
+    stored = head.hidden.numel() + (0 if head.low_rank_hidden is None else head.low_rank_hidden.numel())
+    return stored * head.hidden.element_size() <= options.workspace_bytes

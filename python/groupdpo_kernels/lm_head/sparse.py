@@ -1,0 +1,274 @@
+"""A backward over few vocabulary entries a row, with a bound on what it leaves out: what `grad_tol` > 0 asks for.
+
+A trained model puts nearly all of a row's probability on few entries, so nearly all of d_logits is negligible. The
+forward keeps each row's candidates, the entries of probability at least `least_probability(grad_tol)`, at most
+`capacity` of them, and `dropped`, a bound on the probability of all the others. The target is kept apart with its own
+1 - p_y, and nothing is renormalised. The backward knows the upstream gradient: `exact_rows` sends rows through the
+exact path until what the others leave out is at most `grad_tol` of d_logits in the L1 norm over the call, whatever the
+data; `add_candidates` does the others.
+
+With a sampled tail (`grad_tail="sample"`) no row that is finite needs the exact path: `TAIL_SAMPLES` entries drawn from
+what a row leaves out stand for it, each with that probability's equal part, which makes the gradients unbiased. They
+are more columns of ids and weights. Derivations and bounds: docs/math.md.
+
+Here in plain PyTorch, on any device: the specification of the kernels, and what `impl="reference"` runs. Checks no
+values: rows are live and ids are valid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import Head, HeadGradients, HeadOptions, accumulator, log_probs
+from .torch_blocks import SUM_ERROR, _at_target, _block_logits, _finite_or_nan, _lse, _spans, block_shape
+
+AddWeightedRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, HeadOptions], None]
+
+
+TAIL_SAMPLES = 8  # csrc/cpu/tail.h says why
+
+
+def samples(seed: Tensor | None) -> int:
+    return 0 if seed is None else TAIL_SAMPLES
+
+
+class Candidates(NamedTuple):
+    """What a forward keeps of each row besides token_logps and lse; all by row, in float32 (float64)."""
+
+    token_logps: Tensor  # (T,)
+    lse: Tensor  # (T,) float64
+    doubts: Tensor  # (T,) 1 - p_y, as a sum over the others: nothing cancels in a row that is sure of its target
+    slopes: Tensor  # (T,) c_y, the cap's slope at the target; 1 without a cap
+    dropped: Tensor  # (T,) at least the sum of p_v over the entries that are neither target nor candidate
+    ids: Tensor  # (T, capacity) int32: the candidates first, then 0; then, with a sampled tail, TAIL_SAMPLES more
+    weights: Tensor  # likewise: p_v c_v of each, 0 past the last; of the drawn ones tail / TAIL_SAMPLES c_v
+
+
+def least_probability(grad_tol: float, sampled: bool = False) -> float:
+    """Of a candidate. Smaller: more candidates, and fewer rows that need the exact path; or, where a tail is sampled,
+    less in it: there a further draw lowers the variance by more than a candidate below 2^-9 does.
+    """
+    return grad_tol / (4 if sampled else 64)
+
+
+def capacity(T: int, V: int, workspace_bytes: int) -> int:
+    """Most candidates a row: 256, less where 8 bytes for each in every row would not fit in half of the budget."""
+    return max(1, min(V, 256, workspace_bytes // (16 * max(T, 1))))
+
+
+def candidates_in_blocks(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    low_rank_hidden: Tensor | None,  # (T, R)
+    low_rank_weight: Tensor | None,  # (V, R)
+    targets: Tensor,  # (T,) int64, all valid
+    options: HeadOptions,
+    least: float,  # least_probability
+    most: int,  # capacity
+) -> Candidates:
+    """Forward and candidates in one pass over the vocabulary: 2 T D V FLOP. Of more than `most`, the likeliest."""
+    dtype = accumulator(hidden.dtype)
+    (T, D), V = hidden.shape, weight.shape[0]
+    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
+    rows, columns = block_shape(T, D + R + 3 * most, V, options.workspace_bytes, dtype.itemsize)
+    target_logits, doubts, slopes, dropped = (hidden.new_zeros(T, dtype=dtype) for _ in range(4))
+    lse = hidden.new_zeros(T, dtype=torch.float64)
+    ids = targets.new_zeros((T, most), dtype=torch.int32)
+    weights = hidden.new_zeros((T, most), dtype=dtype)
+    for t in _spans(T, rows):
+        h, y = hidden[t].to(dtype), targets[t]
+        x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
+        top, rest = h.new_full((h.shape[0],), -math.inf), h.new_zeros(h.shape[0])  # rest: without the target
+        best = h.new_full((h.shape[0], most), -math.inf)  # logits of the likeliest so far
+        best_ids, best_slopes = y.new_zeros(best.shape), torch.ones_like(best)
+        for v in _spans(V, columns):
+            b = None if bias is None else bias[v].to(dtype)
+            u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
+            z, slope = _block_logits(h, weight[v].to(dtype), b, x, u, options)
+            here = (y >= v.start) & (y < v.stop)
+            target_logits[t] += _at_target(z, y, v)
+            slopes[t] += here.to(dtype) if slope is None else _at_target(slope, y, v)
+            new_top = torch.maximum(top, z.max(1).values)
+            shift = torch.where(torch.isfinite(new_top), new_top, 0)
+            at = (y - v.start).clamp(0, z.shape[1] - 1)[:, None]
+            z.scatter_(1, at, torch.where(here, -math.inf, z.gather(1, at)[:, 0])[:, None])
+            rest = rest * torch.exp(torch.where(top == -math.inf, -math.inf, top - shift))
+            rest += torch.exp(z - shift[:, None]).sum(1)
+            logits, where = z.topk(min(most, z.shape[1]), 1)
+            new_slopes = torch.ones_like(logits) if slope is None else slope.gather(1, where)
+            best, kept = torch.cat((best, logits), 1).topk(most, 1)
+            best_ids = torch.cat((best_ids, where + v.start), 1).gather(1, kept)
+            best_slopes = torch.cat((best_slopes, new_slopes), 1).gather(1, kept)
+            top = new_top
+        shift = torch.where(torch.isfinite(top), top, 0)
+        total = rest + torch.exp(target_logits[t] - shift)
+        lse[t] = _lse(shift, total)
+        doubts[t] = rest / _finite_or_nan(total)
+        p = torch.exp(log_probs(best, lse[t, None]))
+        p = torch.where(p >= least, p, 0)
+        dropped[t] = (doubts[t] - p.sum(1)).clamp(min=0) + SUM_ERROR * doubts[t]
+        weights[t] = p * best_slopes
+        ids[t] = torch.where(p > 0, best_ids, 0).to(torch.int32)
+    return Candidates(log_probs(target_logits, lse), lse, doubts, slopes, dropped, ids, weights)
+
+
+def with_tail(
+    found: Candidates,
+    head: Head,  # (T, .) rows
+    targets: Tensor,  # (T,) int64, all valid
+    options: HeadOptions,
+    seed: int,
+) -> Candidates:
+    """And TAIL_SAMPLES entries of each row, drawn independently in proportion to p from what is neither target nor
+    candidate: 2 T D V FLOP more. A block of the vocabulary that joins the tail takes each draw over with the
+    probability of its part of the tail so far; within it the draw goes by the running sum.
+    """
+    hidden, weight, bias, low_rank_hidden, low_rank_weight = head
+    dtype = accumulator(hidden.dtype)
+    (T, D), V = hidden.shape, weight.shape[0]
+    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
+    rows, columns = block_shape(T, D + R + 3 * found.ids.shape[1], V, options.workspace_bytes, dtype.itemsize)
+    generator = torch.Generator(hidden.device).manual_seed(seed)
+    ids = found.ids.new_zeros((T, TAIL_SAMPLES))
+    weights = found.weights.new_zeros((T, TAIL_SAMPLES))
+    for t in _spans(T, rows):
+        h = hidden[t].to(dtype)
+        x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
+        taken = torch.cat((torch.where(found.weights[t] != 0, found.ids[t].long(), -1), targets[t, None]), 1)
+        tail, slopes = h.new_zeros((h.shape[0], 1), dtype=torch.float64), torch.ones_like(weights[t])
+        for v in _spans(V, columns):
+            b = None if bias is None else bias[v].to(dtype)
+            u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
+            z, slope = _block_logits(h, weight[v].to(dtype), b, x, u, options)
+            sums = torch.exp(log_probs(z, found.lse[t, None])).double()
+            row, slot = ((taken >= v.start) & (taken < v.stop)).nonzero(as_tuple=True)
+            sums[row, taken[row, slot] - v.start] = 0
+            sums = sums.cumsum(1)
+            tail += sums[:, -1:]
+            at = tail * torch.rand(weights[t].shape, generator=generator, dtype=torch.float64, device=h.device)
+            replaced = at < sums[:, -1:]
+            where = torch.searchsorted(sums, at, right=True).clamp(max=z.shape[1] - 1)
+            ids[t] = torch.where(replaced, where + v.start, ids[t]).to(ids.dtype)
+            if slope is not None:
+                slopes = torch.where(replaced, slope.gather(1, where), slopes)
+        weights[t] = (tail / TAIL_SAMPLES * slopes).to(dtype)
+    return found._replace(ids=torch.cat((found.ids, ids), 1), weights=torch.cat((found.weights, weights), 1))
+
+
+def exact_rows(
+    doubts: Tensor,  # (...)
+    dropped: Tensor,  # (...)
+    d_token_logps: Tensor,  # (...)
+    d_lse: Tensor,  # (...)
+    live: Tensor,  # (...) bool: not ignored
+    grad_tol: float,
+) -> Tensor:  # (...) bool
+    """Which rows need the exact path, so that sum |d_lse - d_token_logps| dropped over the others is at most grad_tol
+    times sum |d_lse - d_token_logps| doubts over all: those that would leave out most. Reads no value back.
+
+    Sums are of whole units, 2^-31 of what is allowed, each cost rounded up: a scan of floats on a GPU has another last
+    digit each time, and a row would now and then go another way.
+    """
+    size = torch.where(live, (d_lse - d_token_logps).abs(), 0).double().reshape(-1)
+    cost = size * dropped.reshape(-1)
+    allowed = grad_tol * (size * doubts.reshape(-1)).sum()
+    order = cost.argsort(stable=True)
+    units = torch.where(cost > 0, (cost / allowed * 2**31).ceil(), cost)
+    known = units <= 2**31  # not NaN: a row that is not finite goes the exact way
+    units = torch.where(known, units, 2**31 + 1).long()
+    fits = known[order] & (units[order].cumsum(0) <= 2**31)
+    exact = torch.ones_like(fits).scatter_(0, order, ~fits)
+    return exact.view_as(live) & live
+
+
+def add_candidates(
+    gradients: HeadGradients,  # added to, in place
+    head: Head,  # (T, .) rows
+    targets: Tensor,  # (T,) int64, all valid
+    found: Candidates,
+    d_target: Tensor,  # (T,) of reference.row_gradients, as the next
+    d_softmax: Tensor,  # (T,)
+    rows: Tensor,  # (T,) bool: those to add
+    options: HeadOptions,
+    add_weighted_rows: AddWeightedRows,
+) -> None:
+    """The gradients of `rows`, over candidates and target alone: every sum in a fixed order, 4 D FLOP an entry."""
+    row, column, coefficients = entries(targets, found, d_target, d_softmax, rows, options)
+    by_row = bounds(row, targets.shape[0])
+    order = column.argsort(stable=True)
+    by_column = bounds(column[order], head.weight.shape[0])
+    for gradient, source in (
+        (gradients.d_hidden, head.weight),
+        (gradients.d_low_rank_hidden, head.low_rank_weight),
+    ):
+        if gradient is not None and source is not None:
+            add_weighted_rows(gradient, source, by_row, column, coefficients, options)
+    row, coefficients = row[order], coefficients[order]
+    for gradient, source in (
+        (gradients.d_weight, head.hidden),
+        (gradients.d_low_rank_weight, head.low_rank_hidden),
+    ):
+        if gradient is not None and source is not None:
+            add_weighted_rows(gradient, source, by_column, row, coefficients, options)
+    if (d_bias := gradients.d_bias) is not None:
+        ones = d_bias.new_ones((targets.shape[0], 1))
+        add_weighted_rows(d_bias[:, None], ones, by_column, row, coefficients, options)
+
+
+def entries(
+    targets: Tensor,  # (T,) int64
+    found: Candidates,
+    d_target: Tensor,  # (T,) of reference.row_gradients, as the next
+    d_softmax: Tensor,  # (T,)
+    rows: Tensor,  # (T,) bool
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor, Tensor]:  # (K,) int64, (K,) int64, (K,) float32
+    """The entries of d_logits through the map that are kept, by row: row, vocabulary id, value. Reads their number."""
+    chain = options.logit_scale / options.temperature
+    at_target, others = (chain * x.to(found.weights.dtype) for x in (d_target, d_softmax))
+    values = torch.cat(((found.slopes * at_target)[:, None], others[:, None] * found.weights), 1)
+    ids = torch.cat((targets[:, None], found.ids), 1)
+    kept = rows[:, None] & torch.cat((rows[:, None], found.weights != 0), 1)
+    row, slot = kept.nonzero(as_tuple=True)
+    return row, ids[row, slot].long(), values[row, slot]
+
+
+def bounds(sorted_keys: Tensor, size: int) -> Tensor:  # (K,) ascending -> (size + 1,) int64
+    """Key k owns the entries bounds[k] : bounds[k + 1]."""
+    return torch.searchsorted(sorted_keys, torch.arange(size + 1, device=sorted_keys.device))
+
+
+def add_weighted_rows(
+    out: Tensor,  # (m, n), added to
+    source: Tensor,  # (k, n)
+    owned: Tensor,  # (m+1,) int64
+    index: Tensor,  # (K,) int64 into source
+    coefficients: Tensor,  # (K,)
+    options: HeadOptions,
+) -> None:
+    """out[i] += sum of coefficients[j] source[index[j]] over the entries j that i owns; rounded once."""
+    dtype = coefficients.dtype
+    step = max(16, options.workspace_bytes // (4 * max(1, source.shape[1]) * dtype.itemsize))
+    sums = torch.empty(0)
+    start = 0
+    while start < out.shape[0]:
+        # As many rows as own about `step` entries, and at most `step` of them; one row's own are taken in pieces.
+        first = int(owned[start])
+        end = int(torch.searchsorted(owned[start + 1 :], first + step, right=True)) + start
+        end = min(max(end, start + 1), start + step, out.shape[0])
+        last = int(owned[end])
+        if last > first:
+            sums = out[start:end].to(dtype)
+            owner = torch.repeat_interleave(torch.arange(end - start, device=out.device), owned[start : end + 1].diff())
+            for a in range(first, last, step):
+                j = slice(a, min(a + step, last))
+                rows = source[index[j]].to(dtype).mul_(coefficients[j, None])
+                sums.index_add_(0, owner[a - first : j.stop - first], rows)
+            out[start:end] = sums.to(out.dtype)
+        start = end

@@ -1,0 +1,125 @@
+"""A vocabulary split over a process group: each rank holds some rows of the head, all ranks hold the same hidden states
+and targets.
+
+Each rank runs the ordinary ops on its rows; two all-reduces of a few floats a token join the results, and one of (T, D)
+sums the gradient of hidden. Shards may be of any size and follow the order of ranks. Never gathers the weight or the
+logits. Every rank of the group must call, forward and backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..reference import HeadOptions, log_probs, row_gradients
+from . import ops
+from .autograd import OfHead
+from .ops import Head
+
+_IGNORED = -100  # in the ids of a shard, whatever the caller's ignore_index: that one could be a valid id here
+
+
+class ShardedLinearLogps(OfHead):
+    """`LinearLogps` over a group: the same arguments and the group; weight, bias and low_rank_weight are this rank's
+    rows. is_top1 is of size 0. Past the six, four outputs for the backward alone: the lse in float64, the targets as
+    ids of this shard, which of them are its own, which lie outside the vocabulary.
+    """
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,  # (..., D)
+        weight: Tensor,  # (V of this rank, D)
+        targets: Tensor,  # (...) int64, global ids
+        bias: Tensor | None,  # (V of this rank,)
+        low_rank_hidden: Tensor | None,  # (..., R)
+        low_rank_weight: Tensor | None,  # (V of this rank, R)
+        options: HeadOptions,
+        stats: bool,
+        impl: str,
+        process_group: Any,
+    ) -> tuple[Tensor, ...]:
+        start, V = _span(weight, process_group)
+        live = targets != options.ignore_index
+        wrong = live & ((targets < 0) | (targets >= V))
+        if targets.device.type == "cpu" and wrong.any():
+            raise ValueError(
+                f"targets must be in [0, V = {int(V)}) or ignore_index = {options.ignore_index};"
+                f" got {int(targets[wrong][0])}"
+            )
+        local = targets - start
+        inside = live & (local >= 0) & (local < weight.shape[0])
+        ids = torch.where(live, torch.where(inside, local, 0), _IGNORED)
+        head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+        out = ops.linear_logps_forward(head, ids, replace(options, ignore_index=_IGNORED), stats, impl)
+        assert out.lse is not None
+
+        # In float64, like every lse: few numbers a token, and a common offset of the logits costs no digit.
+        top = out.lse.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, process_group)
+        shift = torch.where(torch.isfinite(top), top, 0)
+        mass = torch.exp(out.lse - shift)
+        # A shard of -inf alone cannot say so by a difference.
+        own = torch.where(out.lse == -torch.inf, out.lse, out.token_logps + out.lse)
+        target_logits = torch.where(inside, own, 0)
+        sums = [target_logits, mass]
+        if stats and out.entropy is not None and out.mean_logits is not None and out.log_sum_sq_probs is not None:
+            expected_logit = torch.where(mass == 0, 0, mass * (out.lse - shift - out.entropy))
+            sums += [
+                expected_logit,
+                out.mean_logits.double() * weight.shape[0],
+                torch.where(mass == 0, 0, torch.exp(out.log_sum_sq_probs + 2 * (out.lse - shift))),
+            ]
+        joined = torch.stack(sums)
+        dist.all_reduce(joined, dist.ReduceOp.SUM, process_group)
+        target_logits, mass, *rest = joined.unbind()
+
+        lse = torch.where(live, shift + mass.log(), 0)
+        values = [torch.where(wrong, torch.nan, log_probs(target_logits, lse)), lse]
+        if rest:
+            values += [mass.log() - rest[0] / mass, rest[1] / V, rest[2].log() - 2 * mass.log()]
+        outputs = [torch.where(live, x, 0).to(out.token_logps.dtype) for x in values]
+        empty = outputs[0].new_empty(0)
+        outputs += [empty.clone() for _ in range(5 - len(outputs))] + [empty.bool()]
+        return *outputs, lse, ids, inside, wrong
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, _, bias, low_rank_hidden, low_rank_weight, options, _, ctx.impl, ctx.process_group = inputs
+        ctx.options = replace(options, ignore_index=_IGNORED)
+        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, output[0], *output[6:])
+        ctx.mark_non_differentiable(*output[2:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, token_logps, lse, ids, inside, wrong = ctx.saved_tensors
+        head = Head(*tensors)
+        need = ctx.needs_input_grad
+        needs = (need[0], need[1], need[3], need[4], need[5], False)
+        d_target, d_softmax = row_gradients(token_logps, d_token_logps, d_lse)
+        d_softmax = torch.where(wrong, torch.nan, d_softmax)
+        # A row whose target lives elsewhere has id 0 here: an entry like any other.
+        p = torch.exp(ops.token_logps_of(head, ids, lse, ctx.options))
+        d_target = torch.where(inside, d_target, d_softmax * p)
+        gradients = list(ops.linear_logps_backward(head, ids, lse, d_target, d_softmax, ctx.options, needs, ctx.impl))
+        for i in (0, 3):
+            if (partial := gradients[i]) is not None:
+                total = partial.float() if partial.dtype.itemsize == 2 else partial
+                dist.all_reduce(total, dist.ReduceOp.SUM, ctx.process_group)
+                gradients[i] = total.to(partial.dtype)
+        d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = gradients[:5]
+        return d_hidden, d_weight, None, d_bias, d_low_rank_hidden, d_low_rank_weight, None, None, None, None
+
+
+def _span(weight: Tensor, process_group: Any) -> tuple[Tensor, Tensor]:
+    """(first global id of this rank, size of the whole vocabulary), as tensors: nothing is read back to the host."""
+    rank = dist.get_rank(process_group)
+    sizes = torch.zeros(dist.get_world_size(process_group), dtype=torch.int64, device=weight.device)
+    sizes[rank] = weight.shape[0]
+    dist.all_reduce(sizes, dist.ReduceOp.SUM, process_group)
+    return sizes[:rank].sum(), sizes.sum()

@@ -1,0 +1,402 @@
+"""Memory of a training step on hardware that is not there: which group fits, and what is in the way.
+
+The step of workload.py runs on fake tensors (shapes, no memory, no arithmetic) under the tracker of tracker.py. A
+deep model is not run in depth: a step of n equal layers has parts (a layer's forward, its backward, the head, the
+optimizer), the peak of each is linear in n and in the size of a batch, and the peak of the step is the largest of them.
+So few layers of each kind and two group sizes give all others, exactly (layers of one kind must be alike: a model whose
+config does not name its kinds has one). Small models, and groups no larger than those that were run, are run as they
+are.
+
+Stated, not tracked: the workspace of our ops (`tracking.head_workspace`); FSDP, as FSDP2 does it by layer: parameters,
+gradients and the optimizer's state are split over the ranks, the embedding and the head are whole from the forward to
+the end of the backward, with their gradients, and so are two layers, with the gradient of one.
+Not counted: what a framework takes beside tensors (about half a GiB of a GPU), what an allocator loses to fragments:
+`headroom` is for these; masks of padded batches.
+Never: downloads, allocates what it counts. Precondition: transformers. Cost: seconds a strategy, some 100 MB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..lm_head.logit_cache import nothing_kept
+from ..models.api import assume_logit_map
+from ..models.head_call import LogitMap
+from .tracker import MemoryTracker, Part, Peak, fake_copy, follow_layers
+from .workload import STRATEGIES, TrainingStep, Workload, build_model, config_of, take_layers
+
+GiB = 2**30
+MOST_RESPONSES = 4096  # no plan looks for larger groups
+_SPLIT = ("parameters", "gradients", "optimizer")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the step runs on.
+
+    Args:
+        memory: bytes of a device.
+        ranks: of FSDP; 1: none.
+        headroom: the share of memory that the plan leaves free.
+        device: "cuda" or "cpu", whose ops' workspace is counted.
+        reference: the device also holds a frozen copy of the model.
+    """
+
+    memory: int = 80 * 10**9
+    ranks: int = 1
+    headroom: float = 0.05
+    device: str = "cuda"
+    reference: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "ranks"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
+        if not 0 <= self.headroom < 1:
+            raise ValueError(f"headroom must be in [0, 1); got {self.headroom}")
+        if self.device not in ("cuda", "cpu"):
+            raise ValueError(f"device must be cuda or cpu; got {self.device!r}")
+
+    @property
+    def usable(self) -> int:
+        return int(self.memory * (1 - self.headroom))
+
+
+# -------------------------------------------------------------------------------------------------------------- a trace
+
+
+def trace(workload: Workload, model: nn.Module, device: str | None) -> dict[str, Peak]:
+    """Part of the step -> its peak, of a step on fake tensors. `model` is on the device meta, and is used up."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    step = TrainingStep(workload, "cpu", fake_copy(model, mode))
+    step.group_of(workload.group, workload.num_positives)
+    step.group_of(2, 1)
+    vocabulary = int(step.model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
+    assume_logit_map(step.model, LogitMap(vocabulary))
+    tracker = MemoryTracker(vocabulary, batch_of(workload), workload.tokens, device, fake=True)
+    follow_layers(layers_of(step.model), tracker.begin)
+    with mode, tracker, nothing_kept() if device == "cuda" else contextlib.nullcontext():
+        return track(step, tracker)
+
+
+def track(step: TrainingStep, tracker: MemoryTracker) -> dict[str, Peak]:
+    """The same of a step that is about to run, within its tracker, fake or not."""
+    tracker.follow(step.model)
+    if step.workload.lora_rank:
+        tracker.gradient_shapes = {p.shape for p in step.trainable}
+    step.make_state()
+    state = [x for values in step.optimizer.state.values() for x in values.values() if isinstance(x, Tensor)]
+    tracker.adopt(state, "optimizer")
+    tracker.peaks.clear()  # of what came before
+    tracker.begin("start")
+
+    def mark(name: str) -> None:
+        tracker.new = "optimizer" if name == "optimizer" else "activations"
+        tracker.begin(name)
+
+    step.run(mark=mark)
+    return tracker.peaks
+
+
+def batch_of(workload: Workload) -> int:
+    """Sequences of a batch of the step."""
+    sizes = {"two_pass": min(workload.micro_batch, workload.group), "one_pass": 1, "pairs": 2}
+    return sizes.get(workload.strategy, workload.group)
+
+
+def layers_of(model: Any) -> nn.ModuleList:
+    """The decoder's layers. ValueError where a model has none under a name that transformers uses."""
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = bare.get_decoder() if hasattr(bare, "get_decoder") else bare
+    for name in ("layers", "h", "blocks"):
+        if isinstance(getattr(decoder, name, None), nn.ModuleList):
+            return getattr(decoder, name)
+    raise ValueError(f"model must have a decoder with layers; {type(bare).__name__} has none that is known")
+
+
+def skeleton(model: nn.Module, layers: Sequence[int] | None = None) -> nn.Module:
+    """A copy on the device meta, of these layers alone if given; takes no memory of the size of the model."""
+    memo: dict[int, Any] = {}
+    for x in (*model.parameters(), *model.buffers()):
+        bare = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        memo[id(x)] = nn.Parameter(bare, x.requires_grad) if isinstance(x, nn.Parameter) else bare
+    found: Any = copy.deepcopy(model, memo)
+    if layers is not None:
+        own = layers_of(found)
+        kept = [own[i] for i in layers]
+        del own[:]
+        own.extend(kept)
+        take_layers(found.config.get_text_config(), layers)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- extrapolation
+
+
+def depths_of(config: Any) -> tuple[list[int], list[tuple[list[int], int]]]:
+    """Few layers that stand for all: (their numbers, [(the same and one more of a kind, how many more there are)]).
+
+    Layers are of one kind, or as the config says of several (sliding and full attention). The first and the last are
+    those of the model, and one is between them.
+    """
+    n = int(config.num_hidden_layers)
+    kinds = list(getattr(config, "layer_types", None) or ["layer"] * n)
+    numbers = {kind: [i for i in range(1, n - 1) if kinds[i] == kind] for kind in dict.fromkeys(kinds)}
+    inner = {kind: some for kind, some in numbers.items() if some}
+    if n <= 2 + 2 * len(inner):
+        return list(range(n)), []
+    base = [0, *sorted(some[0] for some in inner.values()), n - 1]
+    more = [(sorted([*base, some[1]]), len(some) - 1) for some in inner.values() if len(some) > 1]
+    return base, more
+
+
+class Prediction:
+    """Peaks of a workload's strategy at any group size.
+
+    Args:
+        make: numbers of layers -> the model of these on the device meta.
+        config: of the whole model.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        hardware: Hardware,
+        make: Callable[[Sequence[int]], nn.Module] | None = None,
+        config: Any = None,
+    ) -> None:
+        self.workload, self.hardware = workload, hardware
+        self.make = make or (lambda layers: build_model(workload, torch.device("meta"), layers))
+        self.config = config_of(workload) if config is None else config
+        self._traced: dict[int, dict[str, Peak]] = {}
+        size = workload.micro_batch
+        self.bases = {"two_pass": (2 * size, 4 * size), "pairs": (4, 4)}.get(workload.strategy, (2, 4))
+
+    def at(self, group: int) -> Peak:
+        """The step's peak, and what is alive then."""
+        parts = self.parts_at(group)
+        return max(parts.values(), key=lambda peak: peak.total)
+
+    def parts_at(self, group: int) -> dict[str, Peak]:
+        """Part of the step -> its peak."""
+        low, high = self.bases
+        if group <= high:
+            parts = self._deep(group)
+        elif low == high:
+            parts = self._deep(high)  # a longer group repeats what a shorter one does
+        else:
+            parts = _sum(self._deep(low), self._deep(low), self._deep(high), (group - low) / (high - low))
+        return {name: self._placed(name, peak) for name, peak in parts.items()}
+
+    def largest_group(self) -> int:
+        """The largest group that fits: an even one, or of any size with `positives`; 0: none does."""
+        positives = self.workload.positives
+        step, least = (2, 2) if positives is None else (1, positives + 1)
+        if self.at(least).total > self.hardware.usable:
+            return 0
+        low, high = 0, max(0, (MOST_RESPONSES - least) // step)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.at(least + step * middle).total <= self.hardware.usable
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return least + step * low
+
+    def _deep(self, group: int) -> dict[str, Peak]:
+        if group not in self._traced:
+            # How many are positive changes no tensor's size, so the sizes that stand for others may be smaller than it.
+            positives = None if group % 2 == 0 else self.workload.positives
+            workload = replace(self.workload, group=group, positives=positives)
+            few, more = depths_of(self.config)
+            base = self._trace(workload, few)
+            found = base
+            for layers, times in more:
+                found = _sum(found, base, self._trace(workload, layers), times)
+            self._traced[group] = found
+        return self._traced[group]
+
+    def _trace(self, workload: Workload, layers: Sequence[int]) -> dict[str, Peak]:
+        return trace(workload, self.make(layers), self.hardware.device)
+
+    # ------------------------------------------------------------------------------------------- what is not tracked
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        """Bytes of the parameters outside the layers, of one layer, and of those that train of both."""
+        if not hasattr(self, "_known_sizes"):
+            model = self.make([0])
+            layer = list(layers_of(model)[0].parameters())
+            inside = set(map(id, layer))
+            root = [p for p in model.parameters() if id(p) not in inside]
+            sums = [sum(p.nbytes for p in some) for some in (root, layer)]
+            self._known_sizes = (*sums, *(sum(p.nbytes for p in some if p.requires_grad) for some in (root, layer)))
+        return self._known_sizes  # type: ignore[return-value]
+
+    def _placed(self, name: str, peak: Peak) -> Peak:
+        ranks, extra = self.hardware.ranks, dict[Part, int]()
+        if ranks == 1 and not self.hardware.reference:
+            return peak
+        root, layer, root_grad, layer_grad = self._sizes()
+        if self.hardware.reference:
+            extra["parameters", "the reference's"] = (root + int(self.config.num_hidden_layers) * layer) // ranks
+        if ranks > 1 and name not in ("optimizer", "end", "start"):
+            extra["parameters", "whole: embedding, head, two layers"] = root + 2 * layer
+            if name.startswith(("backward", "head")):
+                extra["gradients", "whole: embedding, head, one layer"] = root_grad + layer_grad
+        parts = {part: -(-size // ranks) if part[0] in _SPLIT else size for part, size in peak.parts.items()}
+        parts |= extra
+        return Peak(sum(parts.values()), parts)
+
+
+def _sum(start: dict[str, Peak], low: dict[str, Peak], high: dict[str, Peak], times: float) -> dict[str, Peak]:
+    """start + times (high - low), part by part of what all three have. A part that is missing lies between others."""
+    found = {}
+    for name in start.keys() & low.keys() & high.keys():
+        x, a, b = (peaks[name].parts for peaks in (start, low, high))
+        sizes = {part: x.get(part, 0) + times * (b.get(part, 0) - a.get(part, 0)) for part in (x | a | b)}
+        parts = {part: round(size) for part, size in sizes.items() if abs(size) >= 0.5}
+        found[name] = Peak(sum(parts.values()), parts)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- a plan
+
+
+def plan(
+    base: Workload,
+    groups: Sequence[int],
+    hardware: Hardware,
+    strategies: Sequence[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+    processes: int = 1,
+) -> list[dict[str, Any]]:
+    """A row a strategy: its peak at each group size, the largest group that fits, and what is largest at the peak.
+
+    `progress` hears the name of each strategy that is done. More than one of `processes` want a main module that can be
+    imported, as those of multiprocessing do.
+
+    Raises ValueError for what a Workload refuses and for a model without a config; nothing long runs before that.
+    """
+    names = [s for s in STRATEGIES if base.lora_rank or s != "one_pass"] if strategies is None else list(strategies)
+    loads = [replace(base, strategy=name, group=group) for name in names for group in groups]
+    if not loads:
+        raise ValueError("groups and strategies must not be empty; got none")
+    config_of(base)
+    rows: dict[str, dict[str, Any]] = {}
+
+    def done(name: str, row: dict[str, Any]) -> None:
+        rows[name] = row
+        if progress:
+            progress(name)
+
+    bases = {name: replace(base, strategy=name) for name in names}
+    if processes > 1 and len(names) > 1:
+        with ProcessPoolExecutor(min(processes, len(names)), mp_context=get_context("spawn")) as pool:
+            # Those of many passes first: the last one alone is the shortest.
+            order = sorted(names, key=STRATEGIES.index, reverse=True)
+            running = {pool.submit(plan_row, bases[name], groups, hardware): name for name in order}
+            for future in as_completed(running):
+                done(running[future], future.result())
+    else:
+        for name in names:
+            done(name, plan_row(bases[name], groups, hardware))
+    return [rows[name] for name in names]
+
+
+def plan_row(workload: Workload, groups: Sequence[int], hardware: Hardware) -> dict[str, Any]:
+    """The row of one strategy."""
+    prediction = Prediction(workload, hardware)
+    peaks = {group: prediction.at(group) for group in groups}
+    largest = prediction.largest_group()
+    (category, what), size = max(peaks[max(groups)].parts.items(), key=lambda item: item[1])
+    return {
+        "strategy": workload.strategy,
+        "peaks": {group: peak.total for group, peak in peaks.items()},
+        "breakdown": {group: peak.by_category() for group, peak in peaks.items()},
+        "largest_group": largest,
+        "limit": {"category": category, "tensor": what, "bytes": size},
+        "usable": hardware.usable,
+    }
+
+
+def plan_table(rows: Sequence[dict[str, Any]]) -> str:
+    """In Markdown: GiB at each group size, in brackets what does not fit."""
+    groups = list(rows[0]["peaks"])
+    lines = ["| strategy | " + " | ".join(f"G = {g}" for g in groups) + " | largest group | largest part |"]
+    lines.append("|---" * (len(groups) + 3) + "|")
+    for row in rows:
+        cells = [f"{p / GiB:.1f}" if p <= row["usable"] else f"({p / GiB:.1f})" for p in row["peaks"].values()]
+        limit, n = row["limit"], row["largest_group"]
+        largest = f"{n} or more" if n == MOST_RESPONSES else str(n) if n else "none"
+        part = f"{limit['category']}: {limit['tensor'].strip()}, {limit['bytes'] / GiB:.1f} GiB"
+        lines.append(f"| {row['strategy']} | {' | '.join(cells)} | {largest} | {part} |")
+    return "\n".join(lines)
+
+
+def largest_micro_batch(
+    model: nn.Module,
+    tokens: int,
+    memory: int,
+    *,
+    autocast: bool = False,
+    device: str = "cuda",
+    optimizer: str = "adamw",
+) -> tuple[int, int]:
+    """(sequences of `tokens` tokens that a micro-batch of two passes may hold within `memory` bytes, bytes of one).
+
+    `model` is the one that trains, adapter and checkpointing included; it is only looked at. 0 sequences: not even one.
+    """
+    base = Workload(tokens=tokens, autocast=autocast, optimizer=optimizer, lora_rank=_adapted(model), micro_batch=1)
+
+    def peak(size: int) -> int:
+        load = replace(base, micro_batch=size, group=2 * size)
+        return _prediction_of(model, load, memory, device).at(2 * size).total
+
+    one, two = peak(1), peak(2)
+    return (0 if one > memory else 1 + math.floor((memory - one) / max(1, two - one))), one
+
+
+def step_peak(
+    model: nn.Module,
+    responses: int,
+    tokens: int,
+    memory: int,
+    *,
+    autocast: bool = False,
+    device: str = "cuda",
+    optimizer: str = "adamw",
+) -> int:
+    """Bytes of a step that keeps the graph of a group of so many responses, an even number, of `tokens` tokens."""
+    load = Workload(
+        strategy="coupled", group=responses, tokens=tokens, autocast=autocast, optimizer=optimizer,
+        lora_rank=_adapted(model),
+    )  # fmt: skip
+    return _prediction_of(model, load, memory, device).at(responses).total
+
+
+def _adapted(model: nn.Module) -> int:
+    return 1 if any(not p.requires_grad for p in model.parameters()) else 0
+
+
+def _prediction_of(model: nn.Module, workload: Workload, memory: int, device: str) -> Prediction:
+    """Of the model that trains, which is only looked at."""
+    layers_of(model)  # refuses what it cannot take apart
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    hardware = Hardware(memory, headroom=0.0, device=device)
+    return Prediction(workload, hardware, lambda layers: skeleton(model, layers), config)
+
+
+def categories(peak: Peak) -> str:
+    """In words, the largest first."""
+    found = sorted(((size, name) for name, size in peak.by_category().items() if size), reverse=True)
+    return ", ".join(f"{name} {size / GiB:.2f} GiB" for size, name in found)

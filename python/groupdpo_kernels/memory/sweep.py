@@ -1,0 +1,260 @@
+"""Peak memory and time of a real training step against the size of the group, for each strategy of workload.py.
+
+    groupdpo-kernels profile --model tiny --groups 2,4,8,16 --out profile
+    groupdpo-kernels profile --settings full,checkpointing,lora --groups 2,4,8,16,32,64 --tokens 128 --out P
+
+Each memory figure is of a fresh process; the strategies of a group are timed in one, in interleaved rounds
+(worker.py says what is measured). Rows go to OUT/measured.jsonl, a line as soon as it is known; with `--resume` what
+is there stays and the rest is measured. A point that runs out of memory is a row that says so. OUT/report.html and the
+pictures are drawn at the end, and after an interruption, of what there is.
+Never: overwrites a file of figures. Precondition: transformers; peft for LoRA; matplotlib for the report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .machine import describe
+from .workload import STRATEGIES, Workload, config_of, workload_of
+
+Row = dict[str, Any]
+_BASE_OF_RATIOS = "coupled"  # timed first
+
+
+class Worker:
+    """The process that forks one for each request; started when first asked, and again if it has died."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: dict[str, Any]) -> list[Row]:
+        if self.process is None or self.process.poll() is not None:
+            command = [sys.executable, "-W", "ignore", "-m", "groupdpo_kernels.memory.worker"]
+            # What asks for a GPU while the process imports must not start CUDA there: no fork of it could use it.
+            environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+            # In a session of its own: Ctrl-C reaches every process of a terminal, and only this one decides.
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                env=environment,
+            )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self.process.wait()
+            return [
+                {"status": "failed", "why": f"the measuring process ended with {code}"} for _ in request["workloads"]
+            ]
+        return json.loads(line)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+class Figures:
+    """The file of rows: a header, then a row a line. What is there is read first, where that is wanted."""
+
+    def __init__(self, path: Path, header: dict[str, Any], resume: bool) -> None:
+        self.path, self.rows = path, list[Row]()
+        if path.exists() and not resume:
+            raise ValueError(f"out must not hold figures yet, or resume must be True; {path} exists")
+        if path.exists():
+            found, self.rows = read_figures(path)
+            for name in ("device", "versions"):
+                if found[name] != header[name]:
+                    raise ValueError(
+                        f"resume must go on where it began; {path} is of {found[name]}, this is {header[name]}"
+                    )
+            whole = "".join(json.dumps(row) + "\n" for row in (found, *self.rows))
+            part = path.with_suffix(".part")
+            part.write_text(whole)  # without the line that an interruption may have cut off
+            part.replace(path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(header) + "\n")
+
+    def known(self, request: Row) -> Row | None:
+        """The row of this request that needs no second measurement."""
+        same = (row for row in self.rows if all(row.get(name) == value for name, value in request.items()))
+        return next((row for row in same if row["status"] != "failed"), None)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_figures(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """(header, rows) of a file that `profile` writes. A last line that was cut off is left out."""
+    lines = path.read_text().split("\n")
+    try:
+        header, *rows = [json.loads(line) for line in lines[:-1]]
+        if "versions" not in header or any("workload" not in row for row in rows):
+            raise KeyError("workload")
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"figures must be a file that profiling has written; got {path}: {error!r}") from None
+    return header, rows
+
+
+def profile(
+    workloads: Sequence[Workload],
+    out: Path | str,
+    *,
+    device: torch.device | str | None = None,
+    limit: int | None = None,
+    resume: bool = False,
+    kinds: Sequence[str] = ("memory", "time"),
+    seconds: float = 8.0,
+    rounds: int = 20,
+    command: str = "",
+    progress: bool = True,
+) -> list[Row]:
+    """Measures the workloads and returns the rows, those found by `resume` included.
+
+    Args:
+        out: the file of rows, OUT.jsonl.
+        device: None: cuda where there is one, else cpu.
+        limit: bytes that a step may take beyond its process; more is out of memory. None: what the machine has.
+        resume: keep the rows that `out` holds, and measure the rest, failures again.
+        kinds: "memory", "time".
+        seconds, rounds: of timing the strategies of one group: at least 3 rounds, at most `rounds`.
+        command: is written into the file.
+
+    Raises ValueError for figures that are there without `resume`, or that another machine or version has measured, and
+    what a model's config raises. Ctrl-C ends the processes and leaves the rows in `out`.
+    """
+    if not workloads:
+        raise ValueError("workloads must hold at least one; got none")
+    for kind in kinds:
+        if kind not in ("memory", "time"):
+            raise ValueError(f"kinds must be memory or time; got {kind!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 byte; got {limit}")
+    if rounds < 3:
+        raise ValueError(f"rounds must be at least 3; got {rounds}")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type not in ("cuda", "cpu") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu, or cuda where PyTorch finds a GPU; got {device}")
+    for model in dict.fromkeys(workloads):
+        config_of(model)  # a name that does not exist ends the run before it begins
+    figures = Figures(Path(out), describe(device, command), resume)
+    common = {"device": device.type, "limit": limit}
+    worker = Worker()
+    try:
+        with _bar(len(workloads) * len(kinds), progress) as done:
+            for group in _together(workloads):
+                for workload in group if "memory" in kinds else ():
+                    request = {"kind": "memory", "workload": asdict(workload), **common}
+                    done(f"memory, {workload.strategy}, G = {workload.group}, {workload.setting}")
+                    if figures.known(request) is None:
+                        (row,) = worker.ask(request | {"workloads": [asdict(workload)]})
+                        figures.add(request | row)
+                if "time" in kinds:
+                    _time(group, common | {"seconds": seconds, "rounds": rounds}, figures, worker, done)
+    finally:
+        worker.stop()
+    return figures.rows
+
+
+def _together(workloads: Sequence[Workload]) -> Iterator[list[Workload]]:
+    """Those that differ in strategy alone, the base of ratios first."""
+    found: dict[Workload, list[Workload]] = {}
+    for workload in workloads:
+        # one_pass is not allowed without an adapter: any strategy stands for all.
+        found.setdefault(replace(workload, strategy="coupled"), []).append(workload)
+    for group in found.values():
+        yield sorted(group, key=lambda w: w.strategy != _BASE_OF_RATIOS)
+
+
+def _time(
+    group: list[Workload], options: dict[str, Any], figures: Figures, worker: Worker, done: Callable[[str], None]
+) -> None:
+    keys = [
+        {"kind": "time", "workload": asdict(w), "device": options["device"], "limit": options["limit"]} for w in group
+    ]
+    open_ones = []
+    for workload, key in zip(group, keys):
+        done(f"time, {workload.strategy}, G = {workload.group}, {workload.setting}")
+        memory = figures.known(key | {"kind": "memory"})
+        if figures.known(key) is not None:
+            continue
+        if memory is not None and memory["status"] == "out_of_memory":
+            figures.add(key | {"status": "out_of_memory", "why": memory["why"]})
+        else:
+            open_ones.append((workload, key))
+    if not open_ones:
+        return
+    # A ratio wants its base in the same rounds, so what is timed again is timed with it.
+    loads, keys = [w for w, _ in open_ones], [key for _, key in open_ones]
+    for key, row in zip(keys, worker.ask({"kind": "time", "workloads": [asdict(w) for w in loads], **options})):
+        if loads[0].strategy != _BASE_OF_RATIOS:
+            row.pop("ratio", None)
+        figures.add(key | row)
+
+
+@contextlib.contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
+    """A function that is told what begins."""
+    if not shown:
+        yield lambda what: None
+        return
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    with tqdm(total=total, unit="point", file=sys.stderr) as bar:
+
+        def done(what: str) -> None:
+            bar.set_description(what)
+            bar.update()
+
+        yield done
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def table(rows: Sequence[Row]) -> str:
+    """In Markdown, one a setting: MiB, and seconds with the ratio to `coupled`, of each strategy and group."""
+    lines: list[str] = []
+    by_setting: dict[str, list[Row]] = {}
+    for row in rows:
+        by_setting.setdefault(workload_of(row["workload"]).setting, []).append(row)
+    for setting, some in by_setting.items():
+        groups = sorted({row["workload"]["group"] for row in some})
+        lines += ["", f"**{setting}**", "", "| strategy | " + " | ".join(f"G = {g}" for g in groups) + " |"]
+        lines.append("|---" * (len(groups) + 1) + "|")
+        for strategy in (s for s in STRATEGIES if any(row["workload"]["strategy"] == s for row in some)):
+            mine = [row for row in some if row["workload"]["strategy"] == strategy]
+            cells = ["; ".join(_cell(r) for r in mine if r["workload"]["group"] == g) for g in groups]
+            lines.append(f"| {strategy} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Row) -> str:
+    if row["status"] != "ok":
+        return row["status"].replace("_", " ")
+    if row["kind"] == "memory":
+        return f"{row['peak_bytes'] / 2**20:.0f} MiB"
+    ratio = f" ({row['ratio']['median']:.2f})" if "ratio" in row else ""
+    return f"{1e3 * row['seconds']['median']:.0f} ms{ratio}"

@@ -1,0 +1,268 @@
+"""Memory of what runs, storage by storage: how much is alive, what it is, and where it peaks.
+
+`MemoryTracker` is a TorchDispatchMode: it sees the result of every operation, counts each storage once, and forgets it
+when its last user does. It works on real tensors and on fake ones alike, so a prediction and a measurement are counted
+by the same code. Why not torch's own MemTracker (torch.distributed._tools): it is private, knows neither logits nor our
+ops, and keeps one snapshot of a whole step, where the size of a step is extrapolated from the peaks of its parts.
+
+What an op allocates inside is not visible: what our own ops do is added by the rule of `head_workspace`.
+In a fake run floating tensors have no values and integers do, for code reads targets and offsets.
+Cost: some 10 us an operation.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "head workspace", "logits")
+Part = tuple[str, str]  # category, and what it is: the op that made it, its shape, its dtype
+
+
+@dataclass
+class Peak:
+    """The most that was alive during a part of the step, and what it was."""
+
+    total: int = 0
+    parts: dict[Part, int] = field(default_factory=dict)  # bytes
+
+    def by_category(self) -> dict[str, int]:
+        sums = dict.fromkeys(CATEGORIES, 0)
+        for (category, _), size in self.parts.items():
+            sums[category] += size
+        return sums
+
+
+def head_workspace(
+    op: str, T: int, D: int, V: int, itemsize: int, workspace_bytes: int, device: str, trains: bool
+) -> int:
+    """Bytes that one of our ops takes beside its results, on "cpu" or "cuda".
+
+    A forward keeps a block of partial sums (cuda) or of logits (cpu), the others a block of logits, and where hidden is
+    not float32 its gradient in float32; all but the last within workspace_bytes.
+    """
+    if op not in ("linear_logps_forward", "linear_logps_backward", "linear_logps_jacobian"):
+        return 0
+    narrow = itemsize < 4
+    wide = 0 if op == "linear_logps_forward" else 4 * T * D * (narrow or op == "linear_logps_jacobian")
+    if device == "cpu":  # csrc/cpu/block.cpp: at most 1024 x 2048 logits, and bfloat16 ones beside them
+        rows, columns = min(T, 1024), min(V, 2048)
+        block = 4 * rows * columns * (2 if narrow and op != "linear_logps_forward" else 1)
+        block += 4 * columns * D if trains and narrow else 0
+    elif op == "linear_logps_forward":
+        block = 8 * T * -(-V // 128)
+    else:
+        block = min(T * V * itemsize, workspace_bytes // 2) + workspace_bytes // 4
+    return min(block, workspace_bytes) + wide
+
+
+class MemoryTracker(TorchDispatchMode):
+    """`with MemoryTracker(...) as tracker:` counts. `begin(name)` starts a part; `peaks[name]` is the most of it.
+
+    Args:
+        vocabulary: V. What has it as last dimension is logits.
+        batch, tokens: of a batch and of a sequence, so that shapes of batches of different size get one name.
+        device: whose ops' workspace is added, "cpu" or "cuda"; None: no workspace, where it is measured otherwise.
+        fake: answers questions for values.
+    """
+
+    def __init__(self, vocabulary: int, batch: int, tokens: int, device: str | None, *, fake: bool) -> None:
+        super().__init__()
+        self.vocabulary, self.device, self.fake = vocabulary, device, fake
+        self.names = {batch: "b", batch * tokens: f"{tokens} b"}
+        self.live = 0
+        self.parts: defaultdict[Part, int] = defaultdict(int)
+        self.peaks: dict[str, Peak] = {}
+        self.new = "activations"  # the category of what is made now
+        self.gradient_shapes: set[torch.Size] = set()
+        self.storages: dict[int, tuple[Part, int]] = {}
+        self.steps: int | None = None  # operations of the part "head"
+        self.begin("before")
+
+    # ---------------------------------------------------------------------------------------------------------- parts
+
+    def begin(self, name: str) -> None:
+        """What follows is of this part; a part may begin many times and has one peak.
+
+        Each operation of the part "head" is a part by itself: one moment of it grows with the tokens, another does not,
+        and the larger of two lines is none.
+        """
+        self.steps = 0 if name == "head" else None
+        self._enter(name)
+
+    def _enter(self, name: str) -> None:
+        self.now = self.peaks.setdefault(name, Peak())
+        self._look(0)
+
+    def adopt(self, tensors: Iterator[Tensor] | list[Tensor], category: str) -> None:
+        """Counts these, or counts them anew, as something else."""
+        for x in tensors:
+            key = x.untyped_storage()._cdata
+            if key in self.storages:
+                part, size = self.storages[key]
+                self.parts[part] -= size
+                self.live -= size
+                part = self._part(x, category, part[1].partition(" ")[0])
+                self.storages[key] = part, size
+                self._count(part, size)
+            else:
+                self._track(x, category, "")
+
+    def follow(self, model: nn.Module) -> None:
+        """Parameters, and gradients as they come into .grad."""
+        self.adopt([*model.parameters(), *model.buffers()], "parameters")
+
+        def arrived(p: Tensor) -> None:
+            if p.grad is not None:
+                self.adopt([p.grad], "gradients")
+
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(arrived)
+
+    # ------------------------------------------------------------------------------------------------------- counting
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = _run_fake(func, args, kwargs or {}) if self.fake else func(*args, **(kwargs or {}))
+        name = func._overloadpacket.__name__.replace(
+            "keeping_", ""
+        )  # logit_cache.py: their products are tensors like any
+        if self.steps is not None:
+            self.steps += 1
+            self._enter(f"head, operation {self.steps}")
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._track(x, self.new, name)
+        if self.device is not None and func.namespace == "groupdpo_kernels":
+            self._look(self._workspace(name, args))
+        return out
+
+    def _workspace(self, name: str, args: Any) -> int:
+        if not name.startswith("linear_logps"):
+            return 0
+        hidden, weight = args[0], args[1]
+        T, D = hidden.numel() // hidden.shape[-1], hidden.shape[-1]
+        needs = next((x for x in args if isinstance(x, list)), [])
+        trains = name == "linear_logps_backward" and bool(needs[1])
+        options = next(i for i, x in enumerate(args) if isinstance(x, float))  # logit_scale, the first of them
+        assert self.device is not None
+        return head_workspace(
+            name, T, D, weight.shape[0], weight.element_size(), args[options + 4], self.device, trains
+        )
+
+    def _track(self, x: Tensor, category: str, name: str) -> None:
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key in self.storages:
+            return
+        size = storage.nbytes()
+        if category == "activations":
+            if x.dim() > 1 and x.shape[-1] == self.vocabulary:
+                category = "logits"
+            elif x.shape in self.gradient_shapes and torch._C._current_graph_task_id() != -1:
+                category = "gradients"
+        part = self._part(x, category, name)
+        self.storages[key] = part, size
+        weakref.finalize(storage, self._release, key)
+        self._count(part, size)
+
+    def _part(self, x: Tensor, category: str, name: str) -> Part:
+        """Of batches of different size, one name."""
+        dims = list(map(str, x.shape))
+        if dims and category in ("activations", "logits"):
+            dims[0] = self.names.get(x.shape[0], dims[0])
+        return category, f"{name} ({', '.join(dims)}) {str(x.dtype).removeprefix('torch.')}"
+
+    def _count(self, part: Part, size: int) -> None:
+        self.parts[part] += size
+        self.live += size
+        self._look(0)
+
+    def _look(self, workspace: int) -> None:
+        """Is this the most that was alive in this part?"""
+        if self.live + workspace > self.now.total:
+            self.now.total = self.live + workspace
+            self.now.parts = {part: size for part, size in self.parts.items() if size}
+            if workspace:
+                self.now.parts["head workspace", "inside our ops"] = workspace
+
+    def _release(self, key: int) -> None:
+        part, size = self.storages.pop(key)
+        self.parts[part] -= size
+        self.live -= size
+
+
+def _run_fake(func: Any, args: Any, kwargs: Any) -> Any:
+    """What is small and made of integers stays real, for code reads it: targets, offsets. Other numbers are 0."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if func is torch.ops.aten._local_scalar_dense.default and isinstance(tensors[0], FakeTensor):
+        return False if tensors[0].dtype == torch.bool else 0.0
+    if any(isinstance(x, FakeTensor) for x in tensors):
+        return func(*args, **kwargs)
+    read = func in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
+    if not read and not func._schema.is_mutable:
+        made = func(*args, **kwargs)
+        results = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
+        # Masks of (L, L) are not read, and would take the time that fake tensors save.
+        if any(x.numel() > 2**16 or (x.is_floating_point() and not tensors) for x in results):
+            return made
+    with unset_fake_temporarily():
+        return func(*args, **kwargs)
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The model, made on the device meta, with fake CPU tensors for its parameters and buffers. In place."""
+    made: dict[int, Tensor] = {}  # tied ones stay tied
+    with mode:
+        for module in model.modules():
+            owned: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for own in owned:
+                for name, x in own.items():
+                    if x is None:
+                        continue
+                    if id(x) not in made:
+                        empty = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+                        made[id(x)] = nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty
+                    own[name] = made[id(x)]
+    return model
+
+
+def follow_layers(layers: nn.ModuleList, begin: Callable[[str], None]) -> None:
+    """Names the parts of a step by what it works at: the layers' forward, backward, and what is between.
+
+    A part's name counts layers from the nearer end, so that the parts of a model of n layers and of one of n + 1 are
+    the same. Layers that are computed again in the backward belong to it.
+    """
+    n = len(layers)
+
+    def name_of(i: int) -> str:
+        return f"layer {i}" if i < n - i else f"layer {i - n}"
+
+    def hook(i: int, layer: nn.Module) -> None:
+        def before(module: nn.Module, args: Any) -> None:
+            if torch._C._current_graph_task_id() == -1:
+                begin(f"forward {name_of(i)}")
+
+        def after(module: nn.Module, args: Any, out: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return
+            if i == n - 1:
+                begin("head")
+            hidden = out[0] if isinstance(out, tuple) else out
+            if hidden.requires_grad:
+                hidden.register_hook(lambda g: begin(f"backward {name_of(i)}"))
+
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after)
+
+    for i, layer in enumerate(layers):
+        hook(i, layer)

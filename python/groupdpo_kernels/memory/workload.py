@@ -1,0 +1,377 @@
+"""A training step to measure or to predict: which model, how many responses, which backward, and what runs then.
+
+A step is that of a trainer: forward and backward of one group of responses, then the optimizer. The responses are
+random tokens, all of one length, all scored, half of them preferred unless `positives` says otherwise: the most that a
+head can have to do, no padding.
+
+    coupled_logits   the group in one batch, its logits, log_softmax and gather; all graphs kept until the loss
+    coupled          the same with model_logps: no logits
+    two_pass         group_backward, in micro-batches
+    one_pass         group_backward without the second forward, a response at a time; wants an adapter
+    pairs            the group flattened: each positive with each negative, pair by pair, gradients accumulated
+
+The same code runs on real tensors (sweep.py) and on fake ones (planner.py). Weights are random: neither memory nor
+time depends on them. Never: downloads, unless `model` is the name of a model on the Hub and transformers does it.
+Precondition: transformers, and peft for an adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.api import checkpoint_layers, model_logps
+from ..preference.group_backward import group_backward
+from ..preference.groups import PreferenceGroups
+from ..preference.objective import Objective, preference_loss
+
+STRATEGIES = ("coupled_logits", "coupled", "two_pass", "one_pass", "pairs")
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, fused=True),
+    "adamw_foreach": lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, foreach=True),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-6, foreach=False),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+GROUP_OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
+PAIR_OBJECTIVE = Objective("sigmoid", beta=0.1)
+
+_GEMMA3 = {"head_dim": 256, "sliding_window": 1024, "query_pre_attn_scalar": 256}
+# The shapes of models that people train, so that a plan needs no file. The first is one that a CPU steps in a moment.
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model_type": "llama",
+        "vocab_size": 16384,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "llama-3-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama-3.2-1b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "qwen3-32b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "gemma-3-4b": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262208,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        **_GEMMA3,
+    },
+    "olmo-3-7b": {
+        "model_type": "olmo3",
+        "vocab_size": 100278,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+    },
+    "olmo-3-32b": {
+        "model_type": "olmo3",
+        "vocab_size": 100278,
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured or predicted.
+
+    Args:
+        model: a name of MODELS, a config.json or a folder that holds one, or a name that transformers finds.
+        strategy: one of STRATEGIES, see the module.
+        group: responses of the step's one group: even, or of any number with `positives`.
+        positives: how many of them are preferred. None: half.
+        tokens: of a response with its prompt.
+        micro_batch: sequences of a micro-batch of two_pass.
+        dtype: of the parameters, and so of gradients and of the optimizer's state.
+        autocast: the forward computes in bfloat16.
+        optimizer: one of OPTIMIZERS; "adamw" is the fused one.
+        lora_rank: of an adapter on all linear layers but the head, which then alone trains; 0: everything trains.
+        checkpointing: of the layers' activations.
+        workspace_bytes: as in `linear_logps`.
+        layers: another number of layers than the model has.
+    """
+
+    model: str = "tiny"
+    strategy: str = "two_pass"
+    group: int = 8
+    tokens: int = 256
+    micro_batch: int = 2
+    dtype: str = "float32"
+    autocast: bool = False
+    optimizer: str = "adamw"
+    lora_rank: int = 0
+    checkpointing: bool = False
+    workspace_bytes: int = 2**28
+    layers: int | None = None
+    positives: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in {"strategy": STRATEGIES, "dtype": DTYPES, "optimizer": tuple(OPTIMIZERS)}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for name in ("group", "tokens", "micro_batch", "lora_rank", "workspace_bytes", "layers", "positives"):
+            value, least = getattr(self, name), 0 if name == "lora_rank" else 1
+            if name in ("layers", "positives") and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int; got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}")
+        if self.positives is None and self.group % 2:
+            raise ValueError(
+                f"group must be even, for half of it is positive unless positives is given; got {self.group}"
+            )
+        if self.positives is not None and self.positives >= self.group:
+            raise ValueError(
+                f"positives must be less than group, which has a negative too; got {self.positives} of {self.group}"
+            )
+        if self.tokens < 2:
+            raise ValueError(f"tokens must be at least 2; got {self.tokens}")
+        if self.strategy == "one_pass" and not self.lora_rank:
+            raise ValueError("lora_rank must be positive for one_pass, which keeps a gradient for each response; got 0")
+        if not isinstance(self.model, str) or not self.model:
+            raise TypeError(f"model must be a name or a path; got {self.model!r}")
+
+    @property
+    def num_positives(self) -> int:
+        """How many responses of the group are preferred."""
+        return self.group // 2 if self.positives is None else self.positives
+
+    @property
+    def num_pairs(self) -> int:
+        """The number of pairs that the group flattens to."""
+        return self.num_positives * (self.group - self.num_positives)
+
+    @property
+    def setting(self) -> str:
+        """In words: what trains, whether activations are checkpointed, how many responses are positive if not half."""
+        what = f"LoRA rank {self.lora_rank}" if self.lora_rank else "full fine-tuning"
+        what += ", checkpointing" if self.checkpointing else ""
+        return what if self.positives is None else f"{what}, {self.positives} positive"
+
+
+def workload_of(values: dict[str, Any]) -> Workload:
+    """Back from `dataclasses.asdict`, without what a later version has added."""
+    known = {field.name for field in fields(Workload)}
+    return Workload(**{name: value for name, value in values.items() if name in known})
+
+
+def config_of(workload: Workload) -> Any:
+    """The PretrainedConfig of a text model, with the workload's number of layers. ValueError where there is none."""
+    from transformers import AutoConfig
+
+    name = workload.model
+    if name in MODELS:
+        values = dict(MODELS[name])
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+    else:
+        path = Path(name)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            if path.is_file():
+                values = json.loads(path.read_text())
+                config = AutoConfig.for_model(values.pop("model_type"), **values)
+            else:
+                config = AutoConfig.from_pretrained(name)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            known = ", ".join(MODELS)
+            first = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"model must be one of {known}, a config.json, or known to transformers; got {name!r}: {first}"
+            ) from None
+    config = config.get_text_config()
+    if workload.layers is not None:
+        config.num_hidden_layers = workload.layers
+        if getattr(config, "layer_types", None):
+            kinds = config.layer_types  # the pattern goes on
+            config.layer_types = [kinds[i % len(kinds)] for i in range(workload.layers)]
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and longest < workload.tokens:
+        config.max_position_embeddings = workload.tokens
+    config.use_cache = False
+    return config
+
+
+def take_layers(config: Any, chosen: Sequence[int]) -> None:
+    """Has the config say that these are its layers, by their numbers."""
+    kinds = getattr(config, "layer_types", None)
+    config.num_hidden_layers = len(chosen)
+    if kinds:
+        config.layer_types = [kinds[i] for i in chosen]
+
+
+def build_model(workload: Workload, device: torch.device, layers: Sequence[int] | None = None) -> nn.Module:
+    """In training mode, with random weights, and its adapter; of these layers alone, by their numbers, if given."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    try:  # not .to(dtype), which a fake module refuses, and which would hold both
+        torch.set_default_dtype(getattr(torch, workload.dtype))
+        with device:
+            config = config_of(workload)
+            if layers is not None:
+                take_layers(config, layers)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            if workload.lora_rank:
+                from peft import LoraConfig, get_peft_model
+
+                adapter = LoraConfig(
+                    r=workload.lora_rank,
+                    lora_alpha=workload.lora_rank,
+                    target_modules="all-linear",
+                    task_type="CAUSAL_LM",
+                )
+                with warnings.catch_warnings():  # peft asks transformers under a name that it has retired
+                    warnings.simplefilter("ignore", FutureWarning)
+                    model = get_peft_model(model, adapter)
+    finally:
+        torch.set_default_dtype(before)
+    if workload.checkpointing:
+        checkpoint_layers(model, {"use_reentrant": False})
+    return model.train()
+
+
+class TrainingStep:
+    """A model and its optimizer, whose state exists already, and steps on random responses."""
+
+    def __init__(self, workload: Workload, device: torch.device | str = "cpu", model: nn.Module | None = None) -> None:
+        self.workload, self.device = workload, torch.device(device)
+        self.model = build_model(workload, self.device) if model is None else model
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = OPTIMIZERS[workload.optimizer](self.trainable)
+        generator = torch.Generator().manual_seed(1)
+        config: Any = self.model.config
+        vocab = int(config.get_text_config().vocab_size)
+        self._groups: dict[tuple[int, int], tuple[PreferenceGroups, Tensor]] = {}
+        self.pool = torch.randint(0, vocab, (64, workload.tokens), generator=generator)  # responses, used in turn
+
+    def make_state(self) -> None:
+        """Of the optimizer: what its first step would make, at no gradients but zeros."""
+        for p in self.trainable:
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def group_of(self, size: int, positives: int) -> tuple[PreferenceGroups, Tensor]:
+        """One group and its reference's log-probabilities. Made once and first, for their values are read: a fake run
+        makes none."""
+        if (size, positives) not in self._groups:
+            made = PreferenceGroups.from_lists([[i < positives for i in range(size)]])
+            self._groups[size, positives] = made.to(self.device), torch.zeros(size, device=self.device)
+        return self._groups[size, positives]
+
+    def batch(self, group: int) -> Tensor:  # (group, tokens) int64
+        return self.pool[torch.arange(group) % len(self.pool)].to(self.device)
+
+    def run(self, workload: Workload | None = None, mark: Callable[[str], None] | None = None) -> None:
+        """One step; of another group or strategy where `workload` says so. `mark` hears what begins."""
+        workload = self.workload if workload is None else workload
+        note = mark or (lambda name: None)
+        note("forward")
+        with self._autocast():
+            self.forward_backward(workload)
+        note("optimizer")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        note("end")
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.workload.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def forward_backward(self, workload: Workload) -> None:
+        """Gradients of the mean loss of the group into .grad."""
+        G, L = workload.group, workload.tokens
+        ids, P = self.batch(G), workload.num_positives
+        groups, ref_logps = self.group_of(G, P)
+
+        def forward(batch: Tensor) -> tuple[Tensor, Tensor]:  # (b, L) -> (b L,), (b + 1,)
+            cu_seqlens = torch.arange(0, len(batch) * L + 1, L, device=self.device)
+            return self.token_logps(batch, workload).flatten(), cu_seqlens
+
+        if workload.strategy in ("coupled", "coupled_logits"):
+            preference_loss(*forward(ids), groups, GROUP_OBJECTIVE, ref_logps).loss.backward()
+        elif workload.strategy == "pairs":
+            pair, two = self.group_of(2, 1)
+            for i in range(P):
+                for j in range(P, G):
+                    loss = preference_loss(*forward(ids[[i, j]]), pair, PAIR_OBJECTIVE, two).loss
+                    (loss / workload.num_pairs).backward()
+        else:
+            size = 1 if workload.strategy == "one_pass" else workload.micro_batch
+            strategy = workload.strategy
+            group_backward(ids.split(size), forward, groups, GROUP_OBJECTIVE, ref_logps, strategy=strategy)
+
+    def token_logps(self, ids: Tensor, workload: Workload) -> Tensor:  # (b, L) -> (b, L) float32
+        targets = ids.roll(-1, 1)
+        if workload.strategy != "coupled_logits":
+            return model_logps(self.model, ids, targets, workspace_bytes=workload.workspace_bytes)
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        return torch.log_softmax(logits.float(), -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def sweep(
+    base: Workload, groups: Sequence[int], strategies: Sequence[str] | None = None, most_pairs: int = 64
+) -> list[Workload]:
+    """These strategies, or all, at every size: one_pass where there is an adapter, at most `most_pairs` pairs."""
+    names = [s for s in strategies or STRATEGIES if base.lora_rank or s != "one_pass"]
+    loads = [replace(base, group=group, strategy=name) for group in groups for name in names]
+    return [load for load in loads if load.strategy != "pairs" or load.num_pairs <= most_pairs]

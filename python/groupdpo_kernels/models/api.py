@@ -1,0 +1,304 @@
+"""Any causal language model -> token log-probabilities, without its logits.
+
+The model runs its own forward, unchanged, with one thing replaced for the call: the `forward` of its output head
+(head_call.py). So the hidden states arrive exactly as the model makes them (scaled, normalised, with images injected),
+and what leaves the head is (B, L, 1) log-probabilities instead of (B, L, V) logits. What the model would do to the
+logits afterwards is measured once per model (probe.py).
+
+Never: patches a class, leaves anything on the model (attributes, hooks, flags, random state), or guesses. A model that
+does not fit is run with its real logits, after one warning that says why; `strict=True` makes that an error.
+
+Precondition: the head scores each position by itself, in the order of the input, and its one result decides the
+logits: the probe checks both. Sequences in one row are kept apart by position_ids: layouts.py checks it.
+Cost: the model's trunk, and `linear_logps` on the rows whose target is not ignored: no tensor with a vocabulary
+dimension. The probe is one forward of eight tokens. On a GPU the number of live rows is read back once a call, before
+the forward (not where targets are on the CPU). Formulas: docs/math.md.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import is_dtensor, reshard
+from .adapters import why_not_scored
+from .head_call import HeadCall, LogitMap, ScoreOptions, Tie, leaf_of, logps_in_chunks
+from .layouts import check_packed
+from .limits import check_inputs
+from .probe import Probe, eager, head_of, logits_of, unwrap, without_cache
+
+
+def model_logps(
+    model: nn.Module,
+    input_ids: Tensor | None,  # (B, L) integer; None with inputs_embeds=
+    targets: Tensor,  # (B, L) integer
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    grad_tol: float = 0.0,
+    workspace_bytes: int = 2**28,
+    impl: str = "auto",
+    strict: bool = False,
+    **inputs: Any,
+) -> Tensor:  # (B, L) float32, float64 for a float64 model
+    """Log-probability of each target under the model, differentiable in every parameter that trains.
+
+    On a batch as TRL's DPOTrainer collates it (chosen half first), without ever holding the (B, L, V) logits:
+
+        targets = torch.full_like(input_ids, -100)
+        targets[:, :-1] = input_ids[:, 1:].where(completion_mask[:, 1:] == 1, -100)
+        token_logps = model_logps(model, input_ids, targets, attention_mask=attention_mask)
+        chosen, rejected = token_logps.sum(1).chunk(2)
+
+    Takes what a trainer holds: a bare model, or one wrapped by DistributedDataParallel, FSDP or ZeRO-3; LoRA (on the
+    head too: exact, no merged copy), several adapters, `modules_to_save`, `disable_adapter()` for the reference;
+    quantised and custom heads; autocast; gradient checkpointing; images. The values are those of
+    `log_softmax(model(...).logits.float() / temperature)` at the targets, less the rounding of logits to bfloat16.
+
+    Args:
+        model: a causal LM with `get_output_embeddings()`. Give the wrapper that you train, so that its gradients are
+            synchronised. One compiled as a whole runs eagerly here; layers compiled by themselves stay compiled.
+        targets: the token id that each position predicts (already shifted), or `ignore_index`: 0 there, no gradient, no
+            work in the head, no memory.
+        ignore_index, temperature, grad_tol, workspace_bytes, impl: as in `linear_logps`. A head that is not linear
+            (quantised, DoRA) is called on chunks of rows that fit workspace_bytes, whatever impl.
+        strict: raise ValueError instead of falling back to real logits.
+        inputs: whatever else the model's forward takes: attention_mask, position_ids, pixel_values ...
+            `use_cache=False` is added where the model knows it. `labels` is refused: the model would compute a loss of
+            its own from logits that do not exist.
+
+    Raises ValueError or TypeError for wrong targets, for `labels`; for more positions than a model with learned ones
+    has, and, on the CPU, for ids without an embedding; for several sequences in a row of a model that mixes them; for
+    prompt tuning and its kin (virtual tokens); for a head that gives one rank's piece of the vocabulary (tensor
+    parallelism); and, under `strict`, where real logits are needed.
+    For the model's other outputs (the auxiliary loss of a mixture of experts): `attach(model).with_outputs(...)`.
+    """
+    options = ScoreOptions(ignore_index, temperature, grad_tol, workspace_bytes, impl, strict)
+    return AttachedModel(model, options)(input_ids, targets, **inputs)
+
+
+def attach(
+    model: nn.Module,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    grad_tol: float = 0.0,
+    workspace_bytes: int = 2**28,
+    impl: str = "auto",
+    strict: bool = False,
+) -> AttachedModel:
+    """`model_logps` with its options bound: `attach(model)(input_ids, targets, attention_mask=...)`.
+
+    Stores nothing on the model: what the probe finds is remembered beside it, for as long as the model lives and keeps
+    its head. Print the result to see it.
+    """
+    return AttachedModel(model, ScoreOptions(ignore_index, temperature, grad_tol, workspace_bytes, impl, strict))
+
+
+class LogpsAndOutputs(NamedTuple):
+    token_logps: Tensor  # (B, L) float32
+    outputs: Any  # what the model's forward returned, with None for logits
+
+
+@dataclass
+class _Finding:
+    """What the probe found out about a model."""
+
+    head: Callable[[], nn.Module | None]  # weak
+    logit_map: LogitMap | None
+    reason: str = ""  # why there is no logit_map
+    warned: bool = False
+
+
+_findings: weakref.WeakKeyDictionary[nn.Module, _Finding] = weakref.WeakKeyDictionary()
+
+
+class AttachedModel:
+    """A causal LM as a function from (input_ids, targets) to token log-probabilities. Made by `attach`; holds the model
+    and the options, nothing else."""
+
+    def __init__(self, model: nn.Module, options: ScoreOptions) -> None:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError("model must not be a torch.nn.DataParallel: use DistributedDataParallel, or model.module")
+        self.model, self.options = model, options
+
+    def __repr__(self) -> str:
+        bare = unwrap(self.model)
+        finding = _findings.get(bare)
+        what = "not probed yet" if finding is None else finding.logit_map or f"real logits, because {finding.reason}"
+        return f"AttachedModel({type(bare).__name__}: {what})"
+
+    def __call__(
+        self,
+        input_ids: Tensor | None,  # (B, L) integer
+        targets: Tensor,  # (B, L) integer
+        **inputs: Any,
+    ) -> Tensor:  # (B, L) float32
+        """See `model_logps`."""
+        return self._run(input_ids, targets, inputs).token_logps
+
+    def with_outputs(
+        self,
+        input_ids: Tensor | None,  # (B, L) integer
+        targets: Tensor,  # (B, L) integer
+        **inputs: Any,
+    ) -> LogpsAndOutputs:
+        """(token_logps, outputs): what else the model's forward returns, too, gradients included. For example
+
+        token_logps, outputs = attach(model).with_outputs(input_ids, targets, output_router_logits=True)
+        loss = preference(token_logps) + model.config.router_aux_loss_coef * outputs.aux_loss
+        """
+        return self._run(input_ids, targets, inputs)
+
+    def _run(self, input_ids: Tensor | None, targets: Tensor, inputs: dict[str, Any]) -> LogpsAndOutputs:
+        if inputs.get("labels") is not None:
+            raise ValueError("labels must be left out: give them, shifted by one position, as targets")
+        if targets.is_floating_point() or targets.dtype == torch.bool:
+            raise TypeError(f"targets must be an integer tensor; got {targets.dtype}")
+        bare = unwrap(self.model)
+        inputs = {**without_cache(bare), **inputs}
+        if input_ids is not None:
+            inputs["input_ids"] = input_ids
+        if why := why_not_scored(bare):
+            raise ValueError(f"model must have {why}")
+        check_inputs(bare, inputs)
+        check_packed(self.model, inputs)
+        head = head_of(bare)
+        finding = _findings.get(bare)
+        if finding is None or finding.head() is not head:  # resize_token_embeddings makes a new head
+            finding = _findings[bare] = _find(self.model, head, targets, inputs)
+        if head is None or finding.logit_map is None:
+            return self._with_logits(finding, targets, inputs, finding.reason)
+        _check_whole(bare, head, finding.logit_map.vocab)
+        call = HeadCall(head, targets, finding.logit_map, self.options)
+        with call.installed(), eager(self.model, head):
+            outputs = self.model(**inputs)
+        if hasattr(bare, "peft_config") and not torch.is_grad_enabled():
+            reshard(self.model)  # this may be a reference within disable_adapter(), which must end on shards
+        if call.count != 1:
+            reason = f"its output head is called {call.count} times in this forward"
+            return self._with_logits(finding, targets, inputs, reason)
+        if call.reason:
+            return self._with_logits(finding, targets, inputs, call.reason, outputs)
+        token_logps, logits = call.token_logps, logits_of(outputs)
+        if logits.requires_grad:  # the hooks of DDP and FSDP sit on the model's outputs: a gradient must come by
+            token_logps = Tie.apply(token_logps, logits)
+        return LogpsAndOutputs(token_logps, _drop_logits(outputs))
+
+    def _with_logits(
+        self,
+        finding: _Finding,
+        targets: Tensor,  # (B, L)
+        inputs: dict[str, Any],
+        reason: str,
+        outputs: Any = None,  # with real logits; None: not computed yet
+    ) -> LogpsAndOutputs:
+        """From the model's real logits, widened to float32 a chunk of rows at a time."""
+        message = f"{type(unwrap(self.model)).__name__} needs its real logits: {reason}"
+        if self.options.strict:
+            raise ValueError(f"{message} (strict=True forbids the fallback)")
+        if not finding.warned:
+            finding.warned = True
+            warnings.warn(f"{message}. Its (B, L, V) logits are held: memory grows with the vocabulary.", stacklevel=4)
+        outputs = self.model(**inputs) if outputs is None else outputs
+        logits: Any = logits_of(outputs)
+        if is_dtensor(logits):  # split over ranks, and knows it
+            logits = logits.full_tensor()
+        _check_whole(unwrap(self.model), finding.head(), logits.shape[-1])
+        if logits.shape[:-1] != targets.shape:
+            positions = tuple(logits.shape[:-1])
+            raise ValueError(f"targets must have the positions of the logits, {positions}; got {tuple(targets.shape)}")
+        rows, flat = logits.reshape(-1, logits.shape[-1]), targets.to(logits.device).reshape(-1).long()
+        token_logps = logps_in_chunks(lambda x: x, rows, flat, LogitMap(logits.shape[-1]), self.options)
+        return LogpsAndOutputs(token_logps.reshape(targets.shape), _drop_logits(outputs))
+
+
+def assume_logit_map(model: nn.Module, logit_map: LogitMap) -> None:
+    """Takes this for what the probe would find out: for a model without values (meta, fake), which none can probe."""
+    bare = unwrap(model)
+    head = head_of(bare)
+    if head is None:
+        raise ValueError(f"model must have an output head; get_output_embeddings() of {type(bare).__name__} gives none")
+    _findings[bare] = _Finding(weakref.ref(head), logit_map)
+
+
+def _find(model: nn.Module, head: nn.Module | None, targets: Tensor, inputs: dict[str, Any]) -> _Finding:
+    """Probe a model: with eight tokens, or with its own inputs if it refuses those."""
+    if head is None:
+        return _Finding(lambda: None, None, "get_output_embeddings() gives no output head")
+    probe = Probe(head)
+    try:
+        tokens = _plain_tokens(targets, inputs)
+        probe.positions = tuple(tokens.shape)
+        logits = probe.run(model, {**without_cache(unwrap(model)), "input_ids": tokens})
+    except Exception:  # whatever a model raises on an input that it does not expect
+        probe = Probe(head)
+        logits = probe.run(model, inputs)
+    found = probe.fit(logits)
+    weak = weakref.ref(head)
+    return _Finding(weak, found) if isinstance(found, LogitMap) else _Finding(weak, None, found)
+
+
+def _plain_tokens(targets: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """(2, 4) ids of text: from the targets, since inputs may hold placeholders of images; from their middle, since the
+    ends of a vocabulary are special tokens."""
+    ids = inputs.get("input_ids")
+    known = targets[targets >= 0].unique()
+    if not known.numel() and ids is not None:
+        known = ids.unique()
+    eight = (known.numel() // 2 + torch.arange(8, device=known.device)) % known.numel()
+    return known[eight].long().reshape(2, 4).to(next(x.device for x in (ids, targets) if x is not None))
+
+
+def _check_whole(bare: Any, head: nn.Module | None, width: int) -> None:
+    """ValueError where the head of a tensor-parallel model gives a rank's piece of the vocabulary, which would pass for
+    the whole: `width` logits, fewer than the rows of its weight over all ranks and than the model's vocabulary.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    leaf: Any = None if head is None else leaf_of(head)
+    base = leaf.get_base_layer() if hasattr(leaf, "get_base_layer") else leaf
+    weight = getattr(base, "weight", None)
+    rows = (
+        weight.shape[0] if isinstance(weight, Tensor) and is_dtensor(weight) else getattr(base, "out_features", width)
+    )
+    config: Any = getattr(bare, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocab = getattr(config, "vocab_size", None) or rows
+    pieces, rest = divmod(vocab, width)  # a head cut by hand has no rows but its own: then an even cut tells
+    cut_by_hand = pieces > 1 and rest == 0 and torch.distributed.get_world_size() % pieces == 0
+    if width < min(rows, vocab) or (cut_by_hand and rows == width):
+        raise ValueError(
+            f"the output head of {type(bare).__name__} must give logits of the whole vocabulary; got {width} of"
+            f" {max(rows, vocab)}, the piece of one rank (tensor parallelism). Let the head gather them"
+            " (output_layouts=Replicate(), or use_local_output=False), or give hidden states and the rank's rows of the"
+            " weight to linear_logps(..., process_group=)"
+        )
+
+
+def _drop_logits(outputs: Any) -> Any:
+    """The same outputs with None for logits: what stands there is a placeholder, which nobody should read."""
+    if isinstance(outputs, tuple):
+        return (None, *outputs[1:])
+    if isinstance(outputs, dict):
+        outputs["logits"] = None
+    else:
+        outputs.logits = None
+    return outputs
+
+
+def checkpoint_layers(model: Any, options: Any = None) -> None:
+    """Gradient checkpointing of a transformers model, under the name that the version at hand has for it.
+
+    options: `gradient_checkpointing_kwargs` of TrainingArguments; every_n_layers and offload are no checkpoint's.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    rest = dict(options or {})
+    more = {name: rest.pop(name) for name in ("every_n_layers", "offload") if name in rest}
+    enable(rest or None, **more)

@@ -1,0 +1,223 @@
+"""Whether a model keeps the sequences of a batch apart, in one row by their position_ids or in padded rows. Measured.
+
+    packed   (1, N), position_ids from 0 in each sequence: a model without block-diagonal attention (ALiBi, recurrent
+             layers, masks that do not look at position_ids) lets the second sequence see the first
+    padded   (B, L) with an attention mask: nearly every causal model; what stands in the padding must not matter
+
+A sequence goes through the model beside one neighbour, and beside another of the same length. The shapes are the same,
+so a model that keeps them apart gives the same bits; one with experts, whose groups of tokens change, the same up to
+rounding. Then it goes alone: the result must be the same up to what the place in a batch changes.
+
+Never: trains, caches keys, forms logits (but where the head is called in another way than once on all positions),
+leaves a flag or the random state changed. Precondition: an input of plain token ids; all ranks of a sharded model ask
+at the same time. Cost: five forwards of at most ten tokens, once per model and attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import is_dtensor
+from .head_call import leaf_of, swapped
+from .limits import token_limit
+from .probe import head_of, logits_of, quiet, unwrap, without_cache
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
+
+Batch = dict[str, Tensor]
+
+
+def why_not_packed(model: nn.Module) -> str:
+    """Why sequences may not stand in one row; empty if they may, or if the model takes no plain text to find out."""
+    return _remembered(model, "packed", _packed)
+
+
+def why_not_padded(model: nn.Module) -> str:
+    """Why shorter sequences may not be padded on the right; empty as above."""
+    return _remembered(model, "padded", _padded)
+
+
+def check_packed(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """ValueError for several sequences in a row of a model that mixes them.
+
+    Whether the model does is asked wherever a row has position_ids and no mask, whatever their values: they differ
+    between ranks, and lie on the GPU. They are read only where the model would mix sequences.
+    """
+    positions = inputs.get("position_ids")
+    plain = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1
+    if plain:
+        _check_mask(positions, inputs.get("attention_mask"))  # type: ignore[arg-type]
+    told = any(inputs.get(name) is not None for name in ("attention_mask", "cu_seq_lens_q", "seq_idx"))
+    if not plain or told or inputs.get("input_ids") is None:
+        return
+    why = why_not_packed(model)
+    if not why:
+        return
+    if bool((positions == 0).any()) and (own := _remembered(model, "placed", _placed)):  # type: ignore[union-attr]
+        raise ValueError(f"position_ids must be left out, or count as the model does ({own}); got some from 0")
+    if bool((positions[:, 1:] <= positions[:, :-1]).any()):  # type: ignore[index]
+        raise ValueError(f"position_ids must be of one sequence a row ({why}): take layout='padded'; got several")
+
+
+def _check_mask(
+    positions: Tensor,  # (B, L)
+    mask: Any,
+) -> None:
+    """ValueError for several sequences in a row under a 2-D mask, which joins them in every model: transformers looks
+    for sequences in position_ids only where there is no mask. On the CPU: on a GPU no value is read back.
+    """
+    if not isinstance(mask, Tensor) or mask.shape != positions.shape or positions.device.type != "cpu":
+        return
+    live = mask.to(positions.device).bool()
+    again = (positions[:, 1:] <= positions[:, :-1]) & live[:, 1:] & live[:, :-1]
+    if bool(again.any()):
+        raise ValueError(
+            "attention_mask must be left out where position_ids start again in a row, or be 4-D and block-diagonal: a"
+            f" 2-D one lets its sequences see each other; got {tuple(mask.shape)}"
+        )
+
+
+def _remembered(model: nn.Module, layout: str, measure: Callable[[_Scores], str]) -> str:
+    bare = unwrap(model)
+    parameter = next(bare.parameters(), None)
+    if parameter is None or parameter.is_meta or _is_fake(parameter) or torch.compiler.is_compiling():
+        return ""  # nothing to measure
+    config: Any = getattr(bare, "config", None)
+    attention = str(getattr(config, "_attn_implementation", None))
+    key = layout, attention, parameter.device.type, parameter.dtype
+    known = _known.setdefault(bare, {})
+    if key not in known:
+        known[key] = measure(_Scores(model, bare))
+    return known[key]
+
+
+def _is_fake(x: Tensor) -> bool:
+    return isinstance(x, torch._subclasses.FakeTensor) or torch._guards.detect_fake_mode() is not None
+
+
+class _Scores:
+    """What reaches the head for a few tokens, in float32 and without autocast; (B, L, V) logits where it is called in
+    another way than once on (B, L, D)."""
+
+    def __init__(self, model: nn.Module, bare: nn.Module) -> None:
+        self.model, self.bare = model, bare
+        self.device = next(bare.parameters()).device
+        rows = token_limit(bare) or 0
+        # From the middle of the vocabulary: special tokens stand at its ends.
+        self.ids = (rows // 2 + torch.arange(14)) % rows if rows > 4 else None
+        self.eps = max(torch.finfo(p.dtype).eps for p in bare.parameters() if p.is_floating_point())
+
+    @property
+    def routed(self) -> bool:
+        names = {type(module).__name__.lower() for module in self.bare.modules()}
+        return any(word in name for name in names for word in ("expert", "moe", "router"))
+
+    @contextlib.contextmanager
+    def _precise(self) -> Iterator[None]:
+        kind = self.device.type
+        if not torch.is_autocast_enabled(kind):
+            yield
+            return
+        with torch.autocast(kind, enabled=False):
+            yield
+
+    def __call__(self, batch: Batch) -> Tensor:  # (B, L, D) float32
+        inputs = {**without_cache(self.bare), **{name: x.to(self.device) for name, x in batch.items()}}
+        head = head_of(self.bare)
+        seen: list[Tensor] = []
+
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append(hidden.full_tensor() if is_dtensor(hidden) else hidden)  # type: ignore[attr-defined]
+            return hidden[..., :1].clone()  # stands for logits, without a vocabulary
+
+        with quiet(self.model, head or self.model) as called, self._precise():
+            if head is not None:
+                with swapped(leaf_of(head), forward):
+                    called(**inputs)
+            if [x.shape[:-1] for x in seen] != [batch["input_ids"].shape]:  # a head that is called in another way
+                seen = [logits_of(called(**inputs))]
+        self.eps = max(self.eps, torch.finfo(seen[0].dtype).eps)
+        return seen[0].float()
+
+
+def _packed(score: _Scores) -> str:
+    if score.ids is None:
+        return ""
+    first, other, second = score.ids[:4], score.ids[4:8], score.ids[8:11]
+    positions = torch.cat([torch.arange(4), torch.arange(3)])[None]
+
+    def beside(neighbour: Tensor) -> Tensor:  # (3, D)
+        return score({"input_ids": torch.cat([neighbour, second])[None], "position_ids": positions})[0, 4:]
+
+    return _compare(score, second, beside, first, other, "a sequence sees the one before it in its row")
+
+
+def _placed(score: _Scores) -> str:
+    """Why position_ids from 0 are not what the model counts itself: RoBERTa begins behind its padding index."""
+    if score.ids is None:
+        return ""
+    ids = score.ids[None, 8:11]
+    try:
+        own, given = score({"input_ids": ids}), score({"input_ids": ids, "position_ids": torch.arange(3)[None]})
+    except Exception:  # the caller's own forward says what is wrong
+        return ""
+    moved = _distance(own, given)
+    fits = moved <= 16 * score.eps * float(own.abs().max())
+    return "" if fits else f"positions from 0 move the hidden states of {type(score.bare).__name__} by {moved:.1e}"
+
+
+def _padded(score: _Scores) -> str:
+    if score.ids is None:
+        return ""
+    first, other, second = score.ids[:2], score.ids[4:6], score.ids[8:11]
+    longer = score.ids[3:8]
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+
+    def beside(padding: Tensor) -> Tensor:  # (3, D)
+        ids = torch.stack([torch.cat([second, padding]), longer])
+        return score({"input_ids": ids, "attention_mask": mask})[0, :3]
+
+    return _compare(score, second, beside, first, other, "padding on the right changes a sequence")
+
+
+def _compare(
+    score: _Scores,
+    second: Tensor,  # (3,) ids
+    beside: Callable[[Tensor], Tensor],  # neighbour -> hidden states (3, D) of `second`
+    first: Tensor,  # ids of a neighbour
+    other: Tensor,  # of another of the same length
+    what: str,
+) -> str:
+    def in_batch(row: Tensor) -> Tensor:  # (3, D)
+        return score({"input_ids": torch.stack([row, second])})[1]
+
+    name = type(score.bare).__name__
+    try:
+        alone = score({"input_ids": second[None]})[0]
+        rows = [in_batch(score.ids[:3]), in_batch(score.ids[4:7])]  # type: ignore[index]
+    except Exception:  # whatever a model raises on an input that it does not expect: images, two streams
+        return ""
+    try:
+        found, again = beside(first), beside(other)
+    except Exception as error:
+        return f"{name} does not take it: {type(error).__name__}: {error}"
+    scale = float(alone.abs().max())
+    regrouped = _distance(*rows)
+    allowed = 8 * regrouped + (16 * score.eps * scale if score.routed else 0.0)
+    if not _distance(found, again) <= allowed:
+        return f"in {name} {what}: its hidden states move by {_distance(found, again):.1e} with the other's tokens"
+    noise = max(regrouped, *(_distance(row, alone) for row in rows))
+    apart = _distance(found, alone)
+    if not apart <= max(8 * noise, 16 * score.eps * scale):  # NaN neither
+        return f"in {name} {what}: its hidden states are {apart:.1e} off those of the sequence alone"
+    return ""
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    return float((x - y).abs().max())

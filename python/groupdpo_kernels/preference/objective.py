@@ -1,0 +1,385 @@
+"""Preference losses as pure functions of one vector: the log-probabilities of the responses.
+
+`preference_loss` sums token_logps to seq_logps, turns them into scores u, and reduces each group to one number by a
+row of `losses.LOSSES`. Plain PyTorch, vectorised over ragged groups (no loop over groups), float64 for float64
+inputs. It never sees a model, a vocabulary or a kernel.
+
+    u_i = beta (s_i - r_i)            s_i, r_i: sums of the policy's and the reference's token log-probabilities
+    average: u_i / n_i                n_i: number of tokens
+    reference-free: r_i = 0
+
+Precondition: every group has a positive and a negative, every response a token, the reference is finite. On a CPU the
+contrary is an error that names the culprit; on a GPU, and in compiled code, where values are not read back, it is NaN
+in the loss and its gradient. A policy that is not finite is never hidden either.
+Cost: O(T + S), for all_pairs O(T + number of pairs). Deterministic. Formulas and sources: docs/math.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import fused
+from .fused import PreferenceWeights
+from .groups import PreferenceGroups
+from .losses import LOSSES, Loss, Side, log1mexp, mean
+from .segments import as_offsets, bounded_offsets, check_offsets, seq_logps
+
+
+@dataclass(frozen=True)
+class AdaBalance:
+    """AdaDPO's balance: u_w becomes w u_w, with w = min(exp(b_w - b_l), ceiling) a constant for the gradient.
+
+    DPO's gradient in the probability of a response is larger on the dispreferred side; w makes the two equal. b is the
+    policy's log-probability (space="policy") or the log-ratio (space="reference"), a mean over tokens
+    (normalize=True) or a sum. In a group b_l is the mean over its negatives (all_pairs: the pair's own).
+    Source: arXiv 2605.28440; groups are this project's extension.
+    """
+
+    ceiling: float = 2.0
+    space: str = "policy"
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "ceiling")
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"normalize must be True or False; got {self.normalize!r}")
+        if not (self.ceiling > 0 and math.isfinite(self.ceiling)):
+            raise ValueError(f"ceiling must be positive and finite; got {self.ceiling}")
+        if self.space not in ("policy", "reference"):
+            raise ValueError(f"space must be 'policy' or 'reference'; got {self.space!r}")
+
+    def coefficient(self, b_positive: Tensor, b_negative: Tensor) -> Tensor:
+        """min(exp(b_positive - b_negative), ceiling), clipped before exp so that nothing overflows."""
+        log_w = b_positive - b_negative
+        w = torch.exp(log_w.clamp(max=math.log(self.ceiling)))
+        return torch.where(log_w >= math.log(self.ceiling), self.ceiling, w)  # the ceiling to the last bit
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What to minimise: a loss, its score, and its options.
+
+    An option that belongs to another loss is ignored, so that one set of options can be swept over losses; the command
+    line refuses it.
+
+    Args:
+        loss: a name in `LOSSES`, or a callable (scores (S,), groups) -> (G,).
+        beta: scale of the scores; in orpo the weight of the odds-ratio term.
+        average: scores per token. None: the loss's own convention (simpo, ipo: True).
+        reference_free: scores without a reference. None: the loss's own convention (simpo, cpo, orpo: True).
+        nll_weight: adds nll_weight * mean over positives of -s_i / n_i, with any loss.
+        label_smoothing: probability that a label is wrong (sigmoid, robust, exo_pair; exo_pair needs more than 0).
+        gamma: target margin (simpo only).
+        alpha: price of a token (rdpo only).
+        tau: width in D of the change from the logistic to the exponential loss (discopop only).
+        balance: AdaDPO's balance of the two sides.
+    """
+
+    loss: str | Callable[[Tensor, PreferenceGroups], Tensor] = "sigmoid"
+    beta: float = 0.1
+    average: bool | None = None
+    reference_free: bool | None = None
+    nll_weight: float = 0.0
+    label_smoothing: float = 0.0
+    gamma: float = 0.0
+    alpha: float = 0.0
+    tau: float = 0.05
+    balance: AdaBalance | None = None
+
+    def __post_init__(self) -> None:
+        _check_loss(self.loss)
+        _check_numbers(self, "beta", "nll_weight", "label_smoothing", "gamma", "alpha", "tau")
+        if not (self.beta > 0 and math.isfinite(self.beta)):
+            raise ValueError(f"beta must be positive and finite; got {self.beta}")
+        if not (self.nll_weight >= 0 and math.isfinite(self.nll_weight)):
+            raise ValueError(f"nll_weight must be at least 0 and finite; got {self.nll_weight}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5); got {self.label_smoothing}")
+        if self.loss == "exo_pair" and self.label_smoothing == 0:
+            raise ValueError(f"label_smoothing must be in (0, 0.5) with exo_pair; got {self.label_smoothing}")
+        if not (self.tau > 0 and math.isfinite(self.tau)):
+            raise ValueError(f"tau must be positive and finite; got {self.tau}")
+        for name in ("gamma", "alpha"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite; got {getattr(self, name)}")
+        for name in ("average", "reference_free"):
+            if not isinstance(getattr(self, name), (bool, type(None))):
+                raise TypeError(f"{name} must be True, False or None; got {getattr(self, name)!r}")
+        if self.balance is not None and not isinstance(self.balance, AdaBalance):
+            raise TypeError(f"balance must be an AdaBalance or None; got {self.balance!r}: write AdaBalance()")
+        if self.balance is not None and self._row.no_balance:
+            raise ValueError(f"balance must be None with {self.loss}: {self._row.no_balance}; got {self.balance}")
+
+    @property
+    def _row(self) -> Loss:
+        return LOSSES[self.loss] if isinstance(self.loss, str) else Loss(group=self.loss)
+
+    @property
+    def averages(self) -> bool:
+        """Whether scores are per token: `average`, or the loss's own convention."""
+        return self._row.average if self.average is None else self.average
+
+    @property
+    def subtracts_reference(self) -> bool:
+        """Whether scores are log-ratios: `reference_free`, or the loss's own convention."""
+        return not (self._row.reference_free if self.reference_free is None else self.reference_free)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether ref_logps must be given, for the scores or for the balance."""
+        return self.subtracts_reference or (self.balance is not None and self.balance.space == "reference")
+
+
+# What losses are called elsewhere: their names here, or what to write.
+ELSEWHERE = {
+    "dpo": "'sigmoid'",
+    "slic": "'hinge'",
+    "rso": "'hinge'",
+    "exo": "'exo_pair'",
+    "nca": "'nca_pair'",
+    "sppo": "'sppo_hard'",
+    "apo": "'apo_zero' or 'apo_down'",
+    "robust_dpo": "'robust'",
+    "length_dpo": "'rdpo'",
+    "groupdpo": "'margin' or 'softmax'",
+    "rpo": "Objective('sigmoid', nll_weight=1.0)",
+    "adadpo": "Objective('sigmoid', balance=AdaBalance())",
+    "sdpo": "'sigmoid', in stages (StepwiseDPO, stepwise.run_stages)",
+}
+
+
+def _check_loss(loss: Any) -> None:
+    """TypeError for what is no name and cannot be called; ValueError for a name that is not in LOSSES."""
+    known = f"a callable or one of {', '.join(LOSSES)}"
+    if callable(loss) or (isinstance(loss, str) and loss in LOSSES):
+        return
+    if not isinstance(loss, str):
+        raise TypeError(f"loss must be {known}; got {loss!r:.60}")
+    plain = loss.strip().lower().replace("-", "_").replace(" ", "_")
+    near = difflib.get_close_matches(plain, LOSSES, n=1)
+    hint = f": here it is {ELSEWHERE[plain]}" if plain in ELSEWHERE else f": did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"loss must be {known}; got {loss!r}{hint}")
+
+
+def _check_numbers(options: Any, *names: str) -> None:
+    """TypeError for a field that is no number; text, say, or a bool."""
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number; got {value!r}")
+
+
+class PreferenceLoss(NamedTuple):
+    """Only `loss` is differentiable, in token_logps; the rest is for logging."""
+
+    loss: Tensor  # () the mean of group_losses
+    seq_logps: Tensor  # (S,)
+    rewards: Tensor  # (S,) the scores u, before balance
+    group_losses: Tensor  # (G,)
+    balance_weights: Tensor  # (S,) w on positives (all_pairs: the mean over its pairs), 1 elsewhere
+
+
+def preference_loss(
+    token_logps: Tensor,  # (T,) floating
+    cu_seqlens: Tensor,  # (S+1,) integer
+    groups: PreferenceGroups,
+    objective: Objective,
+    ref_logps: Tensor | None = None,  # (S,) sums or (T,) tokens
+    *,
+    impl: str = "auto",
+) -> PreferenceLoss:
+    """Mean over groups of the objective, differentiable in token_logps.
+
+    Args:
+        token_logps: the policy's token log-probabilities, packed; 0 where a token does not count.
+        cu_seqlens: sequence s owns tokens cu_seqlens[s] : cu_seqlens[s+1]; its length n_s is their number.
+        groups: which sequences belong together, and which of them are positive.
+        objective: see `Objective`.
+        ref_logps: the reference's log-probabilities, of sequences or of tokens. No gradient flows into them.
+        impl: "auto" takes the first of "triton", "cpu", "reference" that can run; an explicit choice never falls back.
+
+    Raises ValueError or TypeError for shapes that do not fit, a pairwise loss on larger groups, a missing reference;
+    and, on a CPU, for values: offsets that do not cover the tokens or decrease, an empty response, a reference that
+    is not finite, a ranking whose positives do not come first.
+    """
+    cu_seqlens = as_offsets("cu_seqlens", cu_seqlens)
+    _check_shapes(token_logps, cu_seqlens, groups, objective, ref_logps, impl)
+    device, dtype = token_logps.device, token_logps.dtype
+    impl = fused.resolve(impl, device, dtype, objective.loss, groups.max_size)
+    if impl != "reference":
+        return _by_kernel(token_logps, cu_seqlens, groups, objective, ref_logps, impl)
+    row, balance = objective._row, objective.balance
+    x = _sequences(token_logps, cu_seqlens, ref_logps)
+    u = x.logps - x.ref_logps if objective.subtracts_reference and x.ref_logps is not None else x.logps
+    u = objective.beta * (u / x.lengths if objective.averages else u)
+    b = None if balance is None else _balanced_quantity(x, balance, row.odds)
+
+    weights = torch.ones_like(u).detach()
+    if row.pair is not None:
+        i, j = groups.pair_indices(every=row.every_pair)
+        w = None if balance is None or b is None else balance.coefficient(b[i], b[j])
+        preferred = Side(u[i] if w is None else w * u[i], x.mean_logps[i], x.lengths[i], w)
+        losses = row.pair(preferred, Side(u[j], x.mean_logps[j], x.lengths[j], None), objective)
+        if row.every_pair:
+            offsets = groups.pair_offsets()
+            losses = seq_logps(losses, offsets) / offsets.diff()
+        if w is not None:
+            pairs, total = (
+                torch.zeros_like(weights).index_put((i,), y, accumulate=True) for y in (torch.ones_like(w), w)
+            )
+            weights = torch.where(groups.positive, total / pairs, weights)
+    else:
+        assert row.group is not None  # a row has one of the two
+        if balance is not None and b is not None:
+            w = balance.coefficient(b, mean(b, ~groups.positive, groups)[groups.ids])
+            weights = torch.where(groups.positive, w, weights)
+        losses = row.group(u if balance is None else weights * u, groups)
+        if losses.shape != (groups.num_groups,):
+            raise ValueError(f"loss must give one value a group, ({groups.num_groups},); got {tuple(losses.shape)}")
+    if objective.nll_weight:
+        losses = losses + objective.nll_weight * mean(-x.mean_logps, groups.positive, groups)
+    if row.ranks and not _unchecked(u) and not groups.positives_first():
+        raise ValueError(f"{objective.loss} reads the order in a group as its ranking: positives must come first")
+    # As a factor, so that the gradient is NaN too: where a loss is linear (hinge) a NaN score alone does not reach it.
+    bad = losses.isnan() | ~groups.valid
+    if row.ranks:
+        bad = bad | ~groups.positives_first()
+    losses = losses * torch.where(bad, math.nan, 1.0)
+    return PreferenceLoss(losses.mean(), x.logps.detach(), u.detach(), losses.detach(), weights)
+
+
+def _by_kernel(
+    token_logps: Tensor,  # (T,) bf16 | fp16 | fp32
+    cu_seqlens: Tensor,  # (S+1,)
+    groups: PreferenceGroups,
+    objective: Objective,
+    ref_logps: Tensor | None,  # (S,) or (T,)
+    impl: str,
+) -> PreferenceLoss:
+    """The same in few launches, with the gradient in closed form; sums and scores are float64 inside."""
+    assert isinstance(objective.loss, str)  # `resolve` has refused a callable
+    ref_logps = None if ref_logps is None else ref_logps.detach().float()
+    if not _unchecked(token_logps):
+        if objective._row.ranks and not groups.positives_first():
+            raise ValueError(f"{objective.loss} reads the order in a group as its ranking: positives must come first")
+        _check_values(cu_seqlens, token_logps.shape[0], ref_logps)
+    balance = objective.balance
+    spec = fused.LossSpec(
+        objective.loss,
+        objective.beta,
+        objective.averages,
+        objective.subtracts_reference,
+        objective.nll_weight,
+        objective.label_smoothing,
+        objective.gamma,
+        objective.alpha,
+        objective.tau,
+        0.0 if balance is None else balance.ceiling,
+        balance is not None and balance.space == "reference",
+        balance is not None and balance.normalize,
+    )
+    return PreferenceLoss(
+        *PreferenceWeights.apply(
+            token_logps.float(), ref_logps, cu_seqlens, groups.cu_groups, groups.positive, spec, groups.max_size, impl
+        )
+    )
+
+
+class _Sequences(NamedTuple):
+    logps: Tensor  # (S,) s
+    ref_logps: Tensor | None  # (S,) r
+    lengths: Tensor  # (S,) n, in the dtype of logps
+    mean_logps: Tensor  # (S,) s / n
+
+
+def _sequences(token_logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None) -> _Sequences:
+    """Sums by sequence; values checked on the host, turned into NaN elsewhere."""
+    if token_logps.dtype in (torch.bfloat16, torch.float16):
+        token_logps = token_logps.float()
+    covered = None
+    if token_logps.device.type != "cpu":  # where seq_logps does not check them itself
+        cu_seqlens, covered = bounded_offsets(cu_seqlens, token_logps.shape[0])
+    s, n = seq_logps(token_logps, cu_seqlens), cu_seqlens.diff()
+    r = None if ref_logps is None else ref_logps.detach().to(s.dtype)
+    if _unchecked(s):
+        valid = n > 0 if covered is None else covered & (n > 0)
+        s = s * torch.where(valid, 1.0, math.nan)
+        r = None if r is None else torch.where(torch.isfinite(r), r, math.nan)
+    else:
+        _check_values(cu_seqlens, token_logps.shape[0], r)
+    if r is not None and r.shape != s.shape:
+        r = seq_logps(r, cu_seqlens)
+    n = n.to(s.dtype)
+    return _Sequences(s, r, n, s / n)
+
+
+def _check_values(cu_seqlens: Tensor, T: int, ref_logps: Tensor | None) -> None:
+    """ValueError for offsets that do not cover the tokens, an empty response, a reference that is not finite."""
+    check_offsets("cu_seqlens", cu_seqlens, T, "the number of tokens")
+    empty = cu_seqlens.diff() < 1
+    if bool(empty.any()):
+        raise ValueError(f"cu_seqlens must give each sequence a token; sequence {int(empty.nonzero()[0, 0])} has none")
+    if ref_logps is not None and not bool(torch.isfinite(ref_logps).all()):
+        at = int((~torch.isfinite(ref_logps)).nonzero()[0, 0])
+        raise ValueError(f"ref_logps must be finite; ref_logps[{at}] is {float(ref_logps[at])}")
+
+
+def _balanced_quantity(x: _Sequences, balance: AdaBalance, odds: bool) -> Tensor:  # (S,)
+    """AdaDPO's b."""
+    b = x.logps if balance.space == "policy" or x.ref_logps is None else x.logps - x.ref_logps
+    b = (b / x.lengths if balance.normalize else b).detach()
+    return b + log1mexp(x.mean_logps.detach()) if odds else b
+
+
+def _unchecked(x: Tensor) -> bool:
+    """Whether values must not be read back: on a device, and while tracing."""
+    return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def _check_shapes(
+    token_logps: Tensor,
+    cu_seqlens: Tensor,
+    groups: PreferenceGroups,
+    objective: Objective,
+    ref_logps: Tensor | None,
+    impl: str,
+) -> None:
+    if impl not in ("auto", *fused.IMPLS):
+        raise ValueError(f"impl must be one of {('auto', *fused.IMPLS)}; got {impl!r}")
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective; got {objective!r}")
+    if token_logps.dim() != 1 or not token_logps.is_floating_point():
+        raise ValueError(
+            f"token_logps must be a floating (T,) tensor; got {tuple(token_logps.shape)} {token_logps.dtype}"
+        )
+    S = groups.num_sequences
+    if cu_seqlens.shape != (S + 1,):
+        raise ValueError(
+            f"cu_seqlens must be an integer tensor of S + 1 = {S + 1} offsets, for the {S} sequences of groups;"
+            f" got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    if objective._row.pair is not None and not objective._row.every_pair and groups.num_groups * 2 != S:
+        raise ValueError(
+            f"groups must be pairs for loss {objective.loss!r}, one positive and one negative each; got {S} sequences"
+            f" in {groups.num_groups} groups. all_pairs, margin, mpo and softmax take larger groups"
+        )
+    if ref_logps is None:
+        if objective.needs_reference:
+            raise ValueError(f"ref_logps must be given: {objective} uses a reference")
+    elif not ref_logps.is_floating_point() or ref_logps.shape not in ((S,), token_logps.shape):
+        T = token_logps.shape[0]
+        raise ValueError(
+            f"ref_logps must be floating and (S,) = ({S},) or (T,) = ({T},);"
+            f" got {tuple(ref_logps.shape)} {ref_logps.dtype}"
+        )
+    for name, x in {"cu_seqlens": cu_seqlens, "groups": groups.positive, "ref_logps": ref_logps}.items():
+        if x is not None and x.device != token_logps.device:
+            raise ValueError(f"{name} must be on the device of token_logps, {token_logps.device}; got {x.device}")

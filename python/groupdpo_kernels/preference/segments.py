@@ -1,0 +1,118 @@
+"""Sums of token log-probabilities by sequence, and checks of the offsets that say where sequences lie.
+
+`seq_logps` is the waist of the package: what lies after it knows sequences alone. An op of its own, so that compiled
+graphs hold one node.
+
+Never: lets an offset read out of bounds. Needs torch alone. Values of offsets are read on a CPU alone; on a GPU wrong
+ones give NaN downstream. Cost: O(T + S), in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import INTEGERS, NotUnderVmap, check_tensors
+
+
+def seq_logps(
+    token_logps: Tensor,  # (T,) floating
+    cu_seqlens: Tensor,  # (S+1,) integer
+) -> Tensor:  # (S,) the dtype of token_logps
+    """Sums of token_logps by sequence: sequence s owns tokens cu_seqlens[s] : cu_seqlens[s+1]. Differentiable.
+
+    Raises TypeError for what is no tensor and for offsets that are no integers, and ValueError for offsets that do not
+    start at 0, decrease, or do not end at T (on a GPU values are not read back: only shapes are checked).
+    """
+    check_tensors(token_logps=token_logps, cu_seqlens=cu_seqlens)
+    if token_logps.dim() != 1 or not token_logps.is_floating_point():
+        raise ValueError(
+            f"token_logps must be a floating (T,) tensor; got {tuple(token_logps.shape)} {token_logps.dtype}"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(
+            f"cu_seqlens must be an integer (S+1,) tensor; got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    if cu_seqlens.device != token_logps.device:
+        raise ValueError(
+            f"cu_seqlens must be on the device of token_logps, {token_logps.device}; got {cu_seqlens.device}"
+        )
+    return SegmentSums.apply(token_logps, as_offsets("cu_seqlens", cu_seqlens))
+
+
+@torch.library.custom_op("groupdpo_kernels::segment_sums", mutates_args=())
+def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """values (T,), offsets (S+1,) integer -> (S,), the dtype of values."""
+    if values.device.type == "cpu":
+        check_offsets("cu_seqlens", offsets, values.shape[0], "the number of tokens")
+    # In float64, each segment in order: deterministic, exact to the last float32 digit for a million tokens, and a NaN
+    # stays in its segment.
+    return torch.segment_reduce(values.double(), "sum", offsets=offsets.long(), axis=0, unsafe=True).to(values.dtype)
+
+
+@segment_sums.register_fake
+def _(values: Tensor, offsets: Tensor) -> Tensor:
+    return values.new_empty(offsets.shape[0] - 1)
+
+
+def segment_sums_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.T = inputs[0].shape[0]
+
+
+def segment_sums_backward(ctx: Any, d_sums: Tensor) -> tuple[Tensor, None]:
+    (offsets,) = ctx.saved_tensors
+    return torch.repeat_interleave(d_sums, offsets.long().diff(), output_size=ctx.T), None
+
+
+segment_sums.register_autograd(segment_sums_backward, setup_context=segment_sums_context)
+
+
+def as_offsets(name: str, offsets: Tensor) -> Tensor:
+    """Offsets of any integer dtype as int32 or int64, which sums and differences of them fit. TypeError for others."""
+    if offsets.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be an integer tensor; got {offsets.dtype}")
+    return offsets if offsets.dtype in (torch.int32, torch.int64) else offsets.long()
+
+
+def check_offsets(name: str, offsets: Tensor, total: int, what: str) -> None:
+    """ValueError unless offsets start at 0, never decrease and end at `total`. Reads values: host side only."""
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != total:
+        raise ValueError(f"{name} must start at 0 and end at {what}, {total}; got {first} and {last}")
+    decreases = offsets.diff() < 0
+    if decreases.any():
+        i = int(decreases.nonzero()[0, 0])
+        raise ValueError(
+            f"{name} must not decrease; {name}[{i}] is {int(offsets[i])} and {name}[{i + 1}] is {int(offsets[i + 1])}"
+        )
+
+
+class SegmentSums(NotUnderVmap):
+    """`SegmentSums.apply(values, offsets)`: the op segment_sums, values (T,) and offsets (S+1,) integer -> (S,), for
+    torch.func.grad too, which does not go through an op's own formula.
+    """
+
+    instead = "seq_logps takes all sequences packed into one (T,) tensor, with one cu_seqlens"
+    setup_context = staticmethod(segment_sums_context)
+    backward = staticmethod(segment_sums_backward)
+
+    @staticmethod
+    def forward(
+        values: Tensor,  # (T,)
+        offsets: Tensor,  # (S+1,) integer
+    ) -> Tensor:
+        return segment_sums(values, offsets)
+
+
+def bounded_offsets(
+    offsets: Tensor,  # (n+1,) integer
+    total: int,
+) -> tuple[Tensor, Tensor]:
+    """Offsets that start at 0, never decrease and end at `total`, so that nothing reads out of bounds; and whether the
+    given ones did so, a bool tensor."""
+    inner = offsets[1:-1].clamp(0, total).cummax(0).values if offsets.shape[0] > 2 else offsets[1:-1]
+    bounded = torch.cat([torch.zeros_like(offsets[:1]), inner, torch.full_like(offsets[:1], total)])
+    return bounded, (bounded == offsets).all()

@@ -1,0 +1,394 @@
+"""sDPO (arXiv 2403.19270): preference data in K parts, and in stage k the model as stage k-1 left it as the reference.
+
+The loss of each stage is DPO's, and so its first value is ln 2.
+
+`run_stages` needs no trainer and knows none: it scores part k once under the current weights, in evaluation mode and
+without gradients, keeps the log-probabilities on disk, then calls train(model, part, ref_logps, stage), which trains
+the model it is given, in place. The reference is those numbers, so a second model is never held: neither in full
+fine-tuning nor with LoRA, where the reference is base + adapters as of the start of the stage (which no
+`disable_adapter()` gives back once the adapters train on).
+
+A process may die at any point, and the same call resumes to the same result, bit for bit where train is deterministic:
+files are written beside their place, synchronised, then renamed; each carries a checksum and the hash of all that its
+content depends on, so that a stale, half-written or foreign one is never read. Any number of processes may share a
+directory. A stage that was cut short starts again from its first step, with its scores at hand.
+
+Never: changes the data, the trainer or the mode of a module, or unpickles anything but tensors and plain values.
+Precondition: train depends on its arguments, the seeded generators and `options` alone; items of a part are the same
+each time they are read. Under torch.distributed all ranks call, and each scores the whole part.
+Cost: a forward of the data; a hash of the weights each stage, and of the data; on disk the scores, and after each
+stage the tensors that differ from the model as given. Formulas: docs/math.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..models.api import model_logps
+from ..preference.groups import PreferenceGroups
+from ..preference.segments import seq_logps
+from .store import UnusableFileError, description, digest, read, tensor_digests, write
+
+logger = logging.getLogger(__name__)
+
+
+class Rows(Protocol):
+    """Data, or a part of it: a list, a torch Dataset, a datasets.Dataset."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+# ------------------------------------------------------------------------------------------------------------- splits
+
+
+def equal_parts(num_rows: int, num_parts: int) -> list[list[int]]:
+    """Row indices in their order, in parts whose sizes differ by one at most."""
+    if not 1 <= num_parts <= num_rows:
+        raise ValueError(f"num_parts must be from 1 to the number of rows, {num_rows}; got {num_parts}")
+    ends = [num_rows * k // num_parts for k in range(num_parts + 1)]
+    return [list(range(start, end)) for start, end in itertools.pairwise(ends)]
+
+
+def by_column(rows: Rows, column: str = "stage", order: Sequence[Any] | None = None) -> list[list[int]]:
+    """Row indices by the value of a column; parts in the order of the values, or in the `order` given."""
+    parts: dict[Any, list[int]] = {} if order is None else {value: [] for value in order}
+    for i in range(len(rows)):
+        row = rows[i]
+        if column not in row:
+            raise ValueError(f"column {column!r} must be in every row; row {i} has only {[*row]}")
+        if order is not None and row[column] not in parts:
+            raise ValueError(f"order must name every value of {column!r}; row {i} has {row[column]!r}")
+        parts.setdefault(row[column], []).append(i)
+    for value in (value for value, part in parts.items() if not part):
+        raise ValueError(f"order must name values of {column!r} only; no row has {value!r}")
+    try:
+        return [parts[value] for value in (sorted(parts) if order is None else order)]
+    except TypeError as e:
+        raise TypeError(f"values of {column!r} must have an order, or give `order`; got {list(parts)[:8]}") from e
+
+
+def reward_accuracy(
+    scores: Tensor,  # (S,) floating
+    groups: PreferenceGroups,
+) -> tuple[Tensor, Tensor]:  # (G,), (G,) float64
+    """Share of a group's (positive, negative) pairs that the scores order rightly, ties by half; their mean margin."""
+    if scores.shape != (groups.num_sequences,) or not scores.is_floating_point():
+        got = f"{tuple(scores.shape)} {scores.dtype}"
+        raise ValueError(f"scores must be floating and (S,) = ({groups.num_sequences},); got {got}")
+    scores, groups = scores.detach().double().cpu(), groups.to("cpu")
+    for s in (~scores.isfinite()).nonzero()[:1, 0].tolist():
+        raise ValueError(f"scores must be finite; scores[{s}] is {float(scores[s])}")
+    positive, negative = groups.pair_indices(every=True)
+    margin, offsets = scores[positive] - scores[negative], groups.pair_offsets()
+    right = (margin > 0).double() + (margin == 0).double() / 2
+    return seq_logps(right, offsets) / offsets.diff(), seq_logps(margin, offsets) / offsets.diff()
+
+
+def easy_to_hard(
+    scores: Tensor,  # (S,) floating
+    groups: PreferenceGroups,
+    into: int | Sequence[Sequence[int]],
+) -> list[list[int]]:
+    """Group indices by the reference's reward accuracy, most accurate first; equals by margin, then in their order.
+
+    Args:
+        scores: log-probabilities of the responses under the reference (`reference_logps`), sums or means.
+        groups: which responses belong together; a group is a row of the data. For pairs this is the order of margins.
+        into: a number of equal parts, or parts of groups (sources of data, as in the paper), then only put in order.
+    """
+    accuracy, margin = (x.tolist() for x in reward_accuracy(scores, groups))
+    if isinstance(into, int):
+        order = sorted(range(len(accuracy)), key=lambda g: (-accuracy[g], -margin[g], g))
+        return [[order[i] for i in part] for part in equal_parts(len(order), into)]
+    parts = [list(part) for part in into]
+    _check_parts(parts)
+
+    def ease(part: list[int]) -> tuple[float, float]:
+        return -sum(accuracy[g] for g in part) / len(part), -sum(margin[g] for g in part) / len(part)
+
+    return sorted(parts, key=ease)
+
+
+def take(rows: Rows, indices: Iterable[int]) -> Any:
+    """These rows: a datasets.Dataset where the data is one, else a list."""
+    chosen = list(indices)
+    for i in (i for i in chosen if not 0 <= i < len(rows)):
+        raise ValueError(f"indices must be from 0 to {len(rows) - 1}; got {i}")
+    select = getattr(rows, "select", None)
+    return [rows[i] for i in chosen] if select is None else select(chosen)
+
+
+# ------------------------------------------------------------------------------------------------------------- runner
+
+
+def sequence_logps(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Tensor:  # (S,) float32
+    """The default `score`: log-probabilities of the sequences of batches, in order, by `model_logps`.
+
+    A batch has input_ids (B, L), targets (B, L) as in `model_logps`, and what else the model's forward takes. With
+    cu_seqlens (s+1,) its rows, laid end to end, are packed sequences; without, each row is one. `groups`, `positive`
+    and `cu_groups` are left out of the forward.
+    """
+    device, sums = next(model.parameters()).device, []
+    for batch in batches:
+        inputs: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        input_ids, targets, cu_seqlens = (inputs.pop(k, None) for k in ("input_ids", "targets", "cu_seqlens"))
+        if not all(isinstance(x, Tensor) and x.dim() == 2 for x in (input_ids, targets)):
+            raise ValueError(f"a batch must hold (B, L) tensors input_ids and targets, or give `score`; got {[*batch]}")
+        for name in ("groups", "positive", "cu_groups"):
+            inputs.pop(name, None)
+        token_logps = model_logps(model, input_ids, targets, **inputs)
+        if cu_seqlens is None:
+            B, L = token_logps.shape
+            cu_seqlens = torch.arange(0, B * L + 1, L, device=device)
+        sums.append(seq_logps(token_logps.flatten(), cu_seqlens))
+    return torch.cat(sums)
+
+
+def _num_sequences(batch: Mapping[str, Any]) -> int:
+    cu_seqlens = batch.get("cu_seqlens")
+    return len(batch["input_ids"]) if cu_seqlens is None else len(cu_seqlens) - 1
+
+
+def reference_logps(
+    model: nn.Module,
+    part: Rows,
+    directory: str | Path,
+    *,
+    score: Callable[[nn.Module, Any], Tensor] | None = None,
+    count: Callable[[Any], int] | None = None,
+    chunk_size: int = 64,
+    options: Mapping[str, Any] | None = None,
+    fingerprint: Callable[[nn.Module], Mapping[str, str]] = tensor_digests,
+) -> Tensor:  # (S, ...) on the CPU
+    """Scores of a part under the model as it is, from disk as far as they are there. Arguments as in `run_stages`."""
+    _check_parts([part])
+    scorer = _Scorer(Path(directory), score, count, chunk_size, [options, description(model)])
+    return scorer(model, part, _digest_rows(part), fingerprint(model), "part")
+
+
+def run_stages(
+    model: nn.Module,
+    parts: Sequence[Rows],
+    train: Callable[[nn.Module, Any, Tensor, int], Any],
+    directory: str | Path,
+    *,
+    score: Callable[[nn.Module, Any], Tensor] | None = None,
+    count: Callable[[Any], int] | None = None,
+    chunk_size: int = 64,
+    options: Mapping[str, Any] | None = None,
+    seed: int | None = 0,
+    save: Callable[[nn.Module, Path], Any] | None = None,
+    load: Callable[[nn.Module, Path], Any] | None = None,
+    fingerprint: Callable[[nn.Module], Mapping[str, str]] = tensor_digests,
+) -> None:
+    """Train the model in place on one part after the other, or on from where an earlier call with this directory stood.
+
+        parts = [take(rows, indices) for indices in by_column(rows, "stage")]
+        run_stages(model, parts, train, "sdpo", score=score)
+
+    Args:
+        model: the reference of stage 1, and the policy throughout. To resume, the weights of the first call: a model
+            that an exception left half-trained is another model, and begins another run.
+        parts: the data of each stage, in order; see `equal_parts`, `by_column`, `easy_to_hard` and `take`.
+        train: train(model, part, ref_logps, stage), stage from 1. ref_logps holds, on the CPU, what score gave.
+        directory: made if need be. Files of other models, data or options are left alone.
+        score: score(model, rows) -> (S, ...) floating, for `chunk_size` rows of a part. None: `sequence_logps`.
+        count: how many values a row gives. None: one; with score=None, the batch's number of sequences.
+        chunk_size: rows scored between two files; what an interruption can cost.
+        options: what else the result depends on (learning rate, temperature): plain values. Others start a new run.
+        seed: each stage seeds Python, NumPy if loaded, and torch with seed + stage. None: left to train.
+        save, load: called as (model, path), path free for a file or a folder. They must give back the same weights.
+            Under torch.distributed every rank calls them with the same path; other processes need other directories.
+            None: the changed tensors of the state dict, in one file; sharded models need a save of their own.
+        fingerprint: names to hashes of the weights, for models whose state dict does not hold them.
+
+    Raises ValueError for no or empty parts, for scores of another length or not finite (naming the row and the value),
+    and where `load` gives back other weights than `save` was given. Progress goes to the logger of this module.
+    """
+    if (save is None) != (load is None):
+        raise ValueError(f"save and load must be given together; got save={save!r}, load={load!r}")
+    parts = list(parts)
+    _check_parts(parts)
+    context = [options, description(model)]  # now: trainers write into the config of a model
+    scorer = _Scorer(Path(directory), score, count, chunk_size, context)
+    rows = [_digest_rows(part) for part in parts]
+    start, names = fingerprint(model), set(model.state_dict())
+    # Stage k hangs on what came before it, not on what follows: parts may be added at the end.
+    run = digest(["run", context, scorer.name, chunk_size, seed, start])
+    runs = list(itertools.accumulate(rows, lambda run, part: digest([run, part]), initial=run))
+    records = {k: scorer.directory / f"stage-{k}-{runs[k][:16]}.pt" for k in range(1, len(runs))}
+    (done, record), weights = _last_stage(records, runs), start
+    if record is not None:
+        if load is None:
+            _copy_into(model, record["tensors"])
+        else:
+            load(model, records[done].with_suffix(""))
+        weights = fingerprint(model)
+        if digest(weights) != record["weights"]:
+            raise ValueError(f"load must give back the weights that were saved after stage {done}; it gave others")
+        logger.info("stage %d of %d: done before, loaded from %s", done, len(parts), records[done])
+    elif any(path not in records.values() for path in scorer.directory.glob("stage-*.pt")):
+        logger.warning("%s holds stages of other models, data or options: training from stage 1", directory)
+    for k in range(done + 1, len(parts) + 1):
+        part, before = parts[k - 1], weights
+        ref_logps = scorer(model, part, rows[k - 1], before, f"stage {k}")
+        logger.info("stage %d of %d: training on %d rows", k, len(parts), len(part))
+        if seed is not None:
+            _seed(seed + k)
+        train(model, part, ref_logps, k)
+        weights = fingerprint(model)
+        if weights == before:
+            warnings.warn(f"stage {k} left the weights as they were: train must train the model given", stacklevel=2)
+        content: dict[str, Any] = {"run": runs[k], "weights": digest(weights)}
+        if save is None:
+            state = model.state_dict()
+            if state.keys() != names:
+                more = sorted(state.keys() ^ names)[:3]
+                raise ValueError(f"train must not add or remove tensors (adapters: before); stage {k} did: {more} ...")
+            changed = (name for name in state if weights.get(name, "") != start.get(name))
+            content["tensors"] = {name: state[name].detach().cpu() for name in changed}
+        else:
+            save(model, records[k].with_suffix(""))
+            _gather(None)  # the record says that every rank has saved
+        write(records[k], content)
+        logger.info("stage %d of %d: done, saved to %s", k, len(parts), records[k])
+
+
+def _last_stage(records: Mapping[int, Path], runs: Sequence[str]) -> tuple[int, dict[str, Any] | None]:
+    """The last stage that all ranks can load, and its record; 0 and None for the model as given."""
+    for k in sorted(records, reverse=True):
+        record = None
+        try:
+            record = read(records[k], run=runs[k])
+        except FileNotFoundError:
+            pass
+        except UnusableFileError as e:
+            warnings.warn(f"{e}: stage {k} is trained again", stacklevel=3)
+        if all(_gather(record is not None)):
+            return k, record
+    return 0, None
+
+
+class _Scorer:
+    """Scores of parts, in one file a chunk."""
+
+    def __init__(
+        self,
+        directory: Path,
+        score: Callable[[nn.Module, Any], Tensor] | None,
+        count: Callable[[Any], int] | None,
+        chunk_size: int,
+        context: list[Any],
+    ) -> None:
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
+        self.directory, self.chunk_size, self.context = directory, chunk_size, context
+        self.score = sequence_logps if score is None else score
+        self.count = _num_sequences if score is None and count is None else count
+        self.name = getattr(self.score, "__qualname__", type(self.score).__qualname__)
+
+    def __call__(self, model: nn.Module, part: Rows, rows: str, weights: Mapping[str, str], where: str) -> Tensor:
+        kind = next(model.parameters()).device.type
+        autocast = [torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))]
+        key = digest(["ref", self.context, self.name, self.chunk_size, autocast, rows, weights])
+        folder = self.directory / f"ref-{key[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        chunks = range(-(-len(part) // self.chunk_size))
+        paths = [folder / f"{i:06}.pt" for i in chunks]
+        found, unusable = {}, []
+        for i in chunks:
+            try:
+                found[i] = read(paths[i], key=key, chunk=i)["values"]
+            except FileNotFoundError:
+                pass
+            except UnusableFileError as e:
+                unusable.append(str(e))
+        if unusable:
+            more = f" (and {len(unusable) - 1} more)" if unusable[1:] else ""
+            warnings.warn(f"{unusable[0]}{more}: computed again", stacklevel=3)
+        # A forward may be a collective: all ranks score what any of them lacks.
+        missing = sorted(set().union(*_gather(set(chunks) - set(found))))
+        logger.info("%s: %d of %d chunks to score", where, len(missing), len(chunks))
+        with _evaluating(model):
+            for i in missing:
+                found[i] = self._score_chunk(model, part, i * self.chunk_size, where)
+                write(paths[i], {"key": key, "chunk": i, "values": found[i]})
+                if (i + 1) % max(1, len(chunks) // 10) == 0:
+                    logger.info("%s: scored chunk %d of %d", where, i + 1, len(chunks))
+        return torch.cat([found[i] for i in chunks])
+
+    def _score_chunk(self, model: nn.Module, part: Rows, start: int, where: str) -> Tensor:
+        chunk = take(part, range(start, min(start + self.chunk_size, len(part))))
+        values = self.score(model, chunk)
+        counts = [1 if self.count is None else self.count(chunk[i]) for i in range(len(chunk))]
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"score must give a floating tensor; {where}: got {got}")
+        span = f"rows {start}:{start + len(chunk)}"
+        if values.dim() < 1 or len(values) != sum(counts):
+            raise ValueError(f"score must give {sum(counts)} values for {where}, {span}; got {tuple(values.shape)}")
+        values = values.detach().cpu().clone()  # of its own: a view would be saved with all that it views
+        for at in (~values.isfinite()).nonzero()[:1].tolist():
+            row = next(n for n in range(len(counts)) if at[0] < sum(counts[: n + 1]))
+            raise ValueError(f"score must be finite; {where}, row {start + row} has {float(values[tuple(at)])}")
+        return values
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout; each module's own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _copy_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, value in tensors.items():
+            state[name].copy_(value)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _gather(value: Any) -> list[Any]:
+    """The value of each rank; of this process alone where there are no ranks. Waits for all of them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _check_parts(parts: Sequence[Rows]) -> None:
+    if not parts:
+        raise ValueError("parts must be at least one; got none")
+    for k, part in enumerate(parts, 1):
+        if not len(part):
+            raise ValueError(f"parts must not be empty; part {k} of {len(parts)} is")
+
+
+def _digest_rows(rows: Rows) -> str:
+    return digest([digest(rows[i]) for i in range(len(rows))])

@@ -1,0 +1,122 @@
+"""The options of `GroupDPOTrainer`, and what they refuse.
+
+Never: accepts an option that would do nothing. Needs transformers. Cost: none.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..checks import one_of
+from ..preference.group_backward import STRATEGIES
+from .misplaced import check_names
+
+
+@dataclass
+class GroupDPOConfig(TrainingArguments):
+    """Options of `GroupDPOTrainer`; batch sizes count groups. Defaults that transformers has otherwise are TRL's.
+
+    Args:
+        strategy: "auto", "two_pass", "one_pass" (few trainable parameters, micro-batches of one response) or "coupled".
+            "auto" is "coupled", the fastest, where the planner finds that the largest step fits in the memory that is
+            free at the start, else "two_pass"; `GroupDPOTrainer.strategy` is what was chosen.
+        micro_batch_sequences, micro_batch_tokens: limits of a micro-batch, padding included. None: no limit. For
+            "auto" and "two_pass" micro_batch_tokens may be "auto": what the planner fits in that memory.
+        layout: "padded", or "packed" for models that keep sequences apart by their position_ids; for others the
+            trainer takes "padded", after a warning that says why.
+        format, rule: as in `data.read_groups`; merge_prompts: rows of one prompt become one group.
+        max_length, too_long, chat, template_options, on_bad: as in `data.tokenize_groups`.
+        precompute_ref_log_probs: the reference scores the data once, before training; kept on disk.
+        disable_dropout: sets the probability of every nn.Dropout to 0.
+        router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts. None: that of the model's config.
+
+    Raises ValueError for another strategy or layout, a limit below 1, and for what a strategy cannot do; TypeError for
+    an option that belongs to Objective or to the trainer, or that nobody has.
+    """
+
+    learning_rate: float = 1e-6
+    logging_steps: float = 10
+    gradient_checkpointing: bool = True
+    bf16: bool | None = None  # type: ignore[assignment]  # None: unless fp16
+    strategy: str = "auto"
+    micro_batch_sequences: int | None = 4
+    micro_batch_tokens: int | str | None = None
+    layout: str = "padded"
+    format: str = "auto"
+    rule: str = "best_vs_rest"
+    merge_prompts: bool = False
+    max_length: int | None = 1024
+    too_long: str = "drop"
+    chat: bool | None = None
+    template_options: dict[str, Any] | str | None = None  # text: JSON, as from a command line
+    on_bad: str = "drop"
+    precompute_ref_log_probs: bool = False
+    disable_dropout: bool = True
+    router_aux_loss_coef: float | None = None
+
+    def __new__(cls, *positional: Any, **named: Any) -> GroupDPOConfig:
+        """An option that is not there is an error that says where it belongs; __init__ would say that it is not."""
+        check_names(cls.__name__, named, cls.__dataclass_fields__)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        one_of("strategy", self.strategy, ("auto", *STRATEGIES, "coupled"))
+        one_of("layout", self.layout, ("padded", "packed"))
+        if isinstance(self.micro_batch_tokens, str) and self.micro_batch_tokens.isdecimal():  # from a command line
+            self.micro_batch_tokens = int(self.micro_batch_tokens)
+        for name in ("micro_batch_sequences", "micro_batch_tokens"):
+            value = getattr(self, name)
+            if value == "auto" and name == "micro_batch_tokens" and self.strategy in ("auto", "two_pass"):
+                continue
+            if isinstance(value, str):
+                asked = "an int or None, or for auto and two_pass micro_batch_tokens may be 'auto'"
+                raise ValueError(f"{name} must be {asked}; got {value!r} with strategy {self.strategy!r}")
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
+        for name, nothing in {"label_smoothing_factor": 0.0, "include_for_metrics": []}.items():
+            if (found := getattr(self, name)) != nothing:
+                raise ValueError(f"{name} must be {nothing}: it is of losses on labels; got {found!r}")
+        if (seen := self.include_num_input_tokens_seen) not in ("no", False):
+            raise ValueError(f"include_num_input_tokens_seen must be 'no': num_tokens is logged anyway; got {seen!r}")
+        check_not_compiled(self)
+        if isinstance(self.template_options, str):
+            try:
+                self.template_options = dict(json.loads(self.template_options))
+            except (TypeError, ValueError):
+                asked = "a dict, or JSON of one"
+                raise ValueError(f"template_options must be {asked}; got {self.template_options!r}") from None
+        if self.torch_empty_cache_steps is not None and self.strategy != "coupled":
+            got = self.torch_empty_cache_steps
+            raise ValueError(f"torch_empty_cache_steps must be None for strategy {self.strategy!r}; got {got}")
+        # Where transformers has a new name for an option, the old one would warn of itself.
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            new = old.replace("gradient", "activation")
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
+        super().__post_init__()
+        if self.strategy == "one_pass" and self.gradient_checkpointing and self.reentrant:
+            raise ValueError(
+                "gradient_checkpointing_kwargs must leave use_reentrant False for strategy 'one_pass', which takes the"
+                " gradient of each response by itself; got use_reentrant=True"
+            )
+
+    @property
+    def reentrant(self) -> bool:
+        """Whether gradient checkpointing, where it is on, is of the reentrant kind."""
+        options = self.gradient_checkpointing_kwargs
+        return isinstance(options, dict) and bool(options.get("use_reentrant"))
+
+
+def check_not_compiled(args: TrainingArguments) -> None:
+    """ValueError for an option that would do nothing: the head's forward is replaced for the call."""
+    if args.torch_compile:
+        raise ValueError(
+            "torch_compile must be False: a compiled model would run eagerly here; compile its layers instead"
+            " (for layer in model.model.layers: layer.compile()); got True"
+        )

@@ -1,0 +1,240 @@
+"""TRL's DPOTrainer on the objectives and kernels of this package: every pairwise loss, AdaDPO, any causal LM.
+
+    trainer = DPOTrainer(model, args=DPOConfig(...), train_dataset=pairs, processing_class=tokenizer,
+                         objective=Objective("sigmoid", beta=0.1, balance=AdaBalance()))
+
+Data, collator, loop, PEFT, checkpoints and names of metrics are TRL's; the loss is `preference_loss` on `model_logps`,
+and so are the reference's log-probabilities, so that both round alike and the first loss of DPO is ln 2 in bfloat16
+too. Not logged, because the head here gives log-probabilities alone: entropy, logits/*, mean_token_accuracy.
+
+The reference is the model as it is given. TRL instead loads again the checkpoint that the model once came from; here a
+model given as an object is copied, so weights that have moved since (the stages of sDPO) are what it starts from. With
+`peft_config` it is the model without its adapter, for a PeftModel TRL's copy of the adapter, named "ref". An objective
+without a reference (simpo, cpo, orpo) holds none; TRL refuses images with it, as it does with precomputed references.
+
+The options of DPOConfig that describe the loss must stay as they are (`Objective` has them): see
+`misplaced.LOSS_OPTIONS`. Adapters on the LM head are refused by TRL; `GroupDPOTrainer` takes them.
+
+Never: changes TRL, or a class of it. Precondition: TRL 1.16 or later, before 2 (its private `_compute_loss` is
+overridden; the version is checked). Cost: as TRL's, without its (B, L) statistics. Formulas: docs/math.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import tokenizer_of
+from ..installed import installed_trl
+from ..models.adapters import is_peft_model, let_adapter_train
+from ..models.api import attach
+from ..models.one_column import NOT_OF_THE_MODEL, completion_targets
+from ..preference.groups import PreferenceGroups
+from ..preference.losses import LOSSES
+from ..preference.objective import Objective, preference_loss
+from .config import check_not_compiled
+from .metrics import means_of, preference_metrics, record
+from .misplaced import LOSS_OPTIONS, check_names, check_order
+from .reference import (
+    check_adapter,
+    check_adapter_alone_trains,
+    check_no_earlier_reference,
+    copy_to_reference_adapter,
+    frozen_copy,
+    take_off_forwards_of,
+)
+
+SUPPORTED = (1, 16), (2, 0)  # from, to before
+
+trl = installed_trl("DPOTrainer", SUPPORTED)
+
+
+class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
+    """`trl.DPOTrainer` with `objective=`, by default DPO's own, Objective("sigmoid", beta=0.1). All other arguments are
+    TRL's, by keyword from the fourth on.
+
+    Args:
+        objective: any `Objective` of a pairwise loss, or of a callable (scores (2B,), groups) -> (B,); the scores are
+            those of chosen and rejected of each pair side by side.
+
+    Raises ValueError or TypeError, naming argument, expectation and value: for a group-wise loss; an option of
+    LOSS_OPTIONS that differs from TRL's default and from the objective; `ref_model`, `precompute_ref_log_probs` or
+    `sync_ref_model` with an objective that has no reference; `ref_model=None` where the reference could not stay what
+    it was: a PeftModel that has an adapter "ref" from an earlier training, an adapter that trains weights of the base
+    model too, a model that ZeRO-3 has sharded; a dataset without its columns; a tokenizer without an eos token. A TRL
+    outside SUPPORTED is a RuntimeError.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: Any = None,
+        *,
+        objective: Objective = Objective(),  # noqa: B008  frozen
+        **named: Any,
+    ) -> None:
+        installed_trl("DPOTrainer", SUPPORTED)
+        known = [*inspect.signature(trl.DPOTrainer).parameters, "objective"]
+        check_names("DPOTrainer", named, known)
+        check_order("DPOTrainer", ref_model)
+        args = trl.DPOConfig() if args is None else args
+        if not isinstance(args, trl.DPOConfig):
+            raise TypeError(f"args must be a trl.DPOConfig; got {type(args).__name__}")
+        _check_objective(objective)
+        _check_options(args, objective, ref_model)
+        _check_tokenizer(named.get("processing_class"))
+        self.objective = objective
+        given = isinstance(model, nn.Module)
+        check_adapter(model, named.get("peft_config"))
+        let_adapter_train(model)
+        is_peft = is_peft_model(model) or named.get("peft_config") is not None
+        if ref_model is None and objective.needs_reference:
+            check_no_earlier_reference(model)
+            if given and not is_peft and not args.precompute_ref_log_probs:
+                ref_model = frozen_copy(model)
+        elif given and ref_model is not None:
+            take_off_forwards_of(model, ref_model)
+        precompute = args.precompute_ref_log_probs
+        # TRL builds no reference model where it expects log-probabilities with the data.
+        args.precompute_ref_log_probs = precompute or not objective.needs_reference
+        try:
+            super().__init__(model, ref_model, args, **named)
+        finally:
+            args.precompute_ref_log_probs = precompute
+        self.precompute_ref_logps = precompute
+        self.beta = objective.beta
+        if is_peft and self.ref_model is None:
+            if not objective.needs_reference and "ref" in self.model.peft_config:
+                self.model.delete_adapter("ref")
+            elif objective.needs_reference and not precompute:
+                check_adapter_alone_trains(self.model)
+                if "ref" in self.model.peft_config:
+                    copy_to_reference_adapter(self.model)  # TRL leaves out those of embeddings
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        found = [*next(iter(dataset))]
+        missing = [name for name in ("chosen", "rejected") if name not in found]
+        if missing:
+            raise ValueError(
+                f"{dataset_name} dataset must have columns chosen and rejected (and prompt, unless both are whole"
+                f" conversations); {', '.join(missing)} not among {', '.join(found)}"
+            )
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Only for an objective that reads them."""
+        if not self.objective.needs_reference:
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(chosen, rejected), (B,) float32 each: TRL's own, but that `model_logps` scores the tokens."""
+        return super().compute_ref_log_probs(_scored_here(model), inputs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        targets = completion_targets(inputs["input_ids"], inputs["completion_mask"])
+        forward = {k: v for k, v in inputs.items() if k not in NOT_OF_THE_MODEL}
+        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        token_logps, outputs = attach(model).with_outputs(forward.pop("input_ids"), targets, **forward, **options)
+        # TRL's batch is all chosen, then all rejected; a group is a chosen one and its rejected one, side by side.
+        B = len(targets) // 2
+        order = torch.arange(2 * B, device=targets.device).view(2, B).T.flatten()
+        live = (targets != -100)[order]
+        lengths = live.sum(1)
+        if not bool(lengths.all()):
+            raise ValueError(
+                f"max_length must leave each response a token; a prompt takes all of it; got {self.args.max_length}"
+            )
+        groups = PreferenceGroups.pairs(B).to(targets.device)
+        cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0))
+        result = preference_loss(token_logps[order][live], cu_seqlens, groups, self.objective, self._reference(inputs))
+        loss, values = result.loss, preference_metrics(result, groups, self.objective, lengths)
+        del values["positive_mass"]  # of a pair it says what the margin says
+        if self.aux_loss_enabled:
+            loss, values["aux_loss"] = loss + self.router_aux_loss_coef * outputs.aux_loss, outputs.aux_loss
+        mode = "train" if self.model.training else "eval"
+        record(self._metrics[mode], values, self.accelerator.gather)
+        if mode == "train":
+            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += tokens // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # for a compute_metrics of the user's, as in TRL
+            return loss, model(input_ids=inputs["input_ids"], use_cache=False, **forward)
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        """The numbers of this data under its own prefix: `eval_a_rewards/margins` of eval_dataset {"a": rows}."""
+        output = super().evaluation_loop(*arguments, **named)
+        prefix = named.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means_of(self._metrics["eval"]).items()})
+        return output
+
+    def _reference(self, inputs: dict[str, Any]) -> Tensor | None:  # (2B,), chosen and rejected of each pair in turn
+        if not self.objective.needs_reference:
+            return None
+        if self.precompute_ref_logps:
+            sides = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            sides = self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
+        return torch.stack(sides, 1).flatten()
+
+
+def _scored_here(model: Any) -> Callable[..., SimpleNamespace]:
+    """The model as TRL calls it for log-probabilities, with those of `model_logps`."""
+
+    def score(input_ids: Tensor, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:
+        token_logps = attach(model)(input_ids, completion_targets(input_ids, (labels != -100).long()), **inputs)
+        return SimpleNamespace(log_probs=token_logps[:, :-1])
+
+    return score
+
+
+def _check_objective(objective: Objective) -> None:
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective; got {objective!r}")
+    if isinstance(objective.loss, str) and (LOSSES[objective.loss].pair is None or LOSSES[objective.loss].every_pair):
+        pairwise = [name for name, row in LOSSES.items() if row.pair is not None and not row.every_pair]
+        raise ValueError(
+            f"objective must be of a pairwise loss ({', '.join(pairwise)}), or go to GroupDPOTrainer;"
+            f" got {objective.loss!r}"
+        )
+
+
+def _check_tokenizer(processing_class: Any) -> None:
+    """TRL ends each completion with eos, and pads with it where there is no pad token."""
+    tokenizer = tokenizer_of(processing_class)
+    if tokenizer is not None and tokenizer.eos_token is None:
+        raise ValueError(
+            "processing_class must have an eos_token, which ends a completion and, without a pad_token, pads;"
+            f" got eos_token=None, pad_token={tokenizer.pad_token!r}"
+        )
+
+
+def _check_options(args: Any, objective: Objective, ref_model: Any) -> None:
+    """ValueError for what would be ignored: the loss is the objective's, and so is the need for a reference."""
+    for field in dataclasses.fields(args):
+        if field.name not in LOSS_OPTIONS:
+            continue
+        value, ours = getattr(args, field.name), LOSS_OPTIONS[field.name]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value == default or (ours is not None and value in (getattr(objective, ours), [getattr(objective, ours)])):
+            continue
+        why = "no objective has it" if ours is None else f"Objective({ours}=...) says it"
+        raise ValueError(f"{field.name} of DPOConfig must stay {default!r}, because {why}; got {value!r}")
+    check_not_compiled(args)
+    if objective.needs_reference:
+        return
+    what = f"for {objective.loss!r} has no reference"
+    if ref_model is not None:
+        raise ValueError(f"ref_model must be None, {what}; got a {type(ref_model).__name__}")
+    for name in ("precompute_ref_log_probs", "sync_ref_model"):
+        if getattr(args, name):
+            raise ValueError(f"{name} of DPOConfig must be False, {what}; got True")

@@ -1,0 +1,450 @@
+"""GroupDPO in a trainer: several positives and negatives to a prompt, at the memory of one micro-batch.
+
+    trainer = GroupDPOTrainer(model, args=GroupDPOConfig("out"), train_dataset=rows, processing_class=tokenizer,
+                              objective=GROUP_OBJECTIVE)
+
+Rows of every layout that `data` reads become groups; a step takes `per_device_train_batch_size` groups, cuts their
+responses into micro-batches and gives them to `group_backward` (strategy "two_pass" or "one_pass") or, with "coupled",
+keeps the graph of the whole step; "auto" is coupled where the planner finds that this graph fits, and two_pass where
+not. All give the same gradient. Names of options and metrics are those of TRL's
+DPOConfig where it has them.
+
+The base is transformers.Trainer and not TRL's DPOTrainer, of which little would be left: it tokenises pairs, patches
+the forward of the model and refuses adapters on its head. So this works without TRL, too.
+
+Never: holds a second model with an adapter or with precomputed references; downloads. Text alone, no images.
+Precondition: one device, or DistributedDataParallel. Cost: `two_pass` one more forward without the head, see
+`backward`; token ids of the data in memory; precomputed references on disk in output_dir/ref_logps, 4 bytes a response.
+Sources: GroupDPO (arXiv 2604.15602); defaults of the objective: docs/math.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import traceback
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, set_seed
+
+from ..data.batches import MicroBatch, PreferenceBatch, TokenGroup, tokenizer_of
+from ..data.formats import Report
+from ..memory.worker import out_of_memory
+from ..models.adapters import has_adapter, is_peft_model, let_adapter_train, save_adapter
+from ..models.api import attach, checkpoint_layers
+from ..models.limits import position_limit, token_limit
+from ..preference.group_backward import group_backward
+from ..preference.objective import Objective, PreferenceLoss, preference_loss
+from ..preference.segments import seq_logps
+from ..stepwise.stages import reference_logps
+from .config import GroupDPOConfig
+from .fit_check import advice, check_group_fits, memory_of, micro_batch_tokens_of, strategy_that_fits
+from .metrics import means_of, preference_metrics, record
+from .misplaced import check_names, check_order
+from .reference import (
+    add_reference_adapter,
+    as_reference,
+    check_adapter,
+    check_adapter_alone_trains,
+    check_no_earlier_reference,
+    check_on_one_device,
+    frozen_copy,
+    take_off_forwards_of,
+)
+from .rows import Collator, GroupRows, tokenised
+
+logger = logging.getLogger(__name__)
+
+GROUP_OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
+_NO_REFERENCE = "ref_model must be given to evaluate: ref_logps are those of train_dataset; got ref_logps"
+
+
+class GroupDPOTrainer(Trainer):
+    """A transformers.Trainer on groups of responses, by default with Objective("mpo", beta=2.0, average=True,
+    nll_weight=1.0). See the module.
+
+    Args:
+        model: a causal LM; one with an adapter (a PeftModel, or an adapter's folder as AutoModelForCausalLM loads it)
+            is its own reference, adapter included. An adapter that was loaded for inference trains.
+        ref_model: None: the model as it is given, or `ref_logps`, or none where the objective has no reference.
+        train_dataset, eval_dataset: rows of a layout of `data.FORMATS` (a `datasets.Dataset`, a list of dicts), or
+            a list of TokenGroup; eval_dataset may be a dict of these.
+        processing_class: the tokenizer, or a processor that has one; not needed with TokenGroups. Without a pad token
+            eos pads.
+        objective: any `Objective`; pairwise losses where every group is a pair.
+        ref_logps: (S,) floating, of all responses of train_dataset, which then must be TokenGroups; no other reference
+            is held, and none evaluates.
+        peft_config: makes the adapter; on the LM head too. callbacks, optimizers: as in transformers.
+
+    Attributes: `report`, what was read and dropped, by dataset; `strategy`, the one that runs. Logged: TRL's rewards/*,
+    logps/*, num_tokens, aux_loss, and positive_mass, balance_weight (AdaDPO), pass_drift (two_pass: the largest
+    difference of a response's log-probability between the passes). The auxiliary loss is the mean over micro-batches,
+    weighted by their tokens.
+
+    Raises ValueError or TypeError, naming argument, expectation and value, for: a reference that nobody reads or that
+    could not stay what it is (`reference`), rows of no known columns or without a usable group, a response longer than
+    micro_batch_tokens, with "coupled" a group whose graph alone wants more memory than there is, a pairwise loss on
+    larger groups, DeepSpeed, FSDP, several GPUs in one process, a model that is split over ranks or wrapped already.
+    """
+
+    model: Any
+    objective: Objective
+    config: GroupDPOConfig
+    report: defaultdict[str, Report]
+    data_collator: Collator
+    loss_is_scaled_for_ga = False  # compute_loss is a mean over groups: Trainer divides by the accumulation steps
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: GroupDPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        objective: Objective = GROUP_OBJECTIVE,
+        ref_logps: Tensor | None = None,
+        peft_config: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        **unknown: Any,
+    ) -> None:
+        check_names("GroupDPOTrainer", unknown, [*inspect.signature(GroupDPOTrainer).parameters])
+        check_order("GroupDPOTrainer", ref_model)
+        if ref_model is not None and not isinstance(ref_model, nn.Module):
+            raise TypeError(f"ref_model must be a model or None; got a {type(ref_model).__name__}")
+        args = GroupDPOConfig() if args is None else args
+        _check_arguments(model, ref_model, args, objective, ref_logps, peft_config)
+        if ref_logps is not None and eval_dataset is not None:
+            raise ValueError(_NO_REFERENCE)
+        self.objective, self.report = objective, defaultdict(Report)
+        self.tokenizer, self.config = tokenizer_of(processing_class), args
+        self._limits = position_limit(model), token_limit(model)
+        set_seed(args.seed)  # before the adapter draws its weights
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        let_adapter_train(model)
+        if has_adapter(model) and args.gradient_checkpointing and args.reentrant:
+            model.enable_input_require_grads()  # its regions run again only where an input of theirs requires grad
+        self.aux_coef = _aux_coef(model, args)
+        self._given = ref_logps is not None
+        if ref_model is None and objective.needs_reference and not self._given:
+            ref_model = _reference_of(model, peft_config is not None, args.precompute_ref_log_probs)
+        elif ref_model is not None:
+            take_off_forwards_of(model, ref_model)
+        for each in (model, ref_model) if args.disable_dropout else ():
+            for module in each.modules() if each is not None else ():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        pad_id = pad_id_of(model, self.tokenizer)
+        train = self._tokenised(train_dataset, "train")
+        most: Any = args.micro_batch_tokens
+        self.strategy = args.strategy
+        if most == "auto" or args.strategy in ("auto", "coupled"):
+            if args.gradient_checkpointing:
+                checkpoint_layers(model, args.gradient_checkpointing_kwargs)
+            memory, autocast = memory_of(model, args.device), bool(args.bf16 or args.fp16)
+            if args.strategy == "auto":
+                self.strategy = self._choice(model, ref_model, train.groups, autocast, memory)
+            if args.strategy == "coupled":
+                check_group_fits(model, train.groups, args.device, autocast, memory)
+            if most == "auto":
+                most = None  # the whole graph fits
+                if self.strategy == "two_pass":
+                    most = micro_batch_tokens_of(model, ref_model, train.groups, args.device, autocast, memory)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(args.layout, most, args.micro_batch_sequences, pad_id),
+            train_dataset=train if ref_logps is None else GroupRows(train.groups, ref_logps),
+            eval_dataset=None if eval_dataset is None else self._tokenised(eval_dataset, "eval"),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or args.n_gpu > 1:
+            kinds = {"DeepSpeed": self.is_deepspeed_enabled, "FSDP": self.is_fsdp_enabled, "DataParallel": True}
+            got = next(kind for kind, on in kinds.items() if on)
+            raise ValueError(f"GroupDPOTrainer runs on one device or under DistributedDataParallel; got {got}")
+        self.data_collator = self.data_collator.fitting(model, ref_model)
+        self.ref_model = ref_model
+        if ref_model is not None:
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._total_train_tokens = 0
+        if args.precompute_ref_log_probs:
+            self.train_dataset = self._scored(self.train_dataset)
+            self.eval_dataset = self._scored(self.eval_dataset)
+
+    def _choice(self, model: Any, ref_model: Any, groups: Sequence[TokenGroup], autocast: bool, memory: int) -> str:
+        """The strategy of "auto", the same on all ranks, each of which sees the memory of its own device."""
+        args = self.config
+        size, device = args.per_device_train_batch_size, args.device
+        chosen, why = strategy_that_fits(model, ref_model, groups, size, device, autocast, memory)
+        if args.world_size > 1:
+            fits = torch.tensor(int(chosen == "coupled"), device=device)
+            torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)
+            if not fits and chosen == "coupled":
+                chosen, why = "two_pass", "on another rank the whole graph of a step does not fit"
+        logger.info("strategy %r: %s", chosen, why)
+        return chosen
+
+    # --------------------------------------------------------------------------------------------------------- the data
+
+    def _tokenised(self, rows: Any, name: str) -> Any:
+        return tokenised(rows, name, self.tokenizer, self.config, self.objective, self.report, self._limits)
+
+    def _scored(self, rows: Any) -> Any:
+        """The same with the reference's log-probabilities, from disk as far as they are there."""
+        if isinstance(rows, dict):
+            return {key: self._scored(value) for key, value in rows.items()}
+        if rows is None or rows.ref_logps is not None or not self.objective.needs_reference:
+            return rows
+        model = self.accelerator.unwrap_model(self.model) if self.ref_model is None else self.ref_model
+        if self.ref_model is None and self.state.global_step > 0:
+            if not has_adapter(model):
+                raise ValueError(
+                    "ref_model must be given to evaluate rows that were not there before training, with"
+                    " precompute_ref_log_probs=True: the model has moved since; got None"
+                )
+            check_adapter_alone_trains(model)
+        options = {"layout": self.data_collator.layout, "precision": self.accelerator.mixed_precision}
+        folder = Path(str(self.args.output_dir)) / "ref_logps"
+        values = reference_logps(
+            model, rows.groups, folder, score=self.score, count=lambda group: len(group.responses), options=options
+        )
+        return GroupRows(rows.groups, values)
+
+    def score(self, model: Any, groups: Sequence[TokenGroup]) -> Tensor:  # (S,) float32
+        """Log-probabilities of the responses under the reference. The signature is that of `stepwise`'s `score`."""
+        return self._scores(self.data_collator([(group, None) for group in groups])["step"].to(self.args.device))
+
+    @torch.no_grad()
+    def _scores(self, step: PreferenceBatch) -> Tensor:  # (S,) float32
+        with as_reference(self.accelerator.unwrap_model(self.model), self.ref_model) as reference:
+            return torch.cat([seq_logps(*self._forward(reference, mb)) for mb in step.micro_batches])
+
+    def evaluate(self, eval_dataset: Any = None, *more: Any, **named: Any) -> dict[str, float]:
+        """As in transformers; `eval_dataset` may be rows, as in __init__."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._tokenised(eval_dataset, "eval")
+            if self.config.precompute_ref_log_probs:
+                eval_dataset = self._scored(eval_dataset)
+        return super().evaluate(eval_dataset, *more, **named)
+
+    # -------------------------------------------------------------------------------------------------------- the steps
+
+    def _forward(self, model: Any, mb: MicroBatch, share: float | None = None) -> tuple[Tensor, ...]:
+        """(token_logps (t,), cu_seqlens (s+1,)); with a share of the step also its part of the auxiliary loss."""
+        weight = 0.0 if share is None else self.aux_coef * share
+        options = {"output_router_logits": True} if weight else {}
+        with self.accelerator.autocast():
+            values, outputs = attach(model).with_outputs(mb.input_ids, mb.targets, **mb.inputs, **options)
+        scored = mb.live(values), mb.cu_seqlens
+        return (*scored, weight * outputs.aux_loss) if weight else scored
+
+    def _reference(self, inputs: dict[str, Any]) -> Tensor | None:  # (S,)
+        if not self.objective.needs_reference or "ref_logps" in inputs:
+            return inputs.get("ref_logps")
+        if self._given:
+            raise ValueError(_NO_REFERENCE)
+        return self._scores(inputs["step"])
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Fills .grad; returns the loss, both divided by the accumulation steps as Trainer does."""
+        try:
+            return self._training_step(model, inputs, num_items_in_batch)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            ran_out = error
+        traceback.clear_frames(ran_out.__traceback__)  # frees what the step held, which the advice may count on
+        bare, device = self.accelerator.unwrap_model(model), self.args.device
+        autocast = bool(self.args.bf16 or self.args.fp16)
+        why = advice(bare, inputs["step"], self.strategy, autocast, device, self.optimizer)
+        raise type(ran_out)(f"{ran_out}\n{why}") from ran_out
+
+    def _training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
+        if self.strategy == "coupled":
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # of schedule-free optimisers
+            self.optimizer.train()  # type: ignore[union-attr]
+        inputs = self._prepare_inputs(inputs)
+        step, ref_logps = inputs["step"], self._reference(inputs)
+        bare, shares = self.accelerator.unwrap_model(model), _shares(step.micro_batches)
+        seen: dict[bool, list[Tensor]] = {False: [], True: []}  # by whether a graph is kept: pass 2
+        parts: list[Tensor] = []
+        two_pass = self.strategy == "two_pass"
+
+        def forward(at: tuple[int, MicroBatch]) -> tuple[Tensor, ...]:
+            graph = torch.is_grad_enabled()
+            # Without a graph past DistributedDataParallel, whose buffers are a collective, once for each forward.
+            scored = self._forward(model if graph else bare, at[1], shares[at[0]])
+            seen[graph].append(seq_logps(scored[0].detach(), scored[1]))
+            parts.extend(aux.detach() for aux in scored[2:] if graph)
+            return scored
+
+        result = group_backward(
+            list(enumerate(step.micro_batches)),
+            forward,
+            step.groups,
+            self.objective,
+            ref_logps,
+            strategy=self.strategy,
+            scale=self._scale(),
+            # None with two_pass: a backward that is told its leaves finds none inside a reentrant checkpoint.
+            parameters=None if two_pass else [p for p in model.parameters() if p.requires_grad],
+            model=model,
+        )
+        more = {"pass_drift": (torch.cat(seen[True]) - torch.cat(seen[False])).abs().max()} if two_pass else {}
+        return self._logged(inputs, result, parts, more) / self.current_gradient_accumulation_steps
+
+    def _scale(self) -> float | Tensor:
+        """Of the gradient: 1 / accumulation steps, times that of the gradient scaler, which fp16 has."""
+        share, scaler = 1 / self.current_gradient_accumulation_steps, self.accelerator.scaler
+        return share if scaler is None else scaler.scale(torch.tensor(share, device=self.accelerator.device))
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:  # () differentiable
+        """The loss of a step with its whole graph: evaluation, and strategy "coupled"."""
+        step, ref_logps = inputs["step"], self._reference(inputs)
+        shares = _shares(step.micro_batches)
+        runs, last = [], len(shares) - 1
+        for i, (mb, share) in enumerate(zip(step.micro_batches, shares)):
+            # One backward follows them all. Under DistributedDataParallel each forward that announces one takes part
+            # in a collective, and ranks differ in their number of micro-batches: only the last does.
+            quiet = getattr(model, "no_sync", contextlib.nullcontext) if i < last else contextlib.nullcontext
+            with quiet():
+                runs.append(self._forward(model, mb, share))
+        token_logps, lengths = torch.cat([run[0] for run in runs]), torch.cat([run[1].diff() for run in runs])
+        cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0))
+        result = preference_loss(token_logps, cu_seqlens, step.groups, self.objective, ref_logps)
+        return self._logged(inputs, result, [aux for run in runs for aux in run[2:]], {})
+
+    def _logged(
+        self, inputs: dict[str, Any], result: PreferenceLoss, parts: list[Tensor], more: dict[str, Tensor]
+    ) -> Tensor:  # ()
+        """The whole loss, its numbers noted for the log."""
+        mode, loss = "train" if self.model.training else "eval", result.loss
+        step = inputs["step"]
+        lengths = torch.cat([mb.cu_seqlens.diff() for mb in step.micro_batches])
+        values = {**preference_metrics(result, step.groups, self.objective, lengths), **more}
+        if parts:
+            auxiliary = torch.stack(parts).sum()
+            loss, values["aux_loss"] = loss + auxiliary.to(loss), auxiliary / self.aux_coef
+        record(self._metrics[mode], values, self.accelerator.gather)
+        if mode == "train":
+            tokens = torch.tensor(inputs["num_tokens"], device=self.accelerator.device)
+            self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return loss
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
+        """The numbers of this data under its own prefix: `eval_a_rewards/margins` of eval_dataset {"a": rows}."""
+        output = super().evaluation_loop(*arguments, **named)
+        prefix = named.get("metric_key_prefix", "eval")
+        means = {f"{prefix}_{name}": value for name, value in means_of(self._metrics["eval"]).items()}
+        output = output._replace(metrics={**(output.metrics or {}), **means})
+        return output
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
+        if self.model.training:  # an evaluation has added its own numbers in `evaluation_loop`
+            logs.update(means_of(self._metrics["train"]))
+        super().log(logs, *more, **named)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As in transformers; an adapter inside a transformers model is written here, with any version of PEFT."""
+        model = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(model) or not has_adapter(model):
+            super()._save(output_dir, state_dict)
+            return
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
+        save_adapter(model, folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, Path(folder) / "training_args.bin")
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 6 * int(inputs["num_tokens"]) * int(self.model.num_parameters(exclude_embeddings=True))
+
+
+def _shares(micro_batches: Sequence[MicroBatch]) -> list[float]:
+    sizes = [mb.input_ids.numel() for mb in micro_batches]
+    return [size / sum(sizes) for size in sizes]
+
+
+def _reference_of(model: Any, fresh: bool, precompute: bool) -> nn.Module | None:
+    """A copy of the model; or None where the model itself will do: before it trains, without its adapter, or with its
+    adapter "ref"."""
+    if not has_adapter(model):
+        return None if precompute else frozen_copy(model)
+    if not precompute:
+        check_adapter_alone_trains(model)
+    if not fresh:
+        check_no_earlier_reference(model)
+        add_reference_adapter(model)
+    return None
+
+
+def pad_id_of(model: Any, tokenizer: Any) -> int:
+    """What stands in the padding, masked and never scored."""
+    if tokenizer is None:
+        return model.config.get_text_config().pad_token_id or 0
+    tokenizer = tokenizer_of(tokenizer)
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None and eos is None:
+        raise ValueError("processing_class must have a pad_token, or an eos_token, which pads then; got None for both")
+    return eos if pad is None else pad
+
+
+def _aux_coef(model: Any, args: GroupDPOConfig) -> float:
+    text_config, coef = model.config.get_text_config(), args.router_aux_loss_coef
+    if not hasattr(text_config, "output_router_logits"):
+        if coef:
+            name = type(model).__name__
+            raise ValueError(f"router_aux_loss_coef must be None or 0 for {name}, which has no router; got {coef}")
+        return 0.0
+    return getattr(text_config, "router_aux_loss_coef", 0.0) if coef is None else coef
+
+
+def _check_arguments(
+    model: Any, ref_model: Any, args: GroupDPOConfig, objective: Objective, ref_logps: Any, peft_config: Any
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a model (AutoModelForCausalLM.from_pretrained loads one); got {model!r:.60}")
+    for name, each in {"model": model, "ref_model": ref_model}.items():
+        if isinstance(each, nn.Module):
+            check_on_one_device(name, each)
+    if not isinstance(args, GroupDPOConfig):
+        raise TypeError(f"args must be a GroupDPOConfig; got {type(args).__name__}")
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective; got {objective!r}")
+    if ref_model is model:
+        raise ValueError("ref_model must be another object than model, or None for a copy of it; got model")
+    check_adapter(model, peft_config)
+    if args.merge_prompts and objective.loss == "plackett_luce":
+        raise ValueError("merge_prompts must be False for 'plackett_luce': merged rows have no ranking; got True")
+    given = {"ref_model": ref_model, "ref_logps": ref_logps}
+    for name, value in given.items():
+        if value is not None and not objective.needs_reference:
+            got = type(value).__name__
+            raise ValueError(f"{name} must be None, for {objective.loss!r} has no reference; got a {got}")
+    if ref_logps is not None and (ref_model is not None or args.precompute_ref_log_probs):
+        raise ValueError("ref_logps must be the only reference, without ref_model and precompute_ref_log_probs")
+    if args.precompute_ref_log_probs and not objective.needs_reference:
+        raise ValueError(f"precompute_ref_log_probs must be False, for {objective.loss!r} has no reference; got True")

@@ -1,0 +1,155 @@
+"""The data of `GroupDPOTrainer`: rows as tokenised groups, and groups as the batch of a step.
+
+Never: shuffles, or drops anything without a warning that says what and why. Cost: token ids in memory, int32.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.batches import TokenGroup, collate, tokenize_groups
+from ..data.formats import Report
+from ..data.rules import merge_prompts, read_groups
+from ..models.layouts import why_not_packed, why_not_padded
+from ..preference.losses import LOSSES
+from ..preference.objective import Objective
+from .config import GroupDPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+class GroupRows(torch.utils.data.Dataset[tuple[TokenGroup, Tensor | None]]):
+    """Tokenised groups, with the reference's log-probabilities of their responses where they are known."""
+
+    def __init__(self, groups: Sequence[TokenGroup], ref_logps: Tensor | None = None) -> None:
+        self.groups = groups
+        sizes = [len(group.responses) for group in groups]
+        if ref_logps is not None and ref_logps.shape != (sum(sizes),):
+            raise ValueError(f"ref_logps must be (S,) = ({sum(sizes)},); got {tuple(ref_logps.shape)}")
+        self.ref_logps = None if ref_logps is None else ref_logps.split(sizes)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> tuple[TokenGroup, Tensor | None]:
+        return self.groups[index], None if self.ref_logps is None else self.ref_logps[index]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Groups -> {"rows": (G,), "step": PreferenceBatch, "num_tokens": int} and, where known, "ref_logps": (S,)."""
+
+    layout: str
+    max_tokens: int | None
+    max_sequences: int | None
+    pad_id: int
+
+    def fitting(self, *models: Any) -> Collator:
+        """This one, or one whose batches the models, where they are not None, keep apart; a warning says why."""
+        present = [model for model in models if model is not None]
+        found = self
+        if found.layout == "packed" and (why := next(filter(None, map(why_not_packed, present)), "")):
+            warnings.warn(f"layout 'packed' becomes 'padded': {why}", stacklevel=3)
+            found = replace(found, layout="padded")
+        padded = found.layout == "padded" and found.max_sequences != 1
+        if padded and (why := next(filter(None, map(why_not_padded, present)), "")):
+            warnings.warn(f"a micro-batch is one response, without padding: {why}", stacklevel=3)
+            found = replace(found, max_sequences=1)
+        return found
+
+    def __call__(self, items: Sequence[tuple[TokenGroup, Tensor | None]]) -> dict[str, Any]:
+        groups, known = [group for group, _ in items], [ref for _, ref in items if ref is not None]
+        limits: dict[str, Any] = {"max_tokens": self.max_tokens, "max_sequences": self.max_sequences}
+        return {
+            "rows": torch.tensor([group.row for group in groups]),
+            "step": collate(groups, self.layout, **limits, pad_id=self.pad_id),
+            "num_tokens": sum(len(g.prompt) * len(g.responses) + sum(map(len, g.responses)) for g in groups),
+            **({"ref_logps": torch.cat(known)} if known else {}),
+        }
+
+
+def tokenised(
+    rows: Any,
+    name: str,
+    tokenizer: Any,
+    config: GroupDPOConfig,
+    objective: Objective,
+    reports: MutableMapping[str, Report],
+    limits: tuple[int | None, int | None] = (None, None),
+) -> Any:  # GroupRows, or a dict of them
+    """Rows, or a dict of rows, as groups of token ids, each checked against what a step needs of it.
+
+    Args:
+        rows: of a layout of `data.FORMATS`, or TokenGroups; GroupRows stay as they are.
+        name: of the data, for errors and its report.
+        limits: of the model: positions of a sequence, and token ids; None where there is none. A longer response is
+            dropped as one past max_length is; where the rows are TokenGroups both raise.
+    """
+    if isinstance(rows, GroupRows):
+        return rows
+    if isinstance(rows, Mapping):
+        return {
+            key: tokenised(value, key, tokenizer, config, objective, reports, limits) for key, value in rows.items()
+        }
+    if isinstance(rows, str) or not isinstance(rows, Iterable):
+        raise TypeError(f"{name}_dataset must be rows, or a list of TokenGroup; got {rows!r:.60}")
+    groups = list(rows)
+    report = reports[name] = Report()
+    if not all(isinstance(group, TokenGroup) for group in groups):
+        if tokenizer is None:
+            raise ValueError(f"processing_class must be given, to tokenise {name}_dataset; got None")
+        _check_columns(groups, name)
+        bad: dict[str, Any] = {"on_bad": config.on_bad, "report": report}
+        texts = read_groups(groups, config.format, rule=config.rule, **bad)
+        texts = merge_prompts(texts, **bad) if config.merge_prompts else texts
+        names = ("max_length", "too_long", "chat", "template_options")
+        options = {option: getattr(config, option) for option in names}
+        options["max_length"] = min((n for n in (config.max_length, limits[0]) if n is not None), default=None)
+        groups = list(tokenize_groups(texts, tokenizer, **options, **bad))
+    if report.dropped:
+        logger.warning("%s_dataset: %s", name, report)
+    if not groups:
+        raise ValueError(f"{name}_dataset must hold a group that can be used; got none:\n{report}")
+    row = LOSSES[objective.loss] if isinstance(objective.loss, str) else None
+    pairs = row is not None and row.pair is not None and not row.every_pair
+    for group in groups:
+        _check_limits(group, name, limits)
+        most = config.micro_batch_tokens
+        if isinstance(most, int) and group.longest > most:
+            raise ValueError(f"micro_batch_tokens must be at least {group.longest}, for row {group.row}; got {most}")
+        if pairs and len(group.responses) != 2:
+            got = f"row {group.row} of {name}_dataset has {len(group.responses)} responses"
+            larger = "all_pairs, margin, mpo and softmax take larger groups"
+            raise ValueError(f"groups must be pairs for loss {objective.loss!r}; {got}; {larger}")
+    return GroupRows(groups)
+
+
+def _check_limits(group: TokenGroup, name: str, limits: tuple[int | None, int | None]) -> None:
+    """ValueError for what the model has no position or no embedding of."""
+    positions, ids = limits
+    if positions is not None and group.longest > positions:
+        got = f"row {group.row} has {group.longest} tokens"
+        raise ValueError(f"{name}_dataset must have at most {positions} tokens, the model's positions; {got}")
+    if ids is None:
+        return
+    for part in (group.prompt, *group.responses):
+        if len(part) and not 0 <= int(part.min()) <= int(part.max()) < ids:
+            wrong = int(part.max()) if int(part.max()) >= ids else int(part.min())
+            raise ValueError(f"{name}_dataset must have token ids in [0, {ids}); row {group.row} has {wrong}")
+
+
+def _check_columns(rows: Sequence[Any], name: str) -> None:
+    """ValueError for what TRL's trainers read of a row and this one would leave out of its prompt."""
+    instead = {"tools": "", "chat_template_kwargs": " (template_options of GroupDPOConfig is for all rows)"}
+    instead |= dict.fromkeys(("image", "images"), ", for groups are of text alone")
+    for i, row in enumerate(rows):
+        for column, why in instead.items():
+            if isinstance(row, Mapping) and row.get(column):
+                raise ValueError(f"{name}_dataset must have nothing in a column {column!r}{why}; row {i} has")
