@@ -1,5 +1,6 @@
-"""What users of other implementations have reported, at the op: small gradients of rows that are sure, inputs that others
-read too, logits of extreme size, Python floats, tied weights, and each subset of gradients on each path."""
+"""What users of other implementations have reported, at the op: small gradients of rows that are sure, inputs that are
+read elsewhere too, logits of extreme size, Python floats, tied weights, and each subset of gradients on each path.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +56,9 @@ def draw(*shape: int, scale: float = 1.0, seed: int = 0, dtype: torch.dtype = to
 @pytest.mark.parametrize("p", [0.9, 0.99, 0.999])
 @by_impl
 def test_the_gradient_at_a_target_of_high_probability(impl: str, p: float, frozen: bool) -> None:
-    """In bfloat16, where 0.999 rounds to 1: the gradient 1 - p at the target is not formed from a rounded p. The head is
-    the identity, so d_hidden is the gradient of the logits, and d_weight of a target's row is that times the hidden
-    state of the one row that has this target."""
+    """In bfloat16, where 0.999 rounds to 1, the gradient 1 - p at the target must not be formed from a rounded p. The
+    head is the identity, so d_hidden is the gradient of the logits.
+    """
     T = V = 64
     logits = draw(T, V)
     targets = torch.arange(T)
@@ -253,7 +254,8 @@ SUBSETS = [needs for needs in itertools.product([False, True], repeat=3) if any(
 def test_each_subset_of_gradients_is_that_of_all(impl: str, path: str) -> None:
     """Whichever of hidden, weight and bias need a gradient, each gets the one that it gets beside the others: where
     products are kept, where the head is frozen (the forward then holds the derivative), and under a tolerance. The
-    frozen head's rounding is its own; elsewhere the bits are the same."""
+    frozen head's rounding is its own; elsewhere the bits are the same.
+    """
     case = Case("subset", 10, 1024 if path == "wide" else 24, 300, "", bias=True, hidden_scale=3.0)
     options: dict[str, Any] = {"grad_tol": 1e-6} if path == "sparse" else {}
     inputs = make_inputs(case)
@@ -262,7 +264,7 @@ def test_each_subset_of_gradients_is_that_of_all(impl: str, path: str) -> None:
 
     def gradients(*needs: bool) -> dict[str, Tensor]:
         given = {name: x.clone().requires_grad_(n) for (name, x), n in zip(leaves.items(), needs)}
-        logps = linear_logps(*list(given.values())[:2], inputs.targets, given["bias"], impl=impl, **options)
+        logps = linear_logps(given["hidden"], given["weight"], inputs.targets, given["bias"], impl=impl, **options)
         trained = {name: x for name, x in given.items() if x.requires_grad}
         found = torch.autograd.grad((logps * inputs.d_token_logps.float()).sum(), list(trained.values()))
         return dict(zip(trained, found))
