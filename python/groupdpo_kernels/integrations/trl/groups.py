@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
-from ...adapters import has_adapter, is_peft_model, let_adapter_train, save_adapter
+from ...adapters import active_adapters, has_adapter, is_peft_model, let_adapter_train, save_adapter
 from ...backward import group_backward
 from ...batches import tokenizer_of
 from ...data import MicroBatch, PreferenceBatch, Report, TokenGroup
@@ -366,9 +366,11 @@ def _shares(micro_batches: Sequence[MicroBatch]) -> list[float]:
 
 def _reference_of(model: Any, fresh: bool, precompute: bool) -> nn.Module | None:
     """A copy of the model; or None where the model itself will do: before it trains, without its adapter, or with its
-    adapter "ref"."""
+    adapter "ref". Of several active adapters none alone tells the two apart."""
     if not has_adapter(model):
         return None if precompute else frozen_copy(model)
+    if len(active_adapters(model)) > 1:
+        return frozen_copy(model)
     if not precompute:
         check_adapter_alone_trains(model)
     if not fresh:

@@ -3,6 +3,7 @@
     full fine-tuning      a frozen copy, or the reference model given
     peft_config           the model without its adapter
     a model with adapter  base and adapter as given: a second adapter, "ref", holds a copy (TRL's name and way)
+    several active ones   as given, say a new one over one that was loaded: a frozen copy of the whole model
 
 Never: loads anything. Precondition: weights outside the adapter do not train where an adapter tells the two apart;
 `check_adapter_alone_trains` raises otherwise.
