@@ -144,6 +144,30 @@ def test_a_template_that_cuts_thoughts_out_of_answers(bpe: Any) -> None:
     assert report.dropped["answer changed by the template"] == 1
 
 
+@pytest.mark.parametrize("form", ["texts", "messages", "conversations", "no prompt of its own", "a transcript"])
+def test_what_two_answers_begin_with_alike_is_theirs(form: str, bpe: Any) -> None:
+    """Where a prompt is given, nothing is taken from the answers, as a search for a common beginning would do. Where it
+    is not, it ends with the last turn of the user."""
+    answers = ["<think>a</think>Four", "<think>b</think>Four"]
+    turns = [[{"role": "assistant", "content": text}] for text in answers]
+    prompt: Any = [QUESTION]
+    if form == "texts":
+        prompt, (chosen, rejected) = "Boats?", answers  # type: ignore[assignment]
+    elif form == "messages":
+        chosen, rejected = turns  # type: ignore[assignment]
+    elif form == "a transcript":
+        chosen, rejected = (f"\n\nHuman: Boats?\n\nAssistant: {text}" for text in answers)  # type: ignore[assignment]
+    else:
+        chosen, rejected = ([QUESTION, *turn] for turn in turns)  # type: ignore[assignment]
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if form in ("no prompt of its own", "a transcript"):
+        del row["prompt"]
+    group = only_group(row)
+    assert group.responses == answers
+    (tokens,) = tokenize_groups([group], bpe)
+    assert [bpe.decode(ids) for ids in tokens.responses] == [f"{text}</s>" for text in answers]
+
+
 def test_white_space_is_the_templates(bpe: Any) -> None:
     words = copy.deepcopy(bpe)
     words.chat_template = CUTS
