@@ -192,7 +192,7 @@ class GroupDPOTrainer(Trainer):
                     "ref_model must be given to evaluate rows that were not there before training, with"
                     " precompute_ref_log_probs=True: the model has moved since; got None"
                 )
-            check_adapter_alone_trains(model)
+            check_adapter_alone_trains(model, trained=True)
         options = {"layout": self.data_collator.layout, "precision": self.accelerator.mixed_precision}
         folder = Path(str(self.args.output_dir)) / "ref_logps"
         values = reference_logps(

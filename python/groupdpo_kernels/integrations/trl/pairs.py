@@ -153,9 +153,12 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Only for an objective that reads them."""
+        """Only for an objective that reads them; ValueError for rows that come after training, where the reference is
+        no longer there."""
         if not self.objective.needs_reference:
             return dataset
+        if self.ref_model is None and self.state.global_step > 0 and is_peft_model(self.model):  # else TRL raises
+            check_adapter_alone_trains(self.model, trained=True)
         self._make_own_ref_adapter()
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
