@@ -168,6 +168,29 @@ def test_what_two_answers_begin_with_alike_is_theirs(form: str, bpe: Any) -> Non
     assert [bpe.decode(ids) for ids in tokens.responses] == [f"{text}</s>" for text in answers]
 
 
+THINKS = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}"
+    "<think>\n{{ parts[0].split('<think>')[-1].strip() if parts | length > 1 else '' }}\n</think>\n\n"
+    "{{ parts[-1].strip() }}{% else %}{{ m.content }}{% endif %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}"
+)
+
+
+def test_a_template_whose_prompt_ends_with_the_beginning_of_a_thought(bpe: Any) -> None:
+    """As of models that always think: the answer's `<think>` stands in the prompt then, and nothing of it is lost. What
+    only the prompt repeats is not the answer."""
+    words = copy.deepcopy(bpe)
+    words.chat_template, report = THINKS, Report()
+    pair = {**PAIR, "chosen": "<think>a</think>Four", "rejected": "<think>\nb\n</think>\n\nFour"}
+    (tokens,) = tokenize_groups(read_groups([pair]), words, chat=True, report=report)
+    assert words.decode(tokens.prompt) == "<|user|>\nBoats?</s>\n<|assistant|>\n<think>\n"
+    assert [words.decode(ids) for ids in tokens.responses] == ["a\n</think>\n\nFour</s>", "b\n</think>\n\nFour</s>"]
+    words.chat_template, said = CUTS, "<think>a</think>Four"
+    group = Group(said, [said, "Six", "Seven"], [True, True, False], 0)
+    (tokens,) = tokenize_groups([group], words, chat=True, report=report)
+    assert len(tokens.responses) == 2 and report.dropped == {"answer changed by the template": 1}
+
+
 def test_white_space_is_the_templates(bpe: Any) -> None:
     words = copy.deepcopy(bpe)
     words.chat_template = CUTS
