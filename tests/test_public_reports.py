@@ -16,7 +16,7 @@ import torch
 from compile_only import Row, as_on, launch_all
 from torch import Tensor
 
-from groupdpo_kernels import linear_logp_stats, linear_logps, seq_logps
+from groupdpo_kernels import Objective, PreferenceGroups, linear_logp_stats, linear_logps, preference_loss, seq_logps
 from groupdpo_kernels.reference import HeadOptions
 from groupdpo_kernels.testing import Case, Inputs, check_budget, eager, error, exact, make_inputs, run, triton_on_cpu
 
@@ -206,6 +206,30 @@ def test_python_floats_reach_the_kernels(options: dict[str, Any]) -> None:
     for expected, found in zip(*results):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     within_budget(inputs, case, "triton")
+
+
+@pytest.mark.parametrize("loss", ["simpo", "mpo", "discopop"])
+def test_python_floats_reach_the_kernels_of_a_loss(loss: str) -> None:
+    """Those of an objective, ints among them, in a compiled graph too."""
+    torch._dynamo.reset()
+    logps, offsets = draw(12).abs().neg().requires_grad_(), torch.tensor([0, 2, 5, 6, 12])
+    groups, reference = PreferenceGroups.from_lists([[True, False], [True, False]]), torch.linspace(-6, -3, 4)
+    objective = Objective(loss, beta=2, gamma=0.3, tau=0.7, nll_weight=1)  # type: ignore[arg-type]
+
+    def value(logps: Tensor, impl: str) -> Tensor:
+        return preference_loss(logps, offsets, groups, objective, reference, impl=impl).loss
+
+    compiled = torch.compile(value, backend="inductor", fullgraph=True)
+    with able("triton"):
+        results = [
+            (x.detach(), *torch.autograd.grad(x, logps)) for x in (value(logps, "triton"), compiled(logps, "triton"))
+        ]
+    expected = value(logps.double(), "reference")
+    for found, gradient in results:
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            gradient, *torch.autograd.grad(expected, logps, retain_graph=True), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["exact", "sparse"])

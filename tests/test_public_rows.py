@@ -169,7 +169,8 @@ def test_what_two_answers_begin_with_alike_is_theirs(form: str, bpe: Any) -> Non
 
 
 THINKS = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}"
+    "{% for m in messages %}<|{{ m.role }}|>\n"
+    "{% if m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}"
     "<think>\n{{ parts[0].split('<think>')[-1].strip() if parts | length > 1 else '' }}\n</think>\n\n"
     "{{ parts[-1].strip() }}{% else %}{{ m.content }}{% endif %}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}"

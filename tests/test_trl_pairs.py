@@ -17,7 +17,7 @@ from tiny_models import make
 from tiny_trl import COMMON, PAIRS, check_same, llama, lora, run, steps, trainable
 
 from groupdpo_kernels import AdaBalance, Objective
-from groupdpo_kernels.integrations.trl import DPOTrainer
+from groupdpo_kernels.integrations.trl import DPOTrainer, GroupDPOConfig, StepwiseDPO
 from groupdpo_kernels.losses import LOSSES
 
 METRICS = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
@@ -349,6 +349,18 @@ def test_columns_and_tokenizers(make_trainer: Any) -> None:
         ValueError, match=r"processing_class must have an eos_token, .* got eos_token=None, pad_token=None"
     ):
         make_trainer(processing_class=bare)
+
+
+def test_images_in_a_row_are_named(make_trainer: Any, tmp_path: Path, bpe: Any) -> None:
+    """A model of text would train on the words around them."""
+    rows = PAIRS.add_column("images", [[b"pixels"]] * len(PAIRS))
+    with pytest.raises(
+        ValueError, match=r"'image' or 'images' keys\), but the provided model does not seem to be a vis"
+    ):
+        make_trainer(train_dataset=rows)
+    args = GroupDPOConfig(str(tmp_path), **COMMON)
+    with pytest.raises(ValueError, match=r"stage 1_dataset must have nothing in a column 'images'.*; row 0 has"):
+        StepwiseDPO(llama(), args, [rows], bpe)
 
 
 def test_a_response_without_a_token(make_trainer: Any) -> None:

@@ -66,7 +66,8 @@ class GroupDPOTrainer(Trainer):
 
     Args:
         model: a causal LM; one with an adapter (a PeftModel, or an adapter's folder as AutoModelForCausalLM loads it)
-            is its own reference, adapter included. An adapter that was loaded for inference trains.
+            is its own reference, adapter included. An adapter that was loaded for inference trains. With several
+            active adapters, a new one over a loaded one, the reference is a frozen copy of the whole model.
         ref_model: None: the model as it is given, or `ref_logps`, or none where the objective has no reference.
         train_dataset, eval_dataset: rows of a layout of `data.FORMATS` (a `datasets.Dataset`, a list of dicts), or
             a list of TokenGroup; eval_dataset may be a dict of these.

@@ -68,8 +68,9 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
     LOSS_OPTIONS that differs from TRL's default and from the objective; `ref_model`, `precompute_ref_log_probs` or
     `sync_ref_model` with an objective that has no reference; `ref_model=None` where the reference could not stay what
     it was: a PeftModel that has an adapter "ref" from an earlier training, an adapter that trains weights of the base
-    model too, a model that ZeRO-3 has sharded; a dataset without its columns; a tokenizer without an eos token. A TRL
-    outside SUPPORTED is a RuntimeError.
+    model too, a model that ZeRO-3 has sharded; a PeftModel without an adapter "default" where the objective has no
+    reference; a dataset without its columns; a tokenizer without an eos token. A TRL outside SUPPORTED is a
+    RuntimeError.
     """
 
     def __init__(
