@@ -237,6 +237,32 @@ def test_other_adapters_train(config: Any, tmp_path: Path) -> None:
     assert not torch.equal(before, after) and abs(trainer.state.log_history[0]["rewards/margins"]) < 1e-5
 
 
+TRAINED = [*OTHERS, lora(trainable_token_indices=[5, 9, 30, 42]), lora(modules_to_save=["norm"])]
+
+
+@pytest.mark.parametrize("kind", ["groups", "pairs precomputed"])
+@pytest.mark.parametrize("config", TRAINED, ids=["ia3", "dora", "modules_to_save", "tokens", "norm"])
+@pytest.mark.filterwarnings("ignore")
+def test_other_adapters_that_were_trained_are_their_own_reference(config: Any, kind: str, tmp_path: Path) -> None:
+    from trl import DPOConfig
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(llama(), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    rows = {"train_dataset": PAIRS, "processing_class": byte_level_bpe(), "objective": Objective()}
+    if kind == "groups":
+        trainer: Any = GroupDPOTrainer(model, args=GroupDPOConfig(str(tmp_path), **OPTIONS), **rows)
+    else:
+        args = DPOConfig(str(tmp_path), **OPTIONS, precompute_ref_log_probs=True)
+        trainer = DPOTrainer(model, args=args, **rows)
+    trainer, before, after = run(trainer)
+    assert not torch.equal(before, after)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 class Processor(transformers.ProcessorMixin):  # type: ignore[misc]
     """What AutoProcessor gives for a model of text and images, with the template that its tokenizer lacks."""
 

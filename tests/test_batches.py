@@ -97,7 +97,7 @@ CHATS = {"one turn": TEA, "a system prompt": [SYSTEM, *TEA], "turns": [*user("Hi
 
 
 def qwen_like(bos: str | None = None) -> Any:
-    """A default system prompt, turns that end with eos and a line end; without a bos as Qwen's, or with one."""
+    """A tokenizer whose template has a default system prompt and ends turns with eos and a line end, as Qwen's has."""
     tokenizer = byte_level_bpe(bos=bos is not None)
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
     tokenizer.bos_token, tokenizer.chat_template = bos, QWEN
@@ -107,7 +107,7 @@ def qwen_like(bos: str | None = None) -> Any:
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("bos", [None, "<s>"], ids=["without bos", "with bos"])
 def test_tokens_are_those_of_the_template_applied_once(bos: str | None, chat: str) -> None:
-    """Prompt and response together: one bos, one eos a turn, no default system prompt before the response again."""
+    """Together they have one bos and one eos for each turn, and the default system prompt does not come twice."""
     tokenizer, prompt, answers = qwen_like(bos), CHATS[chat], ["Three minutes.", "No idea."]
     (tokens,) = tokens_of(tokenizer, Group(prompt, answers, [True, False], 0))
     line_end = tokenizer("\n", add_special_tokens=False)["input_ids"]

@@ -149,8 +149,9 @@ def test_inputs_keep_their_values(impl: str, path: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @by_impl
 def test_all_logits_far_below_zero(impl: str, dtype: torch.dtype) -> None:
-    """All -1e4 and all alike: each token has probability 1 / V, whatever the logits' size; and no zero of a tile's
-    padding outweighs them. Through the product alone, as through the bias."""
+    """Where all logits are -1e4 each token has probability 1 / V, and no zero of a tile's padding outweighs them. The
+    product may make them so, or the bias.
+    """
     V = 300
     hidden, weight = torch.full((5, 16), -100.0, dtype=dtype), torch.full((V, 16), 6.25, dtype=dtype)
     targets = torch.tensor([0, 255, 256, 298, 299])
@@ -167,7 +168,7 @@ def test_all_logits_far_below_zero(impl: str, dtype: torch.dtype) -> None:
 
 @by_impl
 def test_hidden_states_of_scale_thirty_in_bfloat16(impl: str) -> None:
-    """Rows from sure to impossible: log-probabilities of -100 and below, and gradients of one entry beside zeros."""
+    """Some targets are sure, others have log-probabilities under -100; a row's gradient is of few entries."""
     case = Case("thirty", 40, 64, 300, "", torch.bfloat16, hidden_scale=30.0)
     inputs = make_inputs(case)
     assert float(exact(inputs, case.options)["token_logps"].min()) < -100
@@ -187,8 +188,9 @@ FLOATS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", FLOATS, ids=lambda options: " ".join(options))
 def test_python_floats_reach_the_kernels(options: dict[str, Any]) -> None:
-    """The same in a compiled graph: inductor's own kernels take a Python float as float64, and neither that nor a
-    constant of it may change what the kernels compute."""
+    """Inductor's own kernels take a Python float as float64, and a compiled graph may make a constant of it: neither may
+    change what the kernels compute.
+    """
     torch._dynamo.reset()
     case = Case("floats", 12, 16, 50, "", bias=True, **options)
     inputs = make_inputs(case)
@@ -210,7 +212,7 @@ def test_python_floats_reach_the_kernels(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("loss", ["simpo", "mpo", "discopop"])
 def test_python_floats_reach_the_kernels_of_a_loss(loss: str) -> None:
-    """Those of an objective, ints among them, in a compiled graph too."""
+    """The options of an objective, ints among them, reach the kernels in a compiled graph as they do outside one."""
     torch._dynamo.reset()
     logps, offsets = draw(12).abs().neg().requires_grad_(), torch.tensor([0, 2, 5, 6, 12])
     groups, reference = PreferenceGroups.from_lists([[True, False], [True, False]]), torch.linspace(-6, -3, 4)
@@ -234,7 +236,7 @@ def test_python_floats_reach_the_kernels_of_a_loss(loss: str) -> None:
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["exact", "sparse"])
 def test_python_floats_are_float32_arguments(sparse: bool) -> None:
-    """Neither constants, which would compile anew for each value, nor float64, which is slow on most GPUs."""
+    """As constants they would compile anew for each value; float64 is slow on most GPUs."""
     with as_on("sm_90", build=False) as compilations:
         for everything in (False, True):
             launch_all(Row("sm_90", "bf16", everything, sparse=sparse), T=48, D=128, V=4099)
@@ -304,9 +306,29 @@ def test_each_subset_of_gradients_is_that_of_all(impl: str, path: str) -> None:
                     assert torch.equal(found, whole[name]), (name, needs)
 
 
+@pytest.mark.parametrize("path", ["exact", "frozen", "sparse", "wide"])
+@by_impl
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(impl: str, path: str) -> None:
+    """The caller may write over those of the first time: none of them is what the graph has saved."""
+    case = Case("again", 12, 1024 if path == "wide" else 24, 300, "", bias=True, hidden_scale=4.0)
+    inputs = make_inputs(case)
+    weight = inputs.weight.detach() if path == "frozen" else inputs.weight
+    bias = None if path == "frozen" else inputs.bias
+    trained = [x for x in (inputs.hidden, weight, bias) if x is not None and x.requires_grad]
+    with able(impl):
+        logps = linear_logps(inputs.hidden, weight, inputs.targets, bias, impl=impl, **PATHS[path])
+        found = []
+        for _ in range(2):
+            gradients = torch.autograd.grad(logps, trained, inputs.d_token_logps.float(), retain_graph=True)
+            found.append([x.clone() for x in gradients])
+            for x in gradients:
+                x.fill_(torch.nan)
+    assert all(map(torch.equal, *found))
+
+
 @by_impl
 def test_a_tolerance_above_zero_without_a_head_to_train(impl: str) -> None:
-    """The sum over a sequence, its gradient through seq_logps: frozen and trained heads agree within the tolerance."""
+    """Frozen and trained heads agree within the tolerance, here on the gradient of sums over sequences."""
     case = Case("sums", 12, 24, 300, "", hidden_scale=6.0, ignored="none")
     inputs, offsets = make_inputs(case), torch.tensor([0, 5, 12])
     found = []

@@ -178,8 +178,9 @@ THINKS = (
 
 
 def test_a_template_whose_prompt_ends_with_the_beginning_of_a_thought(bpe: Any) -> None:
-    """As of models that always think: the answer's `<think>` stands in the prompt then, and nothing of it is lost. What
-    only the prompt repeats is not the answer."""
+    """Models that always think have such templates. The `<think>` of the answer then stands in the prompt, and nothing
+    of the answer is lost. An answer that stands in the prompt alone is lost.
+    """
     words = copy.deepcopy(bpe)
     words.chat_template, report = THINKS, Report()
     pair = {**PAIR, "chosen": "<think>a</think>Four", "rejected": "<think>\nb\n</think>\n\nFour"}

@@ -66,8 +66,8 @@ def _worker(rank, world, store, names):
 
 
 def _targets_of_one_rank(rank, group):
-    """All targets in the shard of one rank, or none anywhere: both ranks end, forward and backward, and what they have
-    together is to the last digits what one has alone."""
+    """The targets all lie in the shard of one rank, or none is there at all. Both ranks reach the end of forward and
+    backward, and what they have together is to the last digits what one process has alone."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(6, 16, generator=generator), torch.randn(40, 16, generator=generator) / 4
     upstream = torch.linspace(-1, 1, 6)
