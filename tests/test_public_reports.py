@@ -188,7 +188,7 @@ FLOATS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", FLOATS, ids=lambda options: " ".join(options))
 def test_python_floats_reach_the_kernels(options: dict[str, Any]) -> None:
-    """Inductor's own kernels take a Python float as float64, and a compiled graph may make a constant of it: neither may
+    """Inductor's kernels take a Python float as float64, and a compiled graph may make a constant of it: neither may
     change what the kernels compute.
     """
     torch._dynamo.reset()
