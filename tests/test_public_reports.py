@@ -179,8 +179,6 @@ def test_hidden_states_of_scale_thirty_in_bfloat16(impl: str) -> None:
 
 FLOATS: list[dict[str, Any]] = [
     {"temperature": 0.7},
-    {"softcap": 7.3},
-    {"logit_scale": 0.1},
     {"temperature": 2, "softcap": 30, "logit_scale": 1},  # ints, of which Triton makes constants where they are 1
     {"temperature": 0.7, "softcap": 7.3, "logit_scale": 0.1},
 ]
@@ -297,7 +295,7 @@ def test_each_subset_of_gradients_is_that_of_all(impl: str, path: str) -> None:
 
     with able(impl):
         whole = gradients(True, True, True)
-        for needs in SUBSETS:
+        for needs in SUBSETS[1::2] if impl == "triton" else SUBSETS:  # an interpreted tile is slow
             frozen = needs == (True, False, False)
             for name, found in gradients(*needs).items():
                 if frozen:
