@@ -59,6 +59,7 @@ class Compiled:
     spills: int  # bytes a thread writes to local memory
     shared: int  # bytes of dynamic shared memory
     instructions: dict[str, int]  # how often the machine code holds those that matter
+    tma_stores: int = 0  # stores through tensor descriptors, in PTX or in machine code
 
 
 class Driver:
@@ -198,6 +199,8 @@ def compile_rows(rows: Sequence[Row]) -> list[Compiled]:
             return [kernel for kernels in pool.map(compile_row, rows) for kernel in kernels]
 
 
+# From shared memory to a tensor in global memory, as it is or added to what is there.
+TMA_STORE = re.compile(r"cp\.(?:reduce\.)?async\.bulk\.tensor\.\S*\.global\.shared")
 TILE_KERNELS = ("tiles_kernel", "d_logits_kernel", "weights_kernel")  # those that hold tiles of a head in shared memory
 
 
@@ -263,8 +266,10 @@ def describe(row: Row, name: str, kernel: Any, log: str) -> Compiled:
         return Compiled(row, name, registers, 4 * spilled, shared, {"MFMA": text.count("v_mfma")})
     registers, spills = number(r"Used (\d+) registers", log), number(r"(\d+) bytes spill stores", log)
     names = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS")
-    counts = {op: text.count(f" {op}") for text in (machine_code(kernel),) for op in names}
-    return Compiled(row, name, registers, spills, shared, {op: n for op, n in counts.items() if n})
+    sass = machine_code(kernel)
+    counts = {op: sass.count(f" {op}") for op in names}
+    stores = len(TMA_STORE.findall(kernel.asm["ptx"])) + len(re.findall(r"\bUTMA(?:STG|REDG)", sass))
+    return Compiled(row, name, registers, spills, shared, {op: n for op, n in counts.items() if n}, stores)
 
 
 def machine_code(kernel: Any) -> str:
@@ -283,8 +288,10 @@ def worst(kernels: Sequence[Compiled]) -> list[Compiled]:
     found: dict[tuple[Row, str], Compiled] = {}
     for k in kernels:
         old = found.get((k.row, k.kernel), k)
-        figures = [max(getattr(old, field), getattr(k, field)) for field in ("registers", "spills", "shared")]
-        found[k.row, k.kernel] = Compiled(k.row, k.kernel, *figures, k.instructions)
+        *figures, stores = (
+            max(getattr(old, field), getattr(k, field)) for field in ("registers", "spills", "shared", "tma_stores")
+        )
+        found[k.row, k.kernel] = Compiled(k.row, k.kernel, *figures, k.instructions, stores)
     return list(found.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from groupdpo_kernels import Objective, model_logps
 from groupdpo_kernels.data.batches import tokenizer_of
+from groupdpo_kernels.models.adapters import _set as switch_to
 from groupdpo_kernels.models.adapters import active_adapters, has_adapter, without_adapter
 from groupdpo_kernels.trainers import DPOTrainer, GroupDPOConfig, GroupDPOTrainer, StepwiseDPO
 
@@ -98,6 +100,91 @@ def test_adapter_folder_in_the_other_trainers(folder: Path, tmp_path: Path) -> N
     assert list(model.peft_config) == ["default"]
 
 
+def over_a_loaded_one(how: str) -> Any:
+    """A model with an adapter that has been trained, and what trains now."""
+    torch.manual_seed(0)
+    trained, fresh = lora(init_lora_weights=False), lora(r=8)
+    if how == "in an embedding":
+        return peft.get_peft_model(llama(), lora("embed_tokens", init_lora_weights=False))
+    if how == "inside transformers":
+        model = llama()
+        model.peft_config, model._hf_peft_config_loaded = {"sft": trained, "dpo": fresh}, True  # type: ignore[assignment]
+        for name, config in model.peft_config.items():  # type: ignore[union-attr, operator]
+            peft.inject_adapter_in_model(config, model, name)
+        switch_to(model, ["sft", "dpo"])
+    else:
+        model = peft.get_peft_model(llama(), trained, adapter_name="sft" if how == "of another name" else "default")
+        if how == "merged":
+            return model.merge_and_unload()  # type: ignore[operator]
+        if how != "of another name":
+            model.add_adapter("dpo", fresh)  # type: ignore[operator]
+            model.set_adapter("dpo")  # type: ignore[operator]
+        if how == "stacked":
+            model.base_model.set_adapter(["default", "dpo"])  # type: ignore[operator, union-attr]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".dpo." in name or (how == "of another name" and ".sft." in name))
+    return model
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["", "precomputed"])
+@pytest.mark.parametrize("kind", ["groups", "pairs"])
+@pytest.mark.parametrize(
+    "how", ["in place of it", "stacked", "inside transformers", "merged", "of another name", "in an embedding"]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_new_adapter_over_a_loaded_one_starts_at_ln_2(how: str, kind: str, precompute: bool, tmp_path: Path) -> None:
+    """The reference is the model as it is given, whichever adapters are active and whatever their names; what trained
+    before stands still, and both stay active."""
+    from trl import DPOConfig
+
+    model = over_a_loaded_one(how)
+    more = {"peft_config": lora()} if how == "merged" else {}
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    active = active_adapters(model) if has_adapter(model) else ["default"]
+    options = {**OPTIONS, "precompute_ref_log_probs": precompute}
+    rows = {"train_dataset": PAIRS, "eval_dataset": PAIRS, "processing_class": byte_level_bpe(), **more}
+    if kind == "groups":
+        args = GroupDPOConfig(str(tmp_path / "run"), **options)
+        trainer = GroupDPOTrainer(model, args=args, objective=Objective(), **rows)
+    else:
+        trainer = DPOTrainer(model, args=DPOConfig(str(tmp_path / "run"), **options), **rows)
+    first = trainer.evaluate()["eval_loss"]
+    trainer, start, end = run(trainer)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert first == pytest.approx(math.log(2), abs=1e-6) == losses[0] and not torch.equal(start, end)
+    assert trainer.evaluate()["eval_loss"] < math.log(2) - 1e-4  # the same reference still
+    assert active_adapters(trainer.model) == active
+    if how != "merged":
+        assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if name in before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_active_adapters_are_saved_each_by_its_name(tmp_path: Path) -> None:
+    model = over_a_loaded_one("inside transformers")
+    args = GroupDPOConfig(str(tmp_path / "run"), **OPTIONS)
+    trainer = GroupDPOTrainer(
+        model, args=args, train_dataset=PAIRS, processing_class=byte_level_bpe(), objective=Objective()
+    )
+    run(trainer)
+    trainer.save_model(str(tmp_path / "saved"))
+    again = peft.PeftModel.from_pretrained(llama(), str(tmp_path / "saved" / "sft"), adapter_name="sft")
+    again.load_adapter(str(tmp_path / "saved" / "dpo"), "dpo")
+    again.base_model.set_adapter(["sft", "dpo"])  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(logps(again.eval()), logps(model.eval()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_a_reference_pairs_want_an_adapter_of_trls_name(tmp_path: Path) -> None:
+    from trl import DPOConfig
+
+    args = DPOConfig(str(tmp_path), **OPTIONS)
+    with pytest.raises(ValueError, match=r"model must have an adapter named 'default', .*; got sft; GroupDPOTrainer"):
+        DPOTrainer(
+            over_a_loaded_one("of another name"), args=args, train_dataset=PAIRS, processing_class=byte_level_bpe(),
+            objective=Objective("simpo"),
+        )  # fmt: skip
+
+
 VIRTUAL = [
     peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
@@ -148,6 +235,32 @@ def test_other_adapters_train(config: Any, tmp_path: Path) -> None:
     )
     trainer, before, after = run(trainer)
     assert not torch.equal(before, after) and abs(trainer.state.log_history[0]["rewards/margins"]) < 1e-5
+
+
+TRAINED = [*OTHERS, lora(trainable_token_indices=[5, 9, 30, 42]), lora(modules_to_save=["norm"])]
+
+
+@pytest.mark.parametrize("kind", ["groups", "pairs precomputed"])
+@pytest.mark.parametrize("config", TRAINED, ids=["ia3", "dora", "modules_to_save", "tokens", "norm"])
+@pytest.mark.filterwarnings("ignore")
+def test_other_adapters_that_were_trained_are_their_own_reference(config: Any, kind: str, tmp_path: Path) -> None:
+    from trl import DPOConfig
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(llama(), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    rows = {"train_dataset": PAIRS, "processing_class": byte_level_bpe(), "objective": Objective()}
+    if kind == "groups":
+        trainer: Any = GroupDPOTrainer(model, args=GroupDPOConfig(str(tmp_path), **OPTIONS), **rows)
+    else:
+        args = DPOConfig(str(tmp_path), **OPTIONS, precompute_ref_log_probs=True)
+        trainer = DPOTrainer(model, args=args, **rows)
+    trainer, before, after = run(trainer)
+    assert not torch.equal(before, after)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 class Processor(transformers.ProcessorMixin):  # type: ignore[misc]

@@ -75,6 +75,38 @@ def test_conversations_go_through_the_template(bpe: Any) -> None:
     assert whole == header + "An hour.</s>\n"
 
 
+QWEN = (
+    "{{ bos_token }}{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATS = {"one turn": TEA, "a system prompt": [SYSTEM, *TEA], "turns": [*user("Hi."), says("Hello."), *TEA]}
+
+
+def qwen_like(bos: str | None = None) -> Any:
+    """A tokenizer whose template has a default system prompt and ends turns with eos and a line end, as Qwen's has."""
+    tokenizer = byte_level_bpe(bos=bos is not None)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.bos_token, tokenizer.chat_template = bos, QWEN
+    return tokenizer
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("bos", [None, "<s>"], ids=["without bos", "with bos"])
+def test_tokens_are_those_of_the_template_applied_once(bos: str | None, chat: str) -> None:
+    """Together they have one bos and one eos for each turn, and the default system prompt does not come twice."""
+    tokenizer, prompt, answers = qwen_like(bos), CHATS[chat], ["Three minutes.", "No idea."]
+    (tokens,) = tokens_of(tokenizer, Group(prompt, answers, [True, False], 0))
+    line_end = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    for text, response in zip(answers, tokens.responses):
+        found = [*tokens.prompt.tolist(), *response.tolist()]
+        whole = tokenizer.apply_chat_template([*prompt, says(text)], tokenize=True, return_dict=False)
+        assert found + line_end == whole
+        assert found.count(1) == (bos is not None) and found[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(found).count("You are helpful.") == (prompt[0]["role"] != "system")
+        assert response.tolist().count(tokenizer.eos_token_id) == 1
+
+
 def test_chat_by_choice(bpe: Any) -> None:
     text, turn = (Group(prompt, ["A", "B"], [True, False], 0) for prompt in ("Tea?", user("Tea?")))
     as_text, as_turn = (tokens_of(bpe, group)[0].prompt for group in (text, turn))
@@ -134,6 +166,20 @@ def test_too_long() -> None:
         tokens_of(tokenizer, group, max_length=1)
     with pytest.raises(ValueError, match="too_long must be one of drop, error, truncate_prompt"):
         tokens_of(tokenizer, group, max_length=8, too_long="cut")
+
+
+def test_a_response_is_not_cut() -> None:
+    """A prompt of two tokens and a response of three, with room for three: its first token would have no context, and
+    without its last it would be another response. With room for four a token of the prompt goes."""
+    group, report = Group("Hi", ["AB", "C"], [True, False], 0), Report()
+    tokenizer = byte_level_bpe()
+    for too_long in ("drop", "truncate_prompt"):
+        assert not tokens_of(tokenizer, group, max_length=3, too_long=too_long, report=report)
+    assert report.dropped["too long"] == 3  # the shorter one has room where the prompt gives way
+    (tokens,) = tokens_of(tokenizer, group, max_length=4, too_long="truncate_prompt")
+    assert tokenizer.decode(tokens.prompt) == "i" and [len(ids) for ids in tokens.responses] == [3, 2]
+    (step,) = collate([tokens]).micro_batches
+    assert step.cu_seqlens.tolist() == [0, 3, 5]
 
 
 def test_texts_without_tokens() -> None:
@@ -311,5 +357,31 @@ def test_from_rows_to_a_loss_as_if_each_response_were_alone(bpe: Any) -> None:
             model.zero_grad()
             result = group_backward(step.micro_batches, forward, step.groups, objective, ref_logps[step.order])
             torch.testing.assert_close(result.loss, expected.loss.detach(), rtol=1e-11, atol=1e-11)
+            undone = torch.empty_like(result.seq_logps)
+            undone[step.order] = result.seq_logps
+            torch.testing.assert_close(undone, torch.stack([x.sum() for x in alone]), rtol=1e-11, atol=1e-11)
             for p, d in zip(model.parameters(), d_parameters):
                 torch.testing.assert_close(p.grad, d, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_fifty_tokens_more_of_prompt_change_no_loss(layout: str) -> None:
+    """IPO by means over the responses' tokens: their number is that of the response. The model sees a token and nothing
+    before it, so that the responses' log-probabilities stay what they are."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE | {"max_position_embeddings": 128}))
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    groups = [g._replace(responses=g.responses[:2], positive=[True, False]) for g in random_groups(3, 5)]
+    more = torch.arange(3, 53, dtype=torch.int32)
+    longer = [g._replace(prompt=torch.cat([more, g.prompt])) for g in groups]
+    reference = torch.linspace(-20, -5, 6)
+    losses = []
+    for each in (groups, longer):
+        step = collate(each, layout)
+        (mb,) = step.micro_batches
+        with torch.no_grad():
+            logps = mb.live(model_logps(model, mb.input_ids, mb.targets, **mb.inputs))
+        objective = Objective("ipo", average=True)
+        losses.append(preference_loss(logps, mb.cu_seqlens, step.groups, objective, reference).loss)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)

@@ -13,7 +13,19 @@ import pytest
 import torch
 import triton
 from compile_budgets import BUDGETS, SHARED_LIMIT
-from compile_only import SPARSE_KERNELS, Compiled, Row, all_rows, as_on, compile_rows, launch_all, shared_memory, worst
+from compile_only import (
+    SPARSE_KERNELS,
+    Compiled,
+    Row,
+    all_rows,
+    as_on,
+    compile_rows,
+    describe,
+    launch_all,
+    shared_memory,
+    worst,
+)
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from groupdpo_kernels.testing import CASES, Case
 
@@ -67,6 +79,23 @@ def test_products_use_the_matrix_units(name: str, compiled: dict[Row, dict[str, 
             descriptors = "LDGSTS" if name in ("visit_kernel", "live_product_kernel") else "UTMALDG"
             load = {"sm_80": "LDGSTS", "sm_90": descriptors, "sm_100": descriptors}.get(row.architecture)
             assert load is None or kernels[name].instructions.get(load, 0) > 0, kernels[name]
+
+
+def test_no_store_goes_through_a_tensor_descriptor(compiled: dict[Row, dict[str, Compiled]]) -> None:
+    """Such a store has overwritten what lies past a ragged edge (triton-lang/triton#11583). Loads use descriptors."""
+    assert not [kernel for kernels in compiled.values() for kernel in kernels.values() if kernel.tma_stores]
+
+
+@triton.jit
+def copy_kernel(source, target):
+    target.store([0, 0], source.load([0, 0]))
+
+
+def test_a_store_through_a_tensor_descriptor_would_be_seen() -> None:
+    with as_on("sm_90") as compilations:
+        block = TensorDescriptor.from_tensor(torch.empty(64, 64, dtype=torch.bfloat16, device="meta"), [64, 64])
+        copy_kernel[(1,)](block, block)
+    assert describe(GATE[0], *compilations[0]).tma_stores > 0
 
 
 RANKS = [

@@ -149,6 +149,62 @@ def test_kernels_know_nothing_above_them(path: Path) -> None:
     assert outside <= {"torch", "triton"}
 
 
+def defined(path: Path) -> tuple[dict[str, ast.stmt], dict[str, ast.FunctionDef]]:
+    """Names that a module of kernels gives a value at its top, and those of its functions that Triton compiles."""
+    values: dict[str, ast.stmt] = {}
+    compiled: dict[str, ast.FunctionDef] = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+            compiled[node.name] = node
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            values[node.name] = node
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            values |= {name.id: node for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            others = defined(path.parent / f"{node.module}.py") if node.module else ({}, {})
+            for alias in node.names:
+                for found, theirs in zip((values, compiled), others):
+                    if alias.name in theirs:
+                        found[alias.asname or alias.name] = theirs[alias.name]  # type: ignore[index]
+    return values, compiled
+
+
+def not_constexpr(path: Path) -> dict[str, str]:
+    """Names of the module, each with a kernel that reads it, that are neither a kernel nor a tl.constexpr(...)."""
+    values, compiled = defined(path)
+    wrong = {}
+    for function in compiled.values():
+        nodes = [node for statement in function.body for node in ast.walk(statement)]
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        own = {argument.arg for argument in function.args.args}
+        own |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        for name in {name.id for name in names} & values.keys() - own:
+            value = getattr(values[name], "value", None)
+            if not (isinstance(value, ast.Call) and ast.unparse(value.func) == "tl.constexpr"):
+                wrong[name] = function.name
+    return wrong
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.stem)
+def test_constants_of_kernels_are_constexpr(path: Path) -> None:
+    """A kernel that reads a plain number, tuple or function of its module compiles under some versions of Triton and is
+    refused by others, and its cache does not see that the number has changed.
+    """
+    assert not not_constexpr(path)
+
+
+def test_the_law_of_constants_sees_what_it_forbids(tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("SHARED = 3\nFINE = tl.constexpr(3)\n")
+    kernel = "@triton.jit\ndef kernel(x_ptr, SHARED_BLOCK: tl.constexpr):\n    x = {}\n    tl.store(x_ptr, x)\n"
+    for constant, name in (("X = 2", "X"), ("X: tl.constexpr = 2", "X"), ("from .other import SHARED", "SHARED")):
+        (tmp_path / "one.py").write_text(f"{constant}\n{kernel.format(name)}")
+        assert not_constexpr(tmp_path / "one.py") == {name: "kernel"}
+    for constant, name in (("X = tl.constexpr(2)", "X"), ("from .other import FINE", "FINE"), ("x = 2", "2")):
+        (tmp_path / "one.py").write_text(f"{constant}\n{kernel.format(name)}")
+        assert not not_constexpr(tmp_path / "one.py")
+
+
 def test_no_package_named_kernels_at_the_root() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 

@@ -144,6 +144,55 @@ def test_a_template_that_cuts_thoughts_out_of_answers(bpe: Any) -> None:
     assert report.dropped["answer changed by the template"] == 1
 
 
+@pytest.mark.parametrize("form", ["texts", "messages", "conversations", "no prompt of its own", "a transcript"])
+def test_what_two_answers_begin_with_alike_is_theirs(form: str, bpe: Any) -> None:
+    """Where a prompt is given, nothing is taken from the answers, as a search for a common beginning would do. Where it
+    is not, it ends with the last turn of the user."""
+    answers = ["<think>a</think>Four", "<think>b</think>Four"]
+    turns = [[{"role": "assistant", "content": text}] for text in answers]
+    prompt: Any = [QUESTION]
+    if form == "texts":
+        prompt, (chosen, rejected) = "Boats?", answers  # type: ignore[assignment]
+    elif form == "messages":
+        chosen, rejected = turns  # type: ignore[assignment]
+    elif form == "a transcript":
+        chosen, rejected = (f"\n\nHuman: Boats?\n\nAssistant: {text}" for text in answers)  # type: ignore[assignment]
+    else:
+        chosen, rejected = ([QUESTION, *turn] for turn in turns)  # type: ignore[assignment]
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if form in ("no prompt of its own", "a transcript"):
+        del row["prompt"]
+    group = only_group(row)
+    assert group.responses == answers
+    (tokens,) = tokenize_groups([group], bpe)
+    assert [bpe.decode(ids) for ids in tokens.responses] == [f"{text}</s>" for text in answers]
+
+
+THINKS = (
+    "{% for m in messages %}<|{{ m.role }}|>\n"
+    "{% if m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}"
+    "<think>\n{{ parts[0].split('<think>')[-1].strip() if parts | length > 1 else '' }}\n</think>\n\n"
+    "{{ parts[-1].strip() }}{% else %}{{ m.content }}{% endif %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}"
+)
+
+
+def test_a_template_whose_prompt_ends_with_the_beginning_of_a_thought(bpe: Any) -> None:
+    """Models that always think have such templates. The `<think>` of the answer then stands in the prompt, and nothing
+    of the answer is lost. An answer that stands in the prompt alone is lost.
+    """
+    words = copy.deepcopy(bpe)
+    words.chat_template, report = THINKS, Report()
+    pair = {**PAIR, "chosen": "<think>a</think>Four", "rejected": "<think>\nb\n</think>\n\nFour"}
+    (tokens,) = tokenize_groups(read_groups([pair]), words, chat=True, report=report)
+    assert words.decode(tokens.prompt) == "<|user|>\nBoats?</s>\n<|assistant|>\n<think>\n"
+    assert [words.decode(ids) for ids in tokens.responses] == ["a\n</think>\n\nFour</s>", "b\n</think>\n\nFour</s>"]
+    words.chat_template, said = CUTS, "<think>a</think>Four"
+    group = Group(said, [said, "Six", "Seven"], [True, True, False], 0)
+    (tokens,) = tokenize_groups([group], words, chat=True, report=report)
+    assert len(tokens.responses) == 2 and report.dropped == {"answer changed by the template": 1}
+
+
 def test_white_space_is_the_templates(bpe: Any) -> None:
     words = copy.deepcopy(bpe)
     words.chat_template = CUTS

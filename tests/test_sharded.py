@@ -46,6 +46,12 @@ def _worker(rank, world, store, names):
                 dist.all_reduce(whole)
                 result[name] = whole.to(result[name].dtype)
         check_budget(result, inputs, case.options)
+        # What is no shard's own has the same bits on every rank, so that replicated layers stay replicas.
+        for name in sorted(result.keys() - {"d_weight", "d_bias", "d_low_rank_weight"}):
+            ours = [torch.empty_like(result[name]) for _ in range(world)]
+            dist.all_gather(ours, result[name].contiguous())
+            assert all(torch.equal(x, ours[0]) for x in ours), (case.name, name)
+    _targets_of_one_rank(rank, group)
 
     hidden, weight = torch.randn(4, 8), torch.randn(5, 8)
     with pytest.raises(ValueError, match=r"targets must be in \[0, V = 10\).*got 10"):
@@ -57,6 +63,26 @@ def _worker(rank, world, store, names):
     with pytest.raises(ValueError, match="is_top1"):
         linear_logp_stats(hidden, weight, torch.zeros(4, dtype=torch.long), outputs=("is_top1",), process_group=group)
     dist.destroy_process_group()
+
+
+def _targets_of_one_rank(rank, group):
+    """The targets all lie in the shard of one rank, or none is there at all. Both ranks reach the end of forward and
+    backward, and what they have together is to the last digits what one process has alone."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 16, generator=generator), torch.randn(40, 16, generator=generator) / 4
+    upstream = torch.linspace(-1, 1, 6)
+    span = slice(0, 20) if rank == 0 else slice(20, 40)
+    for targets in (torch.arange(6), torch.arange(34, 40), torch.full((6,), -100)):
+        found = []
+        for rows, process_group in ((slice(None), None), (span, group)):
+            h, w = hidden.clone().requires_grad_(), weight[rows].clone().requires_grad_()
+            logps = linear_logps(h, w, targets, process_group=process_group)
+            (logps * upstream).sum().backward()
+            found.append((logps.detach(), h.grad, w.grad))
+        (logps, d_hidden, d_weight), (shared, d_shared, d_span) = found
+        torch.testing.assert_close(shared, logps, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(d_shared, d_hidden, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(d_span, d_weight[span], rtol=1e-5, atol=1e-6)
 
 
 def test_two_shards_equal_one_vocabulary():

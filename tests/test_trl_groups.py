@@ -218,6 +218,24 @@ def test_precomputed_references(make_trainer: Any, tmp_path: Path) -> None:
     assert "eval_rewards/margins" in expected[0].evaluate(PAIRS)
 
 
+@pytest.mark.parametrize("loaded", [False, True], ids=["fresh", "loaded"])
+def test_rows_that_come_after_training_have_the_reference_of_before(make_trainer: Any, loaded: bool) -> None:
+    """With an adapter the reference is still there, so no second model is wanted to evaluate other rows."""
+
+    def trained(precompute: bool) -> Any:
+        torch.manual_seed(0)
+        more = {"model": peft.get_peft_model(llama(), lora(init_lora_weights=False))} if loaded else {}
+        named = more or {"peft_config": lora()}
+        return run(make_trainer({"precompute_ref_log_probs": precompute}, eval_dataset=GROUPS, **named))[0]
+
+    found, held = trained(True), trained(False)
+    for rows in (None, PAIRS):
+        ours, expected = (trainer.evaluate(rows) for trainer in (found, held))
+        assert abs(expected["eval_rewards/margins"]) > 1e-4
+        for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/chosen", "eval_logps/chosen"):
+            assert ours[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+
+
 def test_given_references(make_trainer: Any, bpe: Any) -> None:
     tokens = list(tokenize_groups(read_groups(GROUPS), bpe, max_length=1024))
     scores = make_trainer(train_dataset=tokens).score(None, tokens)

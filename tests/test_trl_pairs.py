@@ -18,7 +18,7 @@ from tiny_trl import COMMON, PAIRS, check_same, llama, lora, run, steps, trainab
 
 from groupdpo_kernels import AdaBalance, Objective
 from groupdpo_kernels.preference.losses import LOSSES
-from groupdpo_kernels.trainers import DPOTrainer
+from groupdpo_kernels.trainers import DPOTrainer, GroupDPOConfig, StepwiseDPO
 
 METRICS = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
 METRICS |= {"logps/chosen", "logps/rejected", "num_tokens", "loss", "grad_norm", "learning_rate", "epoch"}
@@ -203,6 +203,65 @@ def test_evaluation_and_resuming(make_trainer: Any, tmp_path: Path) -> None:
         assert row | {"num_tokens": 0} == wanted | {"num_tokens": 0}  # TRL counts those of a process
 
 
+OTHERS = Dataset.from_dict(
+    {"prompt": ["Tea?", "Hi."], "chosen": [" No.", " Tea?"], "rejected": [" Green.", " No idea."]}
+)
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+def test_evaluation_after_training_reads_the_reference_of_before(make_trainer: Any, with_lora: bool) -> None:
+    """The reference's numbers, computed before training, are those of a reference that is held: for the rows of
+    evaluation as for those of training, and with an adapter for rows that come later too."""
+    more = {"peft_config": lora()} if with_lora else {}
+    found, held = (
+        run(make_trainer(options={"precompute_ref_log_probs": precompute}, eval_dataset=PAIRS, **more))[0]
+        for precompute in (True, False)
+    )
+    for rows in (None, OTHERS) if with_lora else (None,):
+        ours, expected = (trainer.evaluate(rows) for trainer in (found, held))
+        assert abs(expected["eval_rewards/margins"]) > 1e-3
+        for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/chosen", "eval_logps/chosen"):
+            assert ours[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+
+
+def test_rows_that_come_after_training_have_no_reference_that_moved(make_trainer: Any) -> None:
+    """Biases of the base model train beside the adapter: without its adapter the model is no longer what it was."""
+    named = {"model": make("phi"), "peft_config": lora(bias="all")}
+    trainer, *_ = run(make_trainer(options={"precompute_ref_log_probs": True}, eval_dataset=PAIRS, **named))
+    trainer.evaluate()
+    with pytest.raises(ValueError, match=r"ref_model must be given, or the rows be there before .*bias trains, "):
+        trainer.evaluate(OTHERS)
+
+
+@pytest.mark.parametrize(("mode", "scored"), [("keep_end", 2), ("keep_start", 1)])
+def test_three_tokens_of_a_prompt_of_two_and_a_response_of_three(make_trainer: Any, mode: str, scored: int) -> None:
+    """What is scored is what has a token before it: the end of the response but for its first, or its first alone. The
+    means of IPO are over as many."""
+    rows = Dataset.from_dict({"prompt": ["Hi"], "chosen": ["AB"], "rejected": ["CD"]})
+    options = {"max_length": 3, "truncation_mode": mode, "per_device_train_batch_size": 1, "max_steps": 1}
+    objective, reference = Objective("ipo", beta=0.5, average=True), make("llama", seed=1)
+    trainer = make_trainer(options=options, objective=objective, train_dataset=rows, ref_model=reference)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    assert inputs["input_ids"].shape == (2, 3)
+
+    def means(model: Any) -> torch.Tensor:
+        logps = model(input_ids=inputs["input_ids"]).logits.log_softmax(-1)[:, :-1]
+        picked = logps.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+        return picked[:, -scored:].mean(1)
+
+    with torch.no_grad():
+        chosen, rejected = means(llama()) - means(make("llama", seed=1))
+    expected = (chosen - rejected - 1 / (2 * objective.beta)) ** 2
+    assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_what_two_answers_begin_with_alike_is_theirs(make_trainer: Any, bpe: Any) -> None:
+    rows = Dataset.from_dict({"prompt": ["Tea?"], "chosen": ["<think>a"], "rejected": ["<think>b"]})
+    row = make_trainer(train_dataset=rows, options={"per_device_train_batch_size": 1}).train_dataset[0]
+    found = [bpe.decode(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    assert found == ["Tea?", "<think>a</s>", "<think>b</s>"]
+
+
 # ------------------------------------------------------------------------------------------------------ what is wrong
 
 
@@ -290,6 +349,18 @@ def test_columns_and_tokenizers(make_trainer: Any) -> None:
         ValueError, match=r"processing_class must have an eos_token, .* got eos_token=None, pad_token=None"
     ):
         make_trainer(processing_class=bare)
+
+
+def test_images_in_a_row_are_named(make_trainer: Any, tmp_path: Path, bpe: Any) -> None:
+    """A model of text would train on the words around them."""
+    rows = PAIRS.add_column("images", [[b"pixels"]] * len(PAIRS))
+    with pytest.raises(
+        ValueError, match=r"'image' or 'images' keys\), but the provided model does not seem to be a vis"
+    ):
+        make_trainer(train_dataset=rows)
+    args = GroupDPOConfig(str(tmp_path), **COMMON)
+    with pytest.raises(ValueError, match=r"stage 1_dataset must have nothing in a column 'images'.*; row 0 has"):
+        StepwiseDPO(llama(), args, [rows], bpe)
 
 
 def test_a_response_without_a_token(make_trainer: Any) -> None:

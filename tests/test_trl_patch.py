@@ -368,6 +368,22 @@ def test_trainers(name: str, checkpoint: Path, bpe: Any, monkeypatch: pytest.Mon
         torch.testing.assert_close([row[k] for k in names], [wanted[k] for k in names], rtol=1e-4, atol=1e-5)
 
 
+def test_ld_alpha_with_precomputed_references_starts_at_ln_2(checkpoint: Path, bpe: Any) -> None:
+    """Both sides weigh the tokens past the shorter response alike, the reference before training too."""
+    rows = Dataset.from_dict({"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED})
+    settings = {**COMMON, "output_dir": str(checkpoint.parent / "run"), "max_steps": 2, "ld_alpha": 0.4, "beta": 0.5}
+    losses = []
+    for precompute in (False, True):
+        with patch_trl():
+            config = trl.DPOConfig(**settings, precompute_ref_log_probs=precompute)
+            model = LlamaForCausalLM.from_pretrained(checkpoint)
+            trainer = trl.DPOTrainer(model, args=config, train_dataset=rows, processing_class=bpe)
+            trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0][0] == pytest.approx(0.6931472, abs=1e-5) and losses[0][1] != losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_twenty_steps_of_dpo(checkpoint: Path, bpe: Any) -> None:
     """Loss within 1e-5 at every step, the gradient's norm within 1e-4 of itself."""
     settings = {"max_steps": 20, "learning_rate": 0.02}

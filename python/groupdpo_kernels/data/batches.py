@@ -253,7 +253,7 @@ class _Texts:
         if not all(text.startswith(head) for text in whole):
             raise BadRow("template", "the chat template does not continue its own prompt with the response")
         answers = [self._until_eos(text[len(head) :]) for text in whole]
-        kept = _told_apart(answers, group, drop)
+        kept = _told_apart(head, answers, group, drop)
         return _Rendered(head, [answers[i] for i in kept], [group.positive[i] for i in kept], False)
 
     def _until_eos(self, text: str) -> str:
@@ -262,10 +262,12 @@ class _Texts:
         return bare if eos and bare.endswith(eos) else text
 
 
-def _told_apart(answers: list[str], group: Group, drop: Callable[[BadRow], None]) -> list[int]:
+def _told_apart(head: str, answers: list[str], group: Group, drop: Callable[[BadRow], None]) -> list[int]:
     """Which responses are still what they were after the template. One that cuts parts out of an answer (its thoughts)
-    trains on another answer; what it makes alike tells nothing, or the same twice. White space is the template's.
+    trains on another answer; what it makes alike tells nothing, or the same twice. White space is the template's, and
+    what an answer begins with (`<think>`) may be what the prompt, `head`, ends with.
     """
+    before = "".join(head.split())
     sides: dict[str, set[bool]] = {}
     for answer, side in zip(answers, group.positive):
         sides.setdefault(answer, set()).add(side)
@@ -273,11 +275,16 @@ def _told_apart(answers: list[str], group: Group, drop: Callable[[BadRow], None]
     for i, (answer, text) in enumerate(zip(answers, group.responses)):
         if len(sides[answer]) > 1 or answer in kept:
             drop(BadRow("identical after the template", f"the response {text!r:.60} is rendered like another one"))
-        elif "".join(text.split()) not in "".join(answer.split()):
+        elif not _reaches_past(before, "".join(answer.split()), "".join(text.split())):
             drop(BadRow("answer changed by the template", f"the response {text!r:.60} becomes {answer!r:.60}"))
         else:
             kept[answer] = i
     return list(kept.values())
+
+
+def _reaches_past(before: str, after: str, text: str) -> bool:
+    """Whether `text` stands in `before + after`, not in `before` alone."""
+    return (before + after).find(text, max(0, len(before) - len(text) + bool(text))) >= 0
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

@@ -32,9 +32,12 @@ def adapter_configs(model: Any) -> dict[str, Any]:
 
 
 def active_adapters(model: Any) -> list[str]:
+    """By what the layers use: `active_adapter` of a PeftModel still names one where its tuner has several."""
     if not has_adapter(model):
         return []
-    active = model.active_adapter if is_peft_model(model) else next((m.active_adapter for m in _layers(model)), [])
+    if is_peft_model(model):
+        return list(model.active_adapters)
+    active: str | list[str] = next((m.active_adapter for m in _layers(model)), [])
     return [active] if isinstance(active, str) else list(active)
 
 
@@ -107,23 +110,26 @@ def with_adapter(model: Any, name: str) -> Iterator[None]:
 def _set(model: Any, names: list[str]) -> None:
     chosen = names[0] if len(names) == 1 else names
     if is_peft_model(model):
-        model.set_adapter(chosen)
+        (model if len(names) == 1 else model.base_model).set_adapter(chosen)  # a PeftModel itself takes one name
         return
     for layer in _layers(model):
         layer.set_adapter(chosen)
 
 
 def save_adapter(model: Any, folder: str) -> None:
-    """The active adapter of a transformers model in a folder, as PEFT writes it."""
+    """The active adapter of a transformers model in a folder, as PEFT writes it; several, each in a folder of its name
+    in there."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    (active,) = active_adapters(model)
-    os.makedirs(folder, exist_ok=True)
-    found = get_peft_model_state_dict(model, adapter_name=active)
-    tensors = {f"base_model.model.{name}": x.detach().cpu().contiguous() for name, x in found.items()}
-    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
-    model.peft_config[active].save_pretrained(folder)
+    active = active_adapters(model)
+    for name in active:
+        place = folder if len(active) == 1 else os.path.join(folder, name)
+        os.makedirs(place, exist_ok=True)
+        found = get_peft_model_state_dict(model, adapter_name=name)
+        tensors = {f"base_model.model.{key}": x.detach().cpu().contiguous() for key, x in found.items()}
+        save_file(tensors, os.path.join(place, "adapter_model.safetensors"), metadata={"format": "pt"})
+        model.peft_config[name].save_pretrained(place)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ..data.batches import tokenizer_of
 from ..installed import installed_trl
-from ..models.adapters import is_peft_model, let_adapter_train
+from ..models.adapters import active_adapters, adapter_configs, delete_adapter, is_peft_model, let_adapter_train
 from ..models.api import attach
 from ..models.one_column import NOT_OF_THE_MODEL, completion_targets
 from ..preference.groups import PreferenceGroups
@@ -42,6 +42,7 @@ from .config import check_not_compiled
 from .metrics import means_of, preference_metrics, record
 from .misplaced import LOSS_OPTIONS, check_names, check_order
 from .reference import (
+    add_reference_adapter,
     check_adapter,
     check_adapter_alone_trains,
     check_no_earlier_reference,
@@ -67,8 +68,9 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
     LOSS_OPTIONS that differs from TRL's default and from the objective; `ref_model`, `precompute_ref_log_probs` or
     `sync_ref_model` with an objective that has no reference; `ref_model=None` where the reference could not stay what
     it was: a PeftModel that has an adapter "ref" from an earlier training, an adapter that trains weights of the base
-    model too, a model that ZeRO-3 has sharded; a dataset without its columns; a tokenizer without an eos token. A TRL
-    outside SUPPORTED is a RuntimeError.
+    model too, a model that ZeRO-3 has sharded; a PeftModel without an adapter "default" where the objective has no
+    reference; a dataset without its columns; a tokenizer without an eos token. A TRL outside SUPPORTED is a
+    RuntimeError.
     """
 
     def __init__(
@@ -97,11 +99,20 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         is_peft = is_peft_model(model) or named.get("peft_config") is not None
         if ref_model is None and objective.needs_reference:
             check_no_earlier_reference(model)
-            if given and not is_peft and not args.precompute_ref_log_probs:
+            # One active adapter tells policy and reference apart, but TRL copies none where none is named "default".
+            apart = len(active_adapters(model)) == 1 and "default" in adapter_configs(model)
+            apart = apart or named.get("peft_config") is not None
+            if given and (not apart if is_peft else not args.precompute_ref_log_probs):
                 ref_model = frozen_copy(model)
         elif given and ref_model is not None:
             take_off_forwards_of(model, ref_model)
         precompute = args.precompute_ref_log_probs
+        if ref_model is None and is_peft_model(model) and "default" not in adapter_configs(model):
+            raise ValueError(
+                "model must have an adapter named 'default', which TRL's DPOTrainer looks for, where the objective has"
+                f" no reference; got {', '.join(adapter_configs(model))}; GroupDPOTrainer takes any name"
+            )
+        self._own_ref_adapter = False
         # TRL builds no reference model where it expects log-probabilities with the data.
         args.precompute_ref_log_probs = precompute or not objective.needs_reference
         try:
@@ -115,8 +126,22 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
                 self.model.delete_adapter("ref")
             elif objective.needs_reference and not precompute:
                 check_adapter_alone_trains(self.model)
-                if "ref" in self.model.peft_config:
-                    copy_to_reference_adapter(self.model)  # TRL leaves out those of embeddings
+                self._make_own_ref_adapter()
+
+    def _make_own_ref_adapter(self) -> None:
+        """Makes "ref" a copy of the adapter that is active, all of it. TRL's is one of the adapter "default", whichever
+        is active, and leaves out what lies in an embedding. Once: afterwards the active one moves.
+        """
+        if self._own_ref_adapter or self.ref_model is not None or "ref" not in adapter_configs(self.model):
+            return
+        self._own_ref_adapter = True
+        if active_adapters(self.model) == ["default"]:
+            copy_to_reference_adapter(self.model)
+        else:
+            delete_adapter(self.model, "ref")
+            add_reference_adapter(self.model)
+        if self.precompute_ref_logps:  # its files are kept by this
+            self._precompute_model_hash = trl.trainer.utils.hash_module(self.model)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         found = [*next(iter(dataset))]
@@ -129,9 +154,13 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Only for an objective that reads them."""
+        """Only for an objective that reads them; ValueError for rows that come after training, where the reference is
+        no longer there."""
         if not self.objective.needs_reference:
             return dataset
+        if self.ref_model is None and self.state.global_step > 0 and is_peft_model(self.model):  # else TRL raises
+            check_adapter_alone_trains(self.model, trained=True)
+        self._make_own_ref_adapter()
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ from transformers import Trainer, set_seed
 from ..data.batches import MicroBatch, PreferenceBatch, TokenGroup, tokenizer_of
 from ..data.formats import Report
 from ..memory.worker import out_of_memory
-from ..models.adapters import has_adapter, is_peft_model, let_adapter_train, save_adapter
+from ..models.adapters import active_adapters, has_adapter, is_peft_model, let_adapter_train, save_adapter
 from ..models.api import attach, checkpoint_layers
 from ..models.limits import position_limit, token_limit
 from ..preference.group_backward import group_backward
@@ -71,7 +71,8 @@ class GroupDPOTrainer(Trainer):
 
     Args:
         model: a causal LM; one with an adapter (a PeftModel, or an adapter's folder as AutoModelForCausalLM loads it)
-            is its own reference, adapter included. An adapter that was loaded for inference trains.
+            is its own reference, adapter included. An adapter that was loaded for inference trains. With several
+            active adapters, a new one over a loaded one, the reference is a frozen copy of the whole model.
         ref_model: None: the model as it is given, or `ref_logps`, or none where the objective has no reference.
         train_dataset, eval_dataset: rows of a layout of `data.FORMATS` (a `datasets.Dataset`, a list of dicts), or
             a list of TokenGroup; eval_dataset may be a dict of these.
@@ -216,7 +217,7 @@ class GroupDPOTrainer(Trainer):
                     "ref_model must be given to evaluate rows that were not there before training, with"
                     " precompute_ref_log_probs=True: the model has moved since; got None"
                 )
-            check_adapter_alone_trains(model)
+            check_adapter_alone_trains(model, trained=True)
         options = {"layout": self.data_collator.layout, "precision": self.accelerator.mixed_precision}
         folder = Path(str(self.args.output_dir)) / "ref_logps"
         values = reference_logps(
@@ -390,9 +391,11 @@ def _shares(micro_batches: Sequence[MicroBatch]) -> list[float]:
 
 def _reference_of(model: Any, fresh: bool, precompute: bool) -> nn.Module | None:
     """A copy of the model; or None where the model itself will do: before it trains, without its adapter, or with its
-    adapter "ref"."""
+    adapter "ref". Of several active adapters none alone tells the two apart."""
     if not has_adapter(model):
         return None if precompute else frozen_copy(model)
+    if len(active_adapters(model)) > 1:
+        return frozen_copy(model)
     if not precompute:
         check_adapter_alone_trains(model)
     if not fresh:

@@ -3,6 +3,7 @@
     full fine-tuning      a frozen copy, or the reference model given
     peft_config           the model without its adapter
     a model with adapter  base and adapter as given: a second adapter, "ref", holds a copy (TRL's name and way)
+    several active ones   as given, say a new one over one that was loaded: a frozen copy of the whole model
 
 Never: loads anything. Precondition: weights outside the adapter do not train where an adapter tells the two apart;
 `check_adapter_alone_trains` raises otherwise.
@@ -102,14 +103,16 @@ def check_no_earlier_reference(model: Any) -> None:
         )
 
 
-def check_adapter_alone_trains(model: Any) -> None:
-    """ValueError where a weight outside the adapter trains: without its adapter the model would not stay as it was."""
+def check_adapter_alone_trains(model: Any, trained: bool = False) -> None:
+    """ValueError where a weight outside the adapter trains: without its adapter the model would not stay as it was, or
+    once it has `trained` is not what it was."""
     active = {*active_adapters(model)}
+    instead = "or the rows be there before training" if trained else "or precompute_ref_log_probs=True"
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not active & {*name.split(".")}:
             raise ValueError(
-                "ref_model must be given, or precompute_ref_log_probs=True, where weights outside the adapter train"
-                f" (bias='all', say), for the reference would move with them; {name} trains, ref_model is None"
+                f"ref_model must be given, {instead}, where weights outside the adapter train (bias='all', say), for"
+                f" the reference would move with them; {name} trains, ref_model is None"
             )
 
 
