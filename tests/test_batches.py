@@ -14,8 +14,8 @@ from tiny_tokenizers import CHATML, byte_level_bpe
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 
-from groupdpo_kernels import Objective, PreferenceGroups, group_backward, model_logps, preference_loss, seq_logps
-from groupdpo_kernels.data import Group, Report, collate, merge_prompts, read_groups, rules, tokenize_groups, top_k
+from groupdpo_kernels import Objective, PreferenceGroups, data, group_backward, model_logps, preference_loss, seq_logps
+from groupdpo_kernels.data import Group, Report, collate, merge_prompts, read_groups, tokenize_groups, top_k
 from groupdpo_kernels.data.batches import micro_batches
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_texts_without_tokens() -> None:
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-def random_groups(n: int, seed: int, vocab: int = 509) -> list[rules.TokenGroup]:
+def random_groups(n: int, seed: int, vocab: int = 509) -> list[data.TokenGroup]:
     r = random.Random(seed)
 
     def ids(longest: int) -> torch.Tensor:
@@ -205,7 +205,7 @@ def random_groups(n: int, seed: int, vocab: int = 509) -> list[rules.TokenGroup]
     for g in range(n):
         sides = [True, False] + [r.random() < 0.5 for _ in range(r.randint(0, 4))]
         r.shuffle(sides)
-        groups.append(rules.TokenGroup(ids(9), [ids(7) for _ in sides], sides, g))
+        groups.append(data.TokenGroup(ids(9), [ids(7) for _ in sides], sides, g))
     return groups
 
 
@@ -255,10 +255,10 @@ def test_collate(layout: str, limits: dict[str, int], sort: bool) -> None:
 
 
 def test_sorting_puts_the_longest_groups_first_and_keeps_them_whole() -> None:
-    def size(step: rules.PreferenceBatch) -> int:
+    def size(step: data.PreferenceBatch) -> int:
         return sum(mb.input_ids.numel() for mb in step.micro_batches)
 
-    def sums(step: rules.PreferenceBatch) -> torch.Tensor:
+    def sums(step: data.PreferenceBatch) -> torch.Tensor:
         return torch.cat([seq_logps(mb.live(mb.targets).double(), mb.cu_seqlens) for mb in step.micro_batches])
 
     groups = random_groups(30, 3)

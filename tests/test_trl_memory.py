@@ -19,7 +19,7 @@ from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer, fit_check
 def make_trainer(tmp_path: Path, bpe: Any) -> Any:
     def make_one(**options: Any) -> Any:
         config = {**COMMON, "output_dir": str(tmp_path / "run"), "micro_batch_sequences": None, "max_steps": 1}
-        args = GroupDPOConfig(**config | {"gradient_checkpointing": False} | options)
+        args = GroupDPOConfig(**config | {"strategy": "two_pass", "gradient_checkpointing": False} | options)
         return GroupDPOTrainer(llama(), args=args, train_dataset=GROUPS, processing_class=bpe)
 
     return make_one

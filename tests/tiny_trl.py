@@ -37,7 +37,6 @@ COMMON: dict[str, Any] = {
     "disable_tqdm": True,
     "use_cpu": True,
     "bf16": False,
-    "strategy": "two_pass",
 }
 _LLAMA = make("llama")
 
