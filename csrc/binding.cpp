@@ -8,7 +8,6 @@
 
 #include "cpu/block.h"
 #include "cpu/linear_logps.h"
-#include "cpu/preference_weights.h"
 #include "cpu/row.h"
 #ifdef GROUPDPO_KERNELS_CUDA_CODE
 #include "cuda/ops.h"
@@ -63,20 +62,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
       {needs_hidden, needs_weight, needs_bias, needs_low_rank_hidden, needs_low_rank_weight, needs_mass}, products);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_forward_cpu(
-    Tensor token_logps, std::optional<Tensor> ref_logps, Tensor cu_seqlens, Tensor cu_groups, Tensor positive,
-    int64_t loss, double beta, bool average, bool subtract_reference, double nll_weight, double label_smoothing,
-    double gamma, double alpha, double tau, double ceiling, bool balance_reference, bool balance_normalize) {
-  return preference_weights_forward(
-      token_logps, ref_logps, cu_seqlens, cu_groups, positive,
-      {static_cast<LossKind>(loss), beta, average, subtract_reference, nll_weight, label_smoothing, gamma, alpha, tau,
-       ceiling, balance_reference, balance_normalize});
-}
-
-Tensor preference_backward_cpu(Tensor d_loss, Tensor coefficients, Tensor cu_seqlens, int64_t T) {
-  return preference_weights_backward(d_loss, coefficients, cu_seqlens, T);
-}
-
 py::dict build_info() {
   using namespace py::literals;
   py::list architectures;
@@ -104,8 +89,6 @@ STABLE_TORCH_LIBRARY_IMPL(groupdpo_kernels, CPU, m) {
   m.impl("linear_logps_candidates_cpu", TORCH_BOX(&candidates_cpu));
   m.impl("add_weighted_rows_cpu", TORCH_BOX(&add_weighted_rows_cpu));
   m.impl("linear_logps_backward_cpu", TORCH_BOX(&backward_cpu));
-  m.impl("preference_weights_forward_cpu", TORCH_BOX(&preference_forward_cpu));
-  m.impl("preference_weights_backward_cpu", TORCH_BOX(&preference_backward_cpu));
 }
 
 #ifdef GROUPDPO_KERNELS_CUDA_CODE
@@ -130,9 +113,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_error", &cuda_error, py::arg("device"),
         "Why the device of that index cannot run this build's code, or ''.");
 #endif
-  py::list losses;
-  for (const char* name : kPreferenceLosses) losses.append(name);
-  m.attr("PREFERENCE_LOSSES") = py::tuple(losses);
 }
 
 }  // namespace groupdpo_kernels

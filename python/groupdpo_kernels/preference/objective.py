@@ -1,8 +1,8 @@
 """Preference losses as pure functions of one vector: the log-probabilities of the responses.
 
 `preference_loss` sums token_logps to seq_logps, turns them into scores u, and reduces each group to one number by a
-row of `losses.LOSSES`. Plain PyTorch, vectorised over ragged groups (no loop over groups), float64 for float64
-inputs. It never sees a model, a vocabulary or a kernel.
+row of `losses.LOSSES`. Plain PyTorch, vectorised over ragged groups (no loop over groups), in float64 whatever the
+inputs: the vectors are short. Results are float32, float64 for float64 inputs. It never sees a model or a vocabulary.
 
     u_i = beta (s_i - r_i)            s_i, r_i: sums of the policy's and the reference's token log-probabilities
     average: u_i / n_i                n_i: number of tokens
@@ -204,7 +204,8 @@ def preference_loss(
         groups: which sequences belong together, and which of them are positive.
         objective: see `Objective`.
         ref_logps: the reference's log-probabilities, of sequences or of tokens. No gradient flows into them.
-        impl: "auto" takes the first of "triton", "cpu", "reference" that can run; an explicit choice never falls back.
+        impl: "auto" takes "triton", one fused launch, where it can run, else "reference"; an explicit choice never
+            falls back.
 
     Raises ValueError or TypeError for shapes that do not fit, a pairwise loss on larger groups, a missing reference;
     and, on a CPU, for values: offsets that do not cover the tokens or decrease, an empty response, a reference that
@@ -215,7 +216,7 @@ def preference_loss(
     device, dtype = token_logps.device, token_logps.dtype
     impl = fused.resolve(impl, device, dtype, objective.loss, groups.max_size)
     if impl != "reference":
-        return _by_kernel(token_logps, cu_seqlens, groups, objective, ref_logps, impl)
+        return _by_kernel(token_logps, cu_seqlens, groups, objective, ref_logps)
     row, balance = objective._row, objective.balance
     x = _sequences(token_logps, cu_seqlens, ref_logps)
     u = x.logps - x.ref_logps if objective.subtracts_reference and x.ref_logps is not None else x.logps
@@ -253,7 +254,8 @@ def preference_loss(
     if row.ranks:
         bad = bad | ~groups.positives_first()
     losses = losses * torch.where(bad, math.nan, 1.0)
-    return PreferenceLoss(losses.mean(), x.logps.detach(), u.detach(), losses.detach(), weights)
+    found = PreferenceLoss(losses.mean(), x.logps.detach(), u.detach(), losses.detach(), weights)
+    return found if dtype == torch.float64 else PreferenceLoss(*(value.float() for value in found))
 
 
 def _by_kernel(
@@ -262,7 +264,6 @@ def _by_kernel(
     groups: PreferenceGroups,
     objective: Objective,
     ref_logps: Tensor | None,  # (S,) or (T,)
-    impl: str,
 ) -> PreferenceLoss:
     """The same in few launches, with the gradient in closed form; sums and scores are float64 inside."""
     assert isinstance(objective.loss, str)  # `resolve` has refused a callable
@@ -288,7 +289,7 @@ def _by_kernel(
     )
     return PreferenceLoss(
         *PreferenceWeights.apply(
-            token_logps.float(), ref_logps, cu_seqlens, groups.cu_groups, groups.positive, spec, groups.max_size, impl
+            token_logps.float(), ref_logps, cu_seqlens, groups.cu_groups, groups.positive, spec, groups.max_size
         )
     )
 
@@ -302,8 +303,7 @@ class _Sequences(NamedTuple):
 
 def _sequences(token_logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None) -> _Sequences:
     """Sums by sequence; values checked on the host, turned into NaN elsewhere."""
-    if token_logps.dtype in (torch.bfloat16, torch.float16):
-        token_logps = token_logps.float()
+    token_logps = token_logps.double()
     covered = None
     if token_logps.device.type != "cpu":  # where seq_logps does not check them itself
         cu_seqlens, covered = bounded_offsets(cu_seqlens, token_logps.shape[0])
