@@ -25,7 +25,7 @@ NAME = "groupdpo_kernels"
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in ("checks", "installed", "distributed", "reference", "replay")},
     "lm_head": {"checks", "reference", "replay", "kernels", "_C"},
-    "preference": {"checks", "distributed", "replay", "kernels", "_C", "lm_head"},
+    "preference": {"checks", "distributed", "replay", "kernels"},
     "models": {"distributed", "lm_head"},
     "data": {"checks", "preference"},
     "memory": {"lm_head", "models", "preference"},

@@ -27,8 +27,8 @@ METRICS |= {"logps/chosen", "logps/rejected", "num_tokens", "positive_mass"}
 
 @pytest.fixture
 def make_trainer(tmp_path: Path, bpe: Any) -> Any:
-    """Options of the config, arguments of the trainer -> the trainer, on ragged groups in micro-batches of three, by two
-    passes."""
+    """Options of the config, arguments of the trainer -> the trainer, on ragged groups in micro-batches of three, by
+    two passes."""
 
     def make_one(options: dict[str, Any] | None = None, **named: Any) -> Any:
         config = {**COMMON, "output_dir": str(tmp_path / "run"), "strategy": "two_pass", "micro_batch_sequences": 3}

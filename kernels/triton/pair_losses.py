@@ -1,5 +1,5 @@
-"""The pairwise losses and their derivatives in closed form, on tiles of pairs: pure maths, the second form of the formulas
-in preference/losses.py. No loads and no stores. Formulas: docs/math.md, section 3.
+"""The pairwise losses and their derivatives in closed form, on tiles of pairs: pure maths, the second form of the
+formulas in preference/losses.py. No loads and no stores. Formulas: docs/math.md, section 3.
 """
 
 from __future__ import annotations
