@@ -143,7 +143,7 @@ class Calls:
         self.columns: list[int] = []
         for name in ("ExactLinearLogps", "KeptLinearLogps", "FrozenLinearLogps"):
             real = getattr(autograd, name)
-            monkeypatch.setattr(f"groupdpo_kernels.lm_head.api.{name}", self.counted(real))
+            monkeypatch.setattr(f"groupdpo_kernels.lm_head.dispatch.{name}", self.counted(real))
 
     def counted(self, real: type[torch.autograd.Function]) -> type:
         outer = self

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -151,8 +153,13 @@ def test_auto_takes_the_extension_on_a_cpu_and_says_why() -> None:
     assert str(explanation).splitlines() == [
         "auto picks 'cpu'",
         "  triton: hidden is on cpu: the Triton kernels want a GPU",
-        "  cuda: linear_logps has no CUDA C++ kernel: its device kernels are in Triton",
         "  reference: could run; 'cpu' comes first",
+        "the path is 'exact': every logit, and in the backward again",
+        "  vocabulary-parallel: no process_group is given",
+        "  frozen head: the head needs a gradient",
+        "  candidates: grad_tol is 0",
+        "  logit cache: a cache does not fit or does not pay here",
+        "  known lse: no lse is known: this is no second pass",
     ]
     arguments = (inputs.hidden, inputs.weight, inputs.targets)
     assert torch.equal(linear_logps(*arguments), linear_logps(*arguments, impl="cpu"))
@@ -164,6 +171,29 @@ def test_auto_takes_the_reference_for_float64() -> None:
     assert explanation.impl == "reference"
     for name in ("triton", "cpu"):
         assert "hidden is float64: only the reference computes in float64" in explanation.why_not[name]
+
+
+def test_each_path_is_taken_by_a_call_that_has_nothing_against_it() -> None:
+    """The path that explain names is the one that the call runs: each has a node of its own in the graph."""
+    nodes = {"exact": "ExactLinearLogps", "frozen head": "Frozen", "candidates": "Sparse", "logit cache": "Kept"}
+    wide = make_inputs(replace(PLAIN, D=1024, T=64, V=300))
+    small = make_inputs(PLAIN)
+    frozen = small.hidden, small.weight.detach(), small.targets
+    calls: list[tuple[str, Any, dict[str, Any]]] = [
+        ("exact", (small.hidden, small.weight, small.targets), {}),
+        ("frozen head", frozen, {}),
+        ("exact", frozen, {"workspace_bytes": 100}),
+        ("candidates", (small.hidden, small.weight, small.targets), {"grad_tol": 0.01}),
+        ("frozen head", frozen, {"grad_tol": 0.01}),
+        ("candidates", frozen, {"grad_tol": 0.01, "grad_tail": "sample"}),
+        ("logit cache", (wide.hidden, wide.weight, wide.targets), {}),
+    ]
+    for path, arguments, options in calls:
+        found = explain(*arguments, **options)
+        assert found.path == path and all(found.path_why_not.values())
+        assert nodes[path] in linear_logps(*arguments, **options).grad_fn.name()
+    with torch.no_grad():
+        assert explain(*frozen).path == "exact"
 
 
 def test_auto_takes_triton_where_it_runs() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lm_head import ops
+from ..lm_head import implementations
 from ..lm_head.api import linear_logp_stats, linear_logps
 from ..preference import fused
 from ..preference.groups import PreferenceGroups
@@ -70,8 +70,8 @@ def self_test(devices: list[torch.device], progress: Callable[[Outcome], None] =
 
 def _comparisons(devices: list[torch.device]) -> Iterator[tuple[torch.device, str, str, str, Callable[[], float]]]:
     for device in devices:
-        for impl in ops.IMPLS:
-            if not ops.why_not(impl, *probe(device, torch.float32)):
+        for impl in implementations.IMPLS:
+            if not implementations.why_not(impl, *probe(device, torch.float32)):
                 for name in HEAD_CASES:
                     yield device, impl, "values and gradients", name, _bound(_head, BY_NAME[name], device, impl)
                 for name in FROZEN_CASES:
@@ -90,7 +90,7 @@ def _bound(compare: Callable[..., float], *arguments: Any) -> Callable[[], float
 
 
 def probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """hidden and weight to ask `ops.why_not` and `explain` with."""
+    """hidden and weight to ask `implementations.why_not` and `explain` with."""
     return torch.zeros(8, 64, device=device, dtype=dtype), torch.zeros(128, 64, device=device, dtype=dtype)
 
 

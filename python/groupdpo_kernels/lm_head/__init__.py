@@ -1,8 +1,10 @@
 """From hidden states and an LM head to token log-probabilities, without the logits.
 
 api.py             the public functions: linear_logps, linear_logp_stats, explain
-autograd.py        the autograd Functions behind them
-ops.py             the torch.library ops, and which implementation runs
+dispatch.py        the paths through a call, and which of them it takes
+implementations.py Triton, C++ or plain PyTorch: which can run, and why not the others
+autograd.py        the autograd Functions behind the paths
+ops.py             the torch.library ops under those
 host.py            the ops on the host: values checked, ignored rows removed
 torch_blocks.py    the implementation in plain PyTorch, a block of the vocabulary at a time
 extension.py       the C++ and CUDA extension, if it is built

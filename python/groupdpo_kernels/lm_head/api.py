@@ -19,9 +19,9 @@ from torch import Tensor
 from .. import replay
 from ..checks import INTEGERS, check_number, check_tensors
 from ..reference import Head, HeadOptions, LogpStats
-from . import ops
-from .autograd import ExactLinearLogps, FrozenLinearLogps, KeptLinearLogps, RefuseGradient, SparseLinearLogps
-from .logit_cache import columns_to_keep
+from .autograd import RefuseGradient
+from .dispatch import PATHS, Call, choose
+from .implementations import IMPLS, check_tail, resolve, why_not
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _EXTRA = ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
@@ -64,7 +64,7 @@ def linear_logps(
         process_group: the vocabulary is split over this group in order of rank: weight and bias (and low_rank[1])
             are this rank's rows, targets are global ids, hidden is the same on all ranks. Gradients of hidden (and
             low_rank[0]) are summed over the group.
-        impl: "auto" takes the first of "triton", "cuda", "cpu", "reference" that can run (see `explain`); an
+        impl: "auto" takes the first of "triton", "cpu", "reference" that can run (see `explain`); an
             explicit choice never falls back.
         low_rank: (x, B) adds x @ B.T to hidden @ weight.T: LoRA on the head without a merged copy of the weight,
             with x = scaling * hidden @ A.T.
@@ -135,11 +135,13 @@ def linear_logp_stats(
 @dataclass(frozen=True)
 class Explanation:
     """What impl="auto" picks, and why not each of the others (an implementation that could run but comes later has no
-    reasons).
+    reasons); and the path that the call takes (dispatch.py), with what each path before it has against the call.
     """
 
     impl: str
     why_not: dict[str, list[str]]
+    path: str
+    path_why_not: dict[str, str]
 
     def __str__(self) -> str:
         lines = [f"auto picks {self.impl!r}"]
@@ -148,7 +150,8 @@ class Explanation:
                 lines.append(
                     f"  {name}: " + ("; ".join(reasons) if reasons else f"could run; {self.impl!r} comes first")
                 )
-        return "\n".join(lines)
+        lines.append(f"the path is {self.path!r}: {next(x.computes for x in PATHS if x.name == self.path)}")
+        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.path_why_not.items())])
 
 
 def explain(
@@ -168,19 +171,26 @@ def explain(
     low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
     grad_tail: str = "exact",
 ) -> Explanation:
-    """Which implementation impl="auto" takes for these arguments of `linear_logps`, and every reason against the
-    others. Computes nothing; raises what the call itself would raise before it computes. `impl` makes no difference.
+    """Which implementation impl="auto" takes for these arguments of `linear_logps`, which path `impl` takes through it,
+    and every reason against the others. Computes nothing; raises what the call itself would raise before it computes.
+    Whether arguments require grad, and whether gradients are on, counts as it does in the call.
     """
-    _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
+    options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
     _known(impl)
     _check_kinds(hidden, weight, targets, bias, low_rank)
     hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
     _check(hidden, weight, targets, bias, low_rank)
-    why_not = {name: ops.why_not(name, hidden, weight) for name in ops.IMPLS}
-    first = ops.resolve("auto", hidden, weight)
-    if grad_tail == "sample":
-        ops.check_tail(first)
-    return Explanation(first, why_not)
+    reasons = {name: why_not(name, hidden, weight) for name in IMPLS}
+    first = resolve("auto", hidden, weight)
+    seed = torch.zeros((), dtype=torch.int64) if grad_tail == "sample" else None
+    if seed is not None:
+        check_tail(first)
+    head = Head(hidden, weight, bias, *((None, None) if low_rank is None else low_rank))
+    impl = impl if impl == "auto" or not reasons[impl] else "auto"  # a choice that cannot run takes no path
+    call = Call(head, targets.long(), options, float(grad_tol), seed, False, False, impl, process_group, None)
+    against = {path.name: path.why_not(call) for path in PATHS}
+    path = choose(call).name
+    return Explanation(first, reasons, path, dict(list(against.items())[: list(against).index(path)]))
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -221,8 +231,8 @@ def _options(
 
 
 def _known(impl: str) -> None:
-    if impl != "auto" and impl not in ops.IMPLS:
-        raise ValueError(f"impl must be 'auto' or one of {ops.IMPLS}; got {impl!r}")
+    if impl != "auto" and impl not in IMPLS:
+        raise ValueError(f"impl must be 'auto' or one of {IMPLS}; got {impl!r}")
 
 
 def _check_kinds(hidden: Any, weight: Any, targets: Any, bias: Any, low_rank: Any) -> None:
@@ -321,51 +331,12 @@ def _run(
     # Whether or not this call uses it: forwards with and without a graph take as much from the generator.
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64) if grad_tail == "sample" else None
     if seed is not None and not torch.compiler.is_compiling():  # then the op says so
-        ops.check_tail(ops.resolve(impl, hidden, weight))
-    arguments = (hidden, weight, targets.long(), bias, low_rank_hidden, low_rank_weight, options)
-    extra = any(name in outputs for name in _EXTRA)
-    if process_group is not None:
-        from .vocab_parallel import ShardedLinearLogps  # torch.distributed is optional in a build of torch
-
-        return LogpStats(*ShardedLinearLogps.apply(*arguments, extra, impl, process_group)[:6])
-    tape = replay.active()
+        check_tail(resolve(impl, hidden, weight))
+    tape = None if process_group is not None else replay.active()
     known = None if tape is None else tape.take(targets.shape)
-    sparse = grad_tol > 0 and not extra and _differentiates(head)
-    # A GPU does not have the products of a row at hand once it knows that the row needs them: candidates are cheaper.
-    # With a sampled tail no row needs them, on any device.
-    cheaper = sparse and (hidden.device.type != "cpu" or seed is not None)
-    stores = not outputs and _stores_derivative(head, options) and not cheaper
-    # `wide` is the lse in float64, for the tape.
-    if stores and (known is None or sparse):
-        token_logps, lse, wide, *_ = FrozenLinearLogps.apply(*arguments, float(grad_tol), impl)
-        stats = LogpStats(token_logps, lse)
-    elif sparse:
-        # Also where the lse is known: the candidates cost the one product that it would save, and save two.
-        token_logps, lse, wide, *_ = SparseLinearLogps.apply(*arguments, float(grad_tol), impl, seed)
-        stats = LogpStats(token_logps, lse)
-    elif known is None and _differentiates(head) and (columns := columns_to_keep(head, targets, options, impl)):
-        *results, wide, _ = KeptLinearLogps.apply(*arguments, extra, columns)
-        stats = LogpStats(*results)
-    else:
-        *results, wide = ExactLinearLogps.apply(*arguments, extra, impl, None if extra else known)
-        stats = LogpStats(*results)
+    more = any(name in outputs for name in _EXTRA), bool(outputs)
+    call = Call(head, targets.long(), options, float(grad_tol), seed, *more, impl, process_group, known)
+    stats, lse = choose(call).run(call)
     if tape is not None:
-        tape.note(wide)
+        tape.note(lse)
     return stats
-
-
-def _differentiates(head: Head) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
-
-
-def _stores_derivative(head: Head, options: HeadOptions) -> bool:
-    """Whether the forward had better store d token_logps / d hidden: the head needs no gradient, hidden does, and the
-    buffer fits in the budget. The choice does not depend on the implementation.
-    """
-    if not (torch.is_grad_enabled() and head.hidden.requires_grad):
-        return False
-    rest = (head.weight, head.bias, head.low_rank_weight)
-    if any(x is not None and x.requires_grad for x in rest):
-        return False
-    stored = head.hidden.numel() + (0 if head.low_rank_hidden is None else head.low_rank_hidden.numel())
-    return stored * head.hidden.element_size() <= options.workspace_bytes

@@ -28,6 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..reference import Head, HeadGradients, HeadOptions, LogpStats
 from . import host, ops
+from .implementations import resolve
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 1024, 2048  # csrc/cpu/block.cpp
 _LEAST_D = {"float32": 1024, "bfloat16": 2048}  # by what is multiplied
@@ -49,7 +50,7 @@ def nothing_kept() -> Iterator[None]:
 
 def columns_to_keep(head: Head, targets: Tensor, options: HeadOptions, impl: str) -> int:
     """K of the rule, 0 for none. The caller knows that the head's weight gets a gradient or hidden does."""
-    if torch.compiler.is_compiling() or _off.get() or ops.resolve(impl, head.hidden, head.weight) != "cpu":
+    if torch.compiler.is_compiling() or _off.get() or resolve(impl, head.hidden, head.weight) != "cpu":
         return 0
     T, V = targets.numel(), head.weight.shape[0]
     least = _LEAST_D["bfloat16" if _multiplies_bf16(head) else "float32"]

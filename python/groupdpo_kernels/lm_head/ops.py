@@ -1,5 +1,5 @@
-"""The torch.library ops: schema, fake and the choice of an implementation. Imports torch alone; a kernel is imported
-when a device function first runs it.
+"""The torch.library ops: schema and fake. Imports torch alone; a kernel is imported when a device function first runs
+it.
 
 `groupdpo_kernels::linear_logps_forward` and `groupdpo_kernels::linear_logps_backward` carry the name of an
 implementation as their last argument and resolve "auto" on the real tensors, so a traced graph holds one opaque op and
@@ -25,9 +25,8 @@ from torch import Tensor
 from ..reference import Head, HeadGradients, HeadOptions, LogpStats
 from . import host, sparse
 from .extension import extension_why_not, warn_of_the_slow_path
+from .implementations import check_tail, cpu_why_not, resolve
 from .sparse import Candidates
-
-IMPLS = ("triton", "cuda", "cpu", "reference")  # in the order "auto" tries them
 
 _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
 
@@ -59,53 +58,6 @@ _LIBRARY.define(
 )
 
 
-# ------------------------------------------------------------------------------------------------- which implementation
-
-
-def _triton_why_not(hidden: Tensor, weight: Tensor) -> list[str]:
-    try:
-        launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_forward")
-    except ImportError as error:
-        return [f"triton does not import: {error}; run `pip install 'triton>=3.6,<3.8'`"]
-    return launcher.why_not(hidden, weight)
-
-
-def _cpu_why_not(hidden: Tensor, weight: Tensor) -> list[str]:
-    reasons = extension_why_not()
-    if hidden.device.type != "cpu":
-        reasons.append(f"hidden is on {hidden.device}: the C++ op wants CPU tensors")
-    if hidden.dtype == torch.float64:
-        reasons.append("hidden is float64: only the reference computes in float64")
-    return reasons
-
-
-def why_not(impl: str, hidden: Tensor, weight: Tensor) -> list[str]:
-    """Every reason why `impl` cannot compute linear_logps on these tensors; empty if it can."""
-    if impl == "triton":
-        return _triton_why_not(hidden, weight)
-    if impl == "cuda":
-        return ["linear_logps has no CUDA C++ kernel: its device kernels are in Triton"]
-    if impl == "cpu":
-        return _cpu_why_not(hidden, weight)
-    return []
-
-
-def resolve(impl: str, hidden: Tensor, weight: Tensor) -> str:
-    """The implementation that runs. An explicit choice never falls back: it raises with every reason."""
-    if impl == "auto":
-        return next(name for name in IMPLS if not why_not(name, hidden, weight))
-    reasons = why_not(impl, hidden, weight)
-    if reasons:
-        raise ValueError(f"impl={impl!r} cannot run here: " + "; ".join(reasons))
-    return impl
-
-
-def check_tail(impl: str) -> None:
-    """ValueError where the implementation that runs cannot sample a tail."""
-    if impl == "triton":
-        raise ValueError("grad_tail='sample' has no Triton kernel: pass grad_tail='exact', or impl='reference' (slow)")
-
-
 # -------------------------------------------------------------------------------------------------------------- the ops
 
 
@@ -127,7 +79,7 @@ OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_inde
 def _linear_logps_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
     *options, stats, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    if impl == "auto" and _cpu_why_not(hidden, weight) == extension_why_not() != []:
+    if impl == "auto" and cpu_why_not(hidden, weight) == extension_why_not() != []:
         warn_of_the_slow_path()  # the extension is all that this call lacks
     impl = resolve(impl, hidden, weight)
     with exact_arithmetic(hidden.device):

@@ -1,0 +1,58 @@
+"""The implementations of an LM head, and which of them can run: Triton on a GPU, C++ on a CPU, plain PyTorch anywhere.
+
+Never: falls back from an implementation that was asked for by name. Reads devices, dtypes and what is installed; never
+a value inside a tensor. Needs torch alone to be asked. Cost: microseconds, and once the import of what is asked about.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from .extension import extension_why_not
+
+IMPLS = ("triton", "cpu", "reference")  # in the order "auto" tries them
+
+
+def _triton_why_not(hidden: Tensor, weight: Tensor) -> list[str]:
+    try:
+        launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_forward")
+    except ImportError as error:
+        return [f"triton does not import: {error}; run `pip install 'triton>=3.6,<3.8'`"]
+    return launcher.why_not(hidden, weight)
+
+
+def cpu_why_not(hidden: Tensor, weight: Tensor) -> list[str]:
+    reasons = extension_why_not()
+    if hidden.device.type != "cpu":
+        reasons.append(f"hidden is on {hidden.device}: the C++ op wants CPU tensors")
+    if hidden.dtype == torch.float64:
+        reasons.append("hidden is float64: only the reference computes in float64")
+    return reasons
+
+
+def why_not(impl: str, hidden: Tensor, weight: Tensor) -> list[str]:
+    """Every reason why `impl` cannot compute linear_logps on these tensors; empty if it can."""
+    if impl == "triton":
+        return _triton_why_not(hidden, weight)
+    if impl == "cpu":
+        return cpu_why_not(hidden, weight)
+    return []
+
+
+def resolve(impl: str, hidden: Tensor, weight: Tensor) -> str:
+    """The implementation that runs. An explicit choice never falls back: it raises with every reason."""
+    if impl == "auto":
+        return next(name for name in IMPLS if not why_not(name, hidden, weight))
+    reasons = why_not(impl, hidden, weight)
+    if reasons:
+        raise ValueError(f"impl={impl!r} cannot run here: " + "; ".join(reasons))
+    return impl
+
+
+def check_tail(impl: str) -> None:
+    """ValueError where the implementation that runs cannot sample a tail."""
+    if impl == "triton":
+        raise ValueError("grad_tail='sample' has no Triton kernel: pass grad_tail='exact', or impl='reference' (slow)")
