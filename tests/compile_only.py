@@ -268,8 +268,12 @@ def describe(row: Row, name: str, kernel: Any, log: str) -> Compiled:
     names = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS")
     sass = machine_code(kernel)
     counts = {op: sass.count(f" {op}") for op in names}
-    stores = len(TMA_STORE.findall(kernel.asm["ptx"])) + len(re.findall(r"\bUTMA(?:STG|REDG)", sass))
-    return Compiled(row, name, registers, spills, shared, {op: n for op, n in counts.items() if n}, stores)
+    return Compiled(row, name, registers, spills, shared, {op: n for op, n in counts.items() if n}, tma_stores(kernel))
+
+
+def tma_stores(kernel: Any) -> int:
+    """Stores through tensor descriptors, in PTX and in machine code."""
+    return len(TMA_STORE.findall(kernel.asm["ptx"])) + len(re.findall(r"\bUTMA(?:STG|REDG)", machine_code(kernel)))
 
 
 def machine_code(kernel: Any) -> str:

@@ -100,9 +100,8 @@ def _logit_cache_why_not(call: Call) -> str:
         return "the lse is known from pass 1"
     if not call.differentiates:
         return "nothing needs a gradient"
-    return (
-        "" if columns_to_keep(call.head, call.targets, call.options, call.impl) else "a cache does not fit or pay here"
-    )
+    columns = columns_to_keep(call.head, call.targets, call.options, call.impl)
+    return "" if columns else "a cache does not fit or does not pay here"
 
 
 def _known_lse_why_not(call: Call) -> str:
