@@ -9,6 +9,7 @@
 #include "cpu/block.h"
 #include "cpu/linear_logps.h"
 #include "cpu/row.h"
+#include "cpu/tail.h"
 #ifdef GROUPDPO_KERNELS_CUDA_CODE
 #include "cuda/ops.h"
 #endif
@@ -78,6 +79,8 @@ py::dict build_info() {
                   "compiler"_a = GROUPDPO_KERNELS_COMPILER, "abi"_a = "stable", "openmp"_a = openmp,
                   "cpu_capability"_a = cpu_capability(),
                   "widest_cpu_capability"_a = widest_cpu_capability(), "bf16_products"_a = bf16_products(),
+                  "block"_a = py::make_tuple(kMostBlockRows, kMostBlockColumns), "sum_error"_a = kSumError,
+                  "tail_samples"_a = kTailSamples,
                   "cuda_architectures"_a = py::tuple(architectures));
 }
 

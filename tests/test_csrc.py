@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import groupdpo_kernels
 from groupdpo_kernels import reference
-from groupdpo_kernels.lm_head import ops
+from groupdpo_kernels.lm_head import ops, sparse, torch_blocks, workspace
 from groupdpo_kernels.reference import HeadOptions
 from groupdpo_kernels.testing import CASES, Case, Inputs, Result, check_budget, error, exact, make_inputs
 
@@ -326,6 +326,14 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     for arguments, ids, message in wrong:
         with pytest.raises(RuntimeError, match=message):
             forward(arguments, ids, HeadOptions())
+
+
+def test_the_build_has_the_constants_of_the_specification() -> None:
+    from groupdpo_kernels import _C
+
+    info = _C.build_info()
+    assert info["block"] == (workspace.BLOCK_ROWS, workspace.BLOCK_COLUMNS)
+    assert (info["sum_error"], info["tail_samples"]) == (torch_blocks.SUM_ERROR, sparse.TAIL_SAMPLES)
 
 
 def test_build_info() -> None:

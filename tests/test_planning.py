@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import make
 
+from groupdpo_kernels.lm_head.workspace import head_workspace
 from groupdpo_kernels.memory.planner import (
     Hardware,
     Prediction,
@@ -25,7 +26,7 @@ from groupdpo_kernels.memory.planner import (
     track,
 )
 from groupdpo_kernels.memory.sweep import Worker
-from groupdpo_kernels.memory.tracker import MemoryTracker, Peak, follow_layers, head_workspace
+from groupdpo_kernels.memory.tracker import MemoryTracker, Peak, follow_layers
 from groupdpo_kernels.memory.workload import MODELS, TrainingStep, Workload, build_model, config_of
 
 META = torch.device("meta")

@@ -221,12 +221,12 @@ void Gradient::round(int64_t begin, int64_t count) const {
 
 BlockShape block_shape(int64_t T, int64_t V, int64_t per_row, int64_t per_column, int64_t per_entry,
                        int64_t workspace_bytes) {
-  constexpr int64_t least = 16, most_rows = 1024, most_columns = 2048;
+  constexpr int64_t least = 16;
   const int64_t budget = workspace_bytes / static_cast<int64_t>(sizeof(float));
   // A quarter for the tokens and the least of columns: the vocabulary side has the gradient of the weight besides.
-  const int64_t rows = even(T, std::clamp(budget / 4 / (per_row + least * per_entry), least, most_rows));
+  const int64_t rows = even(T, std::clamp(budget / 4 / (per_row + least * per_entry), least, kMostBlockRows));
   const int64_t columns =
-      even(V, std::clamp((budget - rows * per_row) / (per_column + rows * per_entry), least, most_columns));
+      even(V, std::clamp((budget - rows * per_row) / (per_column + rows * per_entry), least, kMostBlockColumns));
   return {rows, columns};
 }
 

@@ -167,6 +167,9 @@ class Gradient {
   std::optional<Scratch> scratch_;
 };
 
+// The most of a block.
+inline constexpr int64_t kMostBlockRows = 1024, kMostBlockColumns = 2048;
+
 struct BlockShape {
   int64_t rows, columns;  // tokens, vocabulary
 };

@@ -10,5 +10,6 @@ torch_blocks.py    the implementation in plain PyTorch, a block of the vocabular
 extension.py       the C++ and CUDA extension, if it is built
 sparse.py          gradients over the likely entries of a row (grad_tol)
 logit_cache.py     logits that a CPU keeps from the forward for the backward
+workspace.py       bytes that the ops take inside
 vocab_parallel.py  a vocabulary that is split over processes
 """

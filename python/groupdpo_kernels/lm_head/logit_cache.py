@@ -29,8 +29,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..reference import Head, HeadGradients, HeadOptions, LogpStats
 from . import host, ops
 from .implementations import resolve
+from .workspace import BLOCK_COLUMNS, BLOCK_ROWS
 
-_BLOCK_ROWS, _BLOCK_COLUMNS = 1024, 2048  # csrc/cpu/block.cpp
 _LEAST_D = {"float32": 1024, "bfloat16": 2048}  # by what is multiplied
 _FLOAT = 4  # bytes
 
@@ -57,7 +57,7 @@ def columns_to_keep(head: Head, targets: Tensor, options: HeadOptions, impl: str
     if T == 0 or head.hidden.shape[-1] < least:
         return 0
     columns = min(V, (_budget(head.hidden, options) - _in_use()) // (_FLOAT * T))
-    block = -(-V // -(-V // _BLOCK_COLUMNS))  # the vocabulary in even blocks
+    block = -(-V // -(-V // BLOCK_COLUMNS))  # the vocabulary in even blocks
     columns = columns if columns == V else columns // block * block
     return columns if 4 * columns >= V else 0
 
@@ -73,9 +73,9 @@ def _budget(hidden: Tensor, options: HeadOptions) -> int:
     """What the blocks at work leave: theirs are logits, their gradient, and where the inputs are not float32 their
     copies of hidden, of the weight and of its gradient.
     """
-    blocks = 2 * _BLOCK_ROWS * _BLOCK_COLUMNS
+    blocks = 2 * BLOCK_ROWS * BLOCK_COLUMNS
     if hidden.dtype != torch.float32:
-        blocks += (_BLOCK_ROWS + 2 * _BLOCK_COLUMNS) * hidden.shape[-1]
+        blocks += (BLOCK_ROWS + 2 * BLOCK_COLUMNS) * hidden.shape[-1]
     return options.workspace_bytes - _FLOAT * blocks
 
 

@@ -5,7 +5,7 @@ when its last user does. It works on real tensors and on fake ones alike, so a p
 by the same code. Why not torch's own MemTracker (torch.distributed._tools): it is private, knows neither logits nor our
 ops, and keeps one snapshot of a whole step, where the size of a step is extrapolated from the peaks of its parts.
 
-What an op allocates inside is not visible: what our own ops do is added by the rule of `head_workspace`.
+What an op allocates inside is not visible: what our own ops do is added by their own rule, `lm_head.workspace`.
 In a fake run floating tensors have no values and integers do, for code reads targets and offsets.
 Cost: some 10 us an operation.
 """
@@ -24,6 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..lm_head.workspace import workspace_of
+
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "head workspace", "logits")
 Part = tuple[str, str]  # category, and what it is: the op that made it, its shape, its dtype
 
@@ -40,29 +42,6 @@ class Peak:
         for (category, _), size in self.parts.items():
             sums[category] += size
         return sums
-
-
-def head_workspace(
-    op: str, T: int, D: int, V: int, itemsize: int, workspace_bytes: int, device: str, trains: bool
-) -> int:
-    """Bytes that one of our ops takes beside its results, on "cpu" or "cuda".
-
-    A forward keeps a block of partial sums (cuda) or of logits (cpu), the others a block of logits, and where hidden is
-    not float32 its gradient in float32; all but the last within workspace_bytes.
-    """
-    if op not in ("linear_logps_forward", "linear_logps_backward", "linear_logps_jacobian"):
-        return 0
-    narrow = itemsize < 4
-    wide = 0 if op == "linear_logps_forward" else 4 * T * D * (narrow or op == "linear_logps_jacobian")
-    if device == "cpu":  # csrc/cpu/block.cpp: at most 1024 x 2048 logits, and bfloat16 ones beside them
-        rows, columns = min(T, 1024), min(V, 2048)
-        block = 4 * rows * columns * (2 if narrow and op != "linear_logps_forward" else 1)
-        block += 4 * columns * D if trains and narrow else 0
-    elif op == "linear_logps_forward":
-        block = 8 * T * -(-V // 128)
-    else:
-        block = min(T * V * itemsize, workspace_bytes // 2) + workspace_bytes // 4
-    return min(block, workspace_bytes) + wide
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -133,9 +112,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = _run_fake(func, args, kwargs or {}) if self.fake else func(*args, **(kwargs or {}))
-        name = func._overloadpacket.__name__.replace(
-            "keeping_", ""
-        )  # logit_cache.py: their products are tensors like any
+        name = func._overloadpacket.__name__.replace("keeping_", "")  # a logit cache is a tensor like any
         if self.steps is not None:
             self.steps += 1
             self._enter(f"head, operation {self.steps}")
@@ -143,21 +120,8 @@ class MemoryTracker(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self._track(x, self.new, name)
         if self.device is not None and func.namespace == "groupdpo_kernels":
-            self._look(self._workspace(name, args))
+            self._look(workspace_of(func._overloadpacket.__name__, args, self.device))
         return out
-
-    def _workspace(self, name: str, args: Any) -> int:
-        if not name.startswith("linear_logps"):
-            return 0
-        hidden, weight = args[0], args[1]
-        T, D = hidden.numel() // hidden.shape[-1], hidden.shape[-1]
-        needs = next((x for x in args if isinstance(x, list)), [])
-        trains = name == "linear_logps_backward" and bool(needs[1])
-        options = next(i for i, x in enumerate(args) if isinstance(x, float))  # logit_scale, the first of them
-        assert self.device is not None
-        return head_workspace(
-            name, T, D, weight.shape[0], weight.element_size(), args[options + 4], self.device, trains
-        )
 
     def _track(self, x: Tensor, category: str, name: str) -> None:
         storage = x.untyped_storage()

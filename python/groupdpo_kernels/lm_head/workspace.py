@@ -1,0 +1,49 @@
+"""Bytes that the ops of an LM head take inside, beside their results, and the sizes of blocks that this follows from.
+
+A planner cannot see what an op allocates inside, so it asks here. The C++ sources have these sizes as constants of
+their own; a test holds them against what the extension says of its build.
+
+Never: allocates or measures. Needs torch alone. Cost: none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+BLOCK_ROWS, BLOCK_COLUMNS = 1024, 2048  # the most tokens and vocabulary entries of a block of logits on a CPU
+
+
+def workspace_of(op: str, args: Any, device: str) -> int:
+    """The same of a call of one of this package's ops, by its name and its arguments; 0 for the others."""
+    name = op.replace("keeping_", "")
+    if not name.startswith("linear_logps"):
+        return 0
+    hidden, weight = args[0], args[1]
+    T, D = hidden.numel() // hidden.shape[-1], hidden.shape[-1]
+    needs = next((x for x in args if isinstance(x, list)), [])
+    trains = name == "linear_logps_backward" and bool(needs[1])
+    options = next(i for i, x in enumerate(args) if isinstance(x, float))  # logit_scale, the first of them
+    return head_workspace(name, T, D, weight.shape[0], weight.element_size(), args[options + 4], device, trains)
+
+
+def head_workspace(
+    op: str, T: int, D: int, V: int, itemsize: int, workspace_bytes: int, device: str, trains: bool
+) -> int:
+    """Bytes that an op takes on "cpu" or "cuda"; `trains`: whether the weight gets a gradient.
+
+    A forward keeps a block of partial sums (cuda) or of logits (cpu), the others a block of logits, and where hidden is
+    not float32 its gradient in float32; all but the last within workspace_bytes.
+    """
+    if op not in ("linear_logps_forward", "linear_logps_backward", "linear_logps_jacobian"):
+        return 0
+    narrow = itemsize < 4
+    wide = 0 if op == "linear_logps_forward" else 4 * T * D * (narrow or op == "linear_logps_jacobian")
+    if device == "cpu":  # a block of logits, and bfloat16 ones beside them
+        rows, columns = min(T, BLOCK_ROWS), min(V, BLOCK_COLUMNS)
+        block = 4 * rows * columns * (2 if narrow and op != "linear_logps_forward" else 1)
+        block += 4 * columns * D if trains and narrow else 0
+    elif op == "linear_logps_forward":
+        block = 8 * T * -(-V // 128)
+    else:
+        block = min(T * V * itemsize, workspace_bytes // 2) + workspace_bytes // 4
+    return min(block, workspace_bytes) + wide
