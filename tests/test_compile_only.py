@@ -15,6 +15,7 @@ import triton
 from compile_budgets import BUDGETS, SHARED_LIMIT
 from compile_only import (
     SPARSE_KERNELS,
+    TILE_KERNELS,
     Compiled,
     Row,
     all_rows,
@@ -43,12 +44,12 @@ GATE = [
 KERNELS = [
     "advance_kernel",
     "combine_kernel",
-    "d_logits_kernel",
     "derivative_kernel",
+    "frozen_head_fwd_kernel",
     "gather_rows_kernel",
+    "linear_logps_bwd_kernel",
+    "linear_logps_fwd_kernel",
     "rescale_kernel",
-    "tiles_kernel",
-    "weights_kernel",
 ]
 
 
@@ -68,15 +69,13 @@ def test_kernels_build_within_their_budgets(row: Row, compiled: dict[Row, dict[s
         assert kernel.shared <= min(shared, SHARED_LIMIT[row.architecture]), kernel
 
 
-@pytest.mark.parametrize(
-    "name", ["tiles_kernel", "d_logits_kernel", "weights_kernel", "visit_kernel", "live_product_kernel"]
-)
+@pytest.mark.parametrize("name", [*TILE_KERNELS, "visit_kernel", "row_limited_gemm_kernel"])
 def test_products_use_the_matrix_units(name: str, compiled: dict[Row, dict[str, Compiled]]) -> None:
     for row, kernels in compiled.items():
         if row.dtype == "bf16" and name in kernels:
             unit = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}[row.architecture]
             assert kernels[name].instructions.get(unit, 0) > 0, kernels[name]
-            descriptors = "LDGSTS" if name in ("visit_kernel", "live_product_kernel") else "UTMALDG"
+            descriptors = "LDGSTS" if name in ("visit_kernel", "row_limited_gemm_kernel") else "UTMALDG"
             load = {"sm_80": "LDGSTS", "sm_90": descriptors, "sm_100": descriptors}.get(row.architecture)
             assert load is None or kernels[name].instructions.get(load, 0) > 0, kernels[name]
 
@@ -146,7 +145,7 @@ def test_one_compilation_serves_every_batch(architecture: str, everything: bool)
         launch_all(row, T=48, D=128, V=4099)
         first = Counter(name for name, *_ in compilations)
         assert sorted(first) == KERNELS
-        assert first["tiles_kernel"] == first["d_logits_kernel"] == first["combine_kernel"] == 1
+        assert first["linear_logps_fwd_kernel"] == first["linear_logps_bwd_kernel"] == first["combine_kernel"] == 1
         for T in (1, 2, 7, 16, 37, 1000, 4096):
             for workspace_bytes in (2**28, 2**21):
                 launch_all(row, T=T, D=128, V=4099, workspace_bytes=workspace_bytes)
@@ -160,7 +159,7 @@ def test_one_compilation_serves_every_sparse_batch(everything: bool) -> None:
         launch_all(row, T=48, D=128, V=4099)
         first = Counter(name for name, *_ in compilations)
         assert sorted(first) == sorted(SPARSE_KERNELS)
-        assert first["select_kernel"] == first["doubts_kernel"] == 1 and first["visit_kernel"] == 2
+        assert first["select_kernel"] == first["non_target_kernel"] == 1 and first["visit_kernel"] == 2
         for T in (1, 2, 7, 16, 37, 1000, 4096):
             launch_all(row, T=T, D=128, V=4099)
         assert Counter(name for name, *_ in compilations) == first

@@ -7,7 +7,7 @@ go over the vocabulary: each block of d_weight is finished in one product over a
 once), d_hidden is accumulated in one float32 (T, D) buffer. No floating-point atomics, no locks: the same bits every
 time. Cost: 2 T D V FLOP and as many again for each of d_hidden and d_weight; what is not needed is neither computed nor
 allocated. Never holds (T, V). Ignored rows cost no arithmetic here; the library's products run over their zero rows,
-those of live_products.py, for `few` live rows, do not. docs/math.md, section 1.
+those of row_limited_gemm.py, for `few` live rows, do not. docs/math.md, section 1.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compaction import LiveRows, gather_rows, live_rows
+from .gemm import add_product, block_shape
 from .launch import head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
-from .library import add_product, block_shape
-from .live_products import add_rows, reduce_rows
-from .rows import LiveRows, gather_rows, live_rows
+from .row_limited_gemm import add_rows, reduce_rows
 from .tile import add_low_rank, exp_difference, halves, product, squash, tile_position, with_bias
 
 __all__ = ["linear_logps_backward", "why_not"]
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "column0", "columns", "T"], do_not_specialize_on_alignment=["count_ptr"])
-def d_logits_kernel(
+def linear_logps_bwd_kernel(
     hidden,  # (T, D) pointer or descriptor, compact
     weight,  # (V, D) pointer or descriptor
     bias_ptr,  # (V,)
@@ -62,7 +62,7 @@ def d_logits_kernel(
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
     NEEDS_MASS: tl.constexpr,
-    FEW: tl.constexpr,  # the products are those of live_products.py
+    FEW: tl.constexpr,  # the products are those of row_limited_gemm.py
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -213,7 +213,7 @@ def linear_logps_backward(
             tiles_t = triton.cdiv(height, launch.BLOCK_T)
             tile_sums = None if d_bias is None else new((tiles_t, stride))
             tile_mass = None if mass is None else new((stride // launch.BLOCK_V, height)).zero_()
-            d_logits_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
+            linear_logps_bwd_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
                 *head.tensors, compact_targets, live.live, shift, d_target, d_softmax, d_logits, tile_sums, tile_mass,
                 row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
                 HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=d_bias is not None,

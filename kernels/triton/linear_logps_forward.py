@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compaction import gather_rows, live_rows
 from .launch import chunk_rows, head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
-from .rows import gather_rows, live_rows
 from .tile import (
     LOG2_E,
     add_low_rank,
@@ -33,7 +33,7 @@ __all__ = ["linear_logps_forward", "why_not"]
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "T"], do_not_specialize_on_alignment=["count_ptr"])
-def tiles_kernel(
+def linear_logps_fwd_kernel(
     hidden,  # (T, D) pointer or descriptor, compact
     weight,  # (V, D) pointer or descriptor
     bias_ptr,  # (V,)
@@ -249,7 +249,7 @@ def linear_logps_forward(
     for row0 in range(0, T, chunk):
         rows = min(chunk, T - row0)
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
-        tiles_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, device)](
+        linear_logps_fwd_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, device)](
             *head.tensors, compact_targets, live.live, target_logits, *tile_fields, target_leads, row0, rows, T, V,
             *head.strides, scale, cap,
             HAS_SOFTCAP=softcap is not None, STATS=stats, **head.constants,

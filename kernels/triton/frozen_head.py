@@ -18,16 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compaction import gather_rows, live_rows
+from .gemm import add_product, block_shape
 from .launch import head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
-from .library import add_product, block_shape
-from .rows import gather_rows, live_rows
 from .tile import add_low_rank, exp_difference, finite_or_zero, product, squash, tile_position, with_bias
 
 __all__ = ["linear_logps_jacobian", "why_not"]
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "column0", "columns", "T"], do_not_specialize_on_alignment=["count_ptr"])
-def weights_kernel(
+def frozen_head_fwd_kernel(
     hidden,  # (T, D) pointer or descriptor, compact
     weight,  # (V, D) pointer or descriptor
     bias_ptr,  # (V,)
@@ -287,7 +287,7 @@ def linear_logps_jacobian(
         for column0 in range(0, V, columns):
             width = min(columns, V - column0)
             tiles_v = triton.cdiv(width, launch.BLOCK_V)
-            weights_kernel[programs(launch, triton.cdiv(height, launch.BLOCK_T) * tiles_v, hidden.device)](
+            frozen_head_fwd_kernel[programs(launch, triton.cdiv(height, launch.BLOCK_T) * tiles_v, hidden.device)](
                 *head.tensors, compact_targets, live.live, top, target_logits, target_slopes, *tiles, block,
                 row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
                 HAS_SOFTCAP=softcap is not None, **constants,

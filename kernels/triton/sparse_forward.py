@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compaction import gather_rows, live_rows
 from .launch import (
     HeadArguments,
     Launch,
@@ -35,8 +36,7 @@ from .launch import (
     programs,
     scale_and_cap,
 )
-from .linear_logps_forward import combine_kernel, tiles_kernel, why_not
-from .rows import gather_rows, live_rows
+from .linear_logps_forward import combine_kernel, linear_logps_fwd_kernel, why_not
 from .tile import (
     add_low_rank_of_rows,
     add_product_of_rows,
@@ -195,7 +195,7 @@ def visit_kernel(
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "tiles_v"], do_not_specialize_on_alignment=["count_ptr"])
-def doubts_kernel(
+def non_target_kernel(
     tile_max_ptr,  # (tiles_v, rows) float32
     tile_sum_ptr,  # (tiles_v, rows) float32: without the target
     tile_rest_ptr,  # (tiles_v, rows) float32: without the candidates either
@@ -304,7 +304,7 @@ def linear_logps_candidates(
     for row0 in range(0, T, chunk):
         rows = min(chunk, T - row0)
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
-        tiles_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, hidden.device)](
+        linear_logps_fwd_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, hidden.device)](
             *head.tensors, compact_targets, live.live, target_logits, *tiles[:2], *tiles, unused_int8,
             row0, rows, T, V,
             *head.strides, scale, cap, HAS_SOFTCAP=softcap is not None, STATS=False, **head.constants,
@@ -326,7 +326,7 @@ def linear_logps_candidates(
             )  # fmt: skip
             if not write:
                 ends[: tiles_v * rows].view(tiles_v, rows).cumsum_(0)
-        doubts_kernel[(triton.cdiv(rows, 32),)](
+        non_target_kernel[(triton.cdiv(rows, 32),)](
             *tiles, target_logits, live.rows, live.live, doubts, slopes, dropped, row0, rows, tiles_v, cap,
             HAS_SOFTCAP=softcap is not None, BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
         )  # fmt: skip
