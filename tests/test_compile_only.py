@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from compile_only import (
     shared_memory,
     worst,
 )
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from groupdpo_kernels.testing import CASES, Case
@@ -90,8 +92,9 @@ def copy_kernel(source, target):
     target.store([0, 0], source.load([0, 0]))
 
 
-def test_a_store_through_a_tensor_descriptor_would_be_seen() -> None:
-    with as_on("sm_90") as compilations:
+def test_a_store_through_a_tensor_descriptor_would_be_seen(tmp_path: Path) -> None:
+    with knobs.cache.scope(), as_on("sm_90") as compilations:
+        knobs.cache.dir = str(tmp_path)  # a cached kernel has no assembler log
         block = TensorDescriptor.from_tensor(torch.empty(64, 64, dtype=torch.bfloat16, device="meta"), [64, 64])
         copy_kernel[(1,)](block, block)
     assert describe(GATE[0], *compilations[0]).tma_stores > 0
