@@ -23,7 +23,7 @@ from .compaction import LiveRows, gather_rows, live_rows
 from .gemm import add_product, block_shape
 from .launch import head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
 from .row_limited_gemm import add_rows, reduce_rows
-from .tile import add_low_rank, exp_difference, halves, product, squash, tile_position, with_bias
+from .tile import exp_difference, gemm_tile, halves, rows_from, squash, tile_position
 
 __all__ = ["linear_logps_backward", "why_not"]
 
@@ -82,14 +82,11 @@ def linear_logps_bwd_kernel(
         tile_t, tile_v = tile_position(tile, live_tiles_t, tiles_v, GROUP_T)
         t0 = row0 + tile_t * BLOCK_T
         v0 = column0 + tile_v * BLOCK_V
-        acc = product(
-            hidden, weight, t0, v0, T, V, stride_weight_v, stride_weight_d, D, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION
-        )
-        if R > 0:
-            acc = add_low_rank(
-                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, stride_low_rank_v, stride_low_rank_r,
-                R, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
-            )  # fmt: skip
+        acc = gemm_tile(
+            hidden, weight, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
+            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r,
+            D, R, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
+        )  # fmt: skip
         t = t0 + row
         # Library products run over rows past the live ones: lse makes them 0 * exp(-inf), whatever the bias is.
         lse = tl.load(lse_ptr + t, mask=t < live, other=float("inf"))
@@ -99,11 +96,12 @@ def linear_logps_bwd_kernel(
         hit = tl.max(inside.to(tl.int32), 0) > 0  # most tiles hold no row's target
         target_column = tl.where(inside, target, -1).to(tl.int32)
         block = d_logits_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_d_logits + tile_v * BLOCK_V
+        # Not logits_tile and then halves: on sm_90 with every option that spills 8 bytes more a thread.
         parts = halves(acc, BLOCK_T, BLOCK_V)
         mass = tl.zeros((BLOCK_T,), tl.float32)
         for i in tl.static_range(2):
             column = i * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
-            y = squash(with_bias(parts[i], bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
+            y = squash(parts[i], bias_ptr, v0 + column, V, scale, HAS_BIAS, HAS_SOFTCAP, PRECISION)
             z = cap * y if HAS_SOFTCAP else y
             e = exp_difference(z, lse[:, None])
             if NEEDS_MASS:

@@ -18,15 +18,13 @@ from .compaction import gather_rows, live_rows
 from .launch import chunk_rows, head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
 from .tile import (
     LOG2_E,
-    add_low_rank,
     exp_difference,
     finite_or_zero,
     log_probs,
+    logits_tile,
     lse_of,
-    product,
-    squash,
+    rows_from,
     tile_position,
-    with_bias,
 )
 
 __all__ = ["linear_logps_forward", "why_not"]
@@ -80,15 +78,11 @@ def linear_logps_fwd_kernel(
         tile_t, tile_v = tile_position(tile, tiles_t, tiles_v, GROUP_T)
         t0 = row0 + tile_t * BLOCK_T
         v0 = tile_v * BLOCK_V
-        acc = product(
-            hidden, weight, t0, v0, T, V, stride_weight_v, stride_weight_d, D, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION
-        )
-        if R > 0:
-            acc = add_low_rank(
-                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, stride_low_rank_v, stride_low_rank_r,
-                R, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
-            )  # fmt: skip
-        z = squash(with_bias(acc, bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
+        z = logits_tile(
+            hidden, weight, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
+            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r, scale,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
+        )  # fmt: skip
         if HAS_SOFTCAP:
             z *= cap
         if v0 + BLOCK_V > V:

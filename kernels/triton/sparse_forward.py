@@ -37,15 +37,7 @@ from .launch import (
     scale_and_cap,
 )
 from .linear_logps_forward import combine_kernel, linear_logps_fwd_kernel, why_not
-from .tile import (
-    add_low_rank_of_rows,
-    add_product_of_rows,
-    exp_difference,
-    finite_or_zero,
-    log_probs,
-    squash,
-    with_bias,
-)
+from .tile import exp_difference, finite_or_zero, log_probs, logits_tile
 
 __all__ = ["linear_logps_candidates", "why_not"]
 
@@ -148,17 +140,11 @@ def visit_kernel(
         t = (row0 + local).to(tl.int64)
         v0 = tile_v * BLOCK_V
         column = tl.arange(0, BLOCK_V)
-        v = tl.minimum(v0 + column, V - 1).to(tl.int64)
-        acc = add_product_of_rows(
-            tl.zeros((BLOCK_T, BLOCK_V), tl.float32), hidden_ptr, weight_ptr, t, v, stride_weight_v, stride_weight_d,
-            D, BLOCK_D, PRECISION
+        y = logits_tile(
+            hidden_ptr, weight_ptr, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, t, 0, v0, V,
+            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r, scale,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, False, PRECISION,
         )  # fmt: skip
-        if R > 0:
-            acc = add_low_rank_of_rows(
-                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t, v, stride_low_rank_v, stride_low_rank_r,
-                R, BLOCK_R, PRECISION
-            )  # fmt: skip
-        y = squash(with_bias(acc, bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
         at = base + local
         shift = finite_or_zero(tl.load(tile_max_ptr + at, mask=inside, other=0.0))
         row = tl.load(rows_ptr + t).to(tl.int64)
