@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compaction import gather_rows, live_rows
+from .compaction import compact_head, gather_rows
 from .gemm import add_product, block_shape
-from .launch import head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
+from .launch import on_its_device, programs, why_not
 from .tile import exp_difference, finite_or_zero, logits_tile, rows_from, tile_position
 
 __all__ = ["linear_logps_jacobian", "why_not"]
@@ -257,22 +257,17 @@ def linear_logps_jacobian(
     if T == 0:
         return new(targets.shape), new(targets.shape, dtype=torch.float64), d_hidden, d_low_rank
 
-    live = live_rows(targets.reshape(-1), ignore_index)
+    inputs, logit_map = (hidden, weight, bias, low_rank_hidden, low_rank_weight), (logit_scale, softcap, temperature)
     # The derivatives are written last: until then their memory holds the compact rows.
-    compact = gather_rows(hidden, live.rows, d_hidden.view(T, D))
-    compact_targets = targets.reshape(-1)[live.rows.clamp(min=0)]
-    low_rank = None
-    if low_rank_hidden is not None and d_low_rank is not None:
-        low_rank = gather_rows(low_rank_hidden, live.rows, d_low_rank.view(T, -1))
+    memory = (d_hidden.view(T, D), None if d_low_rank is None else d_low_rank.view(T, -1))
+    compact = compact_head(inputs, targets, logit_map, ignore_index, *memory)
+    live, launch, head = compact.live, compact.launch, compact.arguments
     # NaN stays where no tile holds the target: a wrong id is never a plausible number.
     target_logits, target_slopes = (torch.full_like(new(T), torch.nan) for _ in range(2))
     top, rest, rescale = torch.full_like(new(T), -torch.inf), new(T).zero_(), new(T).zero_()
 
-    launch = launch_for(weight, low_rank_weight)
     rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
-    head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
     constants = {name: value for name, value in head.constants.items() if name != "FLATTEN"}
-    scale, cap = scale_and_cap(logit_scale, softcap, temperature)
     stride = triton.cdiv(columns, launch.BLOCK_V) * launch.BLOCK_V
     block = hidden.new_empty((rows, stride))
     tiles = [new((stride // launch.BLOCK_V, rows)) for _ in range(2)]
@@ -284,9 +279,8 @@ def linear_logps_jacobian(
             width = min(columns, V - column0)
             tiles_v = triton.cdiv(width, launch.BLOCK_V)
             frozen_head_fwd_kernel[programs(launch, triton.cdiv(height, launch.BLOCK_T) * tiles_v, hidden.device)](
-                *head.tensors, compact_targets, live.live, top, target_logits, target_slopes, *tiles, block,
-                row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
-                HAS_SOFTCAP=softcap is not None, **constants,
+                *head.tensors, compact.targets, live.live, top, target_logits, target_slopes, *tiles, block,
+                row0, height, column0, width, T, V, stride, *head.strides, head.scale, head.cap, **constants,
             )  # fmt: skip
             advance_kernel[(triton.cdiv(height, 32),)](
                 *tiles, live.live, top, rest, rescale, row0, height, tiles_v,
@@ -309,8 +303,7 @@ def linear_logps_jacobian(
     total = torch.where(torch.isinf(total), torch.nan, total)
     logps = ((target_logits - shift).double() - total.double().log()).float()
     coefficients = target_slopes * (rest / total)
-    position = live.positions.clamp(min=0)
-    row_results = (torch.where(live.positions >= 0, x[position], 0).view(targets.shape) for x in (logps, lse))
+    token_logps, lse = (live.restore(x).view(targets.shape) for x in (logps, lse))
     chain = logit_scale / temperature
     for accumulator, factor, out in zip(expected, (weight, low_rank_weight), (d_hidden, d_low_rank)):
         if accumulator is not None and factor is not None and out is not None:
@@ -318,9 +311,8 @@ def linear_logps_jacobian(
             BLOCK_N = min(1024, triton.next_power_of_2(N))
             BLOCK_ROWS = 4096 // BLOCK_N
             derivative_kernel[(triton.cdiv(T, BLOCK_ROWS) * triton.cdiv(N, BLOCK_N),)](
-                accumulator, factor, compact_targets, coefficients, total, live.live, T, V, N,
+                accumulator, factor, compact.targets, coefficients, total, live.live, T, V, N,
                 *factor.stride(), chain, BLOCK_ROWS=BLOCK_ROWS, BLOCK_N=BLOCK_N,
             )  # fmt: skip
             gather_rows(accumulator, live.positions, out.view(T, N))
-    token_logps, lse = row_results
     return token_logps, lse, d_hidden, d_low_rank

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compaction import LiveRows, gather_rows, live_rows
+from .compaction import LiveRows, compact_head, gather_rows
 from .gemm import add_product, block_shape
-from .launch import head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
+from .launch import on_its_device, programs, why_not
 from .row_limited_gemm import add_rows, reduce_rows
 from .tile import exp_difference, gemm_tile, halves, rows_from, squash, tile_position
 
@@ -179,25 +179,19 @@ def linear_logps_backward(
         )
     d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = gradients
 
-    live = live_rows(targets.reshape(-1), ignore_index)
     # d_hidden is written last: until then its memory holds the compact rows.
-    compact = gather_rows(hidden, live.rows, hidden.new_empty((T, D)) if d_hidden is None else d_hidden.view(T, D))
-    low_rank = (
-        None
-        if low_rank_hidden is None
-        else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, low_rank_hidden.shape[-1])))
-    )
-    compact_targets, shift, d_target, d_softmax, owed = _rowwise(live, targets, lse, d_target, d_softmax, V)
+    memory = None if d_hidden is None else d_hidden.view(T, D)
+    logit_map = (logit_scale, softcap, temperature)
+    compact = compact_head(inputs, targets, logit_map, ignore_index, memory)
+    live, launch, head = compact.live, compact.launch, compact.arguments
+    shift, d_target, d_softmax, owed = _rowwise(live, compact.targets, lse, d_target, d_softmax, V)
 
-    launch = launch_for(weight, low_rank_weight)
     rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
-    head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
-    scale, cap = scale_and_cap(logit_scale, softcap, temperature)
     stride = triton.cdiv(columns, launch.BLOCK_V) * launch.BLOCK_V
     block = hidden.new_empty((rows, stride))
     new = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
     by_row = [None if g is None else new((T, g.shape[-1])).zero_() for g in (d_hidden, d_low_rank_hidden)]
-    by_column = ((d_weight, compact), (d_low_rank_weight, low_rank))
+    by_column = ((d_weight, compact.hidden), (d_low_rank_weight, compact.low_rank_hidden))
     for column0 in range(0, V, columns):
         width = min(columns, V - column0)
         span = slice(column0, column0 + width)
@@ -212,10 +206,9 @@ def linear_logps_backward(
             tile_sums = None if d_bias is None else new((tiles_t, stride))
             tile_mass = None if mass is None else new((stride // launch.BLOCK_V, height)).zero_()
             linear_logps_bwd_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
-                *head.tensors, compact_targets, live.live, shift, d_target, d_softmax, d_logits, tile_sums, tile_mass,
-                row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
-                HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=d_bias is not None,
-                NEEDS_MASS=mass is not None, FEW=few, **head.constants,
+                *head.tensors, compact.targets, live.live, shift, d_target, d_softmax, d_logits, tile_sums, tile_mass,
+                row0, height, column0, width, T, V, stride, *head.strides, head.scale, head.cap,
+                NEEDS_BIAS=d_bias is not None, NEEDS_MASS=mass is not None, FEW=few, **head.constants,
             )  # fmt: skip
             for accumulator, factor in zip(by_row, (weight, low_rank_weight)):
                 if accumulator is not None and factor is not None and few:
@@ -244,26 +237,24 @@ def linear_logps_backward(
         if gradient is not None and accumulator is not None:
             gather_rows(accumulator, live.positions, gradient.view(T, -1))
     if mass is not None:
-        mass = torch.where(live.positions >= 0, (mass * owed)[live.positions.clamp(min=0)], 0).view(targets.shape)
+        mass = live.restore(mass * owed).view(targets.shape)
     return (*gradients, mass)
 
 
 def _rowwise(
     live: LiveRows,
-    targets: Tensor,  # (...) int64
+    targets: Tensor,  # (T,) int64, compact
     lse: Tensor,  # (...) float64
     d_target: Tensor,  # (...) float32
     d_softmax: Tensor,  # (...) float32
     V: int,
 ) -> tuple[Tensor, ...]:
-    """The compact rows of targets, of the lse rounded to float32, of d_target and d_softmax, and of the factor that the
-    rounding owes: p = exp(logits - lse) factor. d_softmax has it already, so that no entry of a tile pays for it. A
-    wrong id makes d_softmax NaN.
+    """The compact rows of the lse rounded to float32, of d_target and d_softmax, and of the factor that the rounding
+    owes: p = exp(logits - lse) factor. d_softmax has it already, so that no entry of a tile pays for it. A wrong id
+    makes d_softmax NaN.
     """
-    targets, lse, d_target, d_softmax = (
-        x.reshape(-1)[live.rows.clamp(min=0)] for x in (targets, lse, d_target, d_softmax)
-    )
+    lse, d_target, d_softmax = map(live.compact, (lse, d_target, d_softmax))
     shift = lse.float()
     factor = torch.exp(shift - lse).float()
     d_softmax = torch.where((targets >= 0) & (targets < V), d_softmax * factor, torch.nan)
-    return targets, shift, d_target, d_softmax, factor
+    return shift, d_target, d_softmax, factor
