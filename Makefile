@@ -114,7 +114,7 @@ device-steps:
 # lies in a block that something else owns; small shapes only.
 device-counters:
 	$(on_device)
-	status=0; for kernel in tiles_kernel d_logits_kernel weights_kernel; do \
+	status=0; for kernel in linear_logps_fwd_kernel linear_logps_bwd_kernel frozen_head_fwd_kernel; do \
 	    ncu --clock-control none --set full --kernel-name $$kernel --launch-count 2 $(PYTHON) bench/run.py \
 	    --shapes qwen3_8b --modes trained frozen --peers --rounds 1 --no-memory --results $(RESULTS)/counted \
 	    > $(RESULTS)/$$kernel.txt || status=$$?; done; \

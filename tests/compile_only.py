@@ -29,8 +29,8 @@ import torch
 from groupdpo_kernels.testing import Case
 
 TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
-SPARSE_KERNELS = ("d_logits_kernel", "doubts_kernel", "live_product_kernel", "select_kernel", "visit_kernel")
-SPARSE_KERNELS += ("weighted_rows_kernel",)
+SPARSE_KERNELS = ("linear_logps_bwd_kernel", "non_target_kernel", "row_limited_gemm_kernel", "select_kernel")
+SPARSE_KERNELS += ("visit_kernel", "weighted_rows_kernel")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -153,11 +153,11 @@ def as_on(
 
 def launch_all(row: Row, T: int = 8192, D: int = 4096, V: int = 128256, workspace_bytes: int = 2**28) -> None:
     """Forward and backward of an LM head on meta tensors."""
+    from groupdpo_kernels.kernels.frozen_head import linear_logps_jacobian
     from groupdpo_kernels.kernels.linear_logps_backward import linear_logps_backward
-    from groupdpo_kernels.kernels.linear_logps_candidates import linear_logps_candidates
     from groupdpo_kernels.kernels.linear_logps_forward import linear_logps_forward
-    from groupdpo_kernels.kernels.linear_logps_jacobian import linear_logps_jacobian
     from groupdpo_kernels.kernels.sparse_backward import linear_logps_sparse_backward
+    from groupdpo_kernels.kernels.sparse_forward import linear_logps_candidates
 
     def meta(*shape: int, dtype: torch.dtype = DTYPES[row.dtype]) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -201,7 +201,8 @@ def compile_rows(rows: Sequence[Row]) -> list[Compiled]:
 
 # From shared memory to a tensor in global memory, as it is or added to what is there.
 TMA_STORE = re.compile(r"cp\.(?:reduce\.)?async\.bulk\.tensor\.\S*\.global\.shared")
-TILE_KERNELS = ("tiles_kernel", "d_logits_kernel", "weights_kernel")  # those that hold tiles of a head in shared memory
+# Those that hold tiles of a head in shared memory.
+TILE_KERNELS = ("frozen_head_fwd_kernel", "linear_logps_bwd_kernel", "linear_logps_fwd_kernel")
 
 
 @contextlib.contextmanager
@@ -227,9 +228,9 @@ def shared_memory(architecture: str, case: Case) -> dict[str, int]:
     """
     from triton import knobs
 
+    from groupdpo_kernels.kernels.frozen_head import linear_logps_jacobian
     from groupdpo_kernels.kernels.linear_logps_backward import linear_logps_backward
     from groupdpo_kernels.kernels.linear_logps_forward import linear_logps_forward
-    from groupdpo_kernels.kernels.linear_logps_jacobian import linear_logps_jacobian
 
     def meta(*shape: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -300,10 +301,10 @@ def worst(kernels: Sequence[Compiled]) -> list[Compiled]:
 
 
 def table(kernels: Sequence[Compiled]) -> str:
-    lines = [f"{'row':34} {'kernel':20} registers  spills  shared  instructions"]
+    lines = [f"{'row':34} {'kernel':24} registers  spills  shared  instructions"]
     for k in worst(kernels):
         counts = " ".join(f"{op} {n}" for op, n in k.instructions.items())
-        lines.append(f"{k.row!s:34} {k.kernel:20} {k.registers:9} {k.spills:7} {k.shared:7}  {counts}")
+        lines.append(f"{k.row!s:34} {k.kernel:24} {k.registers:9} {k.spills:7} {k.shared:7}  {counts}")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ import torch
 from compile_only import Compiled, Row, as_on, describe
 
 EVERY = __name__ == "__main__"
-KERNELS = {"segment_sums_kernel", "groups_kernel", "spread_kernel"}
+KERNELS = {"segment_sums_kernel", "preference_weights_fwd_kernel", "preference_weights_bwd_kernel"}
 
 
 @dataclass(frozen=True)
@@ -96,4 +96,4 @@ def test_every_loss_builds_in_registers(architecture: str, compiled: dict[str, l
 
 if EVERY:
     for launch, kernel in compile_launches("sm_90"):
-        print(f"{launch!s:120} {kernel.kernel:20} {kernel.registers:4} {kernel.spills:4} {kernel.shared:6}")
+        print(f"{launch!s:120} {kernel.kernel:30} {kernel.registers:4} {kernel.spills:4} {kernel.shared:6}")

@@ -50,9 +50,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {"__init__", "reference", "testing", "kernels", "lm_head", "memory", "trainers", "integrations"},
     "examples": {"__init__", "data", "memory", "stepwise", "trainers"},
 }
-SHARED_KERNEL_MODULES = {"launch", "library", "live_products", "rows", "tile", "pair_losses"}
+SHARED_KERNEL_MODULES = {"launch", "gemm", "row_limited_gemm", "compaction", "tile", "pair_losses"}
 # A launcher that begins with what another does.
-CONTINUES = {"linear_logps_candidates": "linear_logps_forward", "sparse_backward": "linear_logps_backward"}
+CONTINUES = {"sparse_forward": "linear_logps_forward", "sparse_backward": "linear_logps_backward"}
 SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
 
 

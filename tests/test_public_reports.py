@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from compile_only import Row, as_on, launch_all
+from compile_only import TILE_KERNELS, Row, as_on, launch_all
 from torch import Tensor
 
 from groupdpo_kernels import Objective, PreferenceGroups, linear_logp_stats, linear_logps, preference_loss, seq_logps
@@ -240,7 +240,7 @@ def test_python_floats_are_float32_arguments(sparse: bool) -> None:
             launch_all(Row("sm_90", "bf16", everything, sparse=sparse), T=48, D=128, V=4099)
     keys = [(name, key) for name, key, _ in compilations]
     assert keys and not any("('fp64'," in key for _, key in keys)
-    tiles = {"d_logits_kernel", "visit_kernel"} if sparse else {"d_logits_kernel", "tiles_kernel", "weights_kernel"}
+    tiles = {"linear_logps_bwd_kernel", "visit_kernel"} if sparse else set(TILE_KERNELS)
     assert tiles <= {name for name, _ in keys}
     assert all(key.count("('fp32', None)") >= 2 for name, key in keys if name in tiles)  # scale and cap, 1.0 included
 

@@ -11,8 +11,8 @@ from test_workspace import FULL_SIZES, Allocations, launching_nothing, on_meta
 from torch import Tensor
 
 from groupdpo_kernels import linear_logps
-from groupdpo_kernels.kernels import linear_logps_candidates as launcher
 from groupdpo_kernels.kernels import sparse_backward
+from groupdpo_kernels.kernels import sparse_forward as launcher
 from groupdpo_kernels.lm_head import host, ops, sparse, torch_blocks
 from groupdpo_kernels.lm_head.sparse import Candidates
 from groupdpo_kernels.reference import Head, HeadGradients, HeadOptions, logits

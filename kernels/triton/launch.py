@@ -174,6 +174,8 @@ class HeadArguments(NamedTuple):
 
     tensors: tuple[object, ...]  # hidden, weight (pointers or descriptors), bias, low_rank_hidden, low_rank_weight
     strides: tuple[int, ...]
+    scale: float  # the logit is scale * x, or cap * tanh(scale * x) under softcap
+    cap: float
     constants: dict[str, object]
 
 
@@ -184,6 +186,7 @@ def head_arguments(
     low_rank_hidden: Tensor | None,  # (T, R) contiguous
     low_rank_weight: Tensor | None,  # (V, R)
     launch: Launch,
+    logit_map: tuple[float, float | None, float],  # logit_scale, softcap, temperature
 ) -> HeadArguments:
     R, low_rank_strides = (
         (0, (0, 0)) if low_rank_weight is None else (low_rank_weight.shape[1], low_rank_weight.stride())
@@ -201,6 +204,7 @@ def head_arguments(
         "D": hidden.shape[1],
         "R": R,
         "HAS_BIAS": bias is not None,
+        "HAS_SOFTCAP": logit_map[1] is not None,
         "BLOCK_R": low_rank_block(R),
         "BLOCK_T": launch.BLOCK_T,
         "BLOCK_V": launch.BLOCK_V,
@@ -213,7 +217,8 @@ def head_arguments(
         "num_stages": launch.num_stages,
     }
     bias = None if bias is None else bias.contiguous()
-    return HeadArguments((*sources, bias, low_rank_hidden, low_rank_weight), strides, constants)
+    scale, cap = scale_and_cap(*logit_map)
+    return HeadArguments((*sources, bias, low_rank_hidden, low_rank_weight), strides, scale, cap, constants)
 
 
 def chunk_rows(T: int, bytes_per_row: int, budget: int, launch: Launch) -> int:

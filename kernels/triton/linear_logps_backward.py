@@ -7,7 +7,7 @@ go over the vocabulary: each block of d_weight is finished in one product over a
 once), d_hidden is accumulated in one float32 (T, D) buffer. No floating-point atomics, no locks: the same bits every
 time. Cost: 2 T D V FLOP and as many again for each of d_hidden and d_weight; what is not needed is neither computed nor
 allocated. Never holds (T, V). Ignored rows cost no arithmetic here; the library's products run over their zero rows,
-those of live_products.py, for `few` live rows, do not. docs/math.md, section 1.
+those of row_limited_gemm.py, for `few` live rows, do not. docs/math.md, section 1.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
-from .library import add_product, block_shape
-from .live_products import add_rows, reduce_rows
-from .rows import LiveRows, gather_rows, live_rows
-from .tile import add_low_rank, exp_difference, halves, product, squash, tile_position, with_bias
+from .compaction import LiveRows, compact_head, gather_rows
+from .gemm import add_product, block_shape
+from .launch import on_its_device, programs, why_not
+from .row_limited_gemm import add_rows, reduce_rows
+from .tile import exp_difference, gemm_tile, halves, rows_from, squash, tile_position
 
 __all__ = ["linear_logps_backward", "why_not"]
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "column0", "columns", "T"], do_not_specialize_on_alignment=["count_ptr"])
-def d_logits_kernel(
+def linear_logps_bwd_kernel(
     hidden,  # (T, D) pointer or descriptor, compact
     weight,  # (V, D) pointer or descriptor
     bias_ptr,  # (V,)
@@ -62,7 +62,7 @@ def d_logits_kernel(
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
     NEEDS_MASS: tl.constexpr,
-    FEW: tl.constexpr,  # the products are those of live_products.py
+    FEW: tl.constexpr,  # the products are those of row_limited_gemm.py
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -82,14 +82,11 @@ def d_logits_kernel(
         tile_t, tile_v = tile_position(tile, live_tiles_t, tiles_v, GROUP_T)
         t0 = row0 + tile_t * BLOCK_T
         v0 = column0 + tile_v * BLOCK_V
-        acc = product(
-            hidden, weight, t0, v0, T, V, stride_weight_v, stride_weight_d, D, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION
-        )
-        if R > 0:
-            acc = add_low_rank(
-                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, stride_low_rank_v, stride_low_rank_r,
-                R, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
-            )  # fmt: skip
+        acc = gemm_tile(
+            hidden, weight, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
+            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r,
+            D, R, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
+        )  # fmt: skip
         t = t0 + row
         # Library products run over rows past the live ones: lse makes them 0 * exp(-inf), whatever the bias is.
         lse = tl.load(lse_ptr + t, mask=t < live, other=float("inf"))
@@ -99,11 +96,12 @@ def d_logits_kernel(
         hit = tl.max(inside.to(tl.int32), 0) > 0  # most tiles hold no row's target
         target_column = tl.where(inside, target, -1).to(tl.int32)
         block = d_logits_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_d_logits + tile_v * BLOCK_V
+        # Not logits_tile and then halves: on sm_90 with every option that spills 8 bytes more a thread.
         parts = halves(acc, BLOCK_T, BLOCK_V)
         mass = tl.zeros((BLOCK_T,), tl.float32)
         for i in tl.static_range(2):
             column = i * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
-            y = squash(with_bias(parts[i], bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
+            y = squash(parts[i], bias_ptr, v0 + column, V, scale, HAS_BIAS, HAS_SOFTCAP, PRECISION)
             z = cap * y if HAS_SOFTCAP else y
             e = exp_difference(z, lse[:, None])
             if NEEDS_MASS:
@@ -181,25 +179,19 @@ def linear_logps_backward(
         )
     d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = gradients
 
-    live = live_rows(targets.reshape(-1), ignore_index)
     # d_hidden is written last: until then its memory holds the compact rows.
-    compact = gather_rows(hidden, live.rows, hidden.new_empty((T, D)) if d_hidden is None else d_hidden.view(T, D))
-    low_rank = (
-        None
-        if low_rank_hidden is None
-        else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, low_rank_hidden.shape[-1])))
-    )
-    compact_targets, shift, d_target, d_softmax, owed = _rowwise(live, targets, lse, d_target, d_softmax, V)
+    memory = None if d_hidden is None else d_hidden.view(T, D)
+    logit_map = (logit_scale, softcap, temperature)
+    compact = compact_head(inputs, targets, logit_map, ignore_index, memory)
+    live, launch, head = compact.live, compact.launch, compact.arguments
+    shift, d_target, d_softmax, owed = _rowwise(live, compact.targets, lse, d_target, d_softmax, V)
 
-    launch = launch_for(weight, low_rank_weight)
     rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
-    head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
-    scale, cap = scale_and_cap(logit_scale, softcap, temperature)
     stride = triton.cdiv(columns, launch.BLOCK_V) * launch.BLOCK_V
     block = hidden.new_empty((rows, stride))
     new = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
     by_row = [None if g is None else new((T, g.shape[-1])).zero_() for g in (d_hidden, d_low_rank_hidden)]
-    by_column = ((d_weight, compact), (d_low_rank_weight, low_rank))
+    by_column = ((d_weight, compact.hidden), (d_low_rank_weight, compact.low_rank_hidden))
     for column0 in range(0, V, columns):
         width = min(columns, V - column0)
         span = slice(column0, column0 + width)
@@ -213,11 +205,10 @@ def linear_logps_backward(
             tiles_t = triton.cdiv(height, launch.BLOCK_T)
             tile_sums = None if d_bias is None else new((tiles_t, stride))
             tile_mass = None if mass is None else new((stride // launch.BLOCK_V, height)).zero_()
-            d_logits_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
-                *head.tensors, compact_targets, live.live, shift, d_target, d_softmax, d_logits, tile_sums, tile_mass,
-                row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
-                HAS_SOFTCAP=softcap is not None, NEEDS_BIAS=d_bias is not None,
-                NEEDS_MASS=mass is not None, FEW=few, **head.constants,
+            linear_logps_bwd_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
+                *head.tensors, compact.targets, live.live, shift, d_target, d_softmax, d_logits, tile_sums, tile_mass,
+                row0, height, column0, width, T, V, stride, *head.strides, head.scale, head.cap,
+                NEEDS_BIAS=d_bias is not None, NEEDS_MASS=mass is not None, FEW=few, **head.constants,
             )  # fmt: skip
             for accumulator, factor in zip(by_row, (weight, low_rank_weight)):
                 if accumulator is not None and factor is not None and few:
@@ -246,26 +237,24 @@ def linear_logps_backward(
         if gradient is not None and accumulator is not None:
             gather_rows(accumulator, live.positions, gradient.view(T, -1))
     if mass is not None:
-        mass = torch.where(live.positions >= 0, (mass * owed)[live.positions.clamp(min=0)], 0).view(targets.shape)
+        mass = live.restore(mass * owed).view(targets.shape)
     return (*gradients, mass)
 
 
 def _rowwise(
     live: LiveRows,
-    targets: Tensor,  # (...) int64
+    targets: Tensor,  # (T,) int64, compact
     lse: Tensor,  # (...) float64
     d_target: Tensor,  # (...) float32
     d_softmax: Tensor,  # (...) float32
     V: int,
 ) -> tuple[Tensor, ...]:
-    """The compact rows of targets, of the lse rounded to float32, of d_target and d_softmax, and of the factor that the
-    rounding owes: p = exp(logits - lse) factor. d_softmax has it already, so that no entry of a tile pays for it. A
-    wrong id makes d_softmax NaN.
+    """The compact rows of the lse rounded to float32, of d_target and d_softmax, and of the factor that the rounding
+    owes: p = exp(logits - lse) factor. d_softmax has it already, so that no entry of a tile pays for it. A wrong id
+    makes d_softmax NaN.
     """
-    targets, lse, d_target, d_softmax = (
-        x.reshape(-1)[live.rows.clamp(min=0)] for x in (targets, lse, d_target, d_softmax)
-    )
+    lse, d_target, d_softmax = map(live.compact, (lse, d_target, d_softmax))
     shift = lse.float()
     factor = torch.exp(shift - lse).float()
     d_softmax = torch.where((targets >= 0) & (targets < V), d_softmax * factor, torch.nan)
-    return targets, shift, d_target, d_softmax, factor
+    return shift, d_target, d_softmax, factor

@@ -14,26 +14,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import chunk_rows, head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
-from .rows import gather_rows, live_rows
+from .compaction import compact_head
+from .launch import chunk_rows, on_its_device, programs, why_not
 from .tile import (
     LOG2_E,
-    add_low_rank,
     exp_difference,
     finite_or_zero,
     log_probs,
+    logits_tile,
     lse_of,
-    product,
-    squash,
+    rows_from,
     tile_position,
-    with_bias,
 )
 
 __all__ = ["linear_logps_forward", "why_not"]
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "T"], do_not_specialize_on_alignment=["count_ptr"])
-def tiles_kernel(
+def linear_logps_fwd_kernel(
     hidden,  # (T, D) pointer or descriptor, compact
     weight,  # (V, D) pointer or descriptor
     bias_ptr,  # (V,)
@@ -80,15 +78,11 @@ def tiles_kernel(
         tile_t, tile_v = tile_position(tile, tiles_t, tiles_v, GROUP_T)
         t0 = row0 + tile_t * BLOCK_T
         v0 = tile_v * BLOCK_V
-        acc = product(
-            hidden, weight, t0, v0, T, V, stride_weight_v, stride_weight_d, D, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION
-        )
-        if R > 0:
-            acc = add_low_rank(
-                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, stride_low_rank_v, stride_low_rank_r,
-                R, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
-            )  # fmt: skip
-        z = squash(with_bias(acc, bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
+        z = logits_tile(
+            hidden, weight, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
+            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r, scale,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
+        )  # fmt: skip
         if HAS_SOFTCAP:
             z *= cap
         if v0 + BLOCK_V > V:
@@ -216,8 +210,7 @@ def linear_logps_forward(
     stats: bool,
 ) -> tuple[Tensor, ...]:
     """The six tensors of LogpStats, lse in float64, the last four of size 0 unless `stats`."""
-    V, D = weight.shape
-    T = targets.numel()
+    V, T = weight.shape[0], targets.numel()
     device = hidden.device
     # Ignored rows keep these zeros.
     shapes = [targets.shape] * 2 + [targets.shape if stats else (0,)] * 4
@@ -226,36 +219,28 @@ def linear_logps_forward(
     if T == 0:
         return outputs
 
-    live = live_rows(targets.reshape(-1), ignore_index)
-    compact = gather_rows(hidden, live.rows, hidden.new_empty((T, D)))
-    compact_targets = targets.reshape(-1)[live.rows.clamp(min=0)]
-    low_rank = (
-        None
-        if low_rank_hidden is None
-        else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, low_rank_hidden.shape[-1])))
-    )
+    inputs, logit_map = (hidden, weight, bias, low_rank_hidden, low_rank_weight), (logit_scale, softcap, temperature)
+    compact = compact_head(inputs, targets, logit_map, ignore_index)
+    live, launch, head = compact.live, compact.launch, compact.arguments
     # NaN stays where no tile holds the target: a wrong id is never a plausible number.
     target_logits = torch.full((T,), torch.nan, dtype=torch.float32, device=device)
     target_leads = torch.empty(T if stats else 0, dtype=torch.int8, device=device)
 
-    launch = launch_for(weight, low_rank_weight)
     tiles_v = triton.cdiv(V, launch.BLOCK_V)
     fields = 5 if stats else 2
     chunk = chunk_rows(T, 4 * fields * tiles_v, workspace_bytes, launch)
     tiles = [torch.empty((tiles_v, chunk), dtype=torch.float32, device=device) for _ in range(fields)]
     tile_fields = (tiles * 3)[:5]
-    scale, cap = scale_and_cap(logit_scale, softcap, temperature)
-    head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
     for row0 in range(0, T, chunk):
         rows = min(chunk, T - row0)
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
-        tiles_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, device)](
-            *head.tensors, compact_targets, live.live, target_logits, *tile_fields, target_leads, row0, rows, T, V,
-            *head.strides, scale, cap,
-            HAS_SOFTCAP=softcap is not None, STATS=stats, **head.constants,
+        linear_logps_fwd_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, device)](
+            *head.tensors, compact.targets, live.live, target_logits, *tile_fields, target_leads, row0, rows, T, V,
+            *head.strides, head.scale, head.cap, STATS=stats, **head.constants,
         )  # fmt: skip
         combine_kernel[(triton.cdiv(rows, 32),)](
-            *tile_fields, target_leads, target_logits, compact_targets, live.rows, live.live, *outputs, row0, rows, V,
+            *tile_fields, target_leads, target_logits, compact.targets, live.rows, live.live, *outputs,
+            row0, rows, V,
             STATS=stats, TILE_V=launch.BLOCK_V, BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
         )  # fmt: skip
     return outputs

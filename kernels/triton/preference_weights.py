@@ -72,7 +72,7 @@ def segment_sums_kernel(
 
 
 @triton.jit
-def groups_kernel(
+def preference_weights_fwd_kernel(
     sums_ptr,  # (S,) float64
     ref_sums_ptr,  # (S,) float64
     cu_seqlens_ptr,  # (S+1,) int32 | int64
@@ -256,7 +256,7 @@ def row_lse(x, mask):
 
 
 @triton.jit
-def spread_kernel(
+def preference_weights_bwd_kernel(
     d_loss_ptr,  # () float32
     coefficients_ptr,  # (S,) float32
     cu_seqlens_ptr,  # (S+1,) int32 | int64
@@ -331,7 +331,7 @@ def preference_weights_forward(
     BLOCK_S = max(2, triton.next_power_of_2(max_group))
     BLOCK_G = max(1, 128 // BLOCK_S)
     pairwise = loss in PAIRWISE
-    groups_kernel[(triton.cdiv(G, BLOCK_G),)](
+    preference_weights_fwd_kernel[(triton.cdiv(G, BLOCK_G),)](
         sums, ref_sums, cu_seqlens, cu_groups, positive, out_loss, rewards, balance_weights, coefficients,
         group_losses, ticket, T, S, G,
         beta, nll_weight, label_smoothing, gamma, alpha, tau, ceiling, math.log(ceiling or 1.0),
@@ -353,7 +353,7 @@ def preference_weights_backward(
     """d_token_logps: d_loss times the coefficient of each token's sequence."""
     d_token_logps = coefficients.new_empty(T)
     S = coefficients.shape[0]
-    spread_kernel[(S,)](
+    preference_weights_bwd_kernel[(S,)](
         d_loss, coefficients.contiguous(), cu_seqlens.contiguous(), d_token_logps, T, S, BLOCK=1024, num_warps=4
     )
     return d_token_logps

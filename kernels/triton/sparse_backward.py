@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .compaction import live_rows
 from .linear_logps_backward import linear_logps_backward, why_not
-from .rows import live_rows
 
 __all__ = ["linear_logps_sparse_backward", "why_not"]
 

@@ -1,14 +1,15 @@
-"""Pure maths on tiles: the product, the map from product to logits, and the order in which tiles are visited. Shared by
-all kernels of an LM head.
+"""Pure maths on tiles: the GEMM, the map from its result to logits, and the order in which tiles are visited. All
+kernels of an LM head share it.
 
-No kernel and no launcher lives here. A tile is (BLOCK_T tokens x BLOCK_V vocabulary entries), float32 from the product
-on.
+No kernel and no launcher lives here. A tile is (BLOCK_T tokens x BLOCK_V vocabulary entries), float32 from the GEMM on.
 """
 
 import math
 
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -25,111 +26,104 @@ def tile_position(tile, tiles_t, tiles_v, GROUP_T: tl.constexpr):
 
 
 @triton.jit
-def product(
-    hidden,  # (T, D) pointer or descriptor, compact
+def rows_from(first, size, BLOCK: tl.constexpr):
+    """The ids first, first + 1, ... of `size` rows, (BLOCK,) int64; the last one again where there are no more: a clamp
+    is one mask less in a loop.
+    """
+    return tl.minimum(first + tl.arange(0, BLOCK), size - 1).to(tl.int64)
+
+
+@triton.jit
+def gemm_tile(
+    hidden,  # (T, D) pointer or descriptor, contiguous
     weight,  # (V, D) pointer or descriptor
-    t0,
+    low_rank_hidden_ptr,  # (T, R) contiguous
+    low_rank_weight_ptr,  # (V, R)
+    t,  # (BLOCK_T,) int64: any valid rows; with TMA those of rows_from(t0, T, BLOCK_T)
+    t0,  # read with TMA alone
     v0,
-    T,
     V,
     stride_weight_v,
     stride_weight_d,
+    stride_low_rank_v,
+    stride_low_rank_r,
     D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """hidden[t0:, :] @ weight[v0:, :].T in float32. What lies past T or V is finite; the caller masks it."""
+    """hidden[t] @ weight[v0:].T + low_rank_hidden[t] @ low_rank_weight[v0:].T, (BLOCK_T, BLOCK_V) in float32. What lies
+    past T or V is finite; the caller masks it.
+    """
     acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    v = rows_from(v0, V, BLOCK_V)
     if TMA:
         for d0 in range(0, D, BLOCK_D):
             acc = tl.dot(hidden.load([t0, d0]), weight.load([v0, d0]).T, acc, input_precision=PRECISION)
     else:
-        # Rows are clamped rather than masked: one mask less in the loop, and the last row is read again instead.
-        t = tl.minimum(t0 + tl.arange(0, BLOCK_T), T - 1).to(tl.int64)
-        v = tl.minimum(v0 + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
-        acc = add_product_of_rows(acc, hidden, weight, t, v, stride_weight_v, stride_weight_d, D, BLOCK_D, PRECISION)
+        d = tl.arange(0, BLOCK_D)
+        hidden_ptrs = hidden + t[:, None] * D + d[None, :]
+        weight_ptrs = weight + v[None, :] * stride_weight_v + d[:, None] * stride_weight_d
+        for d0 in range(0, D, BLOCK_D):
+            inside = d0 + d < D
+            h = tl.load(hidden_ptrs, mask=inside[None, :], other=0.0)
+            w = tl.load(weight_ptrs, mask=inside[:, None], other=0.0)
+            acc = tl.dot(h, w, acc, input_precision=PRECISION)
+            hidden_ptrs += BLOCK_D
+            weight_ptrs += BLOCK_D * stride_weight_d
+    if R > 0:
+        for r0 in tl.static_range(0, R, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            x = tl.load(low_rank_hidden_ptr + t[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
+            w = tl.load(
+                low_rank_weight_ptr + v[None, :] * stride_low_rank_v + r[:, None] * stride_low_rank_r,
+                mask=r[:, None] < R,
+                other=0.0,
+            )
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def add_product_of_rows(
-    acc,  # (BLOCK_T, BLOCK_V) float32
-    hidden_ptr,  # (T, D) contiguous
-    weight_ptr,  # (V, D)
-    t,  # (BLOCK_T,) int64, any valid rows
-    v,  # (BLOCK_V,) int64
+def logits_tile(
+    hidden,  # (T, D) pointer or descriptor, contiguous
+    weight,  # (V, D) pointer or descriptor
+    bias_ptr,  # (V,)
+    low_rank_hidden_ptr,  # (T, R) contiguous
+    low_rank_weight_ptr,  # (V, R)
+    t,  # (BLOCK_T,) int64: any valid rows; with TMA those of rows_from(t0, T, BLOCK_T)
+    t0,  # read with TMA alone
+    v0,
+    V,
     stride_weight_v,
     stride_weight_d,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """acc + hidden[t] @ weight[v].T, through pointers."""
-    d = tl.arange(0, BLOCK_D)
-    hidden_ptrs = hidden_ptr + t[:, None] * D + d[None, :]
-    weight_ptrs = weight_ptr + v[None, :] * stride_weight_v + d[:, None] * stride_weight_d
-    for d0 in range(0, D, BLOCK_D):
-        inside = d0 + d < D
-        h = tl.load(hidden_ptrs, mask=inside[None, :], other=0.0)
-        w = tl.load(weight_ptrs, mask=inside[:, None], other=0.0)
-        acc = tl.dot(h, w, acc, input_precision=PRECISION)
-        hidden_ptrs += BLOCK_D
-        weight_ptrs += BLOCK_D * stride_weight_d
-    return acc
-
-
-@triton.jit
-def add_low_rank(
-    acc,  # (BLOCK_T, BLOCK_V) float32
-    low_rank_hidden_ptr,  # (T, R) contiguous
-    low_rank_weight_ptr,  # (V, R)
-    t0,
-    v0,
-    T,
-    V,
     stride_low_rank_v,
     stride_low_rank_r,
+    scale,
+    D: tl.constexpr,
     R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc plus the second segment of the product: low_rank_hidden @ low_rank_weight.T."""
-    t = tl.minimum(t0 + tl.arange(0, BLOCK_T), T - 1).to(tl.int64)
-    v = tl.minimum(v0 + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
-    return add_low_rank_of_rows(
-        acc, low_rank_hidden_ptr, low_rank_weight_ptr, t, v, stride_low_rank_v, stride_low_rank_r, R, BLOCK_R, PRECISION
-    )
-
-
-@triton.jit
-def add_low_rank_of_rows(
-    acc,  # (BLOCK_T, BLOCK_V) float32
-    low_rank_hidden_ptr,  # (T, R) contiguous
-    low_rank_weight_ptr,  # (V, R)
-    t,  # (BLOCK_T,) int64, any valid rows
-    v,  # (BLOCK_V,) int64
-    stride_low_rank_v,
-    stride_low_rank_r,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """acc + low_rank_hidden[t] @ low_rank_weight[v].T."""
-    for r0 in tl.static_range(0, R, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        x = tl.load(low_rank_hidden_ptr + t[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
-        w = tl.load(
-            low_rank_weight_ptr + v[None, :] * stride_low_rank_v + r[:, None] * stride_low_rank_r,
-            mask=r[:, None] < R,
-            other=0.0,
-        )
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
-    return acc
+    """The logits of rows t and columns v0 : v0 + BLOCK_V, under softcap divided by `cap`: (BLOCK_T, BLOCK_V) float32.
+    What lies past T or V is finite; the caller masks it.
+    """
+    acc = gemm_tile(
+        hidden, weight, low_rank_hidden_ptr, low_rank_weight_ptr, t, t0, v0, V,
+        stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r,
+        D, R, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
+    )  # fmt: skip
+    return squash(acc, bias_ptr, v0 + tl.arange(0, BLOCK_V), V, scale, HAS_BIAS, HAS_SOFTCAP, PRECISION)
 
 
 @triton.jit
@@ -147,7 +141,7 @@ def tanh(x, PRECISION: tl.constexpr):
     show; there an odd polynomial (Cephes tanhf) takes over. The reciprocal is a square of rsqrt, two instructions where
     a division is nine.
     """
-    r = tl.rsqrt(tl.exp2(2.8853900817779268 * x) + 1.0)
+    r = tl.rsqrt(tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
     y = 1.0 - 2.0 * (r * r)
     if PRECISION == "ieee":
         x2 = x * x
@@ -159,23 +153,23 @@ def tanh(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def with_bias(acc, bias_ptr, v, V, HAS_BIAS: tl.constexpr):
-    """acc plus the bias of its columns v, once a tile."""
+def squash(
+    acc,  # (BLOCK_T, columns) float32, of gemm_tile
+    bias_ptr,  # (V,)
+    v,  # (columns,): the columns' ids
+    V,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """scale * (acc + bias), or tanh of that under softcap: `cap` times this is the logit."""
     if HAS_BIAS:
         acc += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
-    return acc
-
-
-@triton.jit
-def squash(x, scale, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """scale * x, or tanh(scale * x) under softcap: `cap` times this is the logit."""
-    x = x * scale
+    acc = acc * scale
     if HAS_SOFTCAP:
-        x = tanh(x, PRECISION)
-    return x
-
-
-LOG2_E = tl.constexpr(math.log2(math.e))
+        acc = tanh(acc, PRECISION)
+    return acc
 
 
 @triton.jit

@@ -147,7 +147,7 @@ def _linear_logps_candidates(hidden, weight, bias, low_rank_hidden, low_rank_wei
         check_tail(impl)
     with exact_arithmetic(hidden.device):
         if impl == "triton":
-            launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_candidates")
+            launcher = importlib.import_module("groupdpo_kernels.kernels.sparse_forward")
             most = sparse.capacity(targets.numel(), weight.shape[0], HeadOptions(*options).workspace_bytes)
             least = sparse.least_probability(grad_tol)
             return tuple(launcher.linear_logps_candidates(*head, targets, *options, least, most))
@@ -206,7 +206,7 @@ def _linear_logps_jacobian(hidden, weight, bias, low_rank_hidden, low_rank_weigh
     impl = resolve(impl, hidden, weight)
     with exact_arithmetic(hidden.device):
         if impl == "triton":  # exact: nothing is left out
-            launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_jacobian")
+            launcher = importlib.import_module("groupdpo_kernels.kernels.frozen_head")
             out = launcher.linear_logps_jacobian(*head, targets, *options)
             bound = [torch.zeros_like(out[0]) if grad_tol > 0 else None for _ in range(2)]
             out = (*out, *bound)

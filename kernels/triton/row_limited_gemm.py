@@ -18,7 +18,7 @@ from .tile import tile_position
 
 
 @triton.jit(do_not_specialize=["row0", "M", "K"], do_not_specialize_on_alignment=["count_ptr"])
-def live_product_kernel(
+def row_limited_gemm_kernel(
     a_ptr,  # (M, K)
     b_ptr,  # (K, N)
     out_ptr,  # (M, N)
@@ -102,7 +102,7 @@ def _launch(
 ) -> None:
     (M, N), K = out.shape, a.shape[1]
     BLOCK_M, BLOCK_N = min(128, launch.BLOCK_V if reduce else launch.BLOCK_T), min(128, launch.BLOCK_V)
-    live_product_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
+    row_limited_gemm_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
         a, b, out, count, row0, M, N, K, *a.stride(), *b.stride(), out.stride(0),
         REDUCE=reduce, ADD=add, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=launch.BLOCK_D, GROUP_M=8,
         PRECISION=precision(a.dtype), num_warps=8, num_stages=min(3, launch.num_stages),

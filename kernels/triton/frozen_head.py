@@ -18,16 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import head_arguments, launch_for, on_its_device, programs, scale_and_cap, why_not
-from .library import add_product, block_shape
-from .rows import gather_rows, live_rows
-from .tile import add_low_rank, exp_difference, finite_or_zero, product, squash, tile_position, with_bias
+from .compaction import compact_head, gather_rows
+from .gemm import add_product, block_shape
+from .launch import on_its_device, programs, why_not
+from .tile import exp_difference, finite_or_zero, logits_tile, rows_from, tile_position
 
 __all__ = ["linear_logps_jacobian", "why_not"]
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "column0", "columns", "T"], do_not_specialize_on_alignment=["count_ptr"])
-def weights_kernel(
+def frozen_head_fwd_kernel(
     hidden,  # (T, D) pointer or descriptor, compact
     weight,  # (V, D) pointer or descriptor
     bias_ptr,  # (V,)
@@ -76,15 +76,11 @@ def weights_kernel(
         tile_t, tile_v = tile_position(tile, tiles_t, tiles_v, GROUP_T)
         t0 = row0 + tile_t * BLOCK_T
         v0 = column0 + tile_v * BLOCK_V
-        acc = product(
-            hidden, weight, t0, v0, T, V, stride_weight_v, stride_weight_d, D, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION
-        )
-        if R > 0:
-            acc = add_low_rank(
-                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t0, v0, T, V, stride_low_rank_v, stride_low_rank_r,
-                R, BLOCK_T, BLOCK_V, BLOCK_R, PRECISION
-            )  # fmt: skip
-        y = squash(with_bias(acc, bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
+        y = logits_tile(
+            hidden, weight, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
+            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r, scale,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
+        )  # fmt: skip
         t = t0 + row
         target = tl.load(targets_ptr + t, mask=t < live, other=-1) - v0
         inside = (target >= 0) & (target < tl.minimum(BLOCK_V, V - v0))
@@ -261,22 +257,17 @@ def linear_logps_jacobian(
     if T == 0:
         return new(targets.shape), new(targets.shape, dtype=torch.float64), d_hidden, d_low_rank
 
-    live = live_rows(targets.reshape(-1), ignore_index)
+    inputs, logit_map = (hidden, weight, bias, low_rank_hidden, low_rank_weight), (logit_scale, softcap, temperature)
     # The derivatives are written last: until then their memory holds the compact rows.
-    compact = gather_rows(hidden, live.rows, d_hidden.view(T, D))
-    compact_targets = targets.reshape(-1)[live.rows.clamp(min=0)]
-    low_rank = None
-    if low_rank_hidden is not None and d_low_rank is not None:
-        low_rank = gather_rows(low_rank_hidden, live.rows, d_low_rank.view(T, -1))
+    memory = (d_hidden.view(T, D), None if d_low_rank is None else d_low_rank.view(T, -1))
+    compact = compact_head(inputs, targets, logit_map, ignore_index, *memory)
+    live, launch, head = compact.live, compact.launch, compact.arguments
     # NaN stays where no tile holds the target: a wrong id is never a plausible number.
     target_logits, target_slopes = (torch.full_like(new(T), torch.nan) for _ in range(2))
     top, rest, rescale = torch.full_like(new(T), -torch.inf), new(T).zero_(), new(T).zero_()
 
-    launch = launch_for(weight, low_rank_weight)
     rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
-    head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
     constants = {name: value for name, value in head.constants.items() if name != "FLATTEN"}
-    scale, cap = scale_and_cap(logit_scale, softcap, temperature)
     stride = triton.cdiv(columns, launch.BLOCK_V) * launch.BLOCK_V
     block = hidden.new_empty((rows, stride))
     tiles = [new((stride // launch.BLOCK_V, rows)) for _ in range(2)]
@@ -287,10 +278,9 @@ def linear_logps_jacobian(
         for column0 in range(0, V, columns):
             width = min(columns, V - column0)
             tiles_v = triton.cdiv(width, launch.BLOCK_V)
-            weights_kernel[programs(launch, triton.cdiv(height, launch.BLOCK_T) * tiles_v, hidden.device)](
-                *head.tensors, compact_targets, live.live, top, target_logits, target_slopes, *tiles, block,
-                row0, height, column0, width, T, V, stride, *head.strides, scale, cap,
-                HAS_SOFTCAP=softcap is not None, **constants,
+            frozen_head_fwd_kernel[programs(launch, triton.cdiv(height, launch.BLOCK_T) * tiles_v, hidden.device)](
+                *head.tensors, compact.targets, live.live, top, target_logits, target_slopes, *tiles, block,
+                row0, height, column0, width, T, V, stride, *head.strides, head.scale, head.cap, **constants,
             )  # fmt: skip
             advance_kernel[(triton.cdiv(height, 32),)](
                 *tiles, live.live, top, rest, rescale, row0, height, tiles_v,
@@ -313,8 +303,7 @@ def linear_logps_jacobian(
     total = torch.where(torch.isinf(total), torch.nan, total)
     logps = ((target_logits - shift).double() - total.double().log()).float()
     coefficients = target_slopes * (rest / total)
-    position = live.positions.clamp(min=0)
-    row_results = (torch.where(live.positions >= 0, x[position], 0).view(targets.shape) for x in (logps, lse))
+    token_logps, lse = (live.restore(x).view(targets.shape) for x in (logps, lse))
     chain = logit_scale / temperature
     for accumulator, factor, out in zip(expected, (weight, low_rank_weight), (d_hidden, d_low_rank)):
         if accumulator is not None and factor is not None and out is not None:
@@ -322,9 +311,8 @@ def linear_logps_jacobian(
             BLOCK_N = min(1024, triton.next_power_of_2(N))
             BLOCK_ROWS = 4096 // BLOCK_N
             derivative_kernel[(triton.cdiv(T, BLOCK_ROWS) * triton.cdiv(N, BLOCK_N),)](
-                accumulator, factor, compact_targets, coefficients, total, live.live, T, V, N,
+                accumulator, factor, compact.targets, coefficients, total, live.live, T, V, N,
                 *factor.stride(), chain, BLOCK_ROWS=BLOCK_ROWS, BLOCK_N=BLOCK_N,
             )  # fmt: skip
             gather_rows(accumulator, live.positions, out.view(T, N))
-    token_logps, lse = row_results
     return token_logps, lse, d_hidden, d_low_rank

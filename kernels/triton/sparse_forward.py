@@ -25,27 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import (
-    HeadArguments,
-    Launch,
-    chunk_rows,
-    head_arguments,
-    launch_for,
-    on_its_device,
-    programs,
-    scale_and_cap,
-)
-from .linear_logps_forward import combine_kernel, tiles_kernel, why_not
-from .rows import gather_rows, live_rows
-from .tile import (
-    add_low_rank_of_rows,
-    add_product_of_rows,
-    exp_difference,
-    finite_or_zero,
-    log_probs,
-    squash,
-    with_bias,
-)
+from .compaction import compact_head
+from .launch import HeadArguments, Launch, chunk_rows, on_its_device, programs
+from .linear_logps_forward import combine_kernel, linear_logps_fwd_kernel, why_not
+from .tile import exp_difference, finite_or_zero, log_probs, logits_tile
 
 __all__ = ["linear_logps_candidates", "why_not"]
 
@@ -148,17 +131,11 @@ def visit_kernel(
         t = (row0 + local).to(tl.int64)
         v0 = tile_v * BLOCK_V
         column = tl.arange(0, BLOCK_V)
-        v = tl.minimum(v0 + column, V - 1).to(tl.int64)
-        acc = add_product_of_rows(
-            tl.zeros((BLOCK_T, BLOCK_V), tl.float32), hidden_ptr, weight_ptr, t, v, stride_weight_v, stride_weight_d,
-            D, BLOCK_D, PRECISION
+        y = logits_tile(
+            hidden_ptr, weight_ptr, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, t, 0, v0, V,
+            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r, scale,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, False, PRECISION,
         )  # fmt: skip
-        if R > 0:
-            acc = add_low_rank_of_rows(
-                acc, low_rank_hidden_ptr, low_rank_weight_ptr, t, v, stride_low_rank_v, stride_low_rank_r,
-                R, BLOCK_R, PRECISION
-            )  # fmt: skip
-        y = squash(with_bias(acc, bias_ptr, v0 + column, V, HAS_BIAS), scale, HAS_SOFTCAP, PRECISION)
         at = base + local
         shift = finite_or_zero(tl.load(tile_max_ptr + at, mask=inside, other=0.0))
         row = tl.load(rows_ptr + t).to(tl.int64)
@@ -195,7 +172,7 @@ def visit_kernel(
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "tiles_v"], do_not_specialize_on_alignment=["count_ptr"])
-def doubts_kernel(
+def non_target_kernel(
     tile_max_ptr,  # (tiles_v, rows) float32
     tile_sum_ptr,  # (tiles_v, rows) float32: without the target
     tile_rest_ptr,  # (tiles_v, rows) float32: without the candidates either
@@ -267,8 +244,7 @@ def linear_logps_candidates(
     """The seven tensors of Candidates: token_logps, lse (float64), doubts, slopes, dropped (...), ids, weights (...,
     most).
     """
-    V, D = weight.shape
-    T = targets.numel()
+    V, T = weight.shape[0], targets.numel()
     new = functools.partial(torch.empty, device=hidden.device)
     # Ignored rows keep these zeros.
     by_row = [new(targets.shape, dtype=torch.float64 if i == 1 else torch.float32).zero_() for i in range(5)]
@@ -278,56 +254,47 @@ def linear_logps_candidates(
     if T == 0:
         return *by_row, ids, weights
 
-    live = live_rows(targets.reshape(-1), ignore_index)
-    compact = gather_rows(hidden, live.rows, hidden.new_empty((T, D)))
-    compact_targets = targets.reshape(-1)[live.rows.clamp(min=0)]
-    low_rank = (
-        None
-        if low_rank_hidden is None
-        else gather_rows(low_rank_hidden, live.rows, hidden.new_empty((T, low_rank_hidden.shape[-1])))
-    )
+    inputs, logit_map = (hidden, weight, bias, low_rank_hidden, low_rank_weight), (logit_scale, softcap, temperature)
+    compact = compact_head(inputs, targets, logit_map, ignore_index)
+    live, launch, head = compact.live, compact.launch, compact.arguments
     # NaN stays where no tile holds the target: a wrong id is never a plausible number.
     target_logits = torch.full_like(new(T, dtype=torch.float32), torch.nan)
 
     # Statistics, which these kernels have room for, are not asked for.
     unused, unused_int8, unused_bool = (new(0, dtype=dtype) for dtype in (torch.float32, torch.int8, torch.bool))
 
-    launch = launch_for(weight, low_rank_weight)
     tiles_v = triton.cdiv(V, launch.BLOCK_V)
     chunk = chunk_rows(T, 20 * tiles_v, workspace_bytes // 2, launch)
     tiles = [new(tiles_v * chunk, dtype=torch.float32) for _ in range(3)]
     ends, visited = (new(tiles_v * chunk, dtype=torch.int32) for _ in range(2))
     visited_count = new(tiles_v, dtype=torch.int32)
-    scale, cap = scale_and_cap(logit_scale, softcap, temperature)
-    head = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch)
     visit = _visit_arguments(head, launch)
     for row0 in range(0, T, chunk):
         rows = min(chunk, T - row0)
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
-        tiles_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, hidden.device)](
-            *head.tensors, compact_targets, live.live, target_logits, *tiles[:2], *tiles, unused_int8,
-            row0, rows, T, V,
-            *head.strides, scale, cap, HAS_SOFTCAP=softcap is not None, STATS=False, **head.constants,
+        linear_logps_fwd_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, hidden.device)](
+            *head.tensors, compact.targets, live.live, target_logits, *tiles[:2], *tiles, unused_int8,
+            row0, rows, T, V, *head.strides, head.scale, head.cap, STATS=False, **head.constants,
         )  # fmt: skip
         combine_kernel[(triton.cdiv(rows, 32),)](
-            *tiles[:2], *tiles, unused_int8, target_logits, compact_targets, live.rows, live.live,
+            *tiles[:2], *tiles, unused_int8, target_logits, compact.targets, live.rows, live.live,
             token_logps, lse, unused, unused, unused, unused_bool, row0, rows, V,
             STATS=False, TILE_V=launch.BLOCK_V, BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
         )  # fmt: skip
         select_kernel[(tiles_v,)](
-            *tiles, ends, visited, visited_count, compact_targets, live.rows, live.live, lse, row0, rows,
-            math.log(least) - SLACK, TILE_V=launch.BLOCK_V, BLOCK_ROWS=1024, num_warps=4,
+            *tiles, ends, visited, visited_count, compact.targets, live.rows, live.live, lse,
+            row0, rows, math.log(least) - SLACK, TILE_V=launch.BLOCK_V, BLOCK_ROWS=1024, num_warps=4,
         )  # fmt: skip
         for write in (False, True):
             visit_kernel[(triton.cdiv(rows, visit.constants["BLOCK_T"]) * tiles_v,)](
-                compact, weight, *visit.tensors, compact_targets, live.rows, lse, visited, visited_count, *tiles, ends,
-                ids, weights, row0, rows, V, most, math.log(least), *head.strides, scale, cap,
-                WRITE=write, HAS_SOFTCAP=softcap is not None, **visit.constants,
+                compact.hidden, weight, *visit.tensors, compact.targets, live.rows, lse, visited, visited_count,
+                *tiles, ends, ids, weights, row0, rows, V, most, math.log(least), *head.strides, head.scale, head.cap,
+                WRITE=write, **visit.constants,
             )  # fmt: skip
             if not write:
                 ends[: tiles_v * rows].view(tiles_v, rows).cumsum_(0)
-        doubts_kernel[(triton.cdiv(rows, 32),)](
-            *tiles, target_logits, live.rows, live.live, doubts, slopes, dropped, row0, rows, tiles_v, cap,
+        non_target_kernel[(triton.cdiv(rows, 32),)](
+            *tiles, target_logits, live.rows, live.live, doubts, slopes, dropped, row0, rows, tiles_v, head.cap,
             HAS_SOFTCAP=softcap is not None, BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
         )  # fmt: skip
     return *by_row, ids, weights
@@ -336,4 +303,4 @@ def linear_logps_candidates(
 def _visit_arguments(head: HeadArguments, launch: Launch) -> HeadArguments:
     """Of the head, what the second visit takes besides hidden and weight: no descriptors, a tile of its own."""
     constants = {name: x for name, x in head.constants.items() if name not in ("GROUP_T", "TMA", "FLATTEN")}
-    return HeadArguments(head.tensors[2:], head.strides, constants | visit_shape(launch))
+    return head._replace(tensors=head.tensors[2:], constants=constants | visit_shape(launch))

@@ -1,4 +1,5 @@
-"""Compaction of live rows on the device: ignored rows cost no arithmetic, and nothing is read back to the host.
+"""Compaction of live rows on the device: ignored rows cost no arithmetic, and nothing is read back to the host. All
+launchers of an LM head begin with compact_head.
 
 The number of live rows stays on the GPU; kernels read it and stop there, grids are sized for all T rows. A gather of T
 x D elements costs T D reads and writes, about 0.5 % of one head product at V = 128256, and also straightens
@@ -14,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import HeadArguments, Launch, head_arguments, launch_for
+
 
 class LiveRows(NamedTuple):
     """Where rows go. Compact row i holds original row `rows[i]`; -1 from `live` on."""
@@ -21,6 +24,20 @@ class LiveRows(NamedTuple):
     rows: Tensor  # (T,) int32
     positions: Tensor  # (T,) int32: compact position of an original row, -1 where ignored
     live: Tensor  # (1,) int32: how many
+
+    def compact(
+        self,
+        x: Tensor,  # (...) in the original order
+    ) -> Tensor:  # (T,)
+        """The live rows' values first. Row 0's stand where no row is."""
+        return x.reshape(-1)[self.rows.clamp(min=0)]
+
+    def restore(
+        self,
+        x: Tensor,  # (T,) compact
+    ) -> Tensor:  # (T,) in the original order
+        """Zeros stand in ignored rows."""
+        return torch.where(self.positions >= 0, x[self.positions.clamp(min=0)], 0)
 
 
 def live_rows(
@@ -85,3 +102,43 @@ def gather_rows(
             source, index, out, rows, source.shape[1], N, *source.stride(), BLOCK_ROWS=BLOCK_ROWS, BLOCK_N=BLOCK_N
         )
     return out
+
+
+# hidden (..., D), weight (V, D), bias (V,), low_rank_hidden (..., R), low_rank_weight (V, R).
+HeadTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+class CompactHead(NamedTuple):
+    """An LM head whose live rows come first: how its kernels are launched, and what they read."""
+
+    live: LiveRows
+    hidden: Tensor  # (T, D) contiguous, like low_rank_hidden: zeros in rows past the live ones
+    low_rank_hidden: Tensor | None  # (T, R)
+    targets: Tensor  # (T,) int64
+    launch: Launch
+    arguments: HeadArguments
+
+
+def compact_head(
+    head: HeadTensors,
+    targets: Tensor,  # (...) int64
+    logit_map: tuple[float, float | None, float],  # logit_scale, softcap, temperature
+    ignore_index: int,
+    hidden_out: Tensor | None = None,  # (T, D): memory for the compact rows; new memory without it
+    low_rank_out: Tensor | None = None,  # (T, R), the same
+) -> CompactHead:
+    """The live rows of `head` gathered, and the arguments of the kernels over its tiles."""
+    hidden, weight, bias, low_rank_hidden, low_rank_weight = head
+    T = targets.numel()
+    live = live_rows(targets.reshape(-1), ignore_index)
+    if hidden_out is None:
+        hidden_out = hidden.new_empty((T, hidden.shape[-1]))
+    compact = gather_rows(hidden, live.rows, hidden_out)
+    low_rank = None
+    if low_rank_hidden is not None:
+        if low_rank_out is None:
+            low_rank_out = hidden.new_empty((T, low_rank_hidden.shape[-1]))
+        low_rank = gather_rows(low_rank_hidden, live.rows, low_rank_out)
+    launch = launch_for(weight, low_rank_weight)
+    arguments = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch, logit_map)
+    return CompactHead(live, compact, low_rank, live.compact(targets), launch, arguments)
