@@ -52,7 +52,7 @@ def dpo_trainer() -> Any:
     rows = {"prompt": ["Tea?", "Hi."], "chosen": [" Green.", " Hello."], "rejected": [" Coffee.", " No idea."]}
     config = trl.DPOConfig("out", max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no")
     data = Dataset.from_dict(rows)
-    return trl.DPOTrainer(make("llama"), args=config, train_dataset=data, processing_class=byte_level_bpe())
+    return trl.DPOTrainer(make("llama"), make("llama"), config, train_dataset=data, processing_class=byte_level_bpe())
 
 
 def saved(folder: str) -> str:
