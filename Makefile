@@ -77,7 +77,7 @@ profile: setup
 
 # The site is made of text and docstrings; it needs no C++ op.
 docs: .venv/.dependencies
-	$(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -41,7 +41,7 @@ def text_of(name: str) -> str:
     return (DOCS / name).read_text()
 
 
-# ------------------------------------------------------------------------------------------------------- Python snippets
+# ------------------------------------------------------------------------------------------------------ Python snippets
 
 
 def dpo_trainer() -> Any:
@@ -115,7 +115,7 @@ def options_of(command: str) -> set[str]:
     group: Any = typer.main.get_command(app)
     assert command in group.commands, command
     parameters = group.commands[command].params
-    return {"--help"} | {name for p in parameters for name in (*p.opts, *p.secondary_opts)}
+    return {name for p in parameters for name in (*p.opts, *p.secondary_opts) if name.startswith("-")} | {"--help"}
 
 
 def check_command(words: list[str]) -> None:
@@ -154,7 +154,7 @@ def test_commands_and_their_options_exist() -> None:
             raise AssertionError(f"{name_of(page)}: {' '.join(words)}: {error}") from None
 
 
-# ----------------------------------------------------------------------------------------------------- what pages promise
+# --------------------------------------------------------------------------------------------------- what pages promise
 
 
 def test_paths_and_names_exist() -> None:
@@ -198,7 +198,9 @@ def test_lists_are_complete() -> None:
     assert not [name for name in LOSSES if f"`{name}`" not in losses]
     configuration = text_of("reference/configuration.md")
     own = set(GroupDPOConfig.__annotations__)
-    fields = {f.name for kind in (groupdpo_kernels.Objective, groupdpo_kernels.AdaBalance) for f in dataclasses.fields(kind)}
+    fields = {
+        f.name for kind in (groupdpo_kernels.Objective, groupdpo_kernels.AdaBalance) for f in dataclasses.fields(kind)
+    }
     assert not [name for name in own | fields if f"`{name}`" not in configuration]
     api = text_of("reference/api.md")
     assert not [name for name in groupdpo_kernels.__all__ if not re.search(rf"^::: .*\.{name}$", api, re.MULTILINE)]
@@ -242,7 +244,7 @@ def test_the_import_law_on_the_architecture_page_is_the_law() -> None:
     }
 
 
-# ----------------------------------------------------------------------------------------------------- errors and warnings
+# -------------------------------------------------------------------------------------------------- errors and warnings
 
 
 def heads() -> dict[str, str]:

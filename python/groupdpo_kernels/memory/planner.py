@@ -7,7 +7,7 @@ So few layers of each kind and two group sizes give all others, exactly (layers 
 config does not name its kinds has one). Small models, and groups no larger than those that were run, are run as they
 are.
 
-Stated, not tracked: the workspace of our ops (`tracking.head_workspace`); FSDP, as FSDP2 does it by layer: parameters,
+Stated, not tracked: the workspace of our ops (`tracker.head_workspace`); FSDP, as FSDP2 does it by layer: parameters,
 gradients and the optimizer's state are split over the ranks, the embedding and the head are whole from the forward to
 the end of the backward, with their gradients, and so are two layers, with the gradient of one.
 Not counted: what a framework takes beside tensors (about half a GiB of a GPU), what an allocator loses to fragments:
