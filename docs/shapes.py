@@ -26,8 +26,8 @@ class Shapes(griffe.Extension):
             return
         text, entries = func.docstring.value, []
         for line in func.lines:
-            if found := PARAMETER.match(line):
-                name, shape = found[1], shape_of(found[2])
+            if (found := PARAMETER.match(line)) and (shape := shape_of(found[2])):
+                name = found[1]
                 described = re.compile(rf"^(    {name}: )", re.MULTILINE)
                 if described.search(text):
                     text = described.sub(lambda entry, shape=shape: f"{entry[1]}{shape}: ", text)
@@ -35,6 +35,7 @@ class Shapes(griffe.Extension):
                     entries.append(f"    {name}: {shape}.")
             elif found := RESULT.match(line):
                 text += f"\n\nReturns:\n    {shape_of(found[1])}."
+            if line.lstrip().startswith(")"):
                 break
         if entries and "\nArgs:\n" in text:
             text = text.replace("\nArgs:\n", "\n".join(["\nArgs:", *entries, ""]), 1)
