@@ -9,7 +9,7 @@ RESULTS ?= bench/results
 # Without bytecode on disk each of the tests' hundred processes would compile torch and transformers again: 20 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup test test-processors demo bench profile lint clean
+.PHONY: help setup test test-processors demo bench profile docs lint clean
 .PHONY: device device-losses device-memory device-steps device-counters
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-processors  a slice of the tests as on a processor with SSE alone, with AVX2, with all that is here"
 	@echo "make bench    time and memory against the alternatives, on this machine"
 	@echo "make profile  peak memory and time of a training step against the size of its group; writes profile/"
+	@echo "make docs     the documentation as a site, build/docs/index.html; a broken link is an error"
 	@echo "make lint     ruff and mypy"
 	@echo "on a GPU machine, with no network and no .venv, PYTHON=$(PYTHON), into RESULTS=$(RESULTS), one after the other:"
 	@echo "make device           GPU tests, benchmark of the kernels beside every peer"
@@ -73,6 +74,10 @@ bench: setup
 profile: setup
 	.venv/bin/groupdpo-kernels profile --groups 2,4,8 --tokens 64 --micro-batch 1 --seconds 2 --resume \
 	    --strategies coupled_logits,coupled,two_pass,one_pass $(ARGS)
+
+# The site is made of text and docstrings; it needs no C++ op.
+docs: .venv/.dependencies
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -2,7 +2,7 @@
 
 app.py       the list of commands, and what an error looks like
 check.py     what runs on this machine;  inspection.py: its tables;  selftest.py: numbers against float64
-lm_head/api.py     log-probabilities of responses in a file;  scoring.py: windows, a file that a kill does no harm
+logps.py     log-probabilities of responses in a file;  scoring.py: windows, a file that a kill does no harm
 train.py     preference training from a file or flags;  training.py: the run, its folder, its report; curves.py
 loading.py   models, tokenizers and rows from disk;  console.py: packages that are missing, the progress bar
 """

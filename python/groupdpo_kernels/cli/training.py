@@ -6,7 +6,7 @@
     output_dir/model/            the trained model (or adapter) and its tokenizer
     output_dir/report.json, curves.png
 
-The steps are those of `integrations.trl.GroupDPOTrainer`, which is a transformers.Trainer and needs no TRL: a loop of
+The steps are those of `trainers.GroupDPOTrainer`, which is a transformers.Trainer and needs no TRL: a loop of
 our own would have to write its checkpoints, schedules, adapters and mixed precision again.
 
 Never: trains on other data, settings or weights than those that the folder was begun with; shows a half-written model

@@ -1,6 +1,6 @@
 """Preference rows as they are published -> a prompt and its responses, which stand on two sides or have scores.
 
-`FORMATS` is the only list of formats: a row is recognised by its columns. Texts only; data.py makes
+`FORMATS` is the only list of formats: a row is recognised by its columns. Texts only; rules.py makes
 groups of them, batches.py tokens and tensors. What any of the three drops is counted in a `Report`.
 
 Never: guesses at columns, repairs a text, or drops anything silently: what does not fit is a `BadRow` with its reason.

@@ -105,7 +105,7 @@ def linear_logp_stats(
     grad_tail: str = "exact",
     outputs: Sequence[str] = ("lse", "entropy"),
 ) -> LogpStats:
-    """`linear_logps` with more of each row's distribution, at the same number of matrix products.
+    """`linear_logps` with more of each row's distribution, at the same number of GEMMs.
 
     outputs: any of "lse", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1"; the others are None. token_logps is
     always there. token_logps and lse are differentiable; a gradient into any other field raises a RuntimeError, it is

@@ -67,7 +67,7 @@ _NO_REFERENCE = "ref_model must be given to evaluate: ref_logps are those of tra
 
 class GroupDPOTrainer(Trainer):
     """A transformers.Trainer on groups of responses, by default with Objective("mpo", beta=2.0, average=True,
-    nll_weight=1.0). See the module.
+    nll_weight=1.0).
 
     Args:
         model: a causal LM; one with an adapter (a PeftModel, or an adapter's folder as AutoModelForCausalLM loads it)
@@ -81,12 +81,14 @@ class GroupDPOTrainer(Trainer):
         objective: any `Objective`; pairwise losses where every group is a pair.
         ref_logps: (S,) floating, of all responses of train_dataset, which then must be TokenGroups; no other reference
             is held, and none evaluates.
-        peft_config: makes the adapter; on the LM head too. callbacks, optimizers: as in transformers.
+        peft_config: makes the adapter; on the LM head too.
+        callbacks, optimizers: as in transformers.
 
-    Attributes: `report`, what was read and dropped, by dataset; `strategy`, the one that runs. Logged: TRL's rewards/*,
-    logps/*, num_tokens, aux_loss, and positive_mass, balance_weight (AdaDPO), pass_drift (two_pass: the largest
-    difference of a response's log-probability between the passes). The auxiliary loss is the mean over micro-batches,
-    weighted by their tokens.
+    Attributes: `report`, what was read and dropped, by dataset; `strategy`, the one that runs.
+
+    It logs TRL's `rewards/*`, `logps/*`, `num_tokens` and `aux_loss`, and besides `positive_mass`, `balance_weight`
+    (AdaDPO) and `pass_drift` (two_pass: the largest difference of a response's log-probability between the passes).
+    The auxiliary loss is the mean over micro-batches, weighted by their tokens.
 
     Raises ValueError or TypeError, naming argument, expectation and value, for: a reference that nobody reads or that
     could not stay what it is (`reference`), rows of no known columns or without a usable group, a response longer than
