@@ -242,7 +242,11 @@ def preference_loss(
         if balance is not None and b is not None:
             w = balance.coefficient(b, mean(b, ~groups.positive, groups)[groups.ids])
             weights = torch.where(groups.positive, w, weights)
-        losses = row.group(u if balance is None else weights * u, groups)
+        scores = u if balance is None else weights * u
+        # A user's own loss gets scores of the precision that it was given.
+        losses = row.group(
+            scores if isinstance(objective.loss, str) or dtype == torch.float64 else scores.float(), groups
+        )
         if losses.shape != (groups.num_groups,):
             raise ValueError(f"loss must give one value a group, ({groups.num_groups},); got {tuple(losses.shape)}")
     if objective.nll_weight:
