@@ -6,6 +6,8 @@ from __future__ import annotations
 import codecs
 import copy
 import json
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,7 @@ def test_content_in_parts() -> None:
     assert "a part of type 'image'" in refused({**PAIR, "prompt": picture})
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "name", "tool_calls"])
+@pytest.mark.parametrize("key", ["name", "tool_calls", "refusal"])
 def test_a_key_of_an_answer_that_is_not_read_is_named(key: str) -> None:
     answer = [{"role": "assistant", "content": "Four", key: "something"}]
     assert key in refused({**PAIR, "prompt": [QUESTION], "chosen": answer})
@@ -100,7 +102,7 @@ def test_a_key_of_an_answer_that_is_not_read_is_named(key: str) -> None:
 
 def test_keys_of_a_sharegpt_message_are_not_lost() -> None:
     answer = {"from": "gpt", "value": "Four", "tool_calls": [{"name": "f"}], "reasoning_content": "r"}
-    assert "got reasoning_content, tool_calls" in refused({**ROWS["sharegpt"], "chosen": answer})
+    assert "alone; got tool_calls" in refused({**ROWS["sharegpt"], "chosen": answer})
     turn = {"from": "human", "value": [{"type": "text", "text": "Boats?"}]}
     assert only_group({**ROWS["sharegpt"], "conversations": [turn]}).prompt == [QUESTION]
 
@@ -142,6 +144,42 @@ def test_a_template_that_cuts_thoughts_out_of_answers(bpe: Any) -> None:
     assert [g.row for g in found] == [2]
     assert report.dropped["identical after the template"] == 2
     assert report.dropped["answer changed by the template"] == 1
+
+
+REASONS = (  # as those of Qwen3 and of gpt-oss
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_reasoning_is_read_where_the_template_reads_it(bpe: Any) -> None:
+    """Two answers that differ in it alone stay apart; a template that leaves it out trains another answer."""
+
+    def says(reasoning: Any, content: str = "Four") -> list[dict[str, Any]]:
+        return [{"role": "assistant", "reasoning_content": reasoning, "content": content}]
+
+    row = {"prompt": [QUESTION], "chosen": says("Two twos."), "rejected": says("A guess.")}
+    group = only_group(row)
+    assert group.responses[0] != group.responses[1] and group.responses[0] != "Four"
+    assert pickle.loads(pickle.dumps(group)) == copy.deepcopy(group) == group
+    words = copy.deepcopy(bpe)
+    words.chat_template = REASONS
+    (tokens,) = tokenize_groups([group], words)
+    texts = [words.decode(ids) for ids in tokens.responses]
+    assert texts == ["<think>Two twos.</think>Four\n", "<think>A guess.</think>Four\n"]
+    assert only_group({**row, "rejected": says("", "Six")}).responses == [group.responses[0], "Six"]
+    words.chat_template = CUTS
+    for rejected, reason in ((says("A guess."), "identical after"), (says("A guess.", "Six"), "leaves out reasoning")):
+        report = Report()
+        assert not [*tokenize_groups([only_group({**row, "rejected": rejected})], words, report=report)]
+        assert report.dropped and re.search(reason, str(report))
+    report = Report()
+    assert not [*tokenize_groups([group], bpe, chat=False, report=report)]
+    assert "a chat template alone can place" in str(report)
+    assert "reasoning_content must be text; got list" in refused({**row, "chosen": says(["Two"])})
+    assert "surrogate" in refused({**row, "chosen": says("\ud83d")})
+    assert "on both sides" in refused({**row, "rejected": row["chosen"]})
 
 
 @pytest.mark.parametrize("form", ["texts", "messages", "conversations", "no prompt of its own", "a transcript"])

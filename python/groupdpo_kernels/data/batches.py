@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..checks import one_of
 from ..preference.groups import PreferenceGroups
-from .formats import BadRow, Group, Report
+from .formats import BadRow, Group, Reasoned, Report
 
 
 class TokenGroup(NamedTuple):
@@ -236,6 +236,8 @@ class _Texts:
         elif self.chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, str):
+            if any(isinstance(text, Reasoned) for text in group.responses):
+                raise BadRow("template", "an answer has reasoning_content, which a chat template alone can place")
             return _Rendered(prompt, group.responses, group.positive, True)
         if not self.tokenizer.chat_template:
             raise ValueError(f"tokenizer has no chat_template for the conversation of row {group.row}: set it, or chat")
@@ -247,7 +249,7 @@ class _Texts:
         render = partial(self.tokenizer.apply_chat_template, tokenize=False, **self.options)
         try:
             head = render(prompt, add_generation_prompt=True)
-            whole = render([[*prompt, {"role": "assistant", "content": text}] for text in group.responses])
+            whole = render([[*prompt, _answer(text)] for text in group.responses])
         except (TemplateError, TypeError) as error:  # TypeError: a message without content, for instance
             raise BadRow("template", f"the chat template refuses it: {error}") from None
         if not all(text.startswith(head) for text in whole):
@@ -260,6 +262,13 @@ class _Texts:
         bare = text.rstrip()
         eos = self.tokenizer.eos_token
         return bare if eos and bare.endswith(eos) else text
+
+
+def _answer(text: str) -> dict[str, str]:
+    """The message of a response."""
+    if not isinstance(text, Reasoned):
+        return {"role": "assistant", "content": text}
+    return {"role": "assistant", "reasoning_content": text.reasoning, "content": str(text)}
 
 
 def _told_apart(head: str, answers: list[str], group: Group, drop: Callable[[BadRow], None]) -> list[int]:
@@ -275,6 +284,11 @@ def _told_apart(head: str, answers: list[str], group: Group, drop: Callable[[Bad
     for i, (answer, text) in enumerate(zip(answers, group.responses)):
         if len(sides[answer]) > 1 or answer in kept:
             drop(BadRow("identical after the template", f"the response {text!r:.60} is rendered like another one"))
+        elif isinstance(text, Reasoned) and not _reaches_past(
+            before, "".join(answer.split()), "".join(text.reasoning.split())
+        ):
+            detail = f"the template leaves out reasoning_content, {text.reasoning!r:.60}"
+            drop(BadRow("answer changed by the template", detail))
         elif not _reaches_past(before, "".join(answer.split()), "".join(text.split())):
             drop(BadRow("answer changed by the template", f"the response {text!r:.60} becomes {answer!r:.60}"))
         else:

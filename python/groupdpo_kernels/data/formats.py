@@ -4,7 +4,8 @@
 groups of them, batches.py tokens and tensors. What any of the three drops is counted in a `Report`.
 
 Never: guesses at columns, repairs a text, or drops anything silently: what does not fit is a `BadRow` with its reason.
-Precondition: a response is one message of an assistant, as text (no images, no tool calls).
+Precondition: a response is one message of an assistant, as text, with its reasoning or without (no images, no tool
+calls).
 Cost: tens of microseconds a row.
 """
 
@@ -25,6 +26,32 @@ from ..checks import one_of
 Row = Mapping[str, Any]
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 Prompt = str | list[Message]  # text that the response continues, or a conversation that it answers
+
+
+class Reasoned(str):
+    """The text of an answer that its row gives apart from its reasoning: the `reasoning_content` of a message.
+
+    Two are equal where both texts are, and none equals a plain text.
+    """
+
+    reasoning: str
+
+    def __new__(cls, text: str, reasoning: str) -> Reasoned:
+        made = super().__new__(cls, text)
+        made.reasoning = reasoning
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Reasoned) and (str(self), self.reasoning) == (str(other), other.reasoning)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((str(self), self.reasoning))
+
+    def __getnewargs__(self) -> tuple[str, str]:  # for pickle and copy
+        return str(self), self.reasoning
 
 
 class Group(NamedTuple):
@@ -249,10 +276,14 @@ def _answers(value: Any, prompt: Prompt | None) -> Iterator[tuple[Prompt | None,
         yield prompt, value
         return
     *context, answer = turns or _messages([value] if isinstance(value, Mapping) else value)
-    if extra := sorted(answer.keys() - {"role", "content"}):
-        raise BadRow("malformed", f"a response must be a message of role and content alone; got {', '.join(extra)}")
+    if extra := sorted(answer.keys() - {"role", "content", "reasoning_content"}):
+        known = "role, content and reasoning_content"
+        raise BadRow("malformed", f"a response must be a message of {known} alone; got {', '.join(extra)}")
     if answer.get("role") != "assistant" or not isinstance(answer.get("content"), str):
         raise BadRow("malformed", "a response must end with a message of the assistant, text alone")
+    reasoning = answer.get("reasoning_content", "")
+    if not isinstance(reasoning, str):
+        raise BadRow("malformed", f"reasoning_content must be text; got {type(reasoning).__name__}")
     if isinstance(prompt, str):
         if context and all(m.get("content") != prompt for m in context):
             raise BadRow("other context", "prompt is not among the messages before the response")
@@ -261,7 +292,7 @@ def _answers(value: Any, prompt: Prompt | None) -> Iterator[tuple[Prompt | None,
         context = context or prompt
         if prompt not in (context[: len(prompt)], context[-len(prompt) :]):  # at its end where it lacks a system prompt
             raise BadRow("other context", "prompt is not among the messages before the response")
-    yield context, answer["content"]
+    yield context, Reasoned(answer["content"], reasoning) if reasoning.strip() else answer["content"]
 
 
 def _sided(prompt: Any, positives: Any, negatives: Any) -> Sided:
@@ -399,7 +430,8 @@ def read(fmt: Format, row: Row) -> Sided | Scored:
         raise BadRow("malformed", "a prompt must not end with a message of the assistant")
     found = found._replace(prompt=_with_context(found.prompt, row))
     turns = [found.prompt] if isinstance(found.prompt, str) else [m.get("content") for m in found.prompt]
-    for text in (*turns, *found.responses):
+    thoughts = [text.reasoning for text in found.responses if isinstance(text, Reasoned)]
+    for text in (*turns, *found.responses, *thoughts):
         _check_unicode(text)
     return found
 
