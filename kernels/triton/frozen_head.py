@@ -48,10 +48,7 @@ def frozen_head_fwd_kernel(
     T,
     V,
     stride_block,  # a multiple of BLOCK_V
-    stride_weight_v,
-    stride_weight_d,
-    stride_low_rank_v,
-    stride_low_rank_r,
+    strides,  # of weight (v, d), then of low_rank_weight (v, r)
     scale,
     cap,
     D: tl.constexpr,
@@ -78,7 +75,7 @@ def frozen_head_fwd_kernel(
         v0 = column0 + tile_v * BLOCK_V
         y = logits_tile(
             hidden, weight, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
-            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r, scale,
+            strides, scale,
             D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
         )  # fmt: skip
         t = t0 + row
@@ -280,7 +277,7 @@ def linear_logps_jacobian(
             tiles_v = triton.cdiv(width, launch.BLOCK_V)
             frozen_head_fwd_kernel[programs(launch, triton.cdiv(height, launch.BLOCK_T) * tiles_v, hidden.device)](
                 *head.tensors, compact.targets, live.live, top, target_logits, target_slopes, *tiles, block,
-                row0, height, column0, width, T, V, stride, *head.strides, head.scale, head.cap, **constants,
+                row0, height, column0, width, T, V, stride, head.strides, head.scale, head.cap, **constants,
             )  # fmt: skip
             advance_kernel[(triton.cdiv(height, 32),)](
                 *tiles, live.live, top, rest, rescale, row0, height, tiles_v,

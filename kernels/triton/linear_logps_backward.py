@@ -50,10 +50,7 @@ def linear_logps_bwd_kernel(
     T,
     V,
     stride_d_logits,  # a multiple of BLOCK_V
-    stride_weight_v,
-    stride_weight_d,
-    stride_low_rank_v,
-    stride_low_rank_r,
+    strides,  # of weight (v, d), then of low_rank_weight (v, r)
     scale,
     cap,
     D: tl.constexpr,
@@ -84,7 +81,7 @@ def linear_logps_bwd_kernel(
         v0 = column0 + tile_v * BLOCK_V
         acc = gemm_tile(
             hidden, weight, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
-            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r,
+            strides,
             D, R, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
         )  # fmt: skip
         t = t0 + row
@@ -207,7 +204,7 @@ def linear_logps_backward(
             tile_mass = None if mass is None else new((stride // launch.BLOCK_V, height)).zero_()
             linear_logps_bwd_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
                 *head.tensors, compact.targets, live.live, shift, d_target, d_softmax, d_logits, tile_sums, tile_mass,
-                row0, height, column0, width, T, V, stride, *head.strides, head.scale, head.cap,
+                row0, height, column0, width, T, V, stride, head.strides, head.scale, head.cap,
                 NEEDS_BIAS=d_bias is not None, NEEDS_MASS=mass is not None, FEW=few, **head.constants,
             )  # fmt: skip
             for accumulator, factor in zip(by_row, (weight, low_rank_weight)):

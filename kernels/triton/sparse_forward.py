@@ -102,10 +102,7 @@ def visit_kernel(
     V,
     most,
     log_least,
-    stride_weight_v,
-    stride_weight_d,
-    stride_low_rank_v,
-    stride_low_rank_r,
+    strides,  # of weight (v, d), then of low_rank_weight (v, r)
     scale,
     cap,
     WRITE: tl.constexpr,
@@ -133,7 +130,7 @@ def visit_kernel(
         column = tl.arange(0, BLOCK_V)
         y = logits_tile(
             hidden_ptr, weight_ptr, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, t, 0, v0, V,
-            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r, scale,
+            strides, scale,
             D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, False, PRECISION,
         )  # fmt: skip
         at = base + local
@@ -274,7 +271,7 @@ def linear_logps_candidates(
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
         linear_logps_fwd_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, hidden.device)](
             *head.tensors, compact.targets, live.live, target_logits, *tiles[:2], *tiles, unused_int8,
-            row0, rows, T, V, *head.strides, head.scale, head.cap, STATS=False, **head.constants,
+            row0, rows, T, V, head.strides, head.scale, head.cap, STATS=False, **head.constants,
         )  # fmt: skip
         combine_kernel[(triton.cdiv(rows, 32),)](
             *tiles[:2], *tiles, unused_int8, target_logits, compact.targets, live.rows, live.live,
@@ -288,7 +285,7 @@ def linear_logps_candidates(
         for write in (False, True):
             visit_kernel[(triton.cdiv(rows, visit.constants["BLOCK_T"]) * tiles_v,)](
                 compact.hidden, weight, *visit.tensors, compact.targets, live.rows, lse, visited, visited_count,
-                *tiles, ends, ids, weights, row0, rows, V, most, math.log(least), *head.strides, head.scale, head.cap,
+                *tiles, ends, ids, weights, row0, rows, V, most, math.log(least), head.strides, head.scale, head.cap,
                 WRITE=write, **visit.constants,
             )  # fmt: skip
             if not write:
