@@ -1,6 +1,6 @@
 """Token log-probabilities and lse from hidden states and the LM head; the logits are never stored.
 
-Each (token x vocabulary) tile of the product is reduced where it stands to a maximum and a sum of exponentials a row; a
+Each (token x vocabulary) tile of logits is reduced where it stands to a maximum and a sum of exponentials a row; a
 second, small kernel combines the tiles of a row. Tile sums rather than a running row let every tile be an independent
 program: the order is free (L2), small T still fills the GPU, and the result does not depend on the order, so it is
 deterministic. Cost: 2 T D V FLOP; workspace 8 T V / BLOCK_V bytes (20 with statistics) by token chunks within the byte

@@ -1,10 +1,10 @@
-"""The products of a backward over a block of d_logits whose live rows, the first ones, are few, and counted on the
-device: the library's products would run over all the block's rows.
+"""GEMMs of a backward over a block of d_logits whose live rows, the first ones, are few, and counted on the device:
+cuBLAS would run over all the block's rows.
 
 add_rows is for d_hidden: tiles of rows past the live ones stop at once. reduce_rows is for d_weight: its sum ends with
 the live rows. Float32 sums; nothing past the live rows is read. No atomics: the same bits every time. Cost: 2 FLOP for
-each live row, column and output column, at less than the library's speed: for blocks whose rows are mostly live the
-library is faster. Precondition: a block's rows are padded to a multiple of BLOCK_V, with zeros for add_rows.
+each live row, column and output column, at less than cuBLAS's speed: for blocks whose rows are mostly live cuBLAS is
+faster. Precondition: a block's rows are padded to a multiple of BLOCK_V, with zeros for add_rows.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The first visit is that of linear_logps_forward.py, and leaves each (row, vocabulary tile)'s maximum. Only a tile whose
 maximum reaches the row's lse + log(least) can hold a candidate: those pairs, and the one with the target, are visited
-again. The rows of a vocabulary tile are gathered, their products rebuilt, twice: once to count, and after a prefix sum
+again. The rows of a vocabulary tile are gathered, their logits rebuilt, twice: once to count, and after a prefix sum
 over the tiles once to write, each row's candidates in the order of their ids. What a row's capacity cannot hold, and
 what is too unlikely, is summed where it stands, apart from the target: neither doubts nor dropped is a difference, so
 nothing cancels in a row that is sure of its target. Candidates are not written from the first visit because lse is not
@@ -12,7 +12,7 @@ Cost: 2 T D V FLOP, and 4 D BLOCK_V for each pair visited, at most T V / BLOCK_V
 bytes by token chunks within half of the byte budget (the candidates themselves are the other half), and one compact
 copy of hidden. Nothing is read back: grids are for all pairs, programs past the device's counts stop at once. No
 atomics: the same bits every time. A wrong id, or a row that is not finite, has NaN for its dropped.
-In Triton, not CUDA C++: the product on tiles is tile.py's, and the rest is one prefix sum. docs/math.md, section 1.
+In Triton, not CUDA C++: the tiles of logits are tile.py's, and the rest is one prefix sum. docs/math.md, section 1.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def non_target_kernel(
     target_logits_ptr,  # (T,) float32, compact
     rows_ptr,  # (T,) int32: original row of a compact one
     count_ptr,  # (1,) int32
-    doubts_ptr,  # (T,) float32, original order, like all that follow
+    doubts_ptr,  # (T,) float32: the non-target probability; in the original order, like all that follow
     slopes_ptr,
     dropped_ptr,
     row0,
