@@ -2,7 +2,7 @@
 launchers of an LM head begin with compact_head.
 
 The number of live rows stays on the GPU; kernels read it and stop there, grids are sized for all T rows. A gather of T
-x D elements costs T D reads and writes, about 0.5 % of one head product at V = 128256, and also straightens
+x D elements costs T D reads and writes, about 0.5 % of one GEMM of the head at V = 128256, and also straightens
 non-contiguous leading dimensions.
 """
 

@@ -4,8 +4,8 @@ gradient of its own, whose backward then is a row scale.
 With p the softmax, c the cap's slope and y the target, the derivative needs the sum of p_v c_v weight_v over v != y. A
 kernel writes a bounded block of exp(z - m) c in the input dtype, m the row's maximum so far, and 0 at the target (so
 that nothing cancels in a row that is sure of it, whatever the dtype). Where a tile of the block finds a larger maximum,
-a second kernel brings the block to it. The library's product adds the block to one float32 (T, D) buffer, whose rows
-follow the maximum too. Cost: 4 T D V FLOP, two products instead of the three of forward and backward. Never holds
+a second kernel brings the block to it. cuBLAS adds the block times weight to one float32 (T, D) buffer, whose rows
+follow the maximum too. Cost: 4 T D V FLOP, two GEMMs instead of the three of forward and backward. Never holds
 (T, V). No atomics: the same bits every time. Ignored rows cost no arithmetic in the kernels. docs/math.md, section 1.
 """
 
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compaction import compact_head, gather_rows
-from .gemm import add_product, block_shape
+from .gemm import add_gemm, block_shape
 from .launch import on_its_device, programs, why_not
 from .tile import exp_difference, finite_or_zero, logits_tile, rows_from, tile_position
 
@@ -48,10 +48,7 @@ def frozen_head_fwd_kernel(
     T,
     V,
     stride_block,  # a multiple of BLOCK_V
-    stride_weight_v,
-    stride_weight_d,
-    stride_low_rank_v,
-    stride_low_rank_r,
+    strides,  # of weight (v, d), then of low_rank_weight (v, r)
     scale,
     cap,
     D: tl.constexpr,
@@ -71,14 +68,14 @@ def frozen_head_fwd_kernel(
     tiles_v = tl.cdiv(columns, BLOCK_V)
     column = tl.arange(0, BLOCK_V)
     row = tl.arange(0, BLOCK_T)
-    # Not flattened into the product's loop, and not in halves: both spill here.
+    # Neither flattened into the loop over D nor in halves: both spill here.
     for tile in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0)):
         tile_t, tile_v = tile_position(tile, tiles_t, tiles_v, GROUP_T)
         t0 = row0 + tile_t * BLOCK_T
         v0 = column0 + tile_v * BLOCK_V
         y = logits_tile(
             hidden, weight, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
-            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r, scale,
+            strides, scale,
             D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
         )  # fmt: skip
         t = t0 + row
@@ -106,7 +103,7 @@ def frozen_head_fwd_kernel(
         tl.store(tile_sum_ptr + at, tl.sum(e, 1), mask=t < live)
         if HAS_SOFTCAP:
             e *= 1.0 - y * y
-        # Library products run over rows past the live ones: zeros, whatever the bias is.
+        # cuBLAS reads the rows past the live ones: they are zeros, whatever the bias is.
         e = tl.where((t < live)[:, None], e, 0.0)
         block = block_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_block + tile_v * BLOCK_V
         tl.store(
@@ -280,7 +277,7 @@ def linear_logps_jacobian(
             tiles_v = triton.cdiv(width, launch.BLOCK_V)
             frozen_head_fwd_kernel[programs(launch, triton.cdiv(height, launch.BLOCK_T) * tiles_v, hidden.device)](
                 *head.tensors, compact.targets, live.live, top, target_logits, target_slopes, *tiles, block,
-                row0, height, column0, width, T, V, stride, *head.strides, head.scale, head.cap, **constants,
+                row0, height, column0, width, T, V, stride, head.strides, head.scale, head.cap, **constants,
             )  # fmt: skip
             advance_kernel[(triton.cdiv(height, 32),)](
                 *tiles, live.live, top, rest, rescale, row0, height, tiles_v,
@@ -294,7 +291,7 @@ def linear_logps_jacobian(
                 if accumulator is not None and factor is not None:
                     if column0 > 0:
                         accumulator[span].mul_(rescale[span, None])
-                    add_product(accumulator[span], block[:height, :width], factor[column0 : column0 + width])
+                    add_gemm(accumulator[span], block[:height, :width], factor[column0 : column0 + width])
 
     shift = torch.where(torch.isfinite(top), top, 0)
     total = rest + torch.exp(target_logits - shift)

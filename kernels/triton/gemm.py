@@ -1,5 +1,5 @@
-"""The library's matrix products over a bounded block that a kernel has written: how they accumulate, and how large the
-block is.
+"""GEMMs of cuBLAS (on AMD of its ROCm counterpart) over a bounded block that a kernel has written: how they
+accumulate, and how large the block is.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from torch import Tensor
 from .launch import Launch, chunk_rows
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b with float32 `out`, without rounding the product to the dtype of a and b first."""
+def add_gemm(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b with float32 `out`, without rounding a @ b to the dtype of a and b first."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     elif a.device.type == "cuda" and not torch.version.hip:
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
     elif a.device.type == "cuda":
-        out.add_(torch.mm(a, b))  # the ROCm library has no float32 output for 16-bit inputs
+        out.add_(torch.mm(a, b))  # ROCm has no float32 output for 16-bit inputs
     else:
         out.addmm_(a.float(), b.float())
 
@@ -31,8 +31,8 @@ def block_shape(
     launch: Launch,
 ) -> tuple[int, int]:
     """(rows, columns) of a block. Half the budget holds the block, a quarter the float32 rows of d_weight
-    when not all T rows fit in one block; the rest is for the library's own workspace. All T rows if that leaves 4096
-    columns, enough for the products to run at full speed.
+    when not all T rows fit in one block; the rest is for cuBLAS's own workspace. All T rows if that leaves 4096
+    columns, enough for the GEMMs to run at full speed.
     """
     entries = max(launch.BLOCK_T * launch.BLOCK_V, workspace_bytes // 2 // itemsize)
     tiles = entries // T // launch.BLOCK_V

@@ -33,7 +33,7 @@ class Launch:
     num_stages: int
     tma: bool = False  # load through tensor descriptors; wants 16-byte aligned rows
     persistent: bool = False  # one program a multiprocessor loops over tiles
-    flatten_low_rank: bool = True  # the loop over tiles is also flattened when a low-rank segment follows the product
+    flatten_low_rank: bool = True  # the loop over tiles is also flattened when a low-rank segment follows
     GROUP_T: int = 16  # token tiles that share a sweep over the vocabulary, for the L2 cache
 
 
@@ -44,8 +44,8 @@ TABLE: dict[tuple[str, int], Launch] = {
     ("sm_86", 2): Launch(128, 128, 32, 8, 3),  # 99 KiB of shared memory: sm_86, sm_89, sm_120
     ("sm_86", 4): Launch(128, 64, 32, 8, 2),
     ("sm_90", 2): Launch(128, 256, 64, 8, 4, tma=True, persistent=True),
-    ("sm_90", 4): Launch(128, 128, 32, 8, 3),  # through descriptors an exact float32 product spills 10 KB a thread
-    # Triton 3.6 and 3.7 fail to place the accumulators of two products in one flattened loop.
+    ("sm_90", 4): Launch(128, 128, 32, 8, 3),  # through descriptors an exact float32 GEMM spills 10 KB a thread
+    # Triton 3.6 and 3.7 fail to place the accumulators of two GEMMs in one flattened loop.
     ("sm_100", 2): Launch(128, 256, 64, 8, 4, tma=True, persistent=True, flatten_low_rank=False),
     ("sm_100", 4): Launch(128, 128, 32, 8, 3),
     ("gfx942", 2): Launch(128, 128, 64, 8, 2),
@@ -146,8 +146,8 @@ def programs(launch: Launch, tiles: int, device: torch.device) -> tuple[int]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """float32 products follow torch's own setting, as either of its APIs has set it (the getter of the older one raises
-    where the newer was used). Products of 16-bit inputs are exact either way; there "tf32" says that nobody will miss
+    """float32 GEMMs follow torch's own setting, as either of its APIs has set it (the getter of the older one raises
+    where the newer was used). GEMMs of 16-bit inputs are exact either way; there "tf32" says that nobody will miss
     the last bits of a float32.
     """
     exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"

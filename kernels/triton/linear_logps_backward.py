@@ -1,13 +1,13 @@
 """Gradients of token log-probabilities and lse in the LM head's inputs, from tiles of logits rebuilt with the saved
 lse.
 
-A kernel rebuilds a bounded block of the logits and writes d_logits of it in the input dtype, scaled down to the
-product; the library's matrix products turn the block into d_hidden and d_weight, at the speed of a bare product. Blocks
-go over the vocabulary: each block of d_weight is finished in one product over all rows (accumulated in float32, rounded
+A kernel rebuilds a bounded block of the logits and writes d_logits of it in the input dtype, the derivative in the
+result of the GEMM before bias, scale and softcap; GEMMs of cuBLAS turn the block into d_hidden and d_weight. Blocks go
+over the vocabulary: each block of d_weight is finished in one GEMM over all rows (accumulated in float32, rounded
 once), d_hidden is accumulated in one float32 (T, D) buffer. No floating-point atomics, no locks: the same bits every
 time. Cost: 2 T D V FLOP and as many again for each of d_hidden and d_weight; what is not needed is neither computed nor
-allocated. Never holds (T, V). Ignored rows cost no arithmetic here; the library's products run over their zero rows,
-those of row_limited_gemm.py, for `few` live rows, do not. docs/math.md, section 1.
+allocated. Never holds (T, V). Ignored rows cost no arithmetic here; cuBLAS runs over their zero rows,
+row_limited_gemm.py, for `few` live rows, does not. docs/math.md, section 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compaction import LiveRows, compact_head, gather_rows
-from .gemm import add_product, block_shape
+from .gemm import add_gemm, block_shape
 from .launch import on_its_device, programs, why_not
 from .row_limited_gemm import add_rows, reduce_rows
 from .tile import exp_difference, gemm_tile, halves, rows_from, squash, tile_position
@@ -50,10 +50,7 @@ def linear_logps_bwd_kernel(
     T,
     V,
     stride_d_logits,  # a multiple of BLOCK_V
-    stride_weight_v,
-    stride_weight_d,
-    stride_low_rank_v,
-    stride_low_rank_r,
+    strides,  # of weight (v, d), then of low_rank_weight (v, r)
     scale,
     cap,
     D: tl.constexpr,
@@ -62,7 +59,7 @@ def linear_logps_bwd_kernel(
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
     NEEDS_MASS: tl.constexpr,
-    FEW: tl.constexpr,  # the products are those of row_limited_gemm.py
+    FEW: tl.constexpr,  # the GEMMs are those of row_limited_gemm.py
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -84,11 +81,11 @@ def linear_logps_bwd_kernel(
         v0 = column0 + tile_v * BLOCK_V
         acc = gemm_tile(
             hidden, weight, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
-            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r,
+            strides,
             D, R, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
         )  # fmt: skip
         t = t0 + row
-        # Library products run over rows past the live ones: lse makes them 0 * exp(-inf), whatever the bias is.
+        # cuBLAS reads the rows past the live ones: lse makes them 0 * exp(-inf), whatever the bias is.
         lse = tl.load(lse_ptr + t, mask=t < live, other=float("inf"))
         d_softmax = tl.load(d_softmax_ptr + t, mask=t < live, other=0.0) * slope
         target = tl.load(targets_ptr + t, mask=t < live, other=-1) - v0
@@ -123,7 +120,7 @@ def linear_logps_bwd_kernel(
                 tl.store(d_bias_ptr + tile_t.to(tl.int64) * stride_d_logits + tile_v * BLOCK_V + column, tl.sum(d, 0))
         if NEEDS_MASS:
             tl.store(mass_ptr + tile_v.to(tl.int64) * rows + (t - row0), mass, mask=t < live)
-    # Tiles of ignored rows: zeros, no arithmetic; or nothing, where no product reads them.
+    # Tiles of ignored rows: zeros, no arithmetic; or nothing, where no GEMM reads them.
     for tile in tl.range(live_tiles_t * tiles_v + tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0)):
         tile_t = tile // tiles_v
         tile_v = tile % tiles_v
@@ -162,7 +159,7 @@ def linear_logps_backward(
     few: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """The fields of HeadGradients, gradients in the input dtype; None where not needed. `few`: most rows are likely to
-    be ignored, so the products are worth counting them.
+    be ignored, so that GEMMs which count them are worth it.
     """
     V, D = weight.shape
     T = targets.numel()
@@ -196,7 +193,7 @@ def linear_logps_backward(
         width = min(columns, V - column0)
         span = slice(column0, column0 + width)
         partial = None if d_bias is None else new(width).zero_()
-        # Over several row blocks a block of d_weight is accumulated in float32; over one, the product writes it
+        # Over several row blocks a block of d_weight is accumulated in float32; over one, the GEMM writes it
         # straight.
         accumulated = [None if g is None or rows == T else new((width, g.shape[1])).zero_() for g, _ in by_column]
         for row0 in range(0, T, rows):
@@ -207,21 +204,21 @@ def linear_logps_backward(
             tile_mass = None if mass is None else new((stride // launch.BLOCK_V, height)).zero_()
             linear_logps_bwd_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
                 *head.tensors, compact.targets, live.live, shift, d_target, d_softmax, d_logits, tile_sums, tile_mass,
-                row0, height, column0, width, T, V, stride, *head.strides, head.scale, head.cap,
+                row0, height, column0, width, T, V, stride, head.strides, head.scale, head.cap,
                 NEEDS_BIAS=d_bias is not None, NEEDS_MASS=mass is not None, FEW=few, **head.constants,
             )  # fmt: skip
             for accumulator, factor in zip(by_row, (weight, low_rank_weight)):
                 if accumulator is not None and factor is not None and few:
                     add_rows(accumulator[row0 : row0 + height], d_logits, factor[span], live.live, row0, launch)
                 elif accumulator is not None and factor is not None:
-                    add_product(accumulator[row0 : row0 + height], d_logits, factor[span])
+                    add_gemm(accumulator[row0 : row0 + height], d_logits, factor[span])
             for (gradient, factor), accumulator in zip(by_column, accumulated):
                 out = gradient[span] if accumulator is None and gradient is not None else accumulator
                 if out is not None and factor is not None and few:
                     b = factor[row0 : row0 + height]
                     reduce_rows(out, d_logits, b, live.live, row0, launch, add=accumulator is not None)
                 elif accumulator is not None and factor is not None:
-                    add_product(accumulator, d_logits.T, factor[row0 : row0 + height])
+                    add_gemm(accumulator, d_logits.T, factor[row0 : row0 + height])
                 elif gradient is not None and factor is not None:
                     torch.mm(d_logits.T, factor, out=gradient[span])
             if mass is not None and tile_mass is not None:

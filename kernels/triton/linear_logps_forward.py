@@ -1,6 +1,6 @@
 """Token log-probabilities and lse from hidden states and the LM head; the logits are never stored.
 
-Each (token x vocabulary) tile of the product is reduced where it stands to a maximum and a sum of exponentials a row; a
+Each (token x vocabulary) tile of logits is reduced where it stands to a maximum and a sum of exponentials a row; a
 second, small kernel combines the tiles of a row. Tile sums rather than a running row let every tile be an independent
 program: the order is free (L2), small T still fills the GPU, and the result does not depend on the order, so it is
 deterministic. Cost: 2 T D V FLOP; workspace 8 T V / BLOCK_V bytes (20 with statistics) by token chunks within the byte
@@ -50,10 +50,7 @@ def linear_logps_fwd_kernel(
     rows,
     T,
     V,
-    stride_weight_v,
-    stride_weight_d,
-    stride_low_rank_v,
-    stride_low_rank_r,
+    strides,  # of weight (v, d), then of low_rank_weight (v, r)
     scale,
     cap,
     D: tl.constexpr,
@@ -80,7 +77,7 @@ def linear_logps_fwd_kernel(
         v0 = tile_v * BLOCK_V
         z = logits_tile(
             hidden, weight, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
-            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r, scale,
+            strides, scale,
             D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
         )  # fmt: skip
         if HAS_SOFTCAP:
@@ -236,7 +233,7 @@ def linear_logps_forward(
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
         linear_logps_fwd_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, device)](
             *head.tensors, compact.targets, live.live, target_logits, *tile_fields, target_leads, row0, rows, T, V,
-            *head.strides, head.scale, head.cap, STATS=stats, **head.constants,
+            head.strides, head.scale, head.cap, STATS=stats, **head.constants,
         )  # fmt: skip
         combine_kernel[(triton.cdiv(rows, 32),)](
             *tile_fields, target_leads, target_logits, compact.targets, live.rows, live.live, *outputs,

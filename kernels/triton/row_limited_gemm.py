@@ -1,10 +1,10 @@
-"""The products of a backward over a block of d_logits whose live rows, the first ones, are few, and counted on the
-device: the library's products would run over all the block's rows.
+"""GEMMs of a backward over a block of d_logits whose live rows, the first ones, are few, and counted on the device:
+cuBLAS would run over all the block's rows.
 
 add_rows is for d_hidden: tiles of rows past the live ones stop at once. reduce_rows is for d_weight: its sum ends with
 the live rows. Float32 sums; nothing past the live rows is read. No atomics: the same bits every time. Cost: 2 FLOP for
-each live row, column and output column, at less than the library's speed: for blocks whose rows are mostly live the
-library is faster. Precondition: a block's rows are padded to a multiple of BLOCK_V, with zeros for add_rows.
+each live row, column and output column, at less than cuBLAS's speed: for blocks whose rows are mostly live cuBLAS is
+faster. Precondition: a block's rows are padded to a multiple of BLOCK_V, with zeros for add_rows.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ def row_limited_gemm_kernel(
     M,
     N,
     K,
-    stride_a_m,
-    stride_a_k,
-    stride_b_k,
-    stride_b_n,
+    strides_a,  # (m, k)
+    strides_b,  # (k, n)
     stride_out_m,
     REDUCE: tl.constexpr,  # the live rows are those of b, columns of a; else those of a and out
     ADD: tl.constexpr,  # to what out holds; else out is written
@@ -55,16 +53,16 @@ def row_limited_gemm_kernel(
         k = tl.arange(0, BLOCK_K)
         # What is not known to be a multiple of 16 clamps or masks along rows alone: loads are narrow otherwise.
         a_m = m if REDUCE else tl.minimum(m, M - 1)
-        a = a_ptr + a_m.to(tl.int64)[:, None] * stride_a_m + k.to(tl.int64)[None, :] * stride_a_k
-        b = b_ptr + k.to(tl.int64)[:, None] * stride_b_k + n[None, :] * stride_b_n
+        a = a_ptr + a_m.to(tl.int64)[:, None] * strides_a[0] + k.to(tl.int64)[None, :] * strides_a[1]
+        b = b_ptr + k.to(tl.int64)[:, None] * strides_b[0] + n[None, :] * strides_b[1]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             inside = k0 + k < K
             x = tl.load(a, mask=inside[None, :], other=0.0) if REDUCE else tl.load(a)
             y = tl.load(b, mask=inside[:, None] & (n < N)[None, :], other=0.0)
             acc = tl.dot(x, y, acc, input_precision=PRECISION)
-            a += BLOCK_K * stride_a_k
-            b += BLOCK_K * stride_b_k
+            a += BLOCK_K * strides_a[1]
+            b += BLOCK_K * strides_b[0]
         out = out_ptr + m.to(tl.int64)[:, None] * stride_out_m + n[None, :]
         mask = (m < M)[:, None] & (n < N)[None, :]
         if ADD:
@@ -103,7 +101,7 @@ def _launch(
     (M, N), K = out.shape, a.shape[1]
     BLOCK_M, BLOCK_N = min(128, launch.BLOCK_V if reduce else launch.BLOCK_T), min(128, launch.BLOCK_V)
     row_limited_gemm_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
-        a, b, out, count, row0, M, N, K, *a.stride(), *b.stride(), out.stride(0),
+        a, b, out, count, row0, M, N, K, a.stride(), b.stride(), out.stride(0),
         REDUCE=reduce, ADD=add, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=launch.BLOCK_D, GROUP_M=8,
         PRECISION=precision(a.dtype), num_warps=8, num_stages=min(3, launch.num_stages),
     )  # fmt: skip

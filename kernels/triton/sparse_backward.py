@@ -8,7 +8,7 @@ of the backward; for each of d_hidden and d_weight 2 D FLOP and D reads an entry
 within the byte budget by row chunks (one up to 20000 rows at the default budget; d_weight is rounded
 once a chunk). No atomics, a
 fixed order: the same bits every time. Nothing is read back: programs stride over lists that end on the device.
-In Triton, not CUDA C++: one gather and one sum, bound by memory, and the sort is the library's. docs/math.md, section
+In Triton, not CUDA C++: one gather and one sum, bound by memory, and the sort is PyTorch's. docs/math.md, section
 1. Precondition: no sparse row is of a wrong id or not finite (their dropped is NaN, so they are exact).
 """
 

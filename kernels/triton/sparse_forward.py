@@ -2,7 +2,7 @@
 
 The first visit is that of linear_logps_forward.py, and leaves each (row, vocabulary tile)'s maximum. Only a tile whose
 maximum reaches the row's lse + log(least) can hold a candidate: those pairs, and the one with the target, are visited
-again. The rows of a vocabulary tile are gathered, their products rebuilt, twice: once to count, and after a prefix sum
+again. The rows of a vocabulary tile are gathered, their logits rebuilt, twice: once to count, and after a prefix sum
 over the tiles once to write, each row's candidates in the order of their ids. What a row's capacity cannot hold, and
 what is too unlikely, is summed where it stands, apart from the target: neither doubts nor dropped is a difference, so
 nothing cancels in a row that is sure of its target. Candidates are not written from the first visit because lse is not
@@ -12,7 +12,7 @@ Cost: 2 T D V FLOP, and 4 D BLOCK_V for each pair visited, at most T V / BLOCK_V
 bytes by token chunks within half of the byte budget (the candidates themselves are the other half), and one compact
 copy of hidden. Nothing is read back: grids are for all pairs, programs past the device's counts stop at once. No
 atomics: the same bits every time. A wrong id, or a row that is not finite, has NaN for its dropped.
-In Triton, not CUDA C++: the product on tiles is tile.py's, and the rest is one prefix sum. docs/math.md, section 1.
+In Triton, not CUDA C++: the tiles of logits are tile.py's, and the rest is one prefix sum. docs/math.md, section 1.
 """
 
 from __future__ import annotations
@@ -102,10 +102,7 @@ def visit_kernel(
     V,
     most,
     log_least,
-    stride_weight_v,
-    stride_weight_d,
-    stride_low_rank_v,
-    stride_low_rank_r,
+    strides,  # of weight (v, d), then of low_rank_weight (v, r)
     scale,
     cap,
     WRITE: tl.constexpr,
@@ -133,7 +130,7 @@ def visit_kernel(
         column = tl.arange(0, BLOCK_V)
         y = logits_tile(
             hidden_ptr, weight_ptr, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, t, 0, v0, V,
-            stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r, scale,
+            strides, scale,
             D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, False, PRECISION,
         )  # fmt: skip
         at = base + local
@@ -179,7 +176,7 @@ def non_target_kernel(
     target_logits_ptr,  # (T,) float32, compact
     rows_ptr,  # (T,) int32: original row of a compact one
     count_ptr,  # (1,) int32
-    doubts_ptr,  # (T,) float32, original order, like all that follow
+    doubts_ptr,  # (T,) float32: the non-target probability; in the original order, like all that follow
     slopes_ptr,
     dropped_ptr,
     row0,
@@ -274,7 +271,7 @@ def linear_logps_candidates(
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
         linear_logps_fwd_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, hidden.device)](
             *head.tensors, compact.targets, live.live, target_logits, *tiles[:2], *tiles, unused_int8,
-            row0, rows, T, V, *head.strides, head.scale, head.cap, STATS=False, **head.constants,
+            row0, rows, T, V, head.strides, head.scale, head.cap, STATS=False, **head.constants,
         )  # fmt: skip
         combine_kernel[(triton.cdiv(rows, 32),)](
             *tiles[:2], *tiles, unused_int8, target_logits, compact.targets, live.rows, live.live,
@@ -288,7 +285,7 @@ def linear_logps_candidates(
         for write in (False, True):
             visit_kernel[(triton.cdiv(rows, visit.constants["BLOCK_T"]) * tiles_v,)](
                 compact.hidden, weight, *visit.tensors, compact.targets, live.rows, lse, visited, visited_count,
-                *tiles, ends, ids, weights, row0, rows, V, most, math.log(least), *head.strides, head.scale, head.cap,
+                *tiles, ends, ids, weights, row0, rows, V, most, math.log(least), head.strides, head.scale, head.cap,
                 WRITE=write, **visit.constants,
             )  # fmt: skip
             if not write:

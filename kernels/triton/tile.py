@@ -43,10 +43,7 @@ def gemm_tile(
     t0,  # read with TMA alone
     v0,
     V,
-    stride_weight_v,
-    stride_weight_d,
-    stride_low_rank_v,
-    stride_low_rank_r,
+    strides,  # of weight (v, d), then of low_rank_weight (v, r)
     D: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -67,20 +64,20 @@ def gemm_tile(
     else:
         d = tl.arange(0, BLOCK_D)
         hidden_ptrs = hidden + t[:, None] * D + d[None, :]
-        weight_ptrs = weight + v[None, :] * stride_weight_v + d[:, None] * stride_weight_d
+        weight_ptrs = weight + v[None, :] * strides[0] + d[:, None] * strides[1]
         for d0 in range(0, D, BLOCK_D):
             inside = d0 + d < D
             h = tl.load(hidden_ptrs, mask=inside[None, :], other=0.0)
             w = tl.load(weight_ptrs, mask=inside[:, None], other=0.0)
             acc = tl.dot(h, w, acc, input_precision=PRECISION)
             hidden_ptrs += BLOCK_D
-            weight_ptrs += BLOCK_D * stride_weight_d
+            weight_ptrs += BLOCK_D * strides[1]
     if R > 0:
         for r0 in tl.static_range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             x = tl.load(low_rank_hidden_ptr + t[:, None] * R + r[None, :], mask=r[None, :] < R, other=0.0)
             w = tl.load(
-                low_rank_weight_ptr + v[None, :] * stride_low_rank_v + r[:, None] * stride_low_rank_r,
+                low_rank_weight_ptr + v[None, :] * strides[2] + r[:, None] * strides[3],
                 mask=r[:, None] < R,
                 other=0.0,
             )
@@ -99,10 +96,7 @@ def logits_tile(
     t0,  # read with TMA alone
     v0,
     V,
-    stride_weight_v,
-    stride_weight_d,
-    stride_low_rank_v,
-    stride_low_rank_r,
+    strides,  # of weight (v, d), then of low_rank_weight (v, r)
     scale,
     D: tl.constexpr,
     R: tl.constexpr,
@@ -119,8 +113,7 @@ def logits_tile(
     What lies past T or V is finite; the caller masks it.
     """
     acc = gemm_tile(
-        hidden, weight, low_rank_hidden_ptr, low_rank_weight_ptr, t, t0, v0, V,
-        stride_weight_v, stride_weight_d, stride_low_rank_v, stride_low_rank_r,
+        hidden, weight, low_rank_hidden_ptr, low_rank_weight_ptr, t, t0, v0, V, strides,
         D, R, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
     )  # fmt: skip
     return squash(acc, bias_ptr, v0 + tl.arange(0, BLOCK_V), V, scale, HAS_BIAS, HAS_SOFTCAP, PRECISION)
