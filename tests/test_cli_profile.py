@@ -54,7 +54,7 @@ def test_plan() -> None:
         (("plan", "--memory", "0"), "memory must be positive; got 0.0"),
         (("plan", "--strategies", "magic"), "strategy must be one of"),
         (("plan", "--ranks", "0"), "ranks must be an int of at least 1; got 0"),
-        (("report", "none.jsonl"), "figures must be a file of profiling or of the benchmark; got none.jsonl"),
+        (("report", "none.jsonl"), "figures must be a file of profile or of bench/run.py; got none.jsonl"),
     ],
 )
 def test_wrong_arguments(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_bad_input(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(ValueError, match="resume must go on where it began"):
         profile(loads, other, resume=True, progress=False, device="cpu")
     other.write_text('{"a": 1}\n')
-    with pytest.raises(ValueError, match="figures must be a file that profiling has written"):
+    with pytest.raises(ValueError, match="figures must be a file that profile has written"):
         profile(loads, other, resume=True, progress=False, device="cpu")
     with pytest.raises(ValueError, match="figures must be a file"):
         write_report(tmp_path / "none.jsonl", tmp_path)

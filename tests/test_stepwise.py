@@ -32,7 +32,7 @@ from groupdpo_kernels.stepwise import (
     sequence_logps,
     take,
 )
-from groupdpo_kernels.stepwise.stages import store
+from groupdpo_kernels.stepwise import store
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from tiny_training import PARTS, B, Counting, L, Training, lora, run_as_rank, ru
 from torch import Tensor, nn
 
 from groupdpo_kernels.stepwise import reference_logps, run_stages
-from groupdpo_kernels.stepwise.stages import store
+from groupdpo_kernels.stepwise import store
 from groupdpo_kernels.stepwise.store import tensor_digests
 
 

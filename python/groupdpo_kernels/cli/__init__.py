@@ -1,10 +1,16 @@
-"""The command line, `groupdpo-kernels`: importing this needs torch alone, running it the extra [cli].
+"""The command line, `groupdpo-kernels`. Importing it needs torch alone; running it needs the extra [cli].
 
-app.py       the list of commands, and what an error looks like
+app.py       the list of commands, and how errors are printed
 check.py     what runs on this machine;  inspection.py: its tables;  selftest.py: numbers against float64
+<<<<<<< HEAD
 logps.py     log-probabilities of responses in a file;  scoring.py: windows, a file that a kill does no harm
 train.py     preference training from a file or flags;  training.py: the run, its folder, its report; curves.py
 loading.py   models, tokenizers and rows from disk;  console.py: packages that are missing, the progress bar
+=======
+logps.py     log-probabilities of responses in a file;  scoring.py: windows, and a file that survives a kill
+train.py     preference training from a file or flags;  training.py: the run, its folder, its report;  curves.py
+memory.py    profile, plan and report;  loading.py: models, tokenizers and rows from disk;  console.py: progress bar
+>>>>>>> english
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ import sys
 
 
 def main() -> None:
-    """What the console script calls."""
+    """The entry point of the console script."""
     try:
         from .app import app
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""`python -m groupdpo_kernels.cli`: the console script, where none is installed."""
+"""`python -m groupdpo_kernels.cli` runs the command line where the console script is not installed."""
 
 from . import main
 

@@ -1,7 +1,7 @@
-"""The commands, and what an error looks like.
+"""The list of commands, and how errors are printed.
 
-A command is a function whose parameters typer reads, in a module of its own, and a line in `COMMANDS`. Heavy imports
-belong into its body: `--help` waits for none of them.
+A command is a function, whose parameters typer reads, and a line in `COMMANDS`. Heavy imports belong in its body, so
+that `--help` does not wait for them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMMANDS: tuple[Callable[..., Any], ...] = (check, logps, train, profile, plan, 
 
 
 class _Group(TyperGroup):
-    """Wrong input is one message and exit code 2, without a traceback."""
+    """A group of commands in which wrong input gives one message and exit code 2, without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -60,7 +60,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show it and stop."),
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Preference optimisation of language models without the logits: check this machine, score, train."""
 

@@ -1,4 +1,4 @@
-"""`check`: whether this machine runs the kernels, and whether they compute what they should."""
+"""The command `check` tells whether this machine runs the kernels, and whether they compute what they should."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rich.console import Console
 
 
 def check(
-    as_json: bool = typer.Option(False, "--json", help="One JSON object instead of tables."),
-    test: bool = typer.Option(True, "--test/--no-test", help="Compare numbers with float64, for some seconds."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of tables."),
+    test: bool = typer.Option(True, "--test/--no-test", help="Whether to compare results with float64 (some seconds)."),
 ) -> None:
-    """What runs on this machine, what does not and why, and whether it computes what it should.
+    """Show what runs on this machine, what does not and why, and whether it computes what it should.
 
-    Exit code 1 if a number is wrong.
+    The exit code is 1 if a number is wrong.
     """
     from .inspection import describe_machine, print_machine, test_and_print
 

@@ -1,16 +1,16 @@
-"""The picture of a run: loss, reward accuracy and margin against steps."""
+"""Draws the picture of a run: loss, reward accuracy and margin against steps."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito's, told apart with any colour vision
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito's, distinct for colour-blind readers
 PANELS = {"loss": "Loss", "rewards/accuracies": "Reward accuracy", "rewards/margins": "Reward margin"}
 
 
 def draw(history: list[dict[str, float]], path: Path, title: str) -> None:
-    """`history` as transformers logs it: rows with `step`, numbers of training, and of evaluation as eval_*."""
+    """Draws `history` as transformers logs it: rows with `step` and metrics, those of evaluation as eval_*."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,7 +23,7 @@ def draw(history: list[dict[str, float]], path: Path, title: str) -> None:
         for axis, (name, heading) in zip(axes, PANELS.items()):
             steps, values = _curve(history, name)
             smooth = moving_mean(values, max(1, len(values) // 20))
-            thin = len(values) >= 40  # where single steps are noise around the line
+            thin = len(values) >= 40  # single steps are then noise around their mean
             axis.plot(steps, values, color=BLUE, linewidth=1 if thin else 2, alpha=0.3 if thin else 1, label="a step")
             if thin:
                 axis.plot(steps, smooth, color=BLUE, linewidth=2, label=f"mean of {len(values) // 20}")
@@ -51,6 +51,6 @@ def _curve(history: list[dict[str, Any]], name: str) -> tuple[list[float], list[
 
 
 def moving_mean(values: list[float], width: int) -> list[float]:
-    """Of the last `width` values, or of as many as there are."""
+    """At each place, the mean of the last `width` values, or of as many as there are."""
     ends = range(1, len(values) + 1)
     return [sum(values[max(0, end - width) : end]) / min(width, end) for end in ends]

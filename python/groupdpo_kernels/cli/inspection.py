@@ -1,4 +1,4 @@
-"""What `check` shows: versions, devices, which implementation runs and why not the others, numbers against float64."""
+"""Gathers and prints what `check` shows: versions, devices, implementations and why not others, the self-test."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, torch, this package, and of what its extras install; None for what is not there."""
+    """The versions of Python, torch, this package, and of what its extras install; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
     found["groupdpo_kernels"] = __version__
     for name in PACKAGES:
@@ -44,7 +44,7 @@ def devices() -> list[torch.device]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions, extension, devices, and for each device what auto picks; plain values."""
+    """Versions, extension, devices, and what impl="auto" picks on each device, as plain values."""
     return {
         "versions": versions(),
         "platform": platform.platform(),
@@ -79,7 +79,7 @@ def _device(device: torch.device) -> dict[str, Any]:
     return {"device": str(device), "name": found.name, "memory_bytes": found.total_memory, "capability": capability}
 
 
-# What changes which instructions a library uses, where somebody has set it.
+# Environment variables that change which instructions a library uses.
 SWITCHES = (
     "GROUPDPO_KERNELS_CPU_CAPABILITY",
     "ATEN_CPU_CAPABILITY",
@@ -91,8 +91,8 @@ SWITCHES = (
 
 
 def units() -> dict[str, Any]:
-    """Which units of the processor are used: by torch's own loops, by the C++ op's, for bfloat16 GEMMs; and the
-    libraries' switches that are set.
+    """Which units of the processor are used by torch's own loops, by the C++ op's and for bfloat16 GEMMs, and which of
+    SWITCHES are set.
     """
     found: dict[str, Any] = {"torch": torch.backends.cpu.get_cpu_capability()}
     if not extension_why_not():
@@ -172,7 +172,7 @@ def print_machine(console: Console, report: dict[str, Any]) -> None:
         picked = row["impl"]
         table.add_row(row["device"], row["function"], ", ".join(row["dtypes"]), f"[bold]{picked}[/]")
     console.print(table)
-    # Lines and no column: a terminal of 80 columns would cut what to do about it.
+    # The reasons are lines, not a column of the table: a terminal of 80 columns would cut the advice in them.
     console.print("Why not the others", highlight=False)
     for row in report["auto"]:
         where = f"{row['device']}, {row['function']}, {', '.join(row['dtypes'])}"

@@ -1,4 +1,4 @@
-"""Rows from disk, tokenizers and models from disk or a hub, with errors that name what is wrong."""
+"""Loads rows from disk, and tokenizers and models from disk or a hub, with errors that name what is wrong."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 
 
 def jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file of one JSON object a line, in UTF-8 or behind a byte order mark of UTF-16; empty lines are none.
-    ValueError names the line.
+    """Yields the rows of a file with one JSON object a line, in UTF-8, or in UTF-16 after a byte order mark. It skips
+    empty lines. A ValueError names the line that is wrong.
     """
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
@@ -59,7 +59,7 @@ def existing(what: str, path: Path) -> Path:
 
 
 def device_of(name: str) -> torch.device:
-    """ "auto": the GPU if torch can use one."""
+    """The device of this name; "auto" takes the GPU if torch can use one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -77,19 +77,19 @@ def load_tokenizer(where: str) -> Any:
     check_place("tokenizer", where)
     try:
         return AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, TypeError, KeyError) as error:  # a folder of a model alone gives any of these
+    except (OSError, ValueError, TypeError, KeyError) as error:  # a folder with a model alone gives any of these
         raise ValueError(f"tokenizer must be a folder or a hub name that holds one; {where}: {error}") from error
 
 
 def load_model(where: str, dtype: str, device: torch.device, seed: int = 0) -> Any:
-    """A causal LM of a folder, a hub name, or a config.json, whose weights are then drawn with this seed."""
+    """A causal LM from a folder, a hub name, or a config.json, whose weights are then drawn with this seed."""
     import transformers
 
     one_of("dtype", dtype, DTYPES)
     check_place("model", where)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that it changes itself
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about its own names
     if Path(where).is_file():
         try:
             config = json.loads(Path(where).read_text())
@@ -106,14 +106,14 @@ def load_model(where: str, dtype: str, device: torch.device, seed: int = 0) -> A
 
 
 def check_fit(model: Any, tokenizer: Any) -> None:
-    """ValueError for a tokenizer with ids that the model has no embedding of."""
+    """ValueError for a tokenizer with ids for which the model has no embedding."""
     rows, ids = token_limit(model), len(tokenizer)
     if rows is not None and ids > rows:
         raise ValueError(f"tokenizer must have no more ids than the model has embeddings, {rows}; got {ids}")
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Hash of what decides its ids. Before its first use: a tokenizer may keep a limit of its last call."""
+    """Hash of what decides a tokenizer's ids. Take it before the first use: a tokenizer may keep its last limit."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -129,7 +129,7 @@ _PROBES: tuple[list[dict[str, str]], ...] = (
 
 
 def _rendered(tokenizer: Any) -> list[str]:
-    """What the chat template makes of some conversations today. One that prints the date makes others tomorrow."""
+    """Some conversations as the chat template renders them now: a template that prints the date changes tomorrow."""
     if not tokenizer.chat_template:
         return []
     found = []
@@ -142,7 +142,7 @@ def _rendered(tokenizer: Any) -> list[str]:
 
 
 def check_place(what: str, where: str) -> None:
-    """A path that is not there would be taken for a hub name, and end in an error about a network."""
+    """FileNotFoundError for a path that does not exist: it would be taken for a hub name, and give a network error."""
     path = Path(where)
     local = path.is_absolute() or where.startswith((".", "~")) or where.endswith(".json") or where.count(os.sep) > 1
     if local and not path.exists():

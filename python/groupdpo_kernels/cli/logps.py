@@ -1,4 +1,4 @@
-"""`logps`: a file of prompts and responses -> their log-probabilities under a model."""
+"""The command `logps` writes the log-probabilities of a file's responses under a model."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from .console import bar, needs
 
 
 def logps(
-    model: str = typer.Argument(help="A folder, or a name on the hub."),
+    model: str = typer.Argument(help="A model's folder, or its name on the hub."),
     rows: Path = typer.Argument(
-        help="JSONL: prompt, and response or completion, as text or messages; or rows of any preference format."
+        help="JSONL file of prompt, and response or completion, as text or messages; or a format of train."
     ),
-    out: Path = typer.Argument(help="JSONL: row, response, logp, num_tokens; a line for each response."),
-    tokenizer: str | None = typer.Option(None, help="Where the tokenizer is. Default: with the model."),
-    token_logps: bool = typer.Option(False, "--tokens", help="Also the log-probability of each token."),
-    dtype: str = typer.Option("auto", help="auto (as saved), float32, bfloat16 or float16."),
-    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
-    max_tokens: int = typer.Option(8192, help="Of a batch, padding included."),
-    max_length: int | None = typer.Option(None, help="The most tokens of prompt and response."),
-    too_long: str = typer.Option("skip", help="What is longer: skip (a line says so) or truncate_prompt."),
+    out: Path = typer.Argument(help="The JSONL file to write: row, response, logp, num_tokens for each response."),
+    tokenizer: str | None = typer.Option(None, help="The tokenizer's folder or hub name. Default: the model's."),
+    token_logps: bool = typer.Option(False, "--tokens", help="Also write the log-probability of each token."),
+    dtype: str = typer.Option("auto", help="Data type of the weights: auto (as saved), float32, bfloat16, float16."),
+    device: str = typer.Option("auto", help="Device that computes: auto, cpu, cuda or cuda:N."),
+    max_tokens: int = typer.Option(8192, help="The most tokens of a micro-batch, padding included."),
+    max_length: int | None = typer.Option(None, help="The most tokens of a prompt with its response."),
+    too_long: str = typer.Option("skip", help="What to do with longer ones: skip (with a line) or truncate_prompt."),
     chat: bool | None = typer.Option(
-        None, "--chat/--plain", help="Text prompts as a user's turn; conversations of one turn as plain text."
+        None, "--chat/--plain", help="Take text prompts as a user's turn, or conversations of one turn as plain text."
     ),
-    add_eos: bool = typer.Option(True, "--eos/--no-eos", help="Whether plain text ends with the end of text."),
-    on_bad: str = typer.Option("error", help="A row that cannot be read: error, or drop (a line says why)."),
-    window: int = typer.Option(256, help="Responses sorted by length, and written, together."),
-    overwrite: bool = typer.Option(False, help="Begin again whatever is there."),
+    add_eos: bool = typer.Option(True, "--eos/--no-eos", help="Whether plain text ends with the end-of-text token."),
+    on_bad: str = typer.Option("error", help="What to do with an unreadable row: error, or drop (its line says why)."),
+    window: int = typer.Option(256, help="How many responses are sorted by length and written together."),
+    overwrite: bool = typer.Option(False, help="Begin again, even if the output file exists."),
 ) -> None:
-    """Score responses with a model. The same command again goes on where it was stopped or killed."""
+    """Score responses with a model. The same command again resumes where it was stopped or killed."""
     needs("logps", "transformers")
     from ..checks import one_of
     from .loading import DTYPES, check_fit, check_place, device_of, existing, load_model, load_tokenizer
     from .scoring import ScoringOptions, read, score_file
 
     options = ScoringOptions(max_length, too_long, max_tokens, window, token_logps, chat, add_eos, on_bad)
-    # What costs nothing to look at comes before the rows, and these before a model is loaded.
+    # Cheap checks come before those of the rows, and these before a model is loaded.
     existing("rows", rows)
     one_of("dtype", dtype, DTYPES)
     target = device_of(device)

@@ -1,4 +1,4 @@
-"""`profile`, `plan` and `report`: what a group costs, measured here or predicted for a machine that is not here."""
+"""The commands `profile`, `plan` and `report`: memory and time of a group, measured here or predicted for a GPU."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from .console import needs
 
 SETTINGS = ("full", "checkpointing", "lora")
 
-# Of both commands.
-_MODEL = typer.Option("tiny", help="A name of the table in workload.py, a config.json, or a name on the hub.")
-_STRATEGIES = typer.Option(None, help="coupled_logits, coupled, two_pass, one_pass, pairs. Default: all that apply.")
-_TOKENS = typer.Option(256, help="Of a response with its prompt.")
-_MICRO_BATCH = typer.Option(2, help="Sequences of a micro-batch of two_pass.")
-_POSITIVES = typer.Option(None, help="How many responses of a group are preferred. Default: half, of even groups.")
-_OPTIMIZER = typer.Option("adamw", help="adamw, adamw_foreach or sgd.")
+# Options that profile and plan share.
+_MODEL = typer.Option("tiny", help="A built-in name (a wrong one lists them), a config.json, or a name on the hub.")
+_STRATEGIES = typer.Option(None, help="Any of coupled_logits, coupled, two_pass, one_pass, pairs (default: all).")
+_TOKENS = typer.Option(256, help="Tokens of a response with its prompt.")
+_MICRO_BATCH = typer.Option(2, help="Sequences in a micro-batch of two_pass.")
+_POSITIVES = typer.Option(None, help="How many responses of a group are preferred. Default: half of an even group.")
+_OPTIMIZER = typer.Option("adamw", help="Optimizer of the step: adamw, adamw_foreach or sgd.")
 
 
 def profile(
     model: str = _MODEL,
-    groups: str = typer.Option("2,4,8,16", help="Sizes: even, or any with --positives."),
+    groups: str = typer.Option("2,4,8,16", help="Group sizes: even ones, or any with --positives."),
     positives: int | None = _POSITIVES,
     strategies: str | None = _STRATEGIES,
-    settings: str = typer.Option("full,lora", help=f"Of {', '.join(SETTINGS)}."),
+    settings: str = typer.Option("full,lora", help=f"What to train: any of {', '.join(SETTINGS)}."),
     tokens: int = _TOKENS,
     micro_batch: int = _MICRO_BATCH,
-    dtype: str = typer.Option("float32", help="Of the parameters: float32, bfloat16, float16."),
+    dtype: str = typer.Option("float32", help="Data type of the parameters: float32, bfloat16, float16."),
     optimizer: str = _OPTIMIZER,
-    lora_rank: int | None = typer.Option(None, help="The rank of the setting lora (default 16)."),
-    layers: int | None = typer.Option(None, help="Instead of the model's own number."),
-    device: str | None = typer.Option(None, help="cpu or cuda. Default: cuda where there is one."),
-    limit_mib: int | None = typer.Option(None, help="Memory that a step may take; more counts as out of memory."),
-    kinds: str = typer.Option("memory,time", help="Of memory, time."),
-    seconds: float = typer.Option(8.0, help="Of timing a group."),
-    rounds: int = typer.Option(20, help="The most, of timing a group."),
-    out: Path = typer.Option(Path("profile"), help="A folder: measured.jsonl, report.html, pictures."),
-    resume: bool = typer.Option(False, help="Go on where an earlier run has stopped."),
+    lora_rank: int | None = typer.Option(None, help="LoRA rank of the setting lora (default 16)."),
+    layers: int | None = typer.Option(None, help="A number of layers in place of the model's own."),
+    device: str | None = typer.Option(None, help="Device to measure: cpu or cuda (default: cuda if there is one)."),
+    limit_mib: int | None = typer.Option(None, help="MiB that a step may take; more counts as out of memory."),
+    kinds: str = typer.Option("memory,time", help="What to measure: memory, time or both."),
+    seconds: float = typer.Option(8.0, help="Seconds spent on timing each group size."),
+    rounds: int = typer.Option(20, help="The most rounds of timing each group size."),
+    out: Path = typer.Option(Path("profile"), help="Folder for measured.jsonl, report.html and pictures."),
+    resume: bool = typer.Option(False, help="Keep the figures of an earlier run and measure the rest."),
 ) -> None:
     """Measure a training step's peak memory and time against the size of its group, for each strategy."""
     needs("profile", "transformers", "matplotlib")
@@ -97,24 +97,24 @@ def profile(
 
 def plan(
     model: str = _MODEL,
-    groups: str = typer.Option("2,8,32,128", help="Sizes: even, or any with --positives."),
+    groups: str = typer.Option("2,8,32,128", help="Group sizes: even ones, or any with --positives."),
     positives: int | None = _POSITIVES,
-    memory: float = typer.Option(80.0, help="Of a GPU, in GB (10^9 bytes)."),
+    memory: float = typer.Option(80.0, help="Memory of a GPU, in GB (10^9 bytes)."),
     strategies: str | None = _STRATEGIES,
-    tokens: int = typer.Option(1024, help="Of a response with its prompt."),
+    tokens: int = typer.Option(1024, help="Tokens of a response with its prompt."),
     micro_batch: int = _MICRO_BATCH,
-    dtype: str = typer.Option("bfloat16", help="Of the parameters: float32, bfloat16, float16."),
-    autocast: bool = typer.Option(False, help="The forward computes in bfloat16 whatever the parameters are."),
+    dtype: str = typer.Option("bfloat16", help="Data type of the parameters: float32, bfloat16, float16."),
+    autocast: bool = typer.Option(False, help="Whether the forward computes in bfloat16, whatever the parameters are."),
     optimizer: str = _OPTIMIZER,
-    lora_rank: int = typer.Option(0, help="0: all weights train."),
+    lora_rank: int = typer.Option(0, help="LoRA rank; 0 trains all weights."),
     checkpointing: bool = typer.Option(True, "--checkpointing/--no-checkpointing"),
-    ranks: int = typer.Option(1, help="Of FSDP."),
-    reference: bool = typer.Option(False, help="The GPU also holds a frozen copy of the model."),
-    headroom: float = typer.Option(0.05, help="Share of the memory that stays free."),
-    device: str = typer.Option("cuda", help="cuda or cpu."),
-    as_json: bool = typer.Option(False, "--json", help="For a machine to read."),
+    ranks: int = typer.Option(1, help="Number of GPUs over which FSDP shards the model."),
+    reference: bool = typer.Option(False, help="Whether the GPU also holds a frozen copy of the model."),
+    headroom: float = typer.Option(0.05, help="Share of the memory that must stay free."),
+    device: str = typer.Option("cuda", help="Kind of device that is planned for: cuda or cpu."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
-    """Predict which group size fits a GPU that is not here, and what is in the way. Nothing is allocated."""
+    """Predict which group sizes fit a GPU that need not be here, and what takes the most memory."""
     needs("plan", "transformers")
     if lora_rank:
         needs("plan --lora-rank", "peft")
@@ -143,10 +143,10 @@ def plan(
 
 
 def report(
-    figures: Path = typer.Argument(help="measured.jsonl of a profile, or a .json of bench/run.py."),
-    out: Path = typer.Option(Path("profile"), help="A folder."),
+    figures: Path = typer.Argument(help="The measured.jsonl of a profile, or a .json of bench/run.py."),
+    out: Path = typer.Option(Path("profile"), help="Folder for the HTML file and the pictures."),
 ) -> None:
-    """Draw figures again, as one HTML file and pictures."""
+    """Draw measured figures again, as one HTML file and pictures."""
     needs("report", "matplotlib")
     from ..memory.report import write_report
 

@@ -1,15 +1,15 @@
-"""Log-probabilities of the responses in a JSONL file, to a JSONL file that a kill at any moment does no harm.
+"""Scores the responses in a JSONL file, and writes another JSONL file that a kill at any moment cannot damage.
 
-Responses are scored in windows of fixed size: sorted by length inside one, in micro-batches of so many tokens, written
-in their order. A window's lines are appended to `OUT.part` and synchronised, then the place up to which they count is
-noted in `OUT.state.json`, by rename. A run that was killed goes on after the last whole window and ends with the bytes
-of one that was not: windows do not depend on where it stopped. At its end `OUT.part` becomes `OUT`.
+Responses are scored in windows of fixed size: sorted by length within a window, in micro-batches of limited tokens, and
+written in their order. A window's lines are appended to `OUT.part` and synchronised; then the number of valid bytes is
+noted in `OUT.state.json`, by rename. A run that was killed resumes after the last whole window and ends with the bytes
+of one that was not, because windows do not depend on where it stopped. At its end `OUT.part` becomes `OUT`.
 
-The state holds hashes of the file, the model, the tokenizer and the options; where one of them is another the run is
-refused, and says which. Never: drops a response silently (one that cannot be scored is a line with its reason), holds
-the logits or all rows.
-Precondition: one process a file (a lock says so); the same number of threads, for the same bytes.
-Cost: three readings of the file, a hash of the weights, one forward.
+The state holds hashes of the file, the model, the tokenizer and the options; where one of them has changed, the run is
+refused with its name. The module never drops a response silently (one that cannot be scored is a line with its reason),
+and never holds the logits or all rows.
+It needs one process a file (a lock ensures this) and, for equal bytes, the same number of threads.
+The cost is three readings of the file, a hash of the weights, and one forward.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from .loading import jsonl, tokenizer_digest
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """What decides the lines that are written.
+    """Options that decide the lines that are written.
 
     Args:
-        max_length: the most tokens of prompt and response. None: any number.
+        max_length: the most tokens of a prompt with its response. None sets no limit.
         too_long: "skip" writes a line with the reason instead; "truncate_prompt" cuts the left of the prompt.
-        max_tokens: of a micro-batch, padding included; one longer response is a micro-batch by itself.
-        window: responses sorted and written together; what a kill can cost.
+        max_tokens: the most tokens of a micro-batch, padding included; a longer response has its own.
+        window: the number of responses that are sorted and written together, which is what a kill can cost.
         token_logps: whether the log-probability of each token is written, too.
         chat: as in `data.tokenize_groups`. add_eos: whether plain text ends with the tokenizer's eos.
-        on_bad: a row without the structure of its format is an "error", or with "drop" a line with the reason.
+        on_bad: "error" refuses a row without the structure of its format; "drop" writes a line with the reason.
     """
 
     max_length: int | None = None
@@ -71,8 +71,8 @@ class ScoringOptions:
 
 
 class Response(NamedTuple):
-    row: int  # of the file, from 0; empty lines are none
-    place: int  # in its row
+    row: int  # its number in the file, from 0, without empty lines
+    place: int  # its number in its row, from 0
     prompt: Prompt
     text: str
     bad: str = ""  # why its row cannot be read
@@ -81,12 +81,12 @@ class Response(NamedTuple):
 class Summary(NamedTuple):
     responses: int
     skipped: int
-    resumed_at: int  # responses that were there already
+    resumed_at: int  # number of responses that an earlier run had written
 
 
 def read(path: Path, on_bad: str = "error") -> Iterator[Response]:
-    """The responses of a file in order. ValueError names the row: its columns, or what is wrong with it; with
-    on_bad="drop" the latter is a response without a text.
+    """Yields the responses of a file in order. A ValueError names a row with unknown columns, or with a wrong content;
+    with on_bad="drop" the latter is yielded as a response without a text.
     """
     for i, row in enumerate(jsonl(path)):
         try:
@@ -114,15 +114,15 @@ def score_file(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
-    """Scores `source` into `target`, from where an earlier call stood. Lines: row, response, logp, num_tokens, and
-    token_logps where asked for; or logp null and `skipped`, why.
+    """Scores `source` into `target`, and resumes an earlier call. A line has row, response, logp, num_tokens, and
+    token_logps where asked for; or a logp of null, and the reason in `skipped`.
 
     Args:
-        overwrite: begins again whatever is there.
-        progress: called with the responses done and their number.
+        overwrite: whether to begin again even if the target or a part of it exists.
+        progress: a function that is called with the number of responses done and with their total.
 
-    Raises ValueError for a row or option that is wrong, for what was begun otherwise, and for a log-probability that
-    is not finite, naming the row; FileExistsError for a target of another making.
+    Raises ValueError for a wrong row or option, for a run that was begun with other input or options, and for a
+    log-probability that is not finite, naming the row; FileExistsError for a target that no run wrote.
     """
     tokenizer = tokenizer_of(tokenizer)
     total = sum(1 for _ in read(source, options.on_bad))
@@ -141,7 +141,7 @@ def score_file(
 
 
 def _identity(model: Any, tokenizer: Any, source: Path, options: ScoringOptions) -> dict[str, Any]:
-    """What the lines depend on, by names for a message: first what a person can read."""
+    """All that the lines depend on, by names for error messages: readable values come first, then hashes."""
     parameter = next(model.parameters())
     return {
         **asdict(options),
@@ -158,7 +158,7 @@ def _identity(model: Any, tokenizer: Any, source: Path, options: ScoringOptions)
 
 
 class _Reasons(Report):
-    """A report that knows why each response was dropped."""
+    """A report that keeps the reason of each dropped response, by row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ def _score(model: Any, tokenizer: Any, window: list[Response], options: ScoringO
 
 
 def _has_embeddings(group: TokenGroup, rows: int | None, reasons: Report) -> bool:
-    """Whether the model has an embedding of each token id; reported where it has not."""
+    """Whether the model has an embedding of each token id; if not, the group is reported as dropped."""
     largest = max(int(part.max()) for part in (group.prompt, *group.responses))
     if rows is None or largest < rows:
         return True
@@ -206,7 +206,7 @@ def _length(group: TokenGroup) -> int:
 
 @torch.no_grad()
 def _token_logps(model: Any, groups: list[TokenGroup], max_tokens: int) -> Iterator[Tensor]:  # (n,) float32 each
-    """Of each response, on the CPU, a micro-batch at a time."""
+    """Yields the token log-probabilities of each response, on the CPU, a micro-batch at a time."""
     device, score = next(model.parameters()).device, attach(model)
     sequences = [(group.prompt, group.responses[0]) for group in groups]
     if not sequences:
@@ -227,7 +227,7 @@ def _line(
     line: dict[str, Any] = {"row": response.row, "response": response.place}
     if logps is None:
         return line | {"logp": None, "num_tokens": None, "skipped": reasons[at]}
-    # The shortest text that gives the number back: nine digits do for float32, and the sum is one of float64.
+    # Nine digits identify a float32 number, so that the text is short; the sum is in float64.
     tokens = [float(f"{x:.9g}") for x in logps.tolist()]
     total = math.fsum(tokens)
     if not math.isfinite(total):
@@ -240,7 +240,7 @@ def _line(
 
 
 class _Output:
-    """OUT.part and OUT.state.json, and OUT in the end."""
+    """The files OUT.part and OUT.state.json, and OUT at the end."""
 
     def __init__(self, target: Path, identity: dict[str, Any], overwrite: bool) -> None:
         self.target, self.identity = target, identity
@@ -290,7 +290,7 @@ class _Output:
         write_json(self.state, {"done": self.done, **counts, "identity": self.identity})
 
     def _take_over(self) -> None:
-        """What an earlier run wrote, if it was of the same input, model and options; its lines, not its word, count."""
+        """Takes over the lines of an earlier run of the same input, model and options; they are counted anew."""
         begin_again = "give another name, or --overwrite to begin again"
         if not self.state.exists():
             if self.target.exists():

@@ -1,7 +1,7 @@
-"""Does an install compute what it should? Every implementation that can run here against float64, in seconds.
+"""Compares every implementation that can run here with float64, to see whether an install computes what it should.
 
-The cases and the error budget are those of the tests (testing.py); the tests hold many more. Never: a tolerance of its
-own, a result that is not compared. Cost: about ten seconds on two cores; on a GPU also the compilation of kernels.
+Cases and error budget are those of the tests, which have many more (testing.py). The self-test never has a tolerance of
+its own or a result that is not compared. It costs about ten seconds on two cores; a GPU also compiles its kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..preference.objective import AdaBalance, Objective, preference_loss
 from ..reference import HeadOptions, LogpStats
 from ..testing import CASES, Case, check_budget, make_inputs, run
 
-# One of each kind: ragged tiles, all options at once with LoRA on the head, few live rows, a soft cap, sure rows.
+# One case of each kind: ragged tiles, all options at once with LoRA on the head, few live rows, soft cap, peaked rows.
 HEAD_CASES = ("ragged_all", "ragged_bf16", "everything", "most_ignored_bf16", "softcap_tight_bf16", "confident")
 FROZEN_CASES = ("everything", "most_ignored_bf16")
 TOLERANCES = (2.0**-7, 0.1)
@@ -38,7 +38,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One comparison: `share` is the largest error in units of what is allowed; None where it did not come to one."""
+    """One comparison: `share` is the largest error in units of what is allowed; None where nothing was compared."""
 
     device: str
     impl: str
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def self_test(devices: list[torch.device], progress: Callable[[Outcome], None] = lambda found: None) -> list[Outcome]:
-    """Every comparison on every device by every implementation that can run there; errors are outcomes too."""
+    """Runs every comparison on every device by every implementation that can run there; errors are outcomes too."""
     found = []
     for device, impl, what, case, compare in _comparisons(devices):
         began = time.perf_counter()
@@ -61,7 +61,7 @@ def self_test(devices: list[torch.device], progress: Callable[[Outcome], None] =
             passed = share <= 1
             if not math.isfinite(share):
                 share, detail = None, f"its error is {share}"
-        except Exception as error:  # also what a driver, a compiler or a broken install raises: the test goes on
+        except Exception as error:  # a driver, a compiler or a broken install may raise anything: the test goes on
             passed, detail = False, f"{type(error).__name__}: {error}".strip()
         found.append(Outcome(str(device), impl, what, case, passed, share, detail, time.perf_counter() - began))
         progress(found[-1])
@@ -78,7 +78,7 @@ def _comparisons(devices: list[torch.device]) -> Iterator[tuple[torch.device, st
                     yield device, impl, "frozen head", name, _bound(_frozen_head, BY_NAME[name], device, impl)
                 for tolerance in TOLERANCES:
                     yield device, impl, "grad_tol", f"{tolerance:.3g}", _bound(_grad_tol, tolerance, device, impl)
-        for impl in fused.IMPLS[:-1]:  # less the reference, which is the measure here
+        for impl in fused.IMPLS[:-1]:  # without the reference, with which they are compared
             for objective in OBJECTIVES:
                 if not fused.why_not(impl, device, torch.float32, objective.loss, 9):
                     compare = _bound(_preference, objective, device, impl)
@@ -90,7 +90,7 @@ def _bound(compare: Callable[..., float], *arguments: Any) -> Callable[[], float
 
 
 def probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """hidden and weight to ask `implementations.why_not` and `explain` with."""
+    """A small hidden and weight with which to ask `implementations.why_not` and `explain`."""
     return torch.zeros(8, 64, device=device, dtype=dtype), torch.zeros(128, 64, device=device, dtype=dtype)
 
 
@@ -99,7 +99,7 @@ def _options(options: HeadOptions) -> dict[str, Any]:
 
 
 def _head(case: Case, device: torch.device, impl: str) -> float:
-    """Forward and backward, with a gradient into the log-sum-exp too."""
+    """The error share of forward and backward, with a gradient into the log-sum-exp too."""
 
     def stats(h: Tensor, w: Tensor, y: Tensor, b: Tensor | None, low_rank: Any, o: HeadOptions) -> LogpStats:
         outputs = ("lse", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
@@ -110,7 +110,7 @@ def _head(case: Case, device: torch.device, impl: str) -> float:
 
 
 def _frozen_head(case: Case, device: torch.device, impl: str) -> float:
-    """The head needs no gradient: its derivative in hidden is stored by the forward."""
+    """The error share where the head needs no gradient, so that the forward stores the derivative in hidden."""
     inputs = make_inputs(case, device)
     bias = None if inputs.bias is None else inputs.bias.detach()
     pair = None if inputs.low_rank is None else (inputs.low_rank[0], inputs.low_rank[1].detach())
@@ -125,7 +125,7 @@ def _frozen_head(case: Case, device: torch.device, impl: str) -> float:
 
 
 def _grad_tol(tolerance: float, device: torch.device, impl: str, T: int = 60, V: int = 600) -> float:
-    """The bound on what a tolerance may leave out of d_logits, which with the identity as the head is d_hidden."""
+    """The share of its bound that grad_tol leaves out of d_logits, which is d_hidden as the head is the identity."""
     generator = torch.Generator().manual_seed(0)
     z, y = torch.randn(T, V, generator=generator), torch.randint(V, (T,), generator=generator)
     z.mul_(torch.logspace(-2, 1.3, T)[:, None])[::2].scatter_(1, y[::2, None], 25.0)  # flat to peaked; half are sure
@@ -139,8 +139,8 @@ def _grad_tol(tolerance: float, device: torch.device, impl: str, T: int = 60, V:
 
 
 def _preference(objective: Objective, device: torch.device, impl: str) -> float:
-    """Every result and the gradient within twice the error of plain float32, on ragged groups (pairs for a pairwise
-    loss)."""
+    """The error share of every result and the gradient, where plain float32 may have half; on ragged groups, or pairs
+    for a pairwise loss."""
     sizes = [(1, 1)] * 6 if objective.loss == "sigmoid" else [(1, 1), (3, 2), (1, 7), (4, 4), (2, 1), (5, 4)]
     groups = PreferenceGroups.from_lists([True] * p + [False] * n for p, n in sizes)
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +158,7 @@ def _preference(objective: Objective, device: torch.device, impl: str) -> float:
     truth, peer = evaluate(torch.float64, "reference"), evaluate(torch.float32, "reference")
     shares = []
     for name, value in evaluate(torch.float32, impl, device).items():
-        rounding = torch.finfo(torch.float32).eps * truth[name].abs().max()  # where plain float32 is exact by luck
+        rounding = torch.finfo(torch.float32).eps * truth[name].abs().max()  # if plain float32 is exact by luck
         budget = max(2 * (peer[name] - truth[name]).abs().max(), rounding)
         shares.append(float((value - truth[name]).abs().max() / budget))
     return max(shares)

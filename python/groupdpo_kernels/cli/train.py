@@ -1,4 +1,4 @@
-"""`train`: preference training from a small file or from flags, which go before it."""
+"""The command `train` runs preference training from a config file or from flags, which override the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .console import bar, needs
 
-# Flag: section and name of the setting; "" is the top.
+# flag -> (section, name) of the setting; "" is the top level.
 PLACES = {
     **{name: ("", name) for name in ("model", "data", "output_dir", "eval_data", "tokenizer", "device", "dtype")},
     **{name: ("objective", name) for name in ("loss", "beta", "average", "reference_free", "nll_weight")},
@@ -29,41 +29,41 @@ PLACES = {
 
 
 def train(
-    config: Path | None = typer.Argument(None, help="A .toml or .json file of settings; flags go before it."),
-    model: str | None = typer.Option(None, help="A folder, a hub name, or a config.json (random weights)."),
-    data: str | None = typer.Option(None, help="JSONL of preferences: pairs, sets, ratings, ranks."),
-    output_dir: str | None = typer.Option(None, "--out", help="A folder; one that holds this run goes on."),
-    eval_data: str | None = typer.Option(None, help="The same, held out."),
-    tokenizer: str | None = typer.Option(None, help="Where the tokenizer is. Default: with the model."),
-    device: str | None = typer.Option(None, help="auto, cpu or cuda."),
-    dtype: str | None = typer.Option(None, help="Of the weights: float32 (default), bfloat16, auto (as saved)."),
-    loss: str | None = typer.Option(None, help="sigmoid (DPO), mpo, all_pairs, simpo, ... (default sigmoid)."),
+    config: Path | None = typer.Argument(None, help="A .toml or .json file of settings; flags override it."),
+    model: str | None = typer.Option(None, help="The model: a folder, a hub name, or a config.json (random weights)."),
+    data: str | None = typer.Option(None, help="JSONL file of preferences to train on: pairs, sets, ratings, ranks."),
+    output_dir: str | None = typer.Option(None, "--out", help="Folder of the run; a run that it holds is resumed."),
+    eval_data: str | None = typer.Option(None, help="JSONL file of held-out preferences, for evaluation."),
+    tokenizer: str | None = typer.Option(None, help="The tokenizer's folder or hub name. Default: the model's."),
+    device: str | None = typer.Option(None, help="Device that trains: auto, cpu or cuda."),
+    dtype: str | None = typer.Option(None, help="Type of the weights: float32 (default), bfloat16, auto (as saved)."),
+    loss: str | None = typer.Option(None, help="Name of the loss: sigmoid (DPO, default), mpo, all_pairs, simpo, ..."),
     beta: float | None = typer.Option(None),
-    average: bool | None = typer.Option(None, "--average/--sum", help="Scores per token, or of the whole response."),
+    average: bool | None = typer.Option(None, "--average/--sum", help="Whether scores are per token or per response."),
     reference_free: bool | None = typer.Option(None, "--reference-free/--reference"),
-    nll_weight: float | None = typer.Option(None, help="Of the negative log-likelihood of the positives."),
+    nll_weight: float | None = typer.Option(None, help="Weight of the negative log-likelihood of the positives."),
     label_smoothing: float | None = typer.Option(None),
-    gamma: float | None = typer.Option(None, help="Of simpo."),
-    alpha: float | None = typer.Option(None, help="Of rdpo."),
-    tau: float | None = typer.Option(None, help="Of discopop; 0.05 by default."),
-    balance: bool | None = typer.Option(None, "--balance/--no-balance", help="AdaDPO's; its options: in the file."),
-    strategy: str | None = typer.Option(None, help="auto (default), two_pass, one_pass or coupled."),
+    gamma: float | None = typer.Option(None, help="Target margin of simpo."),
+    alpha: float | None = typer.Option(None, help="Reward for each token in rdpo."),
+    tau: float | None = typer.Option(None, help="Width of discopop's change of loss (default 0.05)."),
+    balance: bool | None = typer.Option(None, "--balance/--no-balance", help="Whether to use AdaDPO's balance."),
+    strategy: str | None = typer.Option(None, help="How a step runs: auto (default), two_pass, one_pass or coupled."),
     learning_rate: float | None = typer.Option(None, "--learning-rate", "--lr"),
     epochs: float | None = typer.Option(None),
-    max_steps: int | None = typer.Option(None, help="Instead of --epochs."),
-    groups_per_step: int | None = typer.Option(None, help="Default 8."),
-    micro_batch_sequences: int | None = typer.Option(None, help="Responses in memory at a time (default 4)."),
-    micro_batch_tokens: int | None = typer.Option(None, help="The same in tokens, padding included."),
-    max_length: int | None = typer.Option(None, help="The most tokens of prompt and response (default 1024)."),
-    rule: str | None = typer.Option(None, help="How ratings become sides (default best_vs_rest)."),
-    on_bad: str | None = typer.Option(None, help="A row that cannot be used: drop (default; counted) or error."),
-    merge_prompts: bool | None = typer.Option(None, help="Rows of one prompt become one group."),
-    lora_rank: int | None = typer.Option(None, help="Trains an adapter of this rank on every linear layer."),
-    bf16: bool | None = typer.Option(None, "--bf16/--fp32", help="Of the arithmetic (default: bf16 on a GPU)."),
+    max_steps: int | None = typer.Option(None, help="Number of steps, in place of --epochs."),
+    groups_per_step: int | None = typer.Option(None, help="Groups in a step (default 8)."),
+    micro_batch_sequences: int | None = typer.Option(None, help="The most responses of a micro-batch (default 4)."),
+    micro_batch_tokens: int | None = typer.Option(None, help="The most tokens of a micro-batch, padding included."),
+    max_length: int | None = typer.Option(None, help="The most tokens of a prompt with its response (default 1024)."),
+    rule: str | None = typer.Option(None, help="How ratings become preferred and rejected (default best_vs_rest)."),
+    on_bad: str | None = typer.Option(None, help="What to do with a row that cannot be used: drop (default) or error."),
+    merge_prompts: bool | None = typer.Option(None, help="Whether rows of one prompt become one group."),
+    lora_rank: int | None = typer.Option(None, help="Rank of a LoRA adapter on every linear layer (default: none)."),
+    bf16: bool | None = typer.Option(None, "--bf16/--fp32", help="Arithmetic of the forward (default: bf16 on a GPU)."),
     seed: int | None = typer.Option(None),
-    save_steps: int | None = typer.Option(None, help="Between checkpoints (default 100)."),
+    save_steps: int | None = typer.Option(None, help="Number of steps between checkpoints (default 100)."),
 ) -> None:
-    """Train a model on groups of preferences; the same command again goes on where it was stopped or killed."""
+    """Train a model on groups of preferences. The same command again resumes where it was stopped or killed."""
     given = dict(locals())
     del given["config"]
     needs("train", "transformers", "accelerate", "matplotlib")

@@ -1,16 +1,21 @@
-"""Preference training as a run in a folder: settings, checkpoints, a report, a picture; the same call again goes on.
+"""Runs preference training in a folder: settings, checkpoints, a report, a picture. The same call again resumes it.
 
     output_dir/run.json          what the run depends on: settings, and hashes of model, tokenizer and data
     output_dir/ref_logps/        the reference's log-probabilities, scored once before the first step
-    output_dir/checkpoint-N/     the last two; one that has no `whole` in it was cut short by a kill, and is removed
+    output_dir/checkpoint-N/     the last two; one without a file `whole` was interrupted by a kill, and is removed
     output_dir/model/            the trained model (or adapter) and its tokenizer
     output_dir/report.json, curves.png
 
+<<<<<<< HEAD
 The steps are those of `trainers.GroupDPOTrainer`, which is a transformers.Trainer and needs no TRL: a loop of
 our own would have to write its checkpoints, schedules, adapters and mixed precision again.
+=======
+The steps are those of `trainers.GroupDPOTrainer`, a transformers.Trainer, whose checkpoints, schedules, adapters and
+mixed precision another loop would have to repeat.
+>>>>>>> english
 
-Never: trains on other data, settings or weights than those that the folder was begun with; shows a half-written model
-under its name. Precondition: one process a folder. Cost: that of the trainer, and a hash of weights and data.
+A run never trains on other data, settings or weights than those that the folder was begun with, or shows a half-written
+model under its name. It needs one process a folder. The cost is the trainer's, and a hash of weights and data.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ from .inspection import versions
 from .loading import check_fit, device_of, existing, jsonl, load_model, load_tokenizer, tokenizer_digest
 
 SECTIONS = ("objective", "lora", "training")
-# The options of an objective that few losses use. `Objective` ignores them elsewhere; here each was asked for.
+# Options that few losses use. `Objective` ignores them with other losses; a run refuses them.
 USED_BY = {
     "label_smoothing": ("sigmoid", "robust", "exo_pair"),
     "gamma": ("simpo",),
@@ -49,16 +54,16 @@ USED_BY = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """What a run is. From a file: these names on top, and the three sections as tables.
+    """The settings of a run. A file has these names at its top, and the last three as tables.
 
     Args:
-        model: a folder, a hub name, or a config.json, whose weights are then drawn.
-        data: JSONL in a format of `data.FORMATS`. eval_data: the same, held out.
-        tokenizer: a folder or a hub name. None: that of the model.
-        device: auto, cpu or cuda. dtype: of the weights.
-        objective: the fields of `Objective`; balance: those of `AdaBalance`, or true. An option that the loss does not
-            use is refused.
-        lora: the fields of peft.LoraConfig; target_modules is "all-linear" unless it is there. None: all weights train.
+        model: a folder, a hub name, or a config.json, whose weights are then drawn at random.
+        data: a JSONL file in a format of `data.FORMATS`. eval_data: another one, held out.
+        tokenizer: a folder or a hub name. None takes the model's.
+        device: auto, cpu or cuda. dtype: the dtype of the weights.
+        objective: the fields of `Objective`, with those of `AdaBalance` (or true) as balance. An option that the loss
+            does not use is refused.
+        lora: the fields of peft.LoraConfig; target_modules is "all-linear" by default. None trains all weights.
         training: the fields of `GroupDPOConfig`, and so of transformers.TrainingArguments. A step takes
             per_device_train_batch_size x gradient_accumulation_steps groups.
     """
@@ -99,7 +104,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def check_names(what: str, given: Mapping[str, Any], known: list[str]) -> None:
-    """ValueError for a name that is none of the known."""
+    """ValueError for a name in `given` that is not in `known`."""
     import difflib
 
     for name in given:
@@ -120,7 +125,7 @@ def make_objective(given: Mapping[str, Any]) -> Objective:
         options["balance"] = AdaBalance() if balance else None
     try:
         objective = Objective(**options)
-    except TypeError as error:  # text where a number should be
+    except TypeError as error:  # text in place of a number
         raise TypeError(f"objective must have numbers for numbers; got {options}: {error}") from None
     for name, losses in USED_BY.items():
         if options.get(name) is not None and objective.loss not in losses:
@@ -136,14 +141,14 @@ def make_objective(given: Mapping[str, Any]) -> Objective:
 
 @dataclasses.dataclass
 class Listener:
-    """What a run tells as it goes; each does nothing unless it is given."""
+    """Functions that a run calls with its progress; each does nothing unless it is given."""
 
     note: Callable[[str], None] = lambda line: None
     step: Callable[[int, int, dict[str, float]], None] = lambda done, total, numbers: None
 
 
 def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str, Any]:
-    """Runs to the end, or goes on to it; gives what report.json holds.
+    """Runs or resumes training to its end, and returns the content of report.json.
 
     Raises ValueError, TypeError or OSError before the first step for whatever is wrong with the settings, the data,
     the model or the folder.
@@ -178,7 +183,7 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str
         return done
     with _wider_log(listener):
         trainer = _make_trainer(model, config, objective, settings, rows, tokenizer, listener)
-    write_json(folder / "run.json", identity)  # not before: what is refused leaves the folder to what is not
+    write_json(folder / "run.json", identity)  # last, so that a refused run does not claim the folder
     for name in data:
         listener.note(f"{data[name]}: {trainer.report[name]}")
     checkpoint = _last_whole(folder)
@@ -197,7 +202,7 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str
 
 
 def _make_config(settings: TrainSettings, objective: Objective) -> Any:
-    """GroupDPOConfig: the settings' options over what suits a command line."""
+    """The GroupDPOConfig of the settings' options, with defaults that suit a command line."""
     from ..trainers.config import GroupDPOConfig
 
     given = dict(settings.training)
@@ -215,7 +220,7 @@ def _make_config(settings: TrainSettings, objective: Objective) -> Any:
         "save_total_limit": 2,
         "report_to": [],
         "bf16": on_gpu,
-        "gradient_checkpointing": on_gpu,  # time for memory, of which a CPU has plenty
+        "gradient_checkpointing": on_gpu,  # it trades time for memory, of which a CPU has plenty
         "precompute_ref_log_probs": objective.needs_reference,
         "eval_strategy": "no" if settings.eval_data is None else "epoch",
     }
@@ -224,7 +229,7 @@ def _make_config(settings: TrainSettings, objective: Objective) -> Any:
     if given.get("logging_strategy") == "no":
         raise ValueError("training.logging_strategy must be steps or epoch: the report is made of the log; got 'no'")
     fixed = {"output_dir": settings.output_dir, "disable_tqdm": True, "use_cpu": not on_gpu, "save_strategy": "steps"}
-    fixed |= {"logging_first_step": True}  # so there is one, however few the steps
+    fixed |= {"logging_first_step": True}  # so that the log has a row, however few the steps
     return GroupDPOConfig(**{**defaults, **given, **fixed})
 
 
@@ -271,7 +276,7 @@ def _make_trainer(
 
 @contextlib.contextmanager
 def _wider_log(listener: Listener) -> Iterator[None]:
-    """Passes on how far the scoring of the reference is."""
+    """A context that passes the progress of scoring the reference on to the listener."""
     import logging
 
     class Passing(logging.Handler):
@@ -293,15 +298,15 @@ def _wider_log(listener: Listener) -> Iterator[None]:
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:
-    """As JSON gives it back, without where it is."""
+    """The settings as JSON gives them back, without paths."""
     found = json.loads(json.dumps(dataclasses.asdict(settings)))
-    for name in ("output_dir", "model", "data", "eval_data", "tokenizer"):  # what is there counts, by its hash
+    for name in ("output_dir", "model", "data", "eval_data", "tokenizer"):  # their hashes count, not their names
         found.pop(name)
     return found
 
 
 def _earlier(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Compares what the run depends on with what an earlier one noted. The report of a run that is done."""
+    """The report of a complete earlier run, or None. ValueError for a run of other settings, data or weights."""
     note = folder / "run.json"
     if not note.exists():
         if (folder / "report.json").exists() or [*folder.glob("checkpoint-*")]:
@@ -328,7 +333,7 @@ def _changes(was: Any, now: Any, name: str = "") -> Iterator[str]:
 
 
 def _last_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; others are removed, or they would count as kept ones."""
+    """The newest complete checkpoint. Incomplete ones are removed, as they would count among those that are kept."""
     found = []
     for path in folder.glob("checkpoint-*"):
         if (path / "whole").exists():
@@ -379,7 +384,7 @@ def _evaluations(trainer: Any) -> list[dict[str, Any]]:
 
 
 def _without_nan(x: Any) -> Any:
-    """JSON has no NaN: a number that is none is null."""
+    """The value with None for every number that is not finite, as JSON has no NaN."""
     if isinstance(x, dict):
         return {name: _without_nan(value) for name, value in x.items()}
     if isinstance(x, (list, tuple)):

@@ -1,4 +1,4 @@
-"""From rows as they are published to groups of responses, and from groups to the batch of a training step.
+"""Rows of published data sets become groups of responses here, and groups become the batch of a training step.
 
 formats.py  rows of any known layout: FORMATS, and what their columns mean
 rules.py    rows -> groups: read_groups, merge_prompts, and the rules that turn ratings into sides

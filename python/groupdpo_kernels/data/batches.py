@@ -1,15 +1,15 @@
-"""Groups of texts -> token ids -> tensors for `model_logps` and `group_backward`.
+"""Groups of texts become token ids, and then tensors for `model_logps` and `group_backward`.
 
 Prompt and response are tokenised apart, as in generation: no token spans the border, all responses of a group have the
-same prompt tokens, and what is scored are the tokens of the response, its end of text included.
+same prompt tokens, and the tokens of the response are scored, its end of text included.
 
     padded   (S, L)   one sequence a row, padded on the right, with an attention mask
     packed   (1, N)   all sequences in one row, with position_ids from 0 in each: no padding
 
 Both hold the same sequences, and `MicroBatch.live` picks the same vector (T,) from either.
-Never: imports transformers, shares the prompt's work between responses (it is repeated), breaks the order of a group.
-Precondition: a tokenizer with the interface of transformers; a chat template for conversations.
-Cost: what the tokenizer takes; collation is linear, without a loop over tokens.
+It never imports transformers, breaks the order of a group, or shares a prompt between responses: each repeats it.
+It needs a tokenizer with the interface of transformers, and its chat template for conversations.
+The cost is the tokenizer's; collation is linear, without a loop over tokens.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class TokenGroup(NamedTuple):
     prompt: Tensor  # (p,) int32
     responses: list[Tensor]  # (n_i,) int32 each
     positive: list[bool]
-    row: int  # where it was read
+    row: int  # number of the row that it was read from
 
     @property
     def longest(self) -> int:
-        """Tokens of the prompt with its longest response."""
+        """Number of tokens of the prompt with its longest response."""
         return len(self.prompt) + max(map(len, self.responses))
 
 
@@ -57,23 +57,23 @@ def tokenize_groups(
     on_bad: str = "drop",
     report: Report | None = None,
 ) -> Iterator[TokenGroup]:
-    """Token ids of the groups, lazily, a few hundred groups at a time.
+    """Yields the token ids of the groups, a few hundred groups at a time.
 
     A conversation goes through the chat template. The prompt is what the template writes with the header of an answer,
-    the response is what it adds for the answer. White space after a final eos is cut off: it is never sampled. Plain
+    the response is what it adds for the answer. White space after a final eos is cut off, as it is never sampled. Plain
     text begins with the special tokens that the tokenizer puts first and ends with its eos.
 
     Args:
-        max_length: the most tokens that a prompt and a response have together. None: any number.
-        too_long: what becomes of a longer response. "drop"; "error"; "truncate_prompt": the left of the prompt is cut
-            off, for the whole group alike, behind a bos. A response that has no room beside one token is dropped.
+        max_length: the most tokens that a prompt and a response have together. None sets no limit.
+        too_long: what happens to a longer response: "drop", "error", or "truncate_prompt", which cuts off the left of
+            the prompt (after a bos) for the whole group. A response that leaves no room for a prompt token is dropped.
         chat: True makes a text prompt the turn of a user; False takes a conversation of one turn as plain text; None
             leaves each as it is.
-        template_options: for the chat template, as {"enable_thinking": False}.
+        template_options: arguments of the chat template, for example {"enable_thinking": False}.
         add_eos: whether plain text ends with the tokenizer's eos. A chat template ends its turns itself.
-        both_sides: whether a group without a positive or a negative is dropped. False: only one without a response.
-        on_bad: "drop" what cannot be used, or "error".
-        report: is filled.
+        both_sides: whether a group without a positive or a negative is dropped. False drops only an empty group.
+        on_bad: "drop" leaves out what cannot be used; "error" raises ValueError.
+        report: a Report, which is filled.
     """
     one_of("on_bad", on_bad, ("drop", "error"))
     one_of("too_long", too_long, ("drop", "error", "truncate_prompt"))
@@ -122,7 +122,7 @@ def _usable(
     on_bad: str,
     report: Report,
 ) -> Iterator[TokenGroup]:
-    """The group of the responses that have tokens and room, if it has both sides still, or one where that will do."""
+    """Yields the group with the responses that have tokens and fit, unless it then lacks a side or any response."""
     if not prompt:
         report.drop(BadRow("no prompt", "its prompt has no tokens"), group.row, on_bad)
         return
@@ -147,7 +147,7 @@ def _usable(
 
 
 def tokenizer_of(processing_class: Any) -> Any:
-    """The tokenizer of a processor, with the processor's chat template where it has none; a tokenizer itself."""
+    """The tokenizer of a processor, with the processor's chat template if it has none; a tokenizer as it is."""
     tokenizer = getattr(processing_class, "tokenizer", None)
     if tokenizer is None or hasattr(processing_class, "convert_tokens_to_ids"):  # some tokenizers hold another one
         return processing_class
@@ -159,7 +159,7 @@ def tokenizer_of(processing_class: Any) -> Any:
 
 
 class _Limit(NamedTuple):
-    """How many tokens a sequence may have, and what gives way."""
+    """How many tokens a sequence may have, and what happens to a longer one."""
 
     max_length: int | None
     too_long: str
@@ -173,7 +173,7 @@ class _Limit(NamedTuple):
         return self.max_length - least
 
     def cut(self, prompt: list[int], longest: int) -> list[int]:
-        """The end of the prompt that the longest response leaves room for; a bos stays in front."""
+        """The end of the prompt that fits beside the longest response, with a bos kept in front."""
         if self.max_length is None or len(prompt) + longest <= self.max_length:
             return prompt
         bos = prompt[:1] if prompt[0] == self.bos else []
@@ -189,8 +189,8 @@ class _Encoder:
             raise ValueError("tokenizer must have an eos token to end a response with, or add_eos must be False")
         self.eos: list[int] = [tokenizer.eos_token_id] if add_eos else []
         end, letter, both = self.encode(["\n", "a", "\na"])
-        # Some tokenizers (SentencePiece: Llama 2, Mistral) put a space before every text, and so into the middle of
-        # ours. There a response is tokenised behind a line end, which merges with nothing, and that is taken off.
+        # Some tokenizers (SentencePiece: Llama 2, Mistral) put a space before every text, also before a response. There
+        # a response is tokenised after a line end, which merges with nothing, and the line end is taken off.
         self.before = end if end and both != end + letter and both[: len(end)] == end else None
         marked = tokenizer("a")["input_ids"]
         starts = (k for k in range(len(marked)) if marked[k : k + len(letter)] == letter)
@@ -203,7 +203,7 @@ class _Encoder:
         return found
 
     def continuations(self, texts: list[str]) -> list[list[int]]:
-        """As `encode`, for texts that stand behind another one."""
+        """Ids of texts that continue another text."""
         if self.before is None:
             return self.encode(texts)
         n = len(self.before)
@@ -218,11 +218,11 @@ class _Rendered(NamedTuple):
     prompt: str
     responses: list[str]
     positive: list[bool]
-    plain: bool  # without a chat template
+    plain: bool  # True without a chat template
 
 
 class _Texts:
-    """Groups as the texts that are tokenised."""
+    """Turns groups into the texts that are tokenised."""
 
     def __init__(self, tokenizer: Any, chat: bool | None, options: dict[str, Any]) -> None:
         self.tokenizer, self.chat, self.options = tokenizer, chat, options
@@ -244,7 +244,7 @@ class _Texts:
         return self._from_template(prompt, group, drop)
 
     def _from_template(self, prompt: list[dict[str, Any]], group: Group, drop: Callable[[BadRow], None]) -> _Rendered:
-        from jinja2 import TemplateError  # what transformers renders with
+        from jinja2 import TemplateError  # transformers renders templates with jinja2
 
         render = partial(self.tokenizer.apply_chat_template, tokenize=False, **self.options)
         try:
@@ -272,9 +272,9 @@ def _answer(text: str) -> dict[str, str]:
 
 
 def _told_apart(head: str, answers: list[str], group: Group, drop: Callable[[BadRow], None]) -> list[int]:
-    """Which responses are still what they were after the template. One that cuts parts out of an answer (its thoughts)
-    trains on another answer; what it makes alike tells nothing, or the same twice. White space is the template's, and
-    what an answer begins with (`<think>`) may be what the prompt, `head`, ends with.
+    """Indices of the responses that the template left intact. A template that cuts parts of an answer (its thoughts)
+    would train on another answer, and two answers that it makes equal teach nothing. White space may change, and the
+    start of an answer (`<think>`) may stand at the end of the prompt, `head`.
     """
     before = "".join(head.split())
     sides: dict[str, set[bool]] = {}
@@ -297,7 +297,7 @@ def _told_apart(head: str, answers: list[str], group: Group, drop: Callable[[Bad
 
 
 def _reaches_past(before: str, after: str, text: str) -> bool:
-    """Whether `text` stands in `before + after`, not in `before` alone."""
+    """Whether `text` is found in `before + after`, but not in `before` alone."""
     return (before + after).find(text, max(0, len(before) - len(text) + bool(text))) >= 0
 
 
@@ -309,7 +309,7 @@ class MicroBatch:
     """Some of the sequences of a step: `model_logps(model, mb.input_ids, mb.targets, **mb.inputs)`."""
 
     input_ids: Tensor  # (B, L) int64
-    targets: Tensor  # (B, L) int64, the token after each position where that is of a response, -100 elsewhere
+    targets: Tensor  # (B, L) int64, the next token where it belongs to a response, -100 elsewhere
     inputs: dict[str, Tensor]  # position_ids or attention_mask, (B, L) int64
     cu_seqlens: Tensor  # (s+1,) int32, offsets of the sequences in the vector of live tokens
     live_index: Tensor  # (T,) int64, places of the live tokens in the flattened batch
@@ -318,7 +318,7 @@ class MicroBatch:
         self,
         values: Tensor,  # (B, L), as model_logps gives them
     ) -> Tensor:  # (T,)
-        """Those of the response tokens, in order. No wait for the device."""
+        """The values at the response tokens, in order. It does not wait for the device."""
         return values.reshape(-1)[self.live_index]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
@@ -337,7 +337,7 @@ class PreferenceBatch:
 
     micro_batches: list[MicroBatch]
     groups: PreferenceGroups
-    order: Tensor  # (S,) int64, where each sequence was in what was collated: `out[order] = seq_logps` undoes a sort
+    order: Tensor  # (S,) int64, each sequence's place before the sort: `out[order] = seq_logps` undoes it
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         moved = [mb.to(device, non_blocking) for mb in self.micro_batches]
@@ -353,7 +353,7 @@ def collate(
     sort: bool = False,
     pad_id: int = 0,
 ) -> PreferenceBatch:
-    """One step's groups as tensors, in as many micro-batches as the limits ask for, one without limits.
+    """One step's groups as tensors, in as many micro-batches as the limits demand, or in one without limits.
 
         step = collate(tokens[:8], "packed", max_tokens=16384, sort=True)
 
@@ -365,12 +365,12 @@ def collate(
     Args:
         layout: "padded", right for nearly every model, or "packed", without padding, for models that keep sequences
             apart by their position_ids: rotary attention of transformers 5 does, flash or not; ALiBi and recurrent
-            layers do not. `model_logps` finds out, and refuses what would be mixed.
-        max_tokens: of a micro-batch, padding included.
-        max_sequences: of a micro-batch. A micro-batch may hold parts of several groups.
-        sort: longest groups first, so that rows of a padded micro-batch are of similar length and the largest comes
-            first. Groups stay whole; `order` says where each sequence came from.
-        pad_id: what stands in the padding; masked and never scored.
+            layers do not. `model_logps` measures it, and refuses sequences that the model would mix.
+        max_tokens: the most tokens of a micro-batch, padding included.
+        max_sequences: the most sequences of a micro-batch, which may hold parts of several groups.
+        sort: whether the longest groups come first, so that rows of a padded micro-batch have similar lengths and the
+            largest micro-batch is the first. Groups stay whole; `order` says where each sequence came from.
+        pad_id: the token id of the padding, which is masked and never scored.
     """
     if not groups:
         raise ValueError("groups must hold at least one group; got none")
@@ -397,8 +397,8 @@ def micro_batches(
     max_sequences: int | None = None,
     pad_id: int = 0,
 ) -> list[MicroBatch]:
-    """Sequences that need belong to no group, in order, as tensors; the options are those of `collate`. A sequence
-    longer than max_tokens is a micro-batch by itself."""
+    """Micro-batches of sequences, in order, which need not belong to groups. The options are those of `collate`, but a
+    sequence longer than max_tokens is a micro-batch by itself."""
     one_of("layout", layout, ("packed", "padded"))
     for name, value in {"max_tokens": max_tokens, "max_sequences": max_sequences}.items():
         if value is not None and value < 1:
@@ -411,7 +411,7 @@ def micro_batches(
 def _split(
     lengths: list[int], layout: str, max_tokens: int | None, max_sequences: int | None
 ) -> Iterator[tuple[int, int]]:
-    """Ranges of sequences, in order, each as long as the limits allow."""
+    """Yields ranges of sequences, in order, each as long as the limits allow."""
     start, total, longest = 0, 0, 0
     for i, n in enumerate(lengths):
         count, total, longest = i - start + 1, total + n, max(longest, n)
@@ -426,10 +426,10 @@ def _split(
 def _micro_batch(sequences: Sequence[tuple[Tensor, Tensor]], layout: str, pad_id: int) -> MicroBatch:
     prompts, responses = (torch.tensor([len(x) for x in side]) for side in zip(*sequences))
     lengths = prompts + responses  # (S,)
-    flat = torch.cat([x for pair in sequences for x in pair]).long()  # (N,), like all that follow
+    flat = torch.cat([x for pair in sequences for x in pair]).long()  # (N,), as the tensors below
     sequence = torch.repeat_interleave(torch.arange(len(sequences)), lengths)
     position = torch.arange(len(flat)) - (lengths.cumsum(0) - lengths)[sequence]
-    # Shifted by one: no target crosses into another sequence, since each begins with a token of its prompt.
+    # Targets are shifted by one; none crosses into another sequence, since each begins with a token of its prompt.
     targets = flat.where(position >= prompts[sequence], -100).roll(-1)
     if layout == "packed":
         place, shape, inputs = torch.arange(len(flat)), (1, len(flat)), {"position_ids": position.unsqueeze(0)}

@@ -1,5 +1,6 @@
-"""Preference rows as they are published -> a prompt and its responses, which stand on two sides or have scores.
+"""Preference rows as they are published become a prompt and its responses, which are on two sides or have scores.
 
+<<<<<<< HEAD
 `FORMATS` is the only list of formats: a row is recognised by its columns. Texts only; rules.py makes
 groups of them, batches.py tokens and tensors. What any of the three drops is counted in a `Report`.
 
@@ -7,6 +8,14 @@ Never: guesses at columns, repairs a text, or drops anything silently: what does
 Precondition: a response is one message of an assistant, as text, with its reasoning or without (no images, no tool
 calls).
 Cost: tens of microseconds a row.
+=======
+`FORMATS` is the only list of formats: a row is recognised by its columns. This module handles texts; rules.py makes
+groups of them, batches.py tokens and tensors. What any of the three drops is counted in a `Report`.
+
+It never guesses at columns, repairs a text, or drops anything silently: what does not fit is a `BadRow` with a reason.
+It needs responses that are one message of an assistant, as text (no images, no tool calls).
+The cost is tens of microseconds a row.
+>>>>>>> english
 """
 
 from __future__ import annotations
@@ -60,10 +69,10 @@ class Group(NamedTuple):
     prompt: Prompt
     responses: list[str]
     positive: list[bool]
-    row: int  # where it was read; of a merged group the first
+    row: int  # number of the row that it was read from; a merged group has its first one
 
 
-# Why something is dropped, and what of it is counted. Causes stand before what follows from them.
+# Why something is dropped, and what the report counts for it. Causes stand before their consequences.
 REASONS = {
     "malformed": "row",
     "other context": "row",
@@ -83,7 +92,7 @@ REASONS = {
 
 
 class BadRow(Exception):
-    """Why a row cannot be used: a reason that is counted, and words."""
+    """Why a row cannot be used: a reason of REASONS, which is counted, and a description."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -92,27 +101,27 @@ class BadRow(Exception):
 
 @dataclass
 class Report:
-    """What was kept and what was dropped. Give one object to every stage, and print it at the end."""
+    """Counts what was kept and what was dropped. Give one object to every stage, and print it at the end."""
 
     rows: int = 0
-    merged: int = 0  # groups that went into an earlier one of the same prompt
-    kept: dict[str, tuple[int, int]] = field(default_factory=dict)  # stage: groups, responses
-    dropped: dict[str, int] = field(default_factory=dict)  # reason: how many
-    first: dict[str, str] = field(default_factory=dict)  # reason: the first of them
+    merged: int = 0  # groups that were merged into an earlier one of the same prompt
+    kept: dict[str, tuple[int, int]] = field(default_factory=dict)  # stage -> (groups, responses)
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> how many
+    first: dict[str, str] = field(default_factory=dict)  # reason -> description of the first case
 
     def keep(self, stage: str, responses: int) -> None:
         groups, total = self.kept.get(stage, (0, 0))
         self.kept[stage] = groups + 1, total + responses
 
     def drop(self, bad: BadRow, row: int, on_bad: str = "drop") -> None:
-        """Counts it; raises ValueError instead with on_bad="error"."""
+        """Counts one thing that is dropped; raises ValueError instead with on_bad="error"."""
         if on_bad == "error":
             raise ValueError(f"row {row}: {bad}") from None
         self.dropped[bad.reason] = self.dropped.get(bad.reason, 0) + 1
         self.first.setdefault(bad.reason, f"row {row}: {bad}")
 
     def has_both_sides(self, positive: Sequence[bool], row: int, on_bad: str) -> bool:
-        """Whether a group can be used; if not it is dropped."""
+        """Whether a group has a positive and a negative; if not, it is counted as dropped."""
         for side, name in ((True, "positive"), (False, "negative")):
             if side not in positive:
                 self.drop(BadRow(f"no {name}", f"its group is left without a {name} response"), row, on_bad)
@@ -142,7 +151,7 @@ _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 def _message(value: Any) -> Message:
-    """{"role", "content"} of either convention, without the empty fields that a table adds."""
+    """A message as {"role", "content"}, from either convention, without the empty fields that a table adds."""
     if not isinstance(value, Mapping):
         raise BadRow("malformed", f"a message must be a dict; got {value!r:.60}")
     if value.get("from") is not None:
@@ -159,7 +168,7 @@ def _message(value: Any) -> Message:
 
 
 def _text_of(content: Any) -> Any:
-    """The text of a content that is a list of parts, as processors and APIs take them; other contents as they are."""
+    """The text of a content that is a list of parts, as processors and APIs take them; other contents are unchanged."""
     if not isinstance(content, list):
         return content
     for part in content:
@@ -188,8 +197,8 @@ def _conversation(text: Any) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-# Columns that belong to the prompt in every format. A row that holds something in one of the others is refused: dropped
-# in silence, they would change what its responses answer. Any other column is somebody's note, and is not read.
+# Columns that belong to the prompt in every format: these are read, and rows with those of _UNREAD are refused, because
+# dropped silently they would change what the responses answer. Any other column is a note, and is not read.
 _SYSTEM = ("system", "system_prompt")
 _UNREAD = (
     *("tools", "functions", "documents", "context", "chat_template_kwargs"),
@@ -198,7 +207,7 @@ _UNREAD = (
 
 
 def _with_context(prompt: Prompt, row: Row) -> Prompt:
-    """The prompt behind the row's system prompt and history, where it has them: then it is a conversation."""
+    """The prompt after the row's system prompt and history; with either of them it becomes a conversation."""
     for name in _UNREAD:
         if row.get(name):
             raise BadRow("malformed", f"the column {name!r} belongs to the prompt and is not read: take it out; or put"
@@ -253,11 +262,11 @@ class Sided(NamedTuple):
 class Scored(NamedTuple):
     prompt: Prompt
     responses: list[str]
-    scores: list[Any]  # higher is better; as_score(x) is None where there is none
+    scores: list[Any]  # higher is better; as_score(x) is None for a missing score
 
 
 def as_score(value: Any) -> float | None:
-    """A number, also one written as text; None for what is not (None, "N/A", nan, inf)."""
+    """The value as a number, also from text; None where it is not a finite number (None, "N/A", nan, inf)."""
     try:
         score = float(value)
     except (TypeError, ValueError):
@@ -266,7 +275,7 @@ def as_score(value: Any) -> float | None:
 
 
 def _answers(value: Any, prompt: Prompt | None) -> Iterator[tuple[Prompt | None, str]]:
-    """(what it answers, text) of a response or of a list of them: text, a message, a conversation that ends with it."""
+    """Yields (what it answers, text) for a response or a list of them: a text, a message, or a whole conversation."""
     if isinstance(value, list) and not (value and isinstance(value[0], Mapping)):
         for one in value:
             yield from _answers(one, prompt)
@@ -290,13 +299,13 @@ def _answers(value: Any, prompt: Prompt | None) -> Iterator[tuple[Prompt | None,
         context = context or _conversation(prompt)
     elif prompt:
         context = context or prompt
-        if prompt not in (context[: len(prompt)], context[-len(prompt) :]):  # at its end where it lacks a system prompt
+        if prompt not in (context[: len(prompt)], context[-len(prompt) :]):  # the prompt may lack the system prompt
             raise BadRow("other context", "prompt is not among the messages before the response")
     yield context, Reasoned(answer["content"], reasoning) if reasoning.strip() else answer["content"]
 
 
 def _sided(prompt: Any, positives: Any, negatives: Any) -> Sided:
-    """Responses that stand on a side. All answer one prompt: the one given, or the one that their messages share."""
+    """Responses that are on a side. All answer one prompt: the one given, or the one that their messages share."""
     prompt = prompt if prompt is None or isinstance(prompt, str) else _messages(prompt)
     answers = [*_answers(positives, prompt)]
     P = len(answers)
@@ -337,7 +346,7 @@ def _ultrafeedback(row: Row, score: Callable[[Row], Any]) -> Scored:
 
 
 def _mean_rating(completion: Row) -> float | None:
-    """Mean over the aspects that have a number. Ratings are texts, "N/A" among them."""
+    """The mean rating over the aspects that have one. Ratings are texts, and "N/A" stands for none."""
     ratings = [as_score(aspect["Rating"]) for aspect in completion["annotations"].values() if aspect]
     known = [r for r in ratings if r is not None]
     return statistics.fmean(known) if known else None
@@ -365,7 +374,7 @@ def _single(row: Row) -> Sided:
 
 @dataclass(frozen=True)
 class Format:
-    needs: tuple[str, ...]  # columns; "|" between alternatives, [0-9] for a number
+    needs: tuple[str, ...]  # columns; "|" separates alternatives, [0-9] stands for a digit
     read: Callable[[Row], Sided | Scored]
 
     def fits(self, columns: Collection[str]) -> bool:
@@ -373,7 +382,7 @@ class Format:
 
 
 _COMPLETIONS = ("instruction", "completions")
-# In the order of recognition: rows with scores often carry the pairs that were made of them, too.
+# Formats are tried in this order. Those with scores come first, as their rows often carry pairs made from the scores.
 FORMATS: dict[str, Format] = {
     "ultrafeedback": Format(_COMPLETIONS, partial(_ultrafeedback, score=itemgetter("overall_score"))),
     "ultrafeedback_fine_grained": Format(_COMPLETIONS, partial(_ultrafeedback, score=itemgetter("fine-grained_score"))),
@@ -388,12 +397,12 @@ FORMATS: dict[str, Format] = {
     "pairs": Format(("chosen", "rejected"), _pairs),  # TRL, and prompt where it is there
 }
 
-# A prompt and one response of no side, or a list of them: to be scored, not to learn a preference from.
+# A prompt with one response or a list of them, on no side: such rows are scored, not trained on.
 SINGLE = Format(("prompt", "response|completion"), _single)
 
 
 def recognise(columns: Collection[str], name: str = "auto", formats: Mapping[str, Format] = FORMATS) -> Format:
-    """The format of that name, or the first that finds its columns. ValueError says what was found and wanted."""
+    """The format of that name, or the first whose columns are there. A ValueError says what was found and wanted."""
     one_of("format", name, ["auto", *formats])
     candidates = {n: f for n, f in formats.items() if name in ("auto", n)}
     for candidate in candidates.values():
@@ -404,9 +413,9 @@ def recognise(columns: Collection[str], name: str = "auto", formats: Mapping[str
 
 
 def read_responses(row: Row) -> tuple[Prompt, list[str]]:
-    """A prompt and its responses, of `SINGLE` or of any format, whatever side they stand on. A None is as no column.
+    """A prompt and its responses, in the format `SINGLE` or any other, whatever their side. None counts as no column.
 
-    ValueError for columns of no format, BadRow for a row without the structure of its format.
+    Raises ValueError for columns of no format, and BadRow for a row without the structure of its format.
     """
     full = {name: value for name, value in row.items() if value is not None}
     found = read(recognise(full, formats={"single": SINGLE, **FORMATS}), full)
@@ -414,7 +423,7 @@ def read_responses(row: Row) -> tuple[Prompt, list[str]]:
 
 
 def read(fmt: Format, row: Row) -> Sided | Scored:
-    """What the row holds. BadRow where it does not have the structure of its format."""
+    """The content of the row. BadRow where it does not have the structure of its format."""
     try:
         found = fmt.read(row)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:  # nested values of another form

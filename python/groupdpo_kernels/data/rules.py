@@ -1,7 +1,7 @@
-"""Preference rows of every common format -> groups of responses -> token ids -> batches for `model_logps`.
+"""Preference rows of every common format become groups of responses here; batches.py makes tokens and batches of them.
 
     report = Report()
-    groups = read_groups(dataset, rule=top_k(2), report=report)            # formats and rules: formats.py
+    groups = read_groups(dataset, rule=top_k(2), report=report)            # formats: formats.py
     groups = merge_prompts(groups, report=report)                          # pair rows of one prompt become one group
     tokens = list(tokenize_groups(groups, tokenizer, max_length=2048, report=report))
     print(report)
@@ -9,15 +9,11 @@
     group_backward(step.micro_batches, forward, step.groups, objective)
 
 Each stage is a generator in the order of the rows. What cannot be used (an empty, repeated, contradictory or over-long
-response, a group without a positive or a negative) is dropped and counted in the report, or with on_bad="error" a
-ValueError that names its row.
+response, a group without a positive or a negative) is dropped and counted in the report; with on_bad="error" it raises
+a ValueError that names its row.
 
-Prompt and response are tokenised apart, as in generation: no token spans the border, all responses of a group have
-the same prompt tokens, and the tokens that are scored are those of the response, its end of text included.
-
-Never: imports transformers or datasets, downloads, shuffles, shows progress.
-Precondition: a tokenizer with the interface of transformers, and its chat template for conversations.
-Cost: tens of microseconds a row to read and merge; `merge_prompts` holds all texts. Then what the tokenizer takes.
+The module never imports transformers or datasets, downloads, shuffles or shows progress. Reading and merging cost tens
+of microseconds a row; `merge_prompts` holds all texts in memory.
 """
 
 from __future__ import annotations
@@ -30,28 +26,28 @@ from itertools import chain
 from ..checks import one_of
 from .formats import FORMATS, BadRow, Format, Group, Prompt, Report, Row, Scored, as_score, read, recognise
 
-Rule = Callable[[Sequence[float]], list[tuple[int, bool]]]  # scores -> (index, positive), in the order of the group
+Rule = Callable[[Sequence[float]], list[tuple[int, bool]]]  # scores -> [(index, positive)], in the order of the group
 
 
 def read_groups(
     rows: Iterable[Row] | Row,
-    format: str = "auto",  # noqa: A002  the word for it
+    format: str = "auto",  # noqa: A002  the option's usual name
     *,
     rule: str | Rule = "best_vs_rest",
     rename: Mapping[str, str] | None = None,
     on_bad: str = "drop",
     report: Report | None = None,
 ) -> Iterator[Group]:
-    """Groups of the rows, lazily.
+    """Yields the groups of the rows.
 
     Args:
-        rows: dicts, a list of them, a `datasets.Dataset`: whatever gives dicts. A None is as no column.
-        format: "auto" goes by the columns of each row; a name of `FORMATS` insists.
-        rule: how scores become sides, a name of `RULES` or what one of them makes: `top_k(2)`. Formats that say the
-            sides themselves do not ask it.
+        rows: an iterable of dicts, such as a list or a `datasets.Dataset`. A value None counts as no column.
+        format: "auto" goes by the columns of each row; a name of `FORMATS` takes this format alone.
+        rule: how scores become sides: a name of `RULES`, or a rule such as `top_k(2)`. Formats whose rows say the
+            sides themselves do not use it.
         rename: {column of the rows: column of the format}, for instance {"generations": "all_generated_responses"}.
-        on_bad: "drop" what cannot be used, or "error". What a rule leaves out is no error.
-        report: is filled.
+        on_bad: "drop" leaves out what cannot be used; "error" raises ValueError, but not for what a rule leaves out.
+        report: a Report, which is filled.
 
     Raises ValueError for columns of no format, and TypeError for rows that are not dicts, whatever on_bad.
     """
@@ -67,7 +63,7 @@ def read_groups(
 def _read_groups(
     rows: Iterable[Row], name: str, rule: Rule, rename: Mapping[str, str], on_bad: str, report: Report
 ) -> Iterator[Group]:
-    known: dict[tuple[tuple[str, ...], ...], Format] = {}  # a row costs one look-up
+    known: dict[tuple[tuple[str, ...], ...], Format] = {}  # so that a row costs one look-up
     for i, row in enumerate(rows):
         report.rows += 1
         if not isinstance(row, Mapping):
@@ -89,7 +85,8 @@ def _read_groups(
 
 
 def _format_of(i: int, row: Row, full: Row, name: str) -> Format:
-    """By the columns that hold something; a row that lacks one of its format's only here is bad, not of no format."""
+    """The format of the columns that hold something, else of all columns: a row with an empty column of its format is a
+    bad row, not one of an unknown format."""
     for columns in (full, row):
         try:
             return recognise(columns, name)
@@ -99,7 +96,7 @@ def _format_of(i: int, row: Row, full: Row, name: str) -> Format:
 
 
 def _sides(found: Scored, rule: Rule, row: int, on_bad: str, report: Report) -> tuple[list[str], list[bool]]:
-    """What the rule makes of responses with a text and a score. One drawn twice counts once if scores agree."""
+    """The responses, and the sides that the rule gives them. A response repeated with the same score counts once."""
     scores: dict[tuple[str, float], None] = {}
     for text, value in zip(found.responses, found.scores):
         score = as_score(value)
@@ -119,10 +116,10 @@ def _sides(found: Scored, rule: Rule, row: int, on_bad: str, report: Report) -> 
 
 
 def merge_prompts(groups: Iterable[Group], *, on_bad: str = "drop", report: Report | None = None) -> Iterator[Group]:
-    """Groups of the same prompt as one, in the order of their first rows; responses in the order that they came.
+    """Merges groups of the same prompt, in the order of their first rows; responses keep the order in which they came.
 
-    A response that repeats on one side counts once; one that is on both sides is dropped from both. Reads all groups
-    before it yields the first. Not for rankings: the order of a merged group is none.
+    A response that repeats on one side counts once; one that is on both sides is dropped from both. All groups are read
+    before the first is yielded. Do not use it for rankings: the order of a merged group means nothing.
     """
     one_of("on_bad", on_bad, ("drop", "error"))
     return _merge_prompts(groups, on_bad, report or Report())
@@ -144,8 +141,8 @@ def _merge_prompts(groups: Iterable[Group], on_bad: str, report: Report) -> Iter
 def _sound(
     stage: str, prompt: Prompt, responses: list[str], positive: list[bool], row: int, on_bad: str, report: Report
 ) -> Iterator[Group]:
-    """The group of what can be used: no empty response, none twice, none on both sides; if it has both sides."""
-    sides: dict[str, bool | None] = {}  # None: both
+    """The group without empty, repeated and contradictory responses, or None if it then lacks a side."""
+    sides: dict[str, bool | None] = {}  # None for both sides
     for text, side in zip(responses, positive):
         if not text.strip():
             report.drop(BadRow("empty", "a response is empty"), row, on_bad)
@@ -166,7 +163,7 @@ def _sound(
 
 
 def best_vs_rest() -> Rule:
-    """The best is positive, all others are negative. Those tied for the best are all positive."""
+    """The best response is positive, all others are negative. Those tied for the best are all positive."""
 
     def rule(scores: Sequence[float]) -> list[tuple[int, bool]]:
         best = max(scores)
@@ -176,7 +173,7 @@ def best_vs_rest() -> Rule:
 
 
 def top_k(k: int = 1, bottom: int | None = None) -> Rule:
-    """The k best are positive, the rest, or the `bottom` worst, negative. Those tied across a cut are left out."""
+    """The k best are positive; the rest, or the `bottom` worst, are negative. Those tied across a cut are left out."""
     _at_least(1, k=k, **({} if bottom is None else {"bottom": bottom}))
 
     def rule(scores: Sequence[float]) -> list[tuple[int, bool]]:
@@ -192,8 +189,8 @@ def top_k(k: int = 1, bottom: int | None = None) -> Rule:
 
 
 def threshold(at: float | str = "mean", below: float | None = None) -> Rule:
-    """Scores of at least `at` (a number, "mean", "median") are positive, those under `below` (None: under `at`)
-    negative, those between left out. A score equal to `at` is positive."""
+    """Scores of at least `at` (a number, "mean", "median") are positive, those under `below` (None takes `at`) are
+    negative, and those between are left out."""
     centres: dict[str, Callable[[Sequence[float]], float]] = {"mean": statistics.fmean, "median": statistics.median}
     if isinstance(at, str) and at not in centres:
         raise ValueError(f"at must be a number, 'mean' or 'median'; got {at!r}")
@@ -209,7 +206,7 @@ def threshold(at: float | str = "mean", below: float | None = None) -> Rule:
 
 
 def margin(by: float = 1.0) -> Rule:
-    """The best, and those tied with it, are positive, those lower by at least `by` negative, the rest left out."""
+    """The best and those tied with it are positive, those lower by at least `by` negative; the rest are left out."""
     if not by > 0:
         raise ValueError(f"by must be positive; got {by}")
 
@@ -221,7 +218,8 @@ def margin(by: float = 1.0) -> Rule:
 
 
 def ranks(positives: int = 1) -> Rule:
-    """All, best first, as plackett_luce reads them; the first ones are positive. Of tied ones the first stays."""
+    """All responses, best first, as plackett_luce needs them; the first `positives` are positive. Of tied ones only the
+    first stays."""
     _at_least(1, positives=positives)
 
     def rule(scores: Sequence[float]) -> list[tuple[int, bool]]:
@@ -242,7 +240,7 @@ RULES: dict[str, Callable[..., Rule]] = {
 
 
 def _best_first(scores: Sequence[float]) -> list[int]:
-    return sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: ties in the order of the row
+    return sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: ties keep the order of the row
 
 
 def _at_least(least: int, **values: int) -> None:

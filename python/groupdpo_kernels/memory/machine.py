@@ -1,4 +1,4 @@
-"""What a figure was measured on: the machine, the versions, the command."""
+"""Describes what a figure was measured on: the machine, the versions, the command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Of Python and of these; None for what is not installed."""
+    """The versions of Python and of these packages; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -33,7 +33,7 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 
 def describe(device: torch.device, command: str) -> dict[str, Any]:
-    """The head of a file of figures."""
+    """The header of a file of figures: date, command, device and versions."""
     packages = ("groupdpo-kernels", "torch", "triton", "transformers", "peft")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

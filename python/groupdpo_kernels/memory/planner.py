@@ -1,18 +1,18 @@
-"""Memory of a training step on hardware that is not there: which group fits, and what is in the way.
+"""Predicts the memory of a training step on hardware that is not at hand: which group fits, and what takes the most.
 
 The step of workload.py runs on fake tensors (shapes, no memory, no arithmetic) under the tracker of tracker.py. A
-deep model is not run in depth: a step of n equal layers has parts (a layer's forward, its backward, the head, the
+deep model is not run in full: a step of n equal layers has parts (a layer's forward, its backward, the head, the
 optimizer), the peak of each is linear in n and in the size of a batch, and the peak of the step is the largest of them.
 So few layers of each kind and two group sizes give all others, exactly (layers of one kind must be alike: a model whose
 config does not name its kinds has one). Small models, and groups no larger than those that were run, are run as they
 are.
 
-Stated, not tracked: the workspace of our ops (`lm_head.workspace`); FSDP, as FSDP2 does it by layer: parameters,
-gradients and the optimizer's state are split over the ranks, the embedding and the head are whole from the forward to
-the end of the backward, with their gradients, and so are two layers, with the gradient of one.
-Not counted: what a framework takes beside tensors (about half a GiB of a GPU), what an allocator loses to fragments:
-`headroom` is for these; masks of padded batches.
-Never: downloads, allocates what it counts. Precondition: transformers. Cost: seconds a strategy, some 100 MB.
+Rules, not the tracker, give the workspace of this package's ops (`lm_head.workspace`) and FSDP, as FSDP2 does it by
+layer: parameters, gradients and the optimizer's state are split over the ranks; the embedding and the head are whole
+from the forward to the end of the backward, with their gradients, and so are two layers, with the gradient of one.
+`headroom` stands for what a framework takes besides tensors (about half a GiB of a GPU) and what an allocator loses to
+fragments. Masks of padded batches are not counted.
+The planner never downloads or allocates what it counts. It needs transformers, seconds a strategy, and some 100 MB.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _SPLIT = ("parameters", "gradients", "optimizer")
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the step runs on.
+    """The devices that the step runs on.
 
     Args:
-        memory: bytes of a device.
-        ranks: of FSDP; 1: none.
+        memory: bytes of one device.
+        ranks: the number of ranks of FSDP; 1 means no FSDP.
         headroom: the share of memory that the plan leaves free.
-        device: "cuda" or "cpu", whose ops' workspace is counted.
-        reference: the device also holds a frozen copy of the model.
+        device: "cuda" or "cpu": the ops' workspace is that of this device.
+        reference: whether the device also holds a frozen copy of the model.
     """
 
     memory: int = 80 * 10**9
@@ -78,7 +78,7 @@ class Hardware:
 
 
 def trace(workload: Workload, model: nn.Module, device: str | None) -> dict[str, Peak]:
-    """Part of the step -> its peak, of a step on fake tensors. `model` is on the device meta, and is used up."""
+    """{part of the step: its peak} of a step on fake tensors. `model` is on the device meta, and is changed."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     step = TrainingStep(workload, "cpu", fake_copy(model, mode))
     step.group_of(workload.group, workload.num_positives)
@@ -92,14 +92,14 @@ def trace(workload: Workload, model: nn.Module, device: str | None) -> dict[str,
 
 
 def track(step: TrainingStep, tracker: MemoryTracker) -> dict[str, Peak]:
-    """The same of a step that is about to run, within its tracker, fake or not."""
+    """Runs a step within its tracker, on fake or real tensors, and returns {part of the step: its peak}."""
     tracker.follow(step.model)
     if step.workload.lora_rank:
         tracker.gradient_shapes = {p.shape for p in step.trainable}
     step.make_state()
     state = [x for values in step.optimizer.state.values() for x in values.values() if isinstance(x, Tensor)]
     tracker.adopt(state, "optimizer")
-    tracker.peaks.clear()  # of what came before
+    tracker.peaks.clear()  # drops the peaks of the preparation
     tracker.begin("start")
 
     def mark(name: str) -> None:
@@ -111,7 +111,7 @@ def track(step: TrainingStep, tracker: MemoryTracker) -> dict[str, Peak]:
 
 
 def batch_of(workload: Workload) -> int:
-    """Sequences of a batch of the step."""
+    """The number of sequences in a batch of the step."""
     sizes = {"two_pass": min(workload.micro_batch, workload.group), "one_pass": 1, "pairs": 2}
     return sizes.get(workload.strategy, workload.group)
 
@@ -127,7 +127,7 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 
 def skeleton(model: nn.Module, layers: Sequence[int] | None = None) -> nn.Module:
-    """A copy on the device meta, of these layers alone if given; takes no memory of the size of the model."""
+    """A copy of the model, or of these layers of it, on the device meta, which allocates no weights."""
     memo: dict[int, Any] = {}
     for x in (*model.parameters(), *model.buffers()):
         bare = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
@@ -146,10 +146,10 @@ def skeleton(model: nn.Module, layers: Sequence[int] | None = None) -> nn.Module
 
 
 def depths_of(config: Any) -> tuple[list[int], list[tuple[list[int], int]]]:
-    """Few layers that stand for all: (their numbers, [(the same and one more of a kind, how many more there are)]).
+    """Few layers that stand for all: (their numbers, [(these and one more of a kind, how many more there are)]).
 
-    Layers are of one kind, or as the config says of several (sliding and full attention). The first and the last are
-    those of the model, and one is between them.
+    Layers are of one kind, or of several where the config says so (sliding and full attention). The numbers hold the
+    first layer, the last, and one of each kind between them.
     """
     n = int(config.num_hidden_layers)
     kinds = list(getattr(config, "layer_types", None) or ["layer"] * n)
@@ -163,11 +163,11 @@ def depths_of(config: Any) -> tuple[list[int], list[tuple[list[int], int]]]:
 
 
 class Prediction:
-    """Peaks of a workload's strategy at any group size.
+    """Predicts the peaks of a workload's strategy at any group size.
 
     Args:
-        make: numbers of layers -> the model of these on the device meta.
-        config: of the whole model.
+        make: a function from numbers of layers to the model with these layers alone, on the device meta.
+        config: the config of the whole model.
     """
 
     def __init__(
@@ -185,23 +185,23 @@ class Prediction:
         self.bases = {"two_pass": (2 * size, 4 * size), "pairs": (4, 4)}.get(workload.strategy, (2, 4))
 
     def at(self, group: int) -> Peak:
-        """The step's peak, and what is alive then."""
+        """The step's peak at this group size, and what is alive then."""
         parts = self.parts_at(group)
         return max(parts.values(), key=lambda peak: peak.total)
 
     def parts_at(self, group: int) -> dict[str, Peak]:
-        """Part of the step -> its peak."""
+        """{part of the step: its peak} at this group size."""
         low, high = self.bases
         if group <= high:
             parts = self._deep(group)
         elif low == high:
-            parts = self._deep(high)  # a longer group repeats what a shorter one does
+            parts = self._deep(high)  # a larger group repeats the batches of a smaller one
         else:
             parts = _sum(self._deep(low), self._deep(low), self._deep(high), (group - low) / (high - low))
         return {name: self._placed(name, peak) for name, peak in parts.items()}
 
     def largest_group(self) -> int:
-        """The largest group that fits: an even one, or of any size with `positives`; 0: none does."""
+        """The largest group that fits, or 0 where none does. Its size is even unless `positives` is given."""
         positives = self.workload.positives
         step, least = (2, 2) if positives is None else (1, positives + 1)
         if self.at(least).total > self.hardware.usable:
@@ -215,7 +215,7 @@ class Prediction:
 
     def _deep(self, group: int) -> dict[str, Peak]:
         if group not in self._traced:
-            # How many are positive changes no tensor's size, so the sizes that stand for others may be smaller than it.
+            # The number of positives changes no tensor's size, so groups that stand for others may be smaller than it.
             positives = None if group % 2 == 0 else self.workload.positives
             workload = replace(self.workload, group=group, positives=positives)
             few, more = depths_of(self.config)
@@ -232,7 +232,7 @@ class Prediction:
     # ------------------------------------------------------------------------------------------- what is not tracked
 
     def _sizes(self) -> tuple[int, int, int, int]:
-        """Bytes of the parameters outside the layers, of one layer, and of those that train of both."""
+        """Bytes of the parameters outside the layers, of one layer, and of the trainable ones of each."""
         if not hasattr(self, "_known_sizes"):
             model = self.make([0])
             layer = list(layers_of(model)[0].parameters())
@@ -259,7 +259,7 @@ class Prediction:
 
 
 def _sum(start: dict[str, Peak], low: dict[str, Peak], high: dict[str, Peak], times: float) -> dict[str, Peak]:
-    """start + times (high - low), part by part of what all three have. A part that is missing lies between others."""
+    """start + times (high - low), for each part that all three have. A part that one lacks lies between other parts."""
     found = {}
     for name in start.keys() & low.keys() & high.keys():
         x, a, b = (peaks[name].parts for peaks in (start, low, high))
@@ -280,12 +280,12 @@ def plan(
     progress: Callable[[str], None] | None = None,
     processes: int = 1,
 ) -> list[dict[str, Any]]:
-    """A row a strategy: its peak at each group size, the largest group that fits, and what is largest at the peak.
+    """One row for each strategy: its peak at each group size, the largest group that fits, and its largest part.
 
-    `progress` hears the name of each strategy that is done. More than one of `processes` want a main module that can be
-    imported, as those of multiprocessing do.
+    `progress` is called with the name of each strategy that is done. More than one of `processes` needs a main module
+    that can be imported, as multiprocessing does.
 
-    Raises ValueError for what a Workload refuses and for a model without a config; nothing long runs before that.
+    Raises ValueError for what a Workload refuses and for a model without a config, before anything long runs.
     """
     names = [s for s in STRATEGIES if base.lora_rank or s != "one_pass"] if strategies is None else list(strategies)
     loads = [replace(base, strategy=name, group=group) for name in names for group in groups]
@@ -302,7 +302,7 @@ def plan(
     bases = {name: replace(base, strategy=name) for name in names}
     if processes > 1 and len(names) > 1:
         with ProcessPoolExecutor(min(processes, len(names)), mp_context=get_context("spawn")) as pool:
-            # Those of many passes first: the last one alone is the shortest.
+            # Strategies with many passes start first, so that the last to run is the shortest.
             order = sorted(names, key=STRATEGIES.index, reverse=True)
             running = {pool.submit(plan_row, bases[name], groups, hardware): name for name in order}
             for future in as_completed(running):
@@ -314,7 +314,7 @@ def plan(
 
 
 def plan_row(workload: Workload, groups: Sequence[int], hardware: Hardware) -> dict[str, Any]:
-    """The row of one strategy."""
+    """The row of one strategy, the workload's."""
     prediction = Prediction(workload, hardware)
     peaks = {group: prediction.at(group) for group in groups}
     largest = prediction.largest_group()
@@ -330,7 +330,7 @@ def plan_row(workload: Workload, groups: Sequence[int], hardware: Hardware) -> d
 
 
 def plan_table(rows: Sequence[dict[str, Any]]) -> str:
-    """In Markdown: GiB at each group size, in brackets what does not fit."""
+    """A Markdown table: GiB at each group size, in brackets where it does not fit."""
     groups = list(rows[0]["peaks"])
     lines = ["| strategy | " + " | ".join(f"G = {g}" for g in groups) + " | largest group | largest part |"]
     lines.append("|---" * (len(groups) + 3) + "|")
@@ -354,7 +354,7 @@ def largest_micro_batch(
 ) -> tuple[int, int]:
     """(sequences of `tokens` tokens that a micro-batch of two passes may hold within `memory` bytes, bytes of one).
 
-    `model` is the one that trains, adapter and checkpointing included; it is only looked at. 0 sequences: not even one.
+    `model` is the one that trains, adapter and checkpointing included, and is not changed. 0 means that none fits.
     """
     base = Workload(tokens=tokens, autocast=autocast, optimizer=optimizer, lora_rank=_adapted(model), micro_batch=1)
 
@@ -376,7 +376,7 @@ def step_peak(
     device: str = "cuda",
     optimizer: str = "adamw",
 ) -> int:
-    """Bytes of a step that keeps the graph of a group of so many responses, an even number, of `tokens` tokens."""
+    """Bytes of a step that keeps the graph of a whole group: `responses`, an even number, of `tokens` tokens each."""
     load = Workload(
         strategy="coupled", group=responses, tokens=tokens, autocast=autocast, optimizer=optimizer,
         lora_rank=_adapted(model),
@@ -389,7 +389,7 @@ def _adapted(model: nn.Module) -> int:
 
 
 def _prediction_of(model: nn.Module, workload: Workload, memory: int, device: str) -> Prediction:
-    """Of the model that trains, which is only looked at."""
+    """The Prediction for the model that trains, which is not changed."""
     layers_of(model)  # refuses what it cannot take apart
     config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
     hardware = Hardware(memory, headroom=0.0, device=device)
@@ -397,6 +397,6 @@ def _prediction_of(model: nn.Module, workload: Workload, memory: int, device: st
 
 
 def categories(peak: Peak) -> str:
-    """In words, the largest first."""
+    """A text of the categories and their GiB, the largest first."""
     found = sorted(((size, name) for name, size in peak.by_category().items() if size), reverse=True)
     return ", ".join(f"{name} {size / GiB:.2f} GiB" for size, name in found)

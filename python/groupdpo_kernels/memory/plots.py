@@ -1,7 +1,7 @@
-"""Pictures of measured and predicted steps, and of the benchmark, with matplotlib: each light and dark.
+"""Draws measured and predicted steps, and the benchmark, with matplotlib: each picture in a light and a dark theme.
 
-Strategies are told apart by colour (Okabe and Ito's, made for colour-blind readers), marker and line together; what ran
-out of memory is a cross above its last point. Never: shows a window. Precondition: matplotlib.
+Strategies differ in colour (Okabe and Ito's, made for colour-blind readers), marker and line; a step that ran out of
+memory is a cross above the last point of its line. The module never shows a window. It needs matplotlib.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def draw_curves(
     theme: str,
     limit: tuple[float, str] | None = None,
 ) -> Path:
-    """A panel a setting, a line a strategy: value against the group size, None where memory ran out.
+    """One panel for each setting, one line for each strategy: value against group size, None where memory ran out.
 
-    limit: a value, and its name, that is drawn as a line across.
+    limit: a value, and its name, that are drawn as a horizontal line.
     """
     figure, axes, colors = _figure(theme, len(settings), 1.2 + 3.9 * len(settings), 3.8)
     for axis in axes[1:]:
@@ -123,7 +123,7 @@ def draw_curves(
 
 
 def _plain(axis: Any) -> None:
-    """Numbers as people write them, also between powers of ten."""
+    """Writes numbers on the axis as people do, not as powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
@@ -151,9 +151,9 @@ def draw_breakdown(bars: dict[str, dict[str, float]], label: str, path: Path, th
 
 
 def draw_roofline(content: dict[str, Any], path: Path, theme: str) -> Path:
-    """Of bench/run.py's JSON: what each implementation achieves of the arithmetic that its mode needs, in GFLOP/s; a
-    column for each shape and mode, with its FLOP to a byte that must move, and a bar for the limit, the bare matrix
-    products. No axis of intensity: those of two modes differ by less than a marker is wide."""
+    """From bench/run.py's JSON, the GFLOP/s of each implementation, counting the arithmetic that its mode needs. Each
+    shape and mode has a column, labelled with its FLOP to a byte that must move, and a bar for the limit, the bare
+    GEMMs. There is no axis of intensity, because two modes would differ by less than a marker's width."""
     rows = [r for r in content["rows"] if r.get("status") == "ok" and "both_ms" in r]
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     names = [n for n in dict.fromkeys(r["implementation"] for r in rows) if n != "matrix products"]
@@ -166,7 +166,7 @@ def draw_roofline(content: dict[str, Any], path: Path, theme: str) -> Path:
             x = columns.index((row["shape"], row["mode"]))
             T, D, V, products = row["T"], row["D"], row["V"], row["products"]
             flop = 2 * T * D * V * products
-            # hidden and weight are read; the gradients that the mode wants are written.
+            # Bytes that must move: hidden and weight are read, and the mode's gradients are written.
             size = 4 if dtype == "float32" else 2
             moved = size * D * (T + V + (T if products >= 2 else 0) + (V if products == 4 else 0))
             ticks[x] = f"{row['shape']}\n{row['mode']}\n{flop / moved:,.0f}"

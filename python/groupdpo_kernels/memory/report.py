@@ -1,10 +1,10 @@
-"""Figures as one HTML file that needs nothing beside it, and as PNG pictures: of a profile, a plan, the benchmark.
+"""Writes the figures of a profile or of the benchmark as one self-contained HTML file and as PNG pictures.
 
     groupdpo-kernels report profile/measured.jsonl --out profile
     groupdpo-kernels report bench/results/cpu/2026-11-21.json --out docs
 
-Pictures come light and dark; the page shows those of the reader's choice, with the tables, the machine, the versions
-and the command. Never: measures. Precondition: matplotlib.
+Pictures have a light and a dark theme; the page shows those of the reader's system, with the tables, the machine, the
+versions and the command. The module never measures. It needs matplotlib.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ img { max-width: 100%; } code { overflow-wrap: anywhere; }
 
 
 def write_report(figures: Path | str, out: Path | str) -> Path:
-    """Reads what `profiling` or bench/run.py has written, draws into the folder `out`, returns OUT/report.html."""
+    """Reads a file of `profile` or bench/run.py, draws into the folder `out`, and returns the path of the HTML file."""
     source, folder = Path(figures), Path(out)
     if not source.is_file():
-        raise ValueError(f"figures must be a file of profiling or of the benchmark; got {source}")
+        raise ValueError(f"figures must be a file of profile or of bench/run.py; got {source}")
     folder.mkdir(parents=True, exist_ok=True)
     if source.suffix == ".json":
         header, drawings, text = _of_bench(source)
@@ -90,7 +90,7 @@ def curves(rows: Sequence[Row], kind: str) -> dict[str, dict[str, dict[int, floa
 
 
 def bars(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Breakdowns in MiB of each setting's smallest and largest group, one a strategy."""
+    """Breakdowns in MiB of each setting's smallest and largest group, one for each strategy."""
     found: dict[str, dict[str, float]] = {}
     known = [row for row in rows if row["kind"] == "memory" and row["status"] == "ok"]
     for setting in dict.fromkeys(workload_of(row["workload"]).setting for row in known):
@@ -133,14 +133,14 @@ def _of_bench(source: Path) -> tuple[dict[str, Any], dict[str, tuple[str, Drawin
     content = json.loads(source.read_text())
     if "rows" not in content or "versions" not in content:
         raise ValueError(f"figures must be what bench/run.py writes; {source} has {sorted(content)}")
-    lines = ["| shape | dtype | mode | implementation | ms | ratio to the products |", "|---|---|---|---|---|---|"]
+    lines = ["| shape | dtype | mode | implementation | ms | ratio to bare GEMMs |", "|---|---|---|---|---|---|"]
     for row in content["rows"]:
         ok = row.get("status") == "ok" and "both_ms" in row
         cells = [f"{row['both_ms']['median']:.4g}", f"{row['ratio']['median']:.2f}"] if ok else [row["status"], ""]
         lines.append(
             "| " + " | ".join([*(str(row[k]) for k in ("shape", "dtype", "mode", "implementation")), *cells]) + " |"
         )
-    caption = "Arithmetic achieved, and the bare matrix products as the limit"
+    caption = "GFLOP/s achieved, and those of the bare GEMMs as the limit"
     return content, {"roofline": (caption, lambda path, theme: draw_roofline(content, path, theme))}, "\n".join(lines)
 
 
@@ -169,7 +169,7 @@ def _picture(paths: dict[str, Path], caption: str) -> str:
 
 
 def _tables(text: str) -> str:
-    """Markdown tables, and bold lines above them, as HTML."""
+    """Turns Markdown tables, and bold lines above them, into HTML."""
     out, inside = [], False
     for line in text.splitlines():
         if not line.startswith("|"):

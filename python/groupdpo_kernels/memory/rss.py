@@ -1,7 +1,7 @@
-"""Resident memory of this process: now, at its peak, and under a limit. Linux; elsewhere the peak since it began.
+"""Reads and limits the resident memory of this process, now and at its peak. Outside Linux only the peak is known.
 
-What no hook in an allocator sees, the kernel does: buffers of C++ code and of the matrix library. So that resident
-memory is memory in use, `return_freed_memory` has malloc give freed blocks back at once.
+The kernel also counts what no hook in an allocator sees: the buffers of C++ code and of BLAS. `return_freed_memory`
+makes malloc give freed blocks back at once, so that resident memory is memory in use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def resident(kind: str) -> int:
-    """Bytes: "VmRSS" is now, "VmHWM" the most since `forget_peak`."""
+    """Bytes of resident memory: "VmRSS" now, "VmHWM" at the peak since `forget_peak`."""
     try:
         return _status(kind)
     except OSError:
@@ -29,13 +29,13 @@ def _status(kind: str) -> int:
 
 
 def forget_peak() -> None:
-    """From here on VmHWM counts anew."""
+    """Resets the peak VmHWM to the present memory."""
     if os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def return_freed_memory() -> None:
-    """Has glibc map blocks above 64 KiB one by one, so that what is freed is gone, and return what it holds."""
+    """Makes glibc map blocks above 64 KiB one by one, so that freeing returns them, and return what it holds now."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         m_mmap_threshold = -3
         libc = ctypes.CDLL(None)
@@ -44,7 +44,7 @@ def return_freed_memory() -> None:
 
 
 def limit_memory(more: int) -> None:
-    """No more than this many bytes beyond what is mapped now: what asks for more fails, as on a smaller machine."""
+    """Limits the process to this many bytes beyond what is mapped now: allocations fail as on a smaller machine."""
     import resource
 
     most = _status("VmData") + more

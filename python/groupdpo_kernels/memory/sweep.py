@@ -1,13 +1,13 @@
-"""Peak memory and time of a real training step against the size of the group, for each strategy of workload.py.
+"""Measures peak memory and time of a training step against the size of the group, for each strategy of workload.py.
 
     groupdpo-kernels profile --model tiny --groups 2,4,8,16 --out profile
     groupdpo-kernels profile --settings full,checkpointing,lora --groups 2,4,8,16,32,64 --tokens 128 --out P
 
-Each memory figure is of a fresh process; the strategies of a group are timed in one, in interleaved rounds
-(worker.py says what is measured). Rows go to OUT/measured.jsonl, a line as soon as it is known; with `--resume` what
-is there stays and the rest is measured. A point that runs out of memory is a row that says so. OUT/report.html and the
-pictures are drawn at the end, and after an interruption, of what there is.
-Never: overwrites a file of figures. Precondition: transformers; peft for LoRA; matplotlib for the report.
+Each memory figure comes from a fresh process; the strategies of a group are timed in one process, in interleaved rounds
+(worker.py says what is measured). Each row is written to OUT/measured.jsonl as soon as it is known; `--resume` keeps
+these rows and measures the rest. A step that runs out of memory is a row that says so. OUT/report.html and the pictures
+are drawn at the end, and after an interruption from the rows so far.
+It never overwrites a file of figures. It needs transformers, peft for LoRA, and matplotlib for the report.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BASE_OF_RATIOS = "coupled"  # timed first
 
 
 class Worker:
-    """The process that forks one for each request; started when first asked, and again if it has died."""
+    """The process that forks another for each request. It starts with the first request, and again if it has died."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
@@ -41,9 +41,9 @@ class Worker:
     def ask(self, request: dict[str, Any]) -> list[Row]:
         if self.process is None or self.process.poll() is not None:
             command = [sys.executable, "-W", "ignore", "-m", "groupdpo_kernels.memory.worker"]
-            # What asks for a GPU while the process imports must not start CUDA there: no fork of it could use it.
+            # Imports that look for a GPU must not start CUDA in the process, because its forks could then not use CUDA.
             environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-            # In a session of its own: Ctrl-C reaches every process of a terminal, and only this one decides.
+            # It has a session of its own: Ctrl-C reaches every process of a terminal, and only this one must handle it.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -74,7 +74,7 @@ class Worker:
 
 
 class Figures:
-    """The file of rows: a header, then a row a line. What is there is read first, where that is wanted."""
+    """The file of figures: a header, then one row a line. With `resume` the rows in it are read first."""
 
     def __init__(self, path: Path, header: dict[str, Any], resume: bool) -> None:
         self.path, self.rows = path, list[Row]()
@@ -89,14 +89,14 @@ class Figures:
                     )
             whole = "".join(json.dumps(row) + "\n" for row in (found, *self.rows))
             part = path.with_suffix(".part")
-            part.write_text(whole)  # without the line that an interruption may have cut off
+            part.write_text(whole)  # drops a last line that an interruption cut off
             part.replace(path)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(header) + "\n")
 
     def known(self, request: Row) -> Row | None:
-        """The row of this request that needs no second measurement."""
+        """The row in the file that answers this request; None where it must be measured."""
         same = (row for row in self.rows if all(row.get(name) == value for name, value in request.items()))
         return next((row for row in same if row["status"] != "failed"), None)
 
@@ -114,7 +114,7 @@ def read_figures(path: Path) -> tuple[dict[str, Any], list[Row]]:
         if "versions" not in header or any("workload" not in row for row in rows):
             raise KeyError("workload")
     except (ValueError, KeyError) as error:
-        raise ValueError(f"figures must be a file that profiling has written; got {path}: {error!r}") from None
+        raise ValueError(f"figures must be a file that profile has written; got {path}: {error!r}") from None
     return header, rows
 
 
@@ -135,15 +135,15 @@ def profile(
 
     Args:
         out: the file of rows, OUT.jsonl.
-        device: None: cuda where there is one, else cpu.
-        limit: bytes that a step may take beyond its process; more is out of memory. None: what the machine has.
-        resume: keep the rows that `out` holds, and measure the rest, failures again.
-        kinds: "memory", "time".
-        seconds, rounds: of timing the strategies of one group: at least 3 rounds, at most `rounds`.
-        command: is written into the file.
+        device: "cpu" or "cuda". None takes cuda where there is one, else cpu.
+        limit: bytes that a step may take beyond its process; more is out of memory. None sets no limit.
+        resume: whether to keep the rows that `out` holds and measure the rest, with those that failed.
+        kinds: "memory", "time" or both.
+        seconds, rounds: limits for timing the strategies of one group: at least 3 rounds, at most `rounds`.
+        command: a text that is written into the file.
 
-    Raises ValueError for figures that are there without `resume`, or that another machine or version has measured, and
-    what a model's config raises. Ctrl-C ends the processes and leaves the rows in `out`.
+    Raises ValueError where `out` exists without `resume`, or was measured on another machine or version, and whatever a
+    model's config raises. Ctrl-C ends the processes and leaves the rows in `out`.
     """
     if not workloads:
         raise ValueError("workloads must hold at least one; got none")
@@ -179,10 +179,10 @@ def profile(
 
 
 def _together(workloads: Sequence[Workload]) -> Iterator[list[Workload]]:
-    """Those that differ in strategy alone, the base of ratios first."""
+    """Yields the workloads that differ in strategy alone as one list, with the base of ratios first."""
     found: dict[Workload, list[Workload]] = {}
     for workload in workloads:
-        # one_pass is not allowed without an adapter: any strategy stands for all.
+        # The key takes "coupled" for any strategy, since one_pass is not allowed without an adapter.
         found.setdefault(replace(workload, strategy="coupled"), []).append(workload)
     for group in found.values():
         yield sorted(group, key=lambda w: w.strategy != _BASE_OF_RATIOS)
@@ -206,7 +206,7 @@ def _time(
             open_ones.append((workload, key))
     if not open_ones:
         return
-    # A ratio wants its base in the same rounds, so what is timed again is timed with it.
+    # A ratio needs its base in the same rounds, so the base is timed again with what is missing.
     loads, keys = [w for w, _ in open_ones], [key for _, key in open_ones]
     for key, row in zip(keys, worker.ask({"kind": "time", "workloads": [asdict(w) for w in loads], **options})):
         if loads[0].strategy != _BASE_OF_RATIOS:
@@ -216,7 +216,7 @@ def _time(
 
 @contextlib.contextmanager
 def _bar(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
-    """A function that is told what begins."""
+    """A context that yields a function, which shows in a progress bar what is done."""
     if not shown:
         yield lambda what: None
         return
@@ -235,7 +235,7 @@ def _bar(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """In Markdown, one a setting: MiB, and seconds with the ratio to `coupled`, of each strategy and group."""
+    """A Markdown table for each setting: MiB, and ms with the ratio to `coupled`, of each strategy and group."""
     lines: list[str] = []
     by_setting: dict[str, list[Row]] = {}
     for row in rows:

@@ -1,13 +1,13 @@
-"""Memory of what runs, storage by storage: how much is alive, what it is, and where it peaks.
+"""Tracks the memory of running code, storage by storage: how much is alive, what it is, and where it peaks.
 
-`MemoryTracker` is a TorchDispatchMode: it sees the result of every operation, counts each storage once, and forgets it
-when its last user does. It works on real tensors and on fake ones alike, so a prediction and a measurement are counted
-by the same code. Why not torch's own MemTracker (torch.distributed._tools): it is private, knows neither logits nor our
-ops, and keeps one snapshot of a whole step, where the size of a step is extrapolated from the peaks of its parts.
+`MemoryTracker` is a TorchDispatchMode: it sees the result of every operation, counts each storage once, and drops it
+when the storage is freed. It works on real tensors and on fake ones, so that the same code counts a prediction and a
+measurement. torch's own MemTracker (torch.distributed._tools) would not do: it is private, knows neither logits nor
+these ops, and keeps one snapshot of a whole step, where the planner extrapolates from the peaks of its parts.
 
-What an op allocates inside is not visible: what our own ops do is added by their own rule, `lm_head.workspace`.
-In a fake run floating tensors have no values and integers do, for code reads targets and offsets.
-Cost: some 10 us an operation.
+Allocations inside an op are not visible; those of this package's ops are added by the rules of `lm_head.workspace`.
+In a fake run floating tensors have no values, but integers do, because code reads targets and offsets.
+The cost is some 10 us an operation.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch.utils._pytree import tree_leaves
 from ..lm_head.workspace import workspace_of
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "head workspace", "logits")
-Part = tuple[str, str]  # category, and what it is: the op that made it, its shape, its dtype
+Part = tuple[str, str]  # (category, a text: the op that made it, its shape and dtype)
 
 
 @dataclass
 class Peak:
-    """The most that was alive during a part of the step, and what it was."""
+    """The most bytes that were alive during a part of the step, and what they were."""
 
     total: int = 0
     parts: dict[Part, int] = field(default_factory=dict)  # bytes
@@ -45,13 +45,13 @@ class Peak:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """`with MemoryTracker(...) as tracker:` counts. `begin(name)` starts a part; `peaks[name]` is the most of it.
+    """`with MemoryTracker(...) as tracker:` counts. `begin(name)` starts a part, and `peaks[name]` is its peak.
 
     Args:
-        vocabulary: V. What has it as last dimension is logits.
-        batch, tokens: of a batch and of a sequence, so that shapes of batches of different size get one name.
-        device: whose ops' workspace is added, "cpu" or "cuda"; None: no workspace, where it is measured otherwise.
-        fake: answers questions for values.
+        vocabulary: V. A tensor with this last dimension counts as logits.
+        batch, tokens: sequences of a batch and tokens of a sequence: batches of any size get one name for a shape.
+        device: "cpu" or "cuda", whose ops' workspace is added. None adds none, for workspace that is measured.
+        fake: whether tensors are fake, so that the tracker must answer reads of values.
     """
 
     def __init__(self, vocabulary: int, batch: int, tokens: int, device: str | None, *, fake: bool) -> None:
@@ -61,19 +61,19 @@ class MemoryTracker(TorchDispatchMode):
         self.live = 0
         self.parts: defaultdict[Part, int] = defaultdict(int)
         self.peaks: dict[str, Peak] = {}
-        self.new = "activations"  # the category of what is made now
+        self.new = "activations"  # the category of new tensors
         self.gradient_shapes: set[torch.Size] = set()
         self.storages: dict[int, tuple[Part, int]] = {}
-        self.steps: int | None = None  # operations of the part "head"
+        self.steps: int | None = None  # number of operations so far in the part "head"
         self.begin("before")
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
     def begin(self, name: str) -> None:
-        """What follows is of this part; a part may begin many times and has one peak.
+        """Counts what follows for this part, which may begin many times and has one peak.
 
-        Each operation of the part "head" is a part by itself: one moment of it grows with the tokens, another does not,
-        and the larger of two lines is none.
+        Each operation of the part "head" is a part by itself: its peaks must be linear in the tokens, and the larger of
+        two linear peaks is not.
         """
         self.steps = 0 if name == "head" else None
         self._enter(name)
@@ -83,7 +83,7 @@ class MemoryTracker(TorchDispatchMode):
         self._look(0)
 
     def adopt(self, tensors: Iterator[Tensor] | list[Tensor], category: str) -> None:
-        """Counts these, or counts them anew, as something else."""
+        """Counts these tensors under a category, also if they were counted under another one."""
         for x in tensors:
             key = x.untyped_storage()._cdata
             if key in self.storages:
@@ -97,7 +97,7 @@ class MemoryTracker(TorchDispatchMode):
                 self._track(x, category, "")
 
     def follow(self, model: nn.Module) -> None:
-        """Parameters, and gradients as they come into .grad."""
+        """Counts the parameters of a model, and their gradients as they come into .grad."""
         self.adopt([*model.parameters(), *model.buffers()], "parameters")
 
         def arrived(p: Tensor) -> None:
@@ -112,7 +112,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = _run_fake(func, args, kwargs or {}) if self.fake else func(*args, **(kwargs or {}))
-        name = func._overloadpacket.__name__.replace("keeping_", "")  # a logit cache is a tensor like any
+        name = func._overloadpacket.__name__.replace("keeping_", "")  # ops with a logit cache count like others
         if self.steps is not None:
             self.steps += 1
             self._enter(f"head, operation {self.steps}")
@@ -140,7 +140,7 @@ class MemoryTracker(TorchDispatchMode):
         self._count(part, size)
 
     def _part(self, x: Tensor, category: str, name: str) -> Part:
-        """Of batches of different size, one name."""
+        """The name of a tensor, the same for batches of different size."""
         dims = list(map(str, x.shape))
         if dims and category in ("activations", "logits"):
             dims[0] = self.names.get(x.shape[0], dims[0])
@@ -152,7 +152,7 @@ class MemoryTracker(TorchDispatchMode):
         self._look(0)
 
     def _look(self, workspace: int) -> None:
-        """Is this the most that was alive in this part?"""
+        """Records the peak of this part if more is alive now than before."""
         if self.live + workspace > self.now.total:
             self.now.total = self.live + workspace
             self.now.parts = {part: size for part, size in self.parts.items() if size}
@@ -166,7 +166,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _run_fake(func: Any, args: Any, kwargs: Any) -> Any:
-    """What is small and made of integers stays real, for code reads it: targets, offsets. Other numbers are 0."""
+    """Runs an operation. Small integer tensors (targets, offsets) stay real, as code reads them; other reads give 0."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     if func is torch.ops.aten._local_scalar_dense.default and isinstance(tensors[0], FakeTensor):
         return False if tensors[0].dtype == torch.bool else 0.0
@@ -176,7 +176,7 @@ def _run_fake(func: Any, args: Any, kwargs: Any) -> Any:
     if not read and not func._schema.is_mutable:
         made = func(*args, **kwargs)
         results = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
-        # Masks of (L, L) are not read, and would take the time that fake tensors save.
+        # Masks of (L, L) are not read, and real ones would take the time that fake tensors save.
         if any(x.numel() > 2**16 or (x.is_floating_point() and not tensors) for x in results):
             return made
     with unset_fake_temporarily():
@@ -184,8 +184,8 @@ def _run_fake(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """The model, made on the device meta, with fake CPU tensors for its parameters and buffers. In place."""
-    made: dict[int, Tensor] = {}  # tied ones stay tied
+    """Gives a model on the device meta fake CPU tensors for its parameters and buffers, in place, and returns it."""
+    made: dict[int, Tensor] = {}  # by id, so that tied weights stay tied
     with mode:
         for module in model.modules():
             owned: list[dict[str, Any]] = [module._parameters, module._buffers]
@@ -201,10 +201,10 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 
 def follow_layers(layers: nn.ModuleList, begin: Callable[[str], None]) -> None:
-    """Names the parts of a step by what it works at: the layers' forward, backward, and what is between.
+    """Begins a part of the step at each layer's forward and backward, and at what lies between layers.
 
-    A part's name counts layers from the nearer end, so that the parts of a model of n layers and of one of n + 1 are
-    the same. Layers that are computed again in the backward belong to it.
+    A part's name counts layers from the nearer end, so that models of n and of n + 1 layers have the same parts. A
+    layer that is computed again in the backward belongs to the backward.
     """
     n = len(layers)
 

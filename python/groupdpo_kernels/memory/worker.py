@@ -1,16 +1,16 @@
-"""The processes that measure. `python -m groupdpo_kernels.memory.worker` reads requests, a JSON line each, and answers
+"""The process that measures. `python -m groupdpo_kernels.memory.worker` reads requests, a JSON line each, and answers
 in the same way.
 
 It imports what a step needs, runs nothing, and forks a process for each request: so each starts from the same clean
-state, without the seconds of an import, and one that dies of its memory takes nobody along.
+state, without the seconds of an import, and one that runs out of memory ends alone.
 
-    {"kind": "memory", "workloads": [w], "device": "cpu", "limit": null}             the peak of one workload
-    {"kind": "time", "workloads": [w, ...], "device": "cpu", "seconds": 8, "rounds": 20}    of several, round by round
+    {"kind": "memory", "workloads": [w], "device": "cpu", "limit": null}    asks for the peak of one workload
+    {"kind": "time", "workloads": [w, ...], "device": "cpu", "seconds": 8, "rounds": 20}    asks for times of several
 
-An answer is a list with a row a workload: status "ok", "out_of_memory" (with `why`) or "failed", and the figures.
-Memory on a CPU is the resident high-water mark of a step beyond the process before the model, its libraries loaded and
-its threads started; on a GPU what the allocator gave out (`peak_bytes`) and what it took (`reserved_bytes`). Steps are
-timed as a user runs them: without the tracker, malloc as it is. A time is that of a whole step, the optimizer included.
+An answer is a list with one row for each workload: status "ok", "out_of_memory" (with `why`) or "failed", and figures.
+Memory on a CPU is the peak resident memory of a step, less that of the process before the model, with libraries loaded
+and threads started; on a GPU it is what the allocator gave out (`peak_bytes`) and took (`reserved_bytes`). A time is
+that of a whole step, the optimizer included, as a user runs it: without the tracker, and with malloc unchanged.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from .tracker import MemoryTracker, Peak, follow_layers
 from .workload import TrainingStep, Workload, config_of, workload_of
 
 Row = dict[str, Any]
-# What allocators say on a CPU, where no exception has a type of its own.
+# Messages of allocators on a CPU, where running out of memory has no exception type of its own.
 _OUT_OF_MEMORY = (
     *("can't allocate memory", "bad_alloc", "Cannot allocate memory", "not enough memory", "out of memory"),
-    *('torch_call_dispatcher( "aten::new_empty"', 'torch_call_dispatcher( "aten::new_zeros"'),  # our C++ ops' tensors
+    *('torch_call_dispatcher( "aten::new_empty"', 'torch_call_dispatcher( "aten::new_zeros"'),  # from C++ ops
 )
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether this is what a step without enough memory ends with."""
+    """Whether the error says that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
@@ -54,17 +54,17 @@ def out_of_memory(error: BaseException) -> bool:
 def measure_memory(workload: Workload, device: torch.device, limit: int | None) -> Row:
     """Peak bytes of the second step, when the optimizer's state is there, and what was alive at the peak.
 
-    limit: bytes beyond the process before the model: on a CPU of what it maps, on a GPU of what the allocator takes.
+    limit: bytes that the step may map (CPU), or the allocator may take (GPU), beyond the process before the model.
     """
     return (_cuda_memory if device.type == "cuda" else _cpu_memory)(workload, device, limit)
 
 
 def _warm_up(workload: Workload, device: torch.device) -> None:
-    """Loads libraries and starts threads, on a model that weighs nothing."""
+    """Loads libraries and starts threads, with a tiny model."""
     step = TrainingStep(replace(workload, model="tiny", layers=1, tokens=8, group=2, autocast=False), device)
     for _ in range(2):
         step.run()
-    # Threads start with the first product that is large enough for them.
+    # Threads start with the first GEMM that is large enough for them.
     x = torch.ones(256, 256, device=device, dtype=getattr(torch, workload.dtype))
     (x @ x).sum().item()
 
@@ -124,8 +124,8 @@ def _cuda_memory(workload: Workload, device: torch.device, limit: int | None) ->
 
 
 def _breakdown(step: TrainingStep, peak: int) -> Row:
-    """Of a further step under the tracker. What was measured beyond what it counts is "not tracked": the workspace of
-    ops and of libraries, and what an allocator holds."""
+    """The bytes by category of one more step, under the tracker. What was measured beyond its count is "not tracked":
+    the workspace of ops and of libraries, and what an allocator holds."""
     vocabulary = int(step.model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
     load = step.workload
     tracker = MemoryTracker(vocabulary, batch_of(load), load.tokens, step.device.type, fake=False)
@@ -141,19 +141,19 @@ def _breakdown(step: TrainingStep, peak: int) -> Row:
 
 
 def measure_time(workloads: list[Workload], device: torch.device, seconds: float, rounds: int) -> list[Row]:
-    """Seconds of a step of each, in interleaved rounds from a new starting point each, so that all see one machine.
+    """Seconds of a step of each workload, in rounds that each begin with another one, so that all see one machine.
 
-    The workloads are of one model and one optimizer, and differ in strategy and group alone. At least 3 rounds, and as
-    many of `rounds` as fit in `seconds`. The ratio to the first workload is the median of the ratios within a round.
+    The workloads have one model and one optimizer, and differ in strategy and group alone. There are at least 3 rounds,
+    and at most `rounds` within `seconds`. The ratio to the first workload is the median of the ratios within a round.
     """
     step = TrainingStep(workloads[0], device)
     rows: list[Row] = [{"status": "ok"} for _ in workloads]
     times: dict[int, list[float]] = {}
     for i, workload in enumerate(workloads):
         try:
-            step.run(workload)  # the first of each is not timed
+            step.run(workload)  # a first step that is not timed
             times[i] = []
-        except Exception as error:  # one strategy's failure is its row; the others go on
+        except Exception as error:  # a failure is the row of its strategy; the others go on
             rows[i] = _failure(error)
             step.optimizer.zero_grad(set_to_none=True)
             gc.collect()
@@ -182,7 +182,7 @@ def _clock(step: TrainingStep, workload: Workload, device: torch.device) -> floa
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    """Median, quartiles, minimum and number."""
+    """Median, quartiles, minimum and number of the values."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": middle, "q25": low, "q75": high, "min": min(values), "rounds": len(values)}
 
@@ -196,7 +196,7 @@ def _failure(error: BaseException) -> Row:
 
 
 def answer(request: dict[str, Any]) -> list[Row]:
-    """What a request asks for, measured in this process."""
+    """Measures what a request asks for in this process, and returns its rows."""
     workloads = [workload_of(values) for values in request["workloads"]]
     device, limit = torch.device(request["device"]), request.get("limit")
     try:
@@ -227,7 +227,7 @@ def _in_a_fork(request: dict[str, Any]) -> list[Row]:
         return json.loads(text)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         row = {"status": "out_of_memory", "why": "the process was killed, as the kernel does where memory runs out"}
-    elif request.get("limit") is not None:  # C++ code that cannot allocate, or start a thread, may end the process
+    elif request.get("limit") is not None:  # C++ that cannot allocate or start a thread may abort
         row = {"status": "out_of_memory", "why": "the process ended under its memory limit"}
     else:
         row = {"status": "failed", "why": f"the process ended with status {status}"}
@@ -235,8 +235,8 @@ def _in_a_fork(request: dict[str, Any]) -> list[Row]:
 
 
 def _import_for(workload: Workload) -> None:
-    """Before the fork, so once for all: seconds. Runs no operation: a process with threads must not fork."""
-    import torch._dynamo  # noqa: F401  which the first step of an optimizer imports
+    """Imports before the fork, once for all: this takes seconds. It runs no operation, which could start threads."""
+    import torch._dynamo  # noqa: F401  the first step of an optimizer imports it
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if workload.lora_rank:

@@ -1,18 +1,18 @@
-"""A training step to measure or to predict: which model, how many responses, which backward, and what runs then.
+"""Workload describes a training step to measure or to predict, and TrainingStep runs it.
 
 A step is that of a trainer: forward and backward of one group of responses, then the optimizer. The responses are
-random tokens, all of one length, all scored, half of them preferred unless `positives` says otherwise: the most that a
-head can have to do, no padding.
+random tokens, all of one length, all scored, half of them preferred unless `positives` says otherwise: the most work
+that a head can have, without padding.
 
     coupled_logits   the group in one batch, its logits, log_softmax and gather; all graphs kept until the loss
-    coupled          the same with model_logps: no logits
+    coupled          the group in one batch through model_logps, without logits
     two_pass         group_backward, in micro-batches
-    one_pass         group_backward without the second forward, a response at a time; wants an adapter
+    one_pass         group_backward without the second forward, a response at a time; needs an adapter
     pairs            the group flattened: each positive with each negative, pair by pair, gradients accumulated
 
-The same code runs on real tensors (sweep.py) and on fake ones (planner.py). Weights are random: neither memory nor
-time depends on them. Never: downloads, unless `model` is the name of a model on the Hub and transformers does it.
-Precondition: transformers, and peft for an adapter.
+The same code runs on real tensors (sweep.py) and on fake ones (planner.py). Weights are random, because neither memory
+nor time depends on them. It never downloads, unless `model` is a name on the Hub, whose config transformers fetches.
+It needs transformers, and peft for an adapter.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GROUP_OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
 PAIR_OBJECTIVE = Objective("sigmoid", beta=0.1)
 
 _GEMMA3 = {"head_dim": 256, "sliding_window": 1024, "query_pre_attn_scalar": 256}
-# The shapes of models that people train, so that a plan needs no file. The first is one that a CPU steps in a moment.
+# Shapes of models that people train, so that a plan needs no file. The first is so small that a CPU steps at once.
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {
         "model_type": "llama",
@@ -129,22 +129,22 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured or predicted.
+    """The training step that is measured or predicted.
 
     Args:
         model: a name of MODELS, a config.json or a folder that holds one, or a name that transformers finds.
-        strategy: one of STRATEGIES, see the module.
-        group: responses of the step's one group: even, or of any number with `positives`.
-        positives: how many of them are preferred. None: half.
-        tokens: of a response with its prompt.
+        strategy: one of STRATEGIES, which the module's docstring explains.
+        group: number of responses in the step's one group: even, or any number with `positives`.
+        positives: how many of them are preferred. None means half.
+        tokens: tokens of a response with its prompt.
         micro_batch: sequences of a micro-batch of two_pass.
-        dtype: of the parameters, and so of gradients and of the optimizer's state.
-        autocast: the forward computes in bfloat16.
+        dtype: dtype of the parameters, and so of gradients and of the optimizer's state.
+        autocast: whether the forward computes in bfloat16.
         optimizer: one of OPTIMIZERS; "adamw" is the fused one.
-        lora_rank: of an adapter on all linear layers but the head, which then alone trains; 0: everything trains.
-        checkpointing: of the layers' activations.
+        lora_rank: rank of an adapter on all linear layers but the head, which alone trains; 0 trains all weights.
+        checkpointing: whether the layers' activations are checkpointed.
         workspace_bytes: as in `linear_logps`.
-        layers: another number of layers than the model has.
+        layers: a number of layers in place of the model's own.
     """
 
     model: str = "tiny"
@@ -190,24 +190,24 @@ class Workload:
 
     @property
     def num_positives(self) -> int:
-        """How many responses of the group are preferred."""
+        """The number of preferred responses in the group."""
         return self.group // 2 if self.positives is None else self.positives
 
     @property
     def num_pairs(self) -> int:
-        """The number of pairs that the group flattens to."""
+        """The number of pairs of a positive and a negative in the group."""
         return self.num_positives * (self.group - self.num_positives)
 
     @property
     def setting(self) -> str:
-        """In words: what trains, whether activations are checkpointed, how many responses are positive if not half."""
+        """A text: what trains, whether activations are checkpointed, how many responses are positive if not half."""
         what = f"LoRA rank {self.lora_rank}" if self.lora_rank else "full fine-tuning"
         what += ", checkpointing" if self.checkpointing else ""
         return what if self.positives is None else f"{what}, {self.positives} positive"
 
 
 def workload_of(values: dict[str, Any]) -> Workload:
-    """Back from `dataclasses.asdict`, without what a later version has added."""
+    """A Workload from the result of `dataclasses.asdict`, without fields that a later version has added."""
     known = {field.name for field in fields(Workload)}
     return Workload(**{name: value for name, value in values.items() if name in known})
 
@@ -239,7 +239,7 @@ def config_of(workload: Workload) -> Any:
     if workload.layers is not None:
         config.num_hidden_layers = workload.layers
         if getattr(config, "layer_types", None):
-            kinds = config.layer_types  # the pattern goes on
+            kinds = config.layer_types  # added layers continue the pattern
             config.layer_types = [kinds[i % len(kinds)] for i in range(workload.layers)]
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and longest < workload.tokens:
@@ -249,7 +249,7 @@ def config_of(workload: Workload) -> Any:
 
 
 def take_layers(config: Any, chosen: Sequence[int]) -> None:
-    """Has the config say that these are its layers, by their numbers."""
+    """Makes the config describe a model of these layers alone, by their numbers."""
     kinds = getattr(config, "layer_types", None)
     config.num_hidden_layers = len(chosen)
     if kinds:
@@ -257,12 +257,12 @@ def take_layers(config: Any, chosen: Sequence[int]) -> None:
 
 
 def build_model(workload: Workload, device: torch.device, layers: Sequence[int] | None = None) -> nn.Module:
-    """In training mode, with random weights, and its adapter; of these layers alone, by their numbers, if given."""
+    """The model with random weights and its adapter, in training mode, or with these layers of it (by number) alone."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     before = torch.get_default_dtype()
-    try:  # not .to(dtype), which a fake module refuses, and which would hold both
+    try:  # .to(dtype) would hold both dtypes, and a fake module refuses it
         torch.set_default_dtype(getattr(torch, workload.dtype))
         with device:
             config = config_of(workload)
@@ -278,7 +278,7 @@ def build_model(workload: Workload, device: torch.device, layers: Sequence[int] 
                     target_modules="all-linear",
                     task_type="CAUSAL_LM",
                 )
-                with warnings.catch_warnings():  # peft asks transformers under a name that it has retired
+                with warnings.catch_warnings():  # peft uses a name that transformers deprecates
                     warnings.simplefilter("ignore", FutureWarning)
                     model = get_peft_model(model, adapter)
     finally:
@@ -289,7 +289,7 @@ def build_model(workload: Workload, device: torch.device, layers: Sequence[int] 
 
 
 class TrainingStep:
-    """A model and its optimizer, whose state exists already, and steps on random responses."""
+    """A model and its optimizer, and steps of them on random responses."""
 
     def __init__(self, workload: Workload, device: torch.device | str = "cpu", model: nn.Module | None = None) -> None:
         self.workload, self.device = workload, torch.device(device)
@@ -300,18 +300,18 @@ class TrainingStep:
         config: Any = self.model.config
         vocab = int(config.get_text_config().vocab_size)
         self._groups: dict[tuple[int, int], tuple[PreferenceGroups, Tensor]] = {}
-        self.pool = torch.randint(0, vocab, (64, workload.tokens), generator=generator)  # responses, used in turn
+        self.pool = torch.randint(0, vocab, (64, workload.tokens), generator=generator)  # responses, taken in turn
 
     def make_state(self) -> None:
-        """Of the optimizer: what its first step would make, at no gradients but zeros."""
+        """Makes the optimizer's state, as its first step would, with gradients of zero."""
         for p in self.trainable:
             p.grad = torch.zeros_like(p)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def group_of(self, size: int, positives: int) -> tuple[PreferenceGroups, Tensor]:
-        """One group and its reference's log-probabilities. Made once and first, for their values are read: a fake run
-        makes none."""
+        """One group and its reference's log-probabilities. They are made once and before a fake run, because their
+        values are read, and a fake run makes none."""
         if (size, positives) not in self._groups:
             made = PreferenceGroups.from_lists([[i < positives for i in range(size)]])
             self._groups[size, positives] = made.to(self.device), torch.zeros(size, device=self.device)
@@ -321,7 +321,7 @@ class TrainingStep:
         return self.pool[torch.arange(group) % len(self.pool)].to(self.device)
 
     def run(self, workload: Workload | None = None, mark: Callable[[str], None] | None = None) -> None:
-        """One step; of another group or strategy where `workload` says so. `mark` hears what begins."""
+        """Runs one step, of `workload`'s group and strategy if given. `mark` is called with the part that begins."""
         workload = self.workload if workload is None else workload
         note = mark or (lambda name: None)
         note("forward")
@@ -338,7 +338,7 @@ class TrainingStep:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def forward_backward(self, workload: Workload) -> None:
-        """Gradients of the mean loss of the group into .grad."""
+        """Accumulates the gradients of the group's mean loss into .grad."""
         G, L = workload.group, workload.tokens
         ids, P = self.batch(G), workload.num_positives
         groups, ref_logps = self.group_of(G, P)
@@ -371,7 +371,7 @@ class TrainingStep:
 def sweep(
     base: Workload, groups: Sequence[int], strategies: Sequence[str] | None = None, most_pairs: int = 64
 ) -> list[Workload]:
-    """These strategies, or all, at every size: one_pass where there is an adapter, at most `most_pairs` pairs."""
+    """Workloads of these strategies, or of all that apply, at every size; `pairs` stops at `most_pairs` pairs."""
     names = [s for s in strategies or STRATEGIES if base.lora_rank or s != "one_pass"]
     loads = [replace(base, group=group, strategy=name) for group in groups for name in names]
     return [load for load in loads if load.strategy != "pairs" or load.num_pairs <= most_pairs]

@@ -1,4 +1,4 @@
-"""From any causal language model of transformers to token log-probabilities.
+"""Any causal language model of transformers gives its token log-probabilities here.
 
 api.py        model_logps, attach
 head_call.py  the model's own forward, with its LM head replaced for the call

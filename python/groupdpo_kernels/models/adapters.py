@@ -1,10 +1,10 @@
 """Adapters of a model, whichever way they were put on: a `peft.PeftModel`, or PEFT inside a transformers model.
 
 `AutoModelForCausalLM.from_pretrained` of an adapter's folder gives the second kind. Both have `peft_config`, a dict by
-name; what switches adapters has other names in each, and here one.
+name, but their methods to switch adapters have different names; the functions here work with both.
 
-Never: imports peft where there is no adapter, or changes `requires_grad` of a weight but in `let_adapter_train`.
-Precondition: none; a model without adapters has an empty list of them. Cost: a look at the model's attributes.
+The module never imports peft where there is no adapter, and changes `requires_grad` of a weight in `let_adapter_train`
+alone. It needs nothing: a model without adapters has an empty list of them. It costs a look at the model's attributes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def adapter_configs(model: Any) -> dict[str, Any]:
 
 
 def active_adapters(model: Any) -> list[str]:
-    """By what the layers use: `active_adapter` of a PeftModel still names one where its tuner has several."""
+    """Names of the adapters that the layers use: `active_adapter` of a PeftModel names one even where several are."""
     if not has_adapter(model):
         return []
     if is_peft_model(model):
@@ -42,8 +42,8 @@ def active_adapters(model: Any) -> list[str]:
 
 
 def _layers(model: Any) -> Iterator[Any]:
-    """The modules that hold weights of adapters. transformers' own methods to switch them refuse all but the newest
-    PEFT, which an adapter's folder loads without."""
+    """The modules that hold weights of adapters. They are switched one by one, because transformers' own methods refuse
+    all but the newest PEFT, while loading an adapter's folder works with older ones."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -51,7 +51,7 @@ def _layers(model: Any) -> Iterator[Any]:
 
 
 def copy_config(model: Any, source: str, target: str) -> None:
-    """A new adapter `target` of the config of `source`; the active adapter stays active."""
+    """Adds an adapter `target` with the config of `source`; the active adapter stays active."""
     config = model.peft_config[source]
     if is_peft_model(model):
         model.add_adapter(target, config)
@@ -80,7 +80,7 @@ def delete_adapter(model: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def without_adapter(model: Any) -> Iterator[None]:
-    """The model as it is without its adapters."""
+    """A context in which the model runs without its adapters."""
     if is_peft_model(model):
         with model.disable_adapter():
             yield
@@ -97,7 +97,7 @@ def without_adapter(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def with_adapter(model: Any, name: str) -> Iterator[None]:
-    """The model with this adapter in place of the active ones."""
+    """A context in which this adapter takes the place of the active ones."""
     active = active_adapters(model)
     with _same_requires_grad(model):
         _set(model, [name])
@@ -117,8 +117,8 @@ def _set(model: Any, names: list[str]) -> None:
 
 
 def save_adapter(model: Any, folder: str) -> None:
-    """The active adapter of a transformers model in a folder, as PEFT writes it; several, each in a folder of its name
-    in there."""
+    """Writes the active adapter of a transformers model into `folder` in PEFT's format; several active adapters go into
+    folders of their names in there."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -134,7 +134,7 @@ def save_adapter(model: Any, folder: str) -> None:
 
 @contextlib.contextmanager
 def _same_requires_grad(model: Any) -> Iterator[None]:
-    """Gives `requires_grad` back, which PEFT sets on each switch as suits training."""
+    """A context that restores `requires_grad` at its end, since PEFT sets it for training when adapters switch."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield
@@ -145,8 +145,8 @@ def _same_requires_grad(model: Any) -> Iterator[None]:
 
 
 def let_adapter_train(model: Any) -> None:
-    """Where nothing of a model with an adapter trains, as one is loaded for inference, its active adapter does from
-    here on, after a warning."""
+    """Makes the active adapter trainable, with a warning, where nothing in a model with an adapter trains: PEFT loads
+    an adapter for inference unless told otherwise."""
     if not has_adapter(model) or any(p.requires_grad for p in model.parameters()):
         return
     active = {*active_adapters(model)}
@@ -157,9 +157,9 @@ def let_adapter_train(model: Any) -> None:
 
 
 def why_not_scored(model: Any) -> str:
-    """Why a model with this active adapter has no log-probability for each token of its input; empty if it has.
+    """Why a model with its active adapter has no log-probability for each token of its input; empty if it has.
 
-    Prompt tuning, p-tuning and prefix tuning put virtual tokens before the input, or keys and values of some: the
+    Prompt tuning, p-tuning and prefix tuning put virtual tokens, or keys and values for them, before the input: the
     model then sees other positions than those that have targets.
     """
     if "forward" in vars(model) and is_peft_model(model):

@@ -1,18 +1,18 @@
-"""Any causal language model -> token log-probabilities, without its logits.
+"""`model_logps` and `attach` give the token log-probabilities of any causal language model, without its logits.
 
 The model runs its own forward, unchanged, with one thing replaced for the call: the `forward` of its output head
 (head_call.py). So the hidden states arrive exactly as the model makes them (scaled, normalised, with images injected),
 and what leaves the head is (B, L, 1) log-probabilities instead of (B, L, V) logits. What the model would do to the
 logits afterwards is measured once per model (probe.py).
 
-Never: patches a class, leaves anything on the model (attributes, hooks, flags, random state), or guesses. A model that
-does not fit is run with its real logits, after one warning that says why; `strict=True` makes that an error.
+It never patches a class, leaves anything on the model (attributes, hooks, flags, random state), or guesses. A model
+that does not fit runs with its real logits, after one warning that says why; `strict=True` makes that an error.
 
-Precondition: the head scores each position by itself, in the order of the input, and its one result decides the
-logits: the probe checks both. Sequences in one row are kept apart by position_ids: layouts.py checks it.
-Cost: the model's trunk, and `linear_logps` on the rows whose target is not ignored: no tensor with a vocabulary
-dimension. The probe is one forward of eight tokens. On a GPU the number of live rows is read back once a call, before
-the forward (not where targets are on the CPU). Formulas: docs/math.md.
+It needs a head that scores each position by itself, in the order of the input, and whose one result decides the logits:
+probe.py checks both. Sequences in one row must be kept apart by position_ids: layouts.py checks that.
+The cost is the model without its head, and `linear_logps` on the rows whose target is not ignored: no tensor has a
+vocabulary dimension. The probe is one forward of eight tokens. On a GPU the number of these rows is read back once a
+call, before the forward (not where targets are on the CPU). docs/math.md has the formulas.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .probe import Probe, eager, head_of, logits_of, unwrap, without_cache
 
 def model_logps(
     model: nn.Module,
-    input_ids: Tensor | None,  # (B, L) integer; None with inputs_embeds=
+    input_ids: Tensor | None,  # (B, L) integer; None where inputs_embeds is given
     targets: Tensor,  # (B, L) integer
     *,
     ignore_index: int = -100,
@@ -49,35 +49,35 @@ def model_logps(
 ) -> Tensor:  # (B, L) float32, float64 for a float64 model
     """Log-probability of each target under the model, differentiable in every parameter that trains.
 
-    On a batch as TRL's DPOTrainer collates it (chosen half first), without ever holding the (B, L, V) logits:
+    The (B, L, V) logits are never held. On a batch as TRL's DPOTrainer collates it (chosen half first):
 
         targets = torch.full_like(input_ids, -100)
         targets[:, :-1] = input_ids[:, 1:].where(completion_mask[:, 1:] == 1, -100)
         token_logps = model_logps(model, input_ids, targets, attention_mask=attention_mask)
         chosen, rejected = token_logps.sum(1).chunk(2)
 
-    Takes what a trainer holds: a bare model, or one wrapped by DistributedDataParallel, FSDP or ZeRO-3; LoRA (on the
+    It takes what a trainer holds: a bare model, or one wrapped by DistributedDataParallel, FSDP or ZeRO-3; LoRA (on the
     head too: exact, no merged copy), several adapters, `modules_to_save`, `disable_adapter()` for the reference;
     quantised and custom heads; autocast; gradient checkpointing; images. The values are those of
-    `log_softmax(model(...).logits.float() / temperature)` at the targets, less the rounding of logits to bfloat16.
+    `log_softmax(model(...).logits.float() / temperature)` at the targets, without the rounding of logits to bfloat16.
 
     Args:
         model: a causal LM with `get_output_embeddings()`. Give the wrapper that you train, so that its gradients are
             synchronised. One compiled as a whole runs eagerly here; layers compiled by themselves stay compiled.
-        targets: the token id that each position predicts (already shifted), or `ignore_index`: 0 there, no gradient, no
-            work in the head, no memory.
+        targets: the token id that each position predicts (already shifted), or `ignore_index`: such a position gives 0
+            and no gradient, and costs neither work nor memory in the head.
         ignore_index, temperature, grad_tol, workspace_bytes, impl: as in `linear_logps`. A head that is not linear
             (quantised, DoRA) is called on chunks of rows that fit workspace_bytes, whatever impl.
-        strict: raise ValueError instead of falling back to real logits.
+        strict: whether to raise ValueError instead of falling back to real logits.
         inputs: whatever else the model's forward takes: attention_mask, position_ids, pixel_values ...
-            `use_cache=False` is added where the model knows it. `labels` is refused: the model would compute a loss of
+            `use_cache=False` is added where the model takes it. `labels` is refused: the model would compute a loss of
             its own from logits that do not exist.
 
     Raises ValueError or TypeError for wrong targets, for `labels`; for more positions than a model with learned ones
     has, and, on the CPU, for ids without an embedding; for several sequences in a row of a model that mixes them; for
-    prompt tuning and its kin (virtual tokens); for a head that gives one rank's piece of the vocabulary (tensor
+    adapters with virtual tokens (prompt tuning); for a head that gives one rank's piece of the vocabulary (tensor
     parallelism); and, under `strict`, where real logits are needed.
-    For the model's other outputs (the auxiliary loss of a mixture of experts): `attach(model).with_outputs(...)`.
+    `attach(model).with_outputs(...)` gives the model's other outputs (the auxiliary loss of a mixture of experts).
     """
     options = ScoreOptions(ignore_index, temperature, grad_tol, workspace_bytes, impl, strict)
     return AttachedModel(model, options)(input_ids, targets, **inputs)
@@ -95,8 +95,8 @@ def attach(
 ) -> AttachedModel:
     """`model_logps` with its options bound: `attach(model)(input_ids, targets, attention_mask=...)`.
 
-    Stores nothing on the model: what the probe finds is remembered beside it, for as long as the model lives and keeps
-    its head. Print the result to see it.
+    It stores nothing on the model: what the probe finds is remembered in this package, for as long as the model lives
+    and keeps its head. Print the result to see it.
     """
     return AttachedModel(model, ScoreOptions(ignore_index, temperature, grad_tol, workspace_bytes, impl, strict))
 
@@ -108,9 +108,9 @@ class LogpsAndOutputs(NamedTuple):
 
 @dataclass
 class _Finding:
-    """What the probe found out about a model."""
+    """The probe's finding about one model: its logit_map, or the reason why it has none."""
 
-    head: Callable[[], nn.Module | None]  # weak
+    head: Callable[[], nn.Module | None]  # a weak reference
     logit_map: LogitMap | None
     reason: str = ""  # why there is no logit_map
     warned: bool = False
@@ -120,8 +120,8 @@ _findings: weakref.WeakKeyDictionary[nn.Module, _Finding] = weakref.WeakKeyDicti
 
 
 class AttachedModel:
-    """A causal LM as a function from (input_ids, targets) to token log-probabilities. Made by `attach`; holds the model
-    and the options, nothing else."""
+    """A causal LM as a function from (input_ids, targets) to token log-probabilities, made by `attach`. It holds the
+    model and the options, nothing else."""
 
     def __init__(self, model: nn.Module, options: ScoreOptions) -> None:
         if isinstance(model, nn.DataParallel):
@@ -149,7 +149,7 @@ class AttachedModel:
         targets: Tensor,  # (B, L) integer
         **inputs: Any,
     ) -> LogpsAndOutputs:
-        """(token_logps, outputs): what else the model's forward returns, too, gradients included. For example
+        """(token_logps, outputs): the second is what else the model's forward returns, with gradients. For example
 
         token_logps, outputs = attach(model).with_outputs(input_ids, targets, output_router_logits=True)
         loss = preference(token_logps) + model.config.router_aux_loss_coef * outputs.aux_loss
@@ -180,14 +180,14 @@ class AttachedModel:
         with call.installed(), eager(self.model, head):
             outputs = self.model(**inputs)
         if hasattr(bare, "peft_config") and not torch.is_grad_enabled():
-            reshard(self.model)  # this may be a reference within disable_adapter(), which must end on shards
+            reshard(self.model)  # disable_adapter(), where a reference runs, must end on shards
         if call.count != 1:
             reason = f"its output head is called {call.count} times in this forward"
             return self._with_logits(finding, targets, inputs, reason)
         if call.reason:
             return self._with_logits(finding, targets, inputs, call.reason, outputs)
         token_logps, logits = call.token_logps, logits_of(outputs)
-        if logits.requires_grad:  # the hooks of DDP and FSDP sit on the model's outputs: a gradient must come by
+        if logits.requires_grad:  # a gradient must pass the model's outputs, which DDP and FSDP hook
             token_logps = Tie.apply(token_logps, logits)
         return LogpsAndOutputs(token_logps, _drop_logits(outputs))
 
@@ -197,9 +197,9 @@ class AttachedModel:
         targets: Tensor,  # (B, L)
         inputs: dict[str, Any],
         reason: str,
-        outputs: Any = None,  # with real logits; None: not computed yet
+        outputs: Any = None,  # the outputs with real logits; None where not computed yet
     ) -> LogpsAndOutputs:
-        """From the model's real logits, widened to float32 a chunk of rows at a time."""
+        """Log-probabilities from the model's real logits, widened to float32 a chunk of rows at a time."""
         message = f"{type(unwrap(self.model)).__name__} needs its real logits: {reason}"
         if self.options.strict:
             raise ValueError(f"{message} (strict=True forbids the fallback)")
@@ -208,7 +208,7 @@ class AttachedModel:
             warnings.warn(f"{message}. Its (B, L, V) logits are held: memory grows with the vocabulary.", stacklevel=4)
         outputs = self.model(**inputs) if outputs is None else outputs
         logits: Any = logits_of(outputs)
-        if is_dtensor(logits):  # split over ranks, and knows it
+        if is_dtensor(logits):  # split over ranks
             logits = logits.full_tensor()
         _check_whole(unwrap(self.model), finding.head(), logits.shape[-1])
         if logits.shape[:-1] != targets.shape:
@@ -220,7 +220,7 @@ class AttachedModel:
 
 
 def assume_logit_map(model: nn.Module, logit_map: LogitMap) -> None:
-    """Takes this for what the probe would find out: for a model without values (meta, fake), which none can probe."""
+    """Stores this as the probe's finding, for a model on the meta device or of fake tensors, which no probe can run."""
     bare = unwrap(model)
     head = head_of(bare)
     if head is None:
@@ -229,7 +229,7 @@ def assume_logit_map(model: nn.Module, logit_map: LogitMap) -> None:
 
 
 def _find(model: nn.Module, head: nn.Module | None, targets: Tensor, inputs: dict[str, Any]) -> _Finding:
-    """Probe a model: with eight tokens, or with its own inputs if it refuses those."""
+    """Probes a model with eight tokens, or with its own inputs if it refuses those."""
     if head is None:
         return _Finding(lambda: None, None, "get_output_embeddings() gives no output head")
     probe = Probe(head)
@@ -246,8 +246,8 @@ def _find(model: nn.Module, head: nn.Module | None, targets: Tensor, inputs: dic
 
 
 def _plain_tokens(targets: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """(2, 4) ids of text: from the targets, since inputs may hold placeholders of images; from their middle, since the
-    ends of a vocabulary are special tokens."""
+    """(2, 4) token ids of text. They come from the targets, since inputs may hold placeholders of images, and from the
+    middle of their sorted ids, since special tokens stand at the ends of a vocabulary."""
     ids = inputs.get("input_ids")
     known = targets[targets >= 0].unique()
     if not known.numel() and ids is not None:
@@ -257,8 +257,8 @@ def _plain_tokens(targets: Tensor, inputs: dict[str, Any]) -> Tensor:
 
 
 def _check_whole(bare: Any, head: nn.Module | None, width: int) -> None:
-    """ValueError where the head of a tensor-parallel model gives a rank's piece of the vocabulary, which would pass for
-    the whole: `width` logits, fewer than the rows of its weight over all ranks and than the model's vocabulary.
+    """ValueError where the head of a tensor-parallel model gives one rank's piece of the vocabulary: `width` logits,
+    fewer than the rows of its weight over all ranks or than the model's vocabulary. It would pass for the whole.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
@@ -271,7 +271,7 @@ def _check_whole(bare: Any, head: nn.Module | None, width: int) -> None:
     config: Any = getattr(bare, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocab = getattr(config, "vocab_size", None) or rows
-    pieces, rest = divmod(vocab, width)  # a head cut by hand has no rows but its own: then an even cut tells
+    pieces, rest = divmod(vocab, width)  # a head cut by hand shows its own rows only: an even cut tells
     cut_by_hand = pieces > 1 and rest == 0 and torch.distributed.get_world_size() % pieces == 0
     if width < min(rows, vocab) or (cut_by_hand and rows == width):
         raise ValueError(
@@ -283,7 +283,7 @@ def _check_whole(bare: Any, head: nn.Module | None, width: int) -> None:
 
 
 def _drop_logits(outputs: Any) -> Any:
-    """The same outputs with None for logits: what stands there is a placeholder, which nobody should read."""
+    """The outputs with None for logits, because the logits in them are a placeholder that nobody should read."""
     if isinstance(outputs, tuple):
         return (None, *outputs[1:])
     if isinstance(outputs, dict):
@@ -294,9 +294,9 @@ def _drop_logits(outputs: Any) -> Any:
 
 
 def checkpoint_layers(model: Any, options: Any = None) -> None:
-    """Gradient checkpointing of a transformers model, under the name that the version at hand has for it.
+    """Turns gradient checkpointing on in a transformers model, by the method that the installed version has for it.
 
-    options: `gradient_checkpointing_kwargs` of TrainingArguments; every_n_layers and offload are no checkpoint's.
+    options: `gradient_checkpointing_kwargs` of TrainingArguments; every_n_layers and offload are left out.
     """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     rest = dict(options or {})

@@ -1,14 +1,14 @@
-"""One call of a model's output head in which token log-probabilities leave it instead of logits.
+"""HeadCall makes a model's output head return token log-probabilities instead of logits, for one forward of the model.
 
-`HeadCall.installed()` replaces the `forward` of the head for the time of a model's forward. The module call itself
-stays: whatever gathers a sharded weight (FSDP2, ZeRO-3, offloading hooks) does so around the replacement, and the
+`HeadCall.installed()` replaces the `forward` of the head during a model's forward. The module is still called as
+before: whatever gathers a sharded weight (FSDP2, ZeRO-3, offloading hooks) does so around the replacement, and the
 result leaves through the module's output, where its gradient meets the same hooks.
 
 A linear head, and plain LoRA on it, go through `linear_logps`; any other head (quantised, DoRA, custom) is called
 itself, on chunks of rows whose logits are rebuilt in the backward. Rows whose target is ignored are left out.
-Never: reads a weight outside the call of the module that owns it, or stores (T, V) logits.
-Precondition: the head scores each row by itself (probe.py checks). Cost: `linear_logps`, or the head twice; memory
-`workspace_bytes` beyond the gradients. Formulas: docs/math.md.
+It never reads a weight outside the call of the module that owns it, or stores (T, V) logits.
+It needs a head that scores each row by itself (probe.py checks). The cost is `linear_logps`, or the head twice, and
+`workspace_bytes` beyond the gradients. docs/math.md has the formulas.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..lm_head.api import linear_logps
 
 @dataclass(frozen=True)
 class LogitMap:
-    """What a model makes of its head's output: logits = cap(logit_scale * output)[..., :vocab]."""
+    """How a model turns its head's output into logits: logits = cap(logit_scale * output)[..., :vocab]."""
 
     vocab: int
     logit_scale: float = 1.0
@@ -39,7 +39,7 @@ class LogitMap:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """As in `linear_logps`; strict as in `model_logps`."""
+    """Options of `linear_logps` under the same names, and `strict` of `model_logps`."""
 
     ignore_index: int = -100
     temperature: float = 1.0
@@ -50,8 +50,8 @@ class ScoreOptions:
 
 
 class Tie(torch.autograd.Function):
-    """`Tie.apply(value, path)`: value; the backward also sends exact zeros down `path`. Hooks that gather and reduce
-    parameters fire there, before the work upstream of both begins."""
+    """`Tie.apply(value, path)` returns value, and its backward also sends exact zeros down `path`. There they fire the
+    hooks that gather and reduce parameters, before the backward of what made both begins."""
 
     @staticmethod
     def forward(value: Tensor, path: Tensor) -> Tensor:
@@ -69,22 +69,22 @@ class Tie(torch.autograd.Function):
 
 @dataclass
 class HeadCall:
-    """The replacement of `head` for one forward of its model, and what came of it."""
+    """The replacement of `head` for one forward of its model, and its result."""
 
     head: nn.Module
     targets: Tensor  # (B, L) integer
     logit_map: LogitMap
     options: ScoreOptions
     count: int = 0  # calls of the head
-    reason: str = ""  # why it gave real logits after all
+    reason: str = ""  # why the head gave real logits after all
     token_logps: Tensor = field(init=False)  # (B, L), once the model has run
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         self.rows = (self.targets != self.options.ignore_index).reshape(-1).nonzero()[:, 0]
         self.leaf = leaf_of(self.head)
-        self.parts = linear_parts(self.leaf)  # before the swap, which would hide them
-        hook = self.head.register_forward_hook(self._leave)  # the last hook: after those of FSDP and ZeRO-3
+        self.parts = linear_parts(self.leaf)  # read before the swap hides them
+        hook = self.head.register_forward_hook(self._leave)  # registered last, to run after FSDP's and ZeRO-3's
         try:
             with swapped(self.leaf, self._forward) as self.real:
                 yield
@@ -92,7 +92,7 @@ class HeadCall:
             hook.remove()
 
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """In place of the head's forward: (B, L, D) -> (B, L, 1)."""
+        """Runs in place of the head's forward: (B, L, D) -> (B, L, 1)."""
         self.count += 1
         if args or kwargs:
             self.reason = f"its output head takes more than the hidden states: {[*map(type, args), *kwargs]}"
@@ -110,15 +110,15 @@ class HeadCall:
         token_logps = self._score(hidden)
         if token_logps.numel() < total:
             token_logps = token_logps.new_zeros(total).index_copy(0, self.rows, token_logps)
-        # FSDP2 wants no view: an operation in place on one would drop its hooks.
+        # A clone, since FSDP2's hooks would be lost if an operation in place hit a view.
         self.produced, self.logits_dtype = token_logps.reshape(*hidden.shape[:-1], 1).clone(), hidden.dtype
         return self.produced
 
     def _leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        """Take the log-probabilities from the head's output; a placeholder of logits goes on through the model."""
+        """Takes the log-probabilities from the head's output and sends a placeholder of logits on through the model."""
         if self.reason or self.count != 1:
             return None
-        # Where FSDP2 casts to its output_dtype, it has hooked the tensor before the cast, which has all digits.
+        # Where FSDP2 casts to its output_dtype, its hooks are on the tensor before the cast, which has all digits.
         whole = output if output.dtype == self.produced.dtype else self.produced
         self.token_logps = whole.reshape(self.targets.shape)
         placeholder = torch.zeros_like(output, dtype=self.logits_dtype)
@@ -133,7 +133,7 @@ class HeadCall:
         """(t,) log-probabilities of the live rows."""
         targets = self._live(self.targets.unsqueeze(-1))[:, 0].long()
         if self.parts is None:
-            real = self.real  # the graph keeps what rebuilds logits: not self, which would keep the graph in turn
+            real = self.real  # the graph keeps logits_of, which must not hold self: self holds the graph
 
             def logits_of(x: Tensor) -> Tensor:
                 return real(x.unsqueeze(0))[0]  # a custom head may insist on three dimensions
@@ -146,7 +146,7 @@ class HeadCall:
         x = hidden
         for a in adapters:
             x = a.cast(x)
-            # Dropout draws for every position, as in peft: the same random state drops the same entries.
+            # Dropout draws for every position, as peft's does, so that the same random state drops the same entries.
             live = self._live(x) if a.dropout is None else self._live(a.dropout(x))
             calls.append((a.up, a.down(live) * a.scaling))
 
@@ -197,7 +197,7 @@ def logps_in_chunks(
     logit_map: LogitMap,
     options: ScoreOptions,
 ) -> Tensor:  # (T,) float32 | float64
-    """Log-probabilities from logits that exist a chunk of rows at a time, in the forward and again in the backward."""
+    """Log-probabilities from logits that are computed a chunk of rows at a time, and again in the backward."""
 
     def chunk_logps(x: Tensor, targets: Tensor) -> Tensor:
         live = targets != options.ignore_index
@@ -230,8 +230,8 @@ def logps_in_chunks(
 
 @contextlib.contextmanager
 def swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """`forward` in place of the module's own, which is yielded. accelerate's offloading hook keeps the latter in
-    `_old_forward` and wraps it: there it is replaced within the hook."""
+    """A context that puts `forward` in place of the module's own forward, and yields the latter. The offloading hook of
+    accelerate wraps it as `_old_forward`: there the replacement goes inside the hook."""
     name = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
     was_set, real = name in vars(module), getattr(module, name)
     vars(module)[name] = forward
@@ -245,10 +245,10 @@ def swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Callable
 
 
 def inside(calls: list[tuple[nn.Module, Tensor]], compute: Callable[..., Tensor]) -> Tensor:
-    """compute(*inputs), run inside the calls of all the modules at once, when each has its weight gathered; the result
+    """Runs compute(*inputs) inside the nested calls of all the modules, when each has its weight gathered; the result
     leaves through the outputs of all."""
     if not calls:
-        return compute().clone()  # FSDP2 wants no view
+        return compute().clone()  # as in HeadCall._forward: no view for FSDP2
     (module, x), *rest = calls
     with swapped(module, lambda y: inside(rest, functools.partial(compute, y))):
         return module(x)
@@ -268,8 +268,8 @@ def leaf_of(head: nn.Module) -> nn.Module:
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the module computes x @ weight.T + bias, from a weight that can be read: no forward of a subclass or of
-    the instance, nothing quantised. (A DTensor is a shard: plain inside the module's call.)"""
+    """Whether the module computes x @ weight.T + bias from a weight that can be read: neither a subclass nor the
+    instance has a forward of its own, and nothing is quantised. (A DTensor is plain inside the module's call.)"""
     if type(module).forward is not nn.Linear.forward:
         return False
     own = vars(module).get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
@@ -280,7 +280,7 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def why_split(leaf: nn.Module, hidden: Tensor) -> str:
-    """Inside the head's call, where FSDP2 has gathered its weight: why the head is still split; empty if it is not."""
+    """Why the head is split over devices even inside its call, after FSDP2 has gathered its weight; empty if whole."""
     split = any(map(_is_dtensor, (hidden, *leaf.parameters(recurse=False))))
     return "its output head is split over devices (tensor parallelism)" if split else ""
 
@@ -295,7 +295,7 @@ class Adapter(NamedTuple):
     down: nn.Linear
     up: nn.Linear
     scaling: float
-    dropout: nn.Module | None  # None where it does nothing
+    dropout: nn.Module | None  # None where it would do nothing
     cast: Callable[[Tensor], Tensor]
 
 
@@ -305,8 +305,8 @@ class LinearParts(NamedTuple):
 
 
 def linear_parts(module: nn.Module) -> LinearParts | None:
-    """The linear terms that the module is, right now, the sum of: itself, or the base layer and active adapters of a
-    peft LoRA layer. None for anything else, DoRA and its kin included."""
+    """The linear terms whose sum the module computes at present: itself, or the base layer and active adapters of a
+    peft LoRA layer. None for anything else, DoRA and other variants included."""
     if is_linear(module):
         return LinearParts(module, [])
     peft = sys.modules.get("peft.tuners.lora.layer")  # no LoRA layer exists before this is imported
@@ -314,7 +314,7 @@ def linear_parts(module: nn.Module) -> LinearParts | None:
         return None
     layer: Any = module
     base = layer.get_base_layer()
-    if not is_linear(base) or (layer.disable_adapters and layer.merged):  # peft unmerges there
+    if not is_linear(base) or (layer.disable_adapters and layer.merged):  # peft would unmerge the weight here
         return None
     adapters: list[Adapter] = []
     for name in layer.active_adapters if not (layer.disable_adapters or layer.merged) else ():

@@ -1,16 +1,16 @@
-"""Whether a model keeps the sequences of a batch apart, in one row by their position_ids or in padded rows. Measured.
+"""Measures whether a model keeps the sequences of a batch apart, in one row by their position_ids or in padded rows.
 
     packed   (1, N), position_ids from 0 in each sequence: a model without block-diagonal attention (ALiBi, recurrent
              layers, masks that do not look at position_ids) lets the second sequence see the first
-    padded   (B, L) with an attention mask: nearly every causal model; what stands in the padding must not matter
+    padded   (B, L) with an attention mask: nearly every causal model keeps rows apart, whatever the padding holds
 
-A sequence goes through the model beside one neighbour, and beside another of the same length. The shapes are the same,
-so a model that keeps them apart gives the same bits; one with experts, whose groups of tokens change, the same up to
-rounding. Then it goes alone: the result must be the same up to what the place in a batch changes.
+A sequence goes through the model beside one neighbour, and beside another of the same length. The shapes are equal, so
+a model that keeps them apart gives equal bits; with experts, whose groups of tokens change, it gives the same up to
+rounding. Then the sequence goes alone: only as much may change as its place in a batch changes.
 
-Never: trains, caches keys, forms logits (but where the head is called in another way than once on all positions),
-leaves a flag or the random state changed. Precondition: an input of plain token ids; all ranks of a sharded model ask
-at the same time. Cost: five forwards of at most ten tokens, once per model and attention.
+The module never trains, caches keys, or leaves a flag or the random state changed, and forms logits only where the head
+is not called once on all positions. It needs a model that takes plain token ids; all ranks of a sharded model must ask
+at the same time. The cost is five forwards of at most ten tokens, once per model and attention.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def why_not_packed(model: nn.Module) -> str:
 
 
 def why_not_padded(model: nn.Module) -> str:
-    """Why shorter sequences may not be padded on the right; empty as above."""
+    """Why shorter sequences may not be padded on the right; empty if they may, or if the model takes no plain text."""
     return _remembered(model, "padded", _padded)
 
 
 def check_packed(model: nn.Module, inputs: dict[str, Any]) -> None:
     """ValueError for several sequences in a row of a model that mixes them.
 
-    Whether the model does is asked wherever a row has position_ids and no mask, whatever their values: they differ
-    between ranks, and lie on the GPU. They are read only where the model would mix sequences.
+    The model is measured wherever a row has position_ids and no mask, whatever their values, which differ between ranks
+    and may lie on a GPU. The values are read only where the model would mix sequences.
     """
     positions = inputs.get("position_ids")
     plain = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1
@@ -70,7 +70,7 @@ def _check_mask(
     mask: Any,
 ) -> None:
     """ValueError for several sequences in a row under a 2-D mask, which joins them in every model: transformers looks
-    for sequences in position_ids only where there is no mask. On the CPU: on a GPU no value is read back.
+    for sequences in position_ids only where there is no mask. On a GPU no value is read back, and nothing is checked.
     """
     if not isinstance(mask, Tensor) or mask.shape != positions.shape or positions.device.type != "cpu":
         return
@@ -102,14 +102,14 @@ def _is_fake(x: Tensor) -> bool:
 
 
 class _Scores:
-    """What reaches the head for a few tokens, in float32 and without autocast; (B, L, V) logits where it is called in
-    another way than once on (B, L, D)."""
+    """The hidden states that reach the head for a few tokens, in float32 and without autocast; the (B, L, V) logits
+    where the head is not called once on (B, L, D)."""
 
     def __init__(self, model: nn.Module, bare: nn.Module) -> None:
         self.model, self.bare = model, bare
         self.device = next(bare.parameters()).device
         rows = token_limit(bare) or 0
-        # From the middle of the vocabulary: special tokens stand at its ends.
+        # Ids come from the middle of the vocabulary, because special tokens stand at its ends.
         self.ids = (rows // 2 + torch.arange(14)) % rows if rows > 4 else None
         self.eps = max(torch.finfo(p.dtype).eps for p in bare.parameters() if p.is_floating_point())
 
@@ -134,13 +134,13 @@ class _Scores:
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             seen.append(hidden.full_tensor() if is_dtensor(hidden) else hidden)  # type: ignore[attr-defined]
-            return hidden[..., :1].clone()  # stands for logits, without a vocabulary
+            return hidden[..., :1].clone()  # stands for logits, without a vocabulary dimension
 
         with quiet(self.model, head or self.model) as called, self._precise():
             if head is not None:
                 with swapped(leaf_of(head), forward):
                     called(**inputs)
-            if [x.shape[:-1] for x in seen] != [batch["input_ids"].shape]:  # a head that is called in another way
+            if [x.shape[:-1] for x in seen] != [batch["input_ids"].shape]:  # not called once on all positions
                 seen = [logits_of(called(**inputs))]
         self.eps = max(self.eps, torch.finfo(seen[0].dtype).eps)
         return seen[0].float()
@@ -159,7 +159,7 @@ def _packed(score: _Scores) -> str:
 
 
 def _placed(score: _Scores) -> str:
-    """Why position_ids from 0 are not what the model counts itself: RoBERTa begins behind its padding index."""
+    """Why position_ids from 0 are not those that the model counts itself: RoBERTa begins after its padding index."""
     if score.ids is None:
         return ""
     ids = score.ids[None, 8:11]
@@ -191,7 +191,7 @@ def _compare(
     second: Tensor,  # (3,) ids
     beside: Callable[[Tensor], Tensor],  # neighbour -> hidden states (3, D) of `second`
     first: Tensor,  # ids of a neighbour
-    other: Tensor,  # of another of the same length
+    other: Tensor,  # ids of another neighbour of the same length
     what: str,
 ) -> str:
     def in_batch(row: Tensor) -> Tensor:  # (3, D)

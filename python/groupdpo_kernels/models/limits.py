@@ -1,9 +1,9 @@
-"""What a model can take at most: positions, where they are learned or tabled, and token ids.
+"""The most positions that a model has, where they are learned or in a table, and the most token ids.
 
-Read from the modules that hold the tables, not from a config field: the same field is a hard limit in one model (GPT-2,
-OPT, BERT, GPT-J) and advice in another (rotary or ALiBi positions, recurrent layers).
+They are read from the modules that hold the tables, not from a config field: the same field is a hard limit in one
+model (GPT-2, OPT, BERT, GPT-J) and advice in another (rotary or ALiBi positions, recurrent layers).
 
-Never: reads values back from a GPU. Precondition: none. Cost: a walk over the modules, once per model.
+The module never reads values back from a GPU. Its cost is a walk over the modules, once per model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, list[int]] = weakref.WeakKeyDiction
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """The most tokens that a sequence may have; None where nothing in the model ends."""
+    """The most tokens that a sequence may have; None where the model has no table of positions."""
     if model not in _known:
         _known[model] = [limit for name, module in model.named_modules() for limit in _tables(name, module)]
     return min(_known[model], default=None)
@@ -31,7 +31,7 @@ def _tables(name: str, module: nn.Module) -> list[int]:
         held.get(key) for held in (own, vars(module)) for key in ("embed_positions", "pos_encoding")
     ]  # GPT-J, CTRL
     found = [len(x) for x in tables if isinstance(x, Tensor) and x.dim() == 2]
-    vision = any(re.search("vis|image|audio|encoder$", part) for part in above)  # they count patches, not tokens
+    vision = any(re.search("vis|image|audio|encoder$", part) for part in above)  # these count patches, not tokens
     named = last == "wpe" or ("pos" in last and "rel" not in last)
     if isinstance(module, nn.Embedding) and named and not vision:
         taken = getattr(module, "offset", None)  # rows before the first position: OPT, BART
@@ -53,8 +53,8 @@ def token_limit(model: Any) -> int | None:
 
 
 def check_inputs(model: Any, inputs: dict[str, Any]) -> None:
-    """ValueError for more positions than the model has, and, where ids are plain tensors on the CPU, for an id that
-    has no embedding: an IndexError there, and on a GPU an assertion that ends the process."""
+    """ValueError for more positions than the model has, and, where ids are plain tensors on the CPU, for an id that has
+    no embedding. Torch would raise an IndexError, and on a GPU end the process with an assertion."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         return

@@ -1,8 +1,8 @@
-"""A model with logits of one column: the log-probability of the target. For trainers that call a model, and do much
-with its logits in code worth keeping: their function that picks a target's log-probability is replaced by one that
-takes the column.
+"""OneColumn is a model whose logits have one column: the log-probability of the target. It serves trainers that do
+much with the logits of a model in code worth keeping: their function that picks a target's log-probability is replaced
+by one that takes the column.
 
-Never: gives a trainer numbers that look like logits; what else it computes from them must be thrown away. Cost: as
+The column never looks like logits, so whatever else a trainer computes from it must be thrown away. The cost is that of
 `model_logps`.
 """
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .api import attach
 
-# What a batch of TRL's DPOTrainer holds beside what its model takes.
+# Keys in a batch of TRL's DPOTrainer that its model does not take.
 NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
 class OneColumn:
-    """Called as the model; `.logits` of what it returns is (B, L, 1) float32. Every other attribute is the model's."""
+    """A call runs the model and returns `.logits` of (B, L, 1) float32. Every other attribute is the model's."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ def completion_targets(
     input_ids: Tensor,  # (B, L) int64
     completion_mask: Tensor,  # (B, L) int64
 ) -> Tensor:  # (B, L) int64
-    """The token after each position where that is of a completion, -100 elsewhere."""
+    """The token after each position where it belongs to a completion, -100 elsewhere."""
     targets = torch.full_like(input_ids, -100)
     targets[:, :-1] = input_ids[:, 1:].where(completion_mask[:, 1:] == 1, -100)
     return targets

@@ -1,10 +1,10 @@
-"""What a model makes of its output head's result: a scale, a soft cap, a cut of the vocabulary. Measured, not read.
+"""Probe measures what a model does to its output head's result: a scale, a soft cap, a cut of the vocabulary.
 
-`Probe` runs one forward in which the head returns known values z from -40 to 40, and fits the logits that come out as
+It runs one forward in which the head returns known values z from -40 to 40, and fits the logits that come out as
 s z or c tanh(s z / c). No config field is read: the same name means different things in different models.
 
-Never: trains, caches, or leaves a flag or the random state changed. Precondition: an input that the model accepts.
-Cost: one forward without gradient. Formulas: docs/math.md.
+It never trains, fills a cache, or leaves a flag or the random state changed. It needs an input that the model accepts.
+The cost is one forward without gradient. docs/math.md has the formulas.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Probe:
         self.head, self.leaf = head, leaf_of(head)
         self.parts = linear_parts(self.leaf)
         self.count, self.vocab, self.reason = 0, 0, ""
-        self.positions: tuple[int, ...] | None = None  # (B, L) of the input, where each gives a row of logits
+        self.positions: tuple[int, ...] | None = None  # (B, L) of the input, if each position gives a row of logits
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (B, L, V)
         """The model's logits when its head returns the grid; in evaluation mode and without gradient."""
@@ -46,7 +46,7 @@ class Probe:
         if self.reason:
             return self.real(hidden, *args, **kwargs)
         if self.parts is not None:
-            # A weight is whole in the call of its own module only.
+            # A sharded weight is whole only within the call of its own module.
             base = self.parts.base
             self.vocab = base.weight.shape[0] if base is self.leaf else base.out_features
         else:
@@ -54,7 +54,7 @@ class Probe:
             self.vocab = logits.shape[-1]
             last = logits.reshape(-1, self.vocab)[-1].float()
             alone = self.real(hidden.reshape(1, -1, hidden.shape[-1])[:, -1:], *args, **kwargs).reshape(-1).float()
-            # Loose, because a quantised head may choose its scale by what else is in the batch.
+            # The tolerance is loose, because a quantised head may choose its scale by what else is in the batch.
             if not torch.allclose(alone, last, rtol=0.02, atol=0.02 * float(last.abs().max())):
                 self.reason = "its output head does not score each position by itself"
         *positions, _ = hidden.shape
@@ -70,13 +70,13 @@ class Probe:
             return output
         if output.shape != self.mark.shape or not torch.allclose(output.float(), self.mark, rtol=0.01):
             self.reason = "a forward hook on its output head changes the result"
-        # With an exact zero, and in float64 so that the model's own arithmetic rounds little.
+        # The grid has an exact zero, and is float64 so that the model's own arithmetic rounds little.
         wide = torch.float32 if output.device.type == "mps" else torch.float64
         half = max(1, self.vocab // 2)
         self.grid = (torch.arange(self.vocab, device=output.device, dtype=wide) - half) * (40 / half)
-        # For the rest of this forward, so that a parameter which acts on the logits shows. run() restores it.
+        # Gradients are on until run() ends, so that a parameter which acts on the logits shows.
         torch.set_grad_enabled(True)
-        # Each position has the grid moved on by one, which shows where the model puts them in another order.
+        # Each position has the grid moved on by one, which shows if the model puts positions in another order.
         rows = torch.stack([self.grid.roll(i) for i in range(self.mark.numel())])
         return rows.reshape(*self.mark.shape[:-1], self.vocab)
 
@@ -98,7 +98,7 @@ class Probe:
         fitted = fit_scale_and_cap(
             y[0].double(),
             self.grid[: y.shape[1]].cpu().double(),
-            (4 if eps > 1e-4 else 16) * eps,  # bfloat16 and float16 logits: a few roundings, no more
+            (4 if eps > 1e-4 else 16) * eps,  # bfloat16 and float16 logits may differ by a few roundings
         )
         if fitted is None:
             return "what it makes of its head's result is not a scale, a soft cap or a cut of the vocabulary"
@@ -108,7 +108,7 @@ class Probe:
 
 
 def _close(x: Tensor, y: Tensor) -> bool:
-    """Equal but for the rounding of one function at other places of a vector."""
+    """Whether two results are equal but for rounding, which may differ with the place in a vector."""
     return torch.allclose(x, y, rtol=8 * torch.finfo(x.dtype).eps, atol=0)
 
 
@@ -127,7 +127,7 @@ def fit_scale_and_cap(
         return None
     if fits(scale * z):
         return (1.0 if abs(scale - 1) < tol else scale), None
-    # tanh(2a) = 2 t / (1 + t^2), t = tanh(a): two points below saturation, one twice the other, give t and so both.
+    # tanh(2a) = 2 t / (1 + t^2), t = tanh(a): two points below saturation, one twice the other, give t, then s and c.
     y_up, z_up = y[z >= 0], z[z >= 0]
     k = max((k for k in range(1, (len(y_up) + 1) // 2) if y_up[2 * k] <= 0.9 * y_up.max()), default=0)
     if k == 0 or not 0 < y_up[k] < y_up[2 * k] < 2 * y_up[k]:
@@ -135,7 +135,7 @@ def fit_scale_and_cap(
     t = float(2 * y_up[k] / y_up[2 * k] - 1) ** 0.5
     cap = float(y_up[k]) / t
     scale = cap * math.atanh(t) / float(z_up[k])
-    for _ in range(8):  # Gauss-Newton over all points takes the rounding of the two out
+    for _ in range(8):  # Gauss-Newton over all points removes the rounding of these two
         th = torch.tanh(scale * z / cap)
         slope = (1 - th * th) * z
         jacobian = torch.stack([slope, th - slope * scale / cap], 1)
@@ -147,8 +147,8 @@ def fit_scale_and_cap(
 
 @contextlib.contextmanager
 def quiet(model: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
-    """What to call for a forward that nobody notices: in evaluation mode, without gradient, eagerly; random state and
-    modes are as before afterwards."""
+    """A context for a forward without side effects: it yields the module to call, in evaluation mode, without gradient
+    and eager; afterwards random state and modes are as before."""
     training = [m for m in model.modules() if m.training]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     device_type = next((d.type for d in devices), "cuda")
@@ -169,7 +169,7 @@ def quiet(model: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def eager(model: nn.Module, head: nn.Module, always: bool = False) -> Iterator[None]:
-    """Run eagerly what is compiled around the head: it has baked the head in. Layers compiled by themselves stay so."""
+    """A context that runs eagerly what was compiled together with the head. Layers compiled by themselves stay so."""
     if "torch._dynamo" not in sys.modules:  # then nothing is compiled
         yield
         return
@@ -184,7 +184,7 @@ def eager(model: nn.Module, head: nn.Module, always: bool = False) -> Iterator[N
 
 
 def _path(model: nn.Module, head: nn.Module) -> tuple[nn.Module, ...]:
-    """From the model down to its head, breadth first: the head hangs high, and the layers below it are thousands."""
+    """The modules from the model down to its head, found breadth first: the head lies near the top, above thousands."""
     paths: list[tuple[nn.Module, ...]] = [(model,)]
     for path in paths:
         for child in path[-1].children():
@@ -195,8 +195,8 @@ def _path(model: nn.Module, head: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model under DDP, FSDP 1, DeepSpeed and torch.compile: the first that has get_output_embeddings of its own, or
-    that none of these wraps."""
+    """The model inside DDP, FSDP 1, DeepSpeed and torch.compile: the first module that has its own
+    get_output_embeddings, or that is none of these wrappers."""
     while not hasattr(type(model), "get_output_embeddings"):
         wrapped = (model._modules.get(name) for name in ("_orig_mod", "_fsdp_wrapped_module", "module"))
         inner = next((m for m in wrapped if m is not None), None)
@@ -215,7 +215,7 @@ def head_of(bare: nn.Module) -> nn.Module | None:
 
 
 def without_cache(bare: nn.Module) -> dict[str, Any]:
-    """use_cache=False where the forward takes it: nothing is generated, so keys and values need not be kept.
+    """{"use_cache": False} where the forward takes it: nothing is generated, so keys and values need not be kept.
 
     A forward of transformers may take it among its **kwargs; where it is left out there, the config decides, and a
     model in training builds a cache.

@@ -1,11 +1,11 @@
 """The preference losses as one kernel launch on a GPU: the torch.library ops, and whether the kernel can run.
 
 `groupdpo_kernels::preference_weights_forward` returns, besides what a user sees, the closed-form coefficients d loss /
-d seq_logps; `groupdpo_kernels::preference_weights_backward` spreads them over tokens. The formulas stand a second time
-in kernels/triton, and tests hold them against `losses` in values and gradients, for every loss.
+d seq_logps; `groupdpo_kernels::preference_weights_backward` spreads them over tokens. kernels/triton/pair_losses.py
+repeats the formulas of losses.py, and tests compare both in values and gradients, for every loss.
 
-Never: reads a value inside a tensor: wrong offsets and references that are not finite give NaN. Needs torch, and Triton
-to run. Cost: two launches a step, and S numbers kept in between.
+It never reads a value inside a tensor: wrong offsets and references that are not finite give NaN. It needs torch, and
+Triton to run. The cost is two launches a step, and S numbers kept in between.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SPEC = (
 
 
 class LossSpec(NamedTuple):
-    """An Objective with its conventions resolved, in the order of the ops' schema. ceiling 0: no balance."""
+    """An Objective with its conventions resolved, in the order of the ops' schema. A ceiling of 0 means no balance."""
 
     loss: str
     beta: float
@@ -67,7 +67,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype, loss: object, m
     return impl
 
 
-# What torch.compiler.assume_constant_result does, less its import of dynamo: a trace calls it and keeps the answer.
+# A trace calls `resolve` and keeps its answer. torch.compiler.assume_constant_result sets this too, but imports dynamo.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -103,7 +103,7 @@ def _(d_loss, coefficients, cu_seqlens, T):
     return coefficients.new_empty(T)
 
 
-# Typed doors to the ops.
+# Callers use these typed functions, since the ops themselves carry no types.
 
 
 def preference_weights_forward(
@@ -155,7 +155,7 @@ class PreferenceWeights:
 
 
 class WeightedPreference(NotUnderVmap):
-    """What PreferenceWeights applies. A sixth output is d loss / d seq_logps, (S,), without a gradient."""
+    """The autograd function of PreferenceWeights. Its sixth output, d loss / d seq_logps (S,), has no gradient."""
 
     instead = "preference_loss takes all groups in one call (PreferenceGroups)"
 
@@ -174,9 +174,9 @@ class WeightedPreference(NotUnderVmap):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         token_logps, _, cu_seqlens, *_ = inputs
-        # d loss / d seq_logps is known in closed form by now: nothing of the forward is kept but these S numbers.
+        # d loss / d seq_logps is known in closed form by now, so these S numbers are all that the backward needs.
         ctx.save_for_backward(output[5], cu_seqlens)
-        ctx.set_materialize_grads(False)  # the outputs but loss have no gradient to make zeros for
+        ctx.set_materialize_grads(False)  # only loss has a gradient: zeros for the others would be waste
         ctx.T = token_logps.shape[0]
         ctx.mark_non_differentiable(*output[1:])
 

@@ -3,20 +3,19 @@
 A preference loss depends on the parameters through seq_logps s alone. So with c = d loss / d s its gradient is that of
 sum_i c_i s_i, and a sum splits over micro-batches anywhere.
 
-    two_pass    forward of every micro-batch without a graph -> loss and c; then forward and backward of each.
-                Memory of one micro-batch, whatever the group size; one more forward of the model, but not of its
-                LM head: pass 2 is given the lse of pass 1.
-    one_pass    forward of each micro-batch once, backward of each response by itself, combined with c at the end.
-                No second forward, S copies of the gradient: for few trainable parameters (LoRA), and micro-batches
-                of one response, since the backward of each response walks the graph of its whole micro-batch.
+    two_pass    It runs every micro-batch forward without a graph, which gives the loss and c, then each forward and
+                backward. It takes the memory of one micro-batch, whatever the group size, and one more forward of the
+                model, but not of its LM head: pass 2 is given the lse (log-sum-exp of the logits) of pass 1.
+    one_pass    It runs each micro-batch forward once, each response backward by itself, and combines these gradients
+                with c. It saves the second forward but keeps S copies of the gradient, so it suits few trainable
+                parameters (LoRA) and micro-batches of one response: each backward walks its whole micro-batch's graph.
 
 Both give the gradient of the whole group, dropout included: two_pass saves the random state of each micro-batch and
-replays it. First order only.
-Several processes: see distributed.py.
-Never: keeps the graph of a whole group; knows a loss or a model; hides a loss that is not finite.
-Precondition: forward depends on its micro-batch, on parameters that stay as they are during the call, and on torch's
+replays it. Gradients are of first order only. distributed.py describes several processes.
+It never keeps the graph of a whole group, knows a loss or a model, or hides a loss that is not finite.
+It needs a forward that depends on its micro-batch, on parameters that stay as they are during the call, and on torch's
 global random state, nothing else; two_pass compares its passes and warns.
-Source: GroupDPO (arXiv 2604.15602). Derivation: docs/math.md.
+The source is GroupDPO (arXiv 2604.15602); docs/math.md, section 4, derives the method.
 """
 
 from __future__ import annotations
@@ -70,29 +69,29 @@ def group_backward(
             that is added as it is, times `scale`. The sequences of all micro-batches, in order, are those of
             `groups`; a micro-batch may hold parts of several groups.
         groups, objective, ref_logps: as in `preference_loss`.
-        strategy: "two_pass" or "one_pass", see the module.
-        scale: factor on the gradient, not on the result: 1 / accumulation steps, the scale of a gradient scaler.
-        parameters: the leaves whose .grad is filled. None: all that the graph leads to.
-        no_sync: the context of every micro-batch but the last, in which gradients are not reduced. None: found from
+        strategy: "two_pass" or "one_pass"; the module's docstring compares them.
+        scale: factor on the gradient, not on the result: 1 / accumulation steps, or the scale of a gradient scaler.
+        parameters: the leaves whose .grad is filled. None takes all that the graph leads to.
+        no_sync: the context of every micro-batch but the last, in which gradients are not reduced. None takes that of
             the wrapper: `ddp.no_sync`, or DeepSpeed's set_gradient_accumulation_boundary.
-        gradient_bytes: the most that the S copies of one_pass may take.
+        gradient_bytes: the most bytes that the S copies of the gradient may take in one_pass.
         model: the wrapper that forward calls, so that ranks agree before anything runs and hear of errors in the
-            arguments. None: found once forward calls it.
-        process_group: the ranks that must agree. None: those of the wrapper; without a wrapper no rank talks to
-            another. A wrapper that is not known here (neither DistributedDataParallel, FSDP nor DeepSpeed) needs it.
+            arguments. None waits until forward calls the wrapper.
+        process_group: the ranks that must agree. None takes those of the wrapper; without a wrapper no rank talks to
+            another. A wrapper other than DistributedDataParallel, FSDP and DeepSpeed needs a process_group.
 
-    Several processes. Every rank calls group_backward with groups of its own; wrappers average the gradient over ranks,
-    so it is that of one process with all groups where ranks have equally many (else scale = ranks * own groups / all
-    groups). Ranks agree on the number of micro-batches; under FSDP and DeepSpeed, where each one is a collective, a
-    rank with fewer runs its smallest again with weight zero. one_pass knows DistributedDataParallel alone.
+    With several processes, every rank calls group_backward with groups of its own. Wrappers average the gradient over
+    ranks, so it is that of one process with all groups where ranks have equally many (else pass scale = ranks * own
+    groups / all groups). Under FSDP and DeepSpeed each micro-batch is a collective call, so a rank with fewer of them
+    runs its smallest one again with weight zero. one_pass works with DistributedDataParallel alone.
 
     Returns the PreferenceLoss, detached, without auxiliary losses. A loss that is not finite comes out as it is, and so
     do its gradients. A module that counts its forwards (batch normalisation) counts both passes.
 
     Raises ValueError or TypeError for what preference_loss refuses, for micro-batches that cannot be iterated twice or
-    do not hold the sequences of groups, for results of forward of another form, for reentrant checkpoints with
-    `parameters`, for parameters or one_pass where FSDP or DeepSpeed shards, for ranks of different strategies. Before
-    pass 2 an error of one rank is an error on all (under FSDP and ZeRO-3 not if it came from forward itself). Warns if
+    do not hold the sequences of groups, for a forward that returns something else, for reentrant checkpoints with
+    `parameters`, for parameters or one_pass where FSDP or DeepSpeed shards, for ranks with different strategies. Before
+    pass 2 an error of one rank is raised on all (under FSDP and ZeRO-3 not if forward itself raised it). It warns if
     pass 2 does not repeat pass 1.
     """
     names = list(STRATEGIES)
@@ -131,7 +130,7 @@ def _count(micro_batches: Any) -> int:
 
 
 class _Run(NamedTuple):
-    """What forward made of one micro-batch."""
+    """The results of forward for one micro-batch."""
 
     token_logps: Tensor  # (t,)
     cu_seqlens: Tensor  # (s+1,)
@@ -164,7 +163,7 @@ class _Step:
             yield
 
     def run(self, micro_batch: Any, at: int) -> _Run:
-        """Forward of one micro-batch, its result checked for form."""
+        """Calls forward on one micro-batch, and checks the number and shapes of its results."""
         with self.ranks.watching() if at == 0 else contextlib.nullcontext():
             outputs = self.ranks.call(self.forward, micro_batch)
         what = f"forward(micro_batches[{at}])"
@@ -175,10 +174,10 @@ class _Step:
         if auxiliary is not None and auxiliary.numel() != 1:
             raise ValueError(f"{what}[2], the auxiliary loss, must be a scalar; got shape {tuple(auxiliary.shape)}")
         sums = seq_logps(token_logps, cu_seqlens)
-        return _Run(token_logps, cu_seqlens.long(), sums, auxiliary)  # offsets of all tokens may not fit the dtype
+        return _Run(token_logps, cu_seqlens.long(), sums, auxiliary)  # int64: a narrower dtype may not hold all tokens
 
     def check_copies(self, leaves: list[Tensor]) -> None:
-        """What one_pass needs of the leaves: room for their gradients, and no hooks of their own."""
+        """ValueError unless the S gradients of the leaves fit gradient_bytes and no leaf has hooks of its own."""
         S, size = self.groups.num_sequences, sum(p.numel() * p.element_size() for p in leaves)
         if S * size > self.gradient_bytes:
             raise ValueError(
@@ -228,7 +227,7 @@ def _two_pass(step: _Step) -> PreferenceLoss:
         for at, micro_batch in enumerate(step.micro_batches):
             if at == len(first):
                 raise ValueError(f"{_AGAIN}; there were {at}, and then more")
-            # Autocast keeps casts of the weights: those of pass 1 carry no graph, those of a backward have lost it.
+            # Autocast caches casts of the weights: those of pass 1 have no graph, and a backward frees that of others.
             torch.clear_autocast_cache()
             states[at].restore()
             with step.sync(last=at == len(first) - 1 and step.ranks.missing == 0):
@@ -267,13 +266,13 @@ _AGAIN = "micro_batches must give the same micro-batches when iterated again"
 _NO_GRAPH = "forward must give token_logps that require grad: nothing that trains leads to them, or gradients are off"
 
 
-# Kernels may round differently with a graph and without; this, relative to 1 + |value|, is beyond rounding, even in
-# bfloat16.
+# Kernels may round differently with a graph and without. A gap above this, relative to 1 + |value|, is not rounding,
+# even in bfloat16.
 _TOLERANCE = 1e-3
 
 
 def _warn_of_drift(first: Tensor, again: Tensor, tapes: list[LseTape]) -> None:
-    """One warning if pass 2 found other seq_logps, or its heads another lse. Reads back one number, once all work is
+    """Warns if pass 2 found other seq_logps, or its LM heads another lse. It reads one number back, after all work is
     queued.
     """
     again = again.to(first.dtype)
@@ -282,7 +281,7 @@ def _warn_of_drift(first: Tensor, again: Tensor, tapes: list[LseTape]) -> None:
     gaps = [torch.where(gap > _TOLERANCE * (1 + first.abs()), gap, 0).max()]
     drift = float(torch.stack([x.to(gaps[0]) for x in (*gaps, *(tape.drift(_TOLERANCE) for tape in tapes))]).max())
     if drift > 0:
-        # One digit, so that the text repeats: Python shows it once, not once a step.
+        # The text has one digit so that it repeats: Python then shows the warning once, not at each step.
         warnings.warn(
             f"pass 2 does not repeat pass 1: a log-probability differs by {drift:.0e}, and the gradient is off"
             " accordingly. Did parameters change meanwhile, or does forward draw from other generators than torch's"
@@ -298,7 +297,7 @@ def _one_pass(step: _Step) -> PreferenceLoss:
     with step.ranks.failing_together():
         _gradients_by_response(step, runs, by_response, total)
         result, d_token_logps = step.loss(runs)
-    # The gradient is the same at every token of a response: it is c. (Clamped: an empty response is NaN already.)
+    # Every token of a response has the same gradient, c. The clamp serves an empty response, whose c is NaN already.
     c = [g[run.cu_seqlens[:-1].long().clamp(max=g.shape[0] - 1)] for g, run in zip(d_token_logps, runs)]
     for leaf, kept in by_response.items():
         for at, k, gradient in kept:
@@ -306,7 +305,7 @@ def _one_pass(step: _Step) -> PreferenceLoss:
         kept.clear()
     if not total:
         raise ValueError(_NO_GRAPH)
-    # Through the leaves' own accumulation: so hooks run that reduce gradients over ranks.
+    # The leaves' own accumulation runs the hooks that reduce gradients over ranks.
     torch.autograd.backward(list(total), [g.to(leaf.dtype) for leaf, g in total.items()])
     return result
 
@@ -317,7 +316,7 @@ def _gradients_by_response(
     by_response: dict[Tensor, list[tuple[int, int, Tensor]]],
     total: dict[Tensor, Tensor],
 ) -> None:
-    """Fills the three: forward of each micro-batch, and the gradient of each of its responses."""
+    """Runs each micro-batch forward and each of its responses backward, and fills the three containers given."""
     for at, (micro_batch, last) in enumerate(_marking_last(step.micro_batches)):
         torch.clear_autocast_cache()
         with step.sync(last):
@@ -344,7 +343,7 @@ def _add(total: dict[Tensor, Tensor], leaf: Tensor, gradient: Tensor, factor: Te
 
 
 def _marking_last(items: Iterable[M]) -> Iterator[tuple[M, bool]]:
-    """Each item with whether it is the last one."""
+    """Yields each item, and whether it is the last one."""
     iterator = iter(items)
     for item in iterator:
         for following in iterator:
@@ -359,8 +358,8 @@ def _leaves(roots: list[Tensor]) -> list[Tensor]:
 
 
 def _check_reachable(roots: list[Tensor]) -> None:
-    """A backward that is told its leaves passes by a reentrant checkpoint, which hides those inside it: their gradients
-    would be missing, and nothing says so where no leaf comes before it (LoRA).
+    """ValueError for reentrant checkpoints. They hide the leaves inside them from a backward that is told its leaves:
+    those gradients would be missing, without an error where no leaf comes before the checkpoint (LoRA).
     """
     if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(roots)):
         raise ValueError(
@@ -370,7 +369,7 @@ def _check_reachable(roots: list[Tensor]) -> None:
 
 
 def _nodes(roots: list[Tensor]) -> Iterator[Any]:
-    """Every node of the graph behind `roots`, once."""
+    """Yields every node of the graph behind `roots` once."""
     seen: set[Any] = set()
     stack = [torch.autograd.graph.get_gradient_edge(x).node for x in roots]
     while stack:

@@ -1,8 +1,7 @@
-"""Which responses belong together, and which of them are preferred.
+"""PreferenceGroups says which responses belong together, and which of them are preferred: plain, checked tensors.
 
-Plain tensors with checked contents; no loss, no model. What is derived from them is vectorised over ragged groups,
-stays in bounds whatever the offsets, and reads nothing back from a device. Cost: O(S) integers, O(pairs) where pairs
-are listed.
+What is derived from them is vectorised over ragged groups, stays in bounds whatever the offsets, and reads nothing back
+from a device. The module never sees a loss or a model. The cost is O(S) integers, and O(pairs) where pairs are listed.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from .segments import as_offsets, bounded_offsets
 class PreferenceGroups:
     """Ragged groups of responses: group g owns sequences cu_groups[g] : cu_groups[g+1], positives anywhere among them.
 
-    Each group needs a positive and a negative. On a CPU a ValueError names the group that is wrong; elsewhere values
-    are not read back, and wrong groups give NaN. Make groups on the CPU and move them with `.to(device)`.
+    Each group needs a positive and a negative. On a CPU a ValueError names a group that lacks one; elsewhere values
+    are not read back, and such groups give NaN. Make groups on the CPU and move them with `.to(device)`.
     """
 
-    cu_groups: Tensor  # (G+1,) integer; int32 or int64 from then on
+    cu_groups: Tensor  # (G+1,) integer; stored as int32 or int64
     positive: Tensor  # (S,) bool
     ids: Tensor = field(init=False, repr=False)  # (S,) int64, the group of each sequence
-    valid: Tensor = field(init=False, repr=False)  # () bool, can be False only where values were not read
+    valid: Tensor = field(init=False, repr=False)  # () bool; False is possible only where values were not read
     max_size: int = field(init=False, repr=False)  # a bound on the responses of a group: S where sizes were not read
     _num_pairs: int | None = field(init=False, repr=False)  # None where it was not read
 
@@ -49,7 +48,7 @@ class PreferenceGroups:
         if readable:
             _check_groups(cu, positive)
         bounded, covered = bounded_offsets(cu, S)
-        # searchsorted and not repeat_interleave, which trusts its offsets.
+        # repeat_interleave would trust the offsets; searchsorted stays in bounds.
         ids = torch.searchsorted(
             bounded[1:].contiguous(), torch.arange(S, device=cu.device, dtype=cu.dtype), right=True
         )
@@ -62,7 +61,7 @@ class PreferenceGroups:
 
     @classmethod
     def pairs(cls, n: int, device: torch.device | str | None = None) -> PreferenceGroups:
-        """n groups of two: a chosen response, then its rejected one."""
+        """Makes n groups of two: a chosen response, then its rejected one."""
         if n < 1:
             raise ValueError(f"n must be at least 1; got {n}")
         return cls.from_lists([[True, False]] * n, device)
@@ -73,7 +72,7 @@ class PreferenceGroups:
         positive: Iterable[Sequence[bool]],
         device: torch.device | str | None = None,
     ) -> PreferenceGroups:
-        """One list a group, one bool a response: `from_lists([[True, False, False], [False, True]])`."""
+        """Takes one list a group, one bool a response: `from_lists([[True, False, False], [False, True]])`."""
         lists = [list(map(bool, group)) for group in positive]
         sizes = torch.tensor([0, *map(len, lists)], dtype=torch.int64)
         groups = cls(sizes.cumsum(0).int(), torch.tensor([x for group in lists for x in group], dtype=torch.bool))
@@ -81,17 +80,17 @@ class PreferenceGroups:
 
     @property
     def num_groups(self) -> int:
-        """G."""
+        """The number of groups, G."""
         return self.cu_groups.shape[0] - 1
 
     @property
     def num_sequences(self) -> int:
-        """S."""
+        """The number of sequences (responses), S."""
         return self.positive.shape[0]
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of a positive and a negative of the same group. Reads back once if the groups were made on a device."""
+        """The number of pairs of a positive and a negative in one group. Groups made on a GPU are read back once."""
         if self._num_pairs is None:
             object.__setattr__(self, "_num_pairs", int(self.pair_offsets()[-1]))
         assert self._num_pairs is not None
@@ -115,15 +114,15 @@ class PreferenceGroups:
         return ~(same & self.positive[1:] & ~self.positive[:-1]).any()
 
     def pair_indices(self, every: bool) -> tuple[Tensor, Tensor]:
-        """(positive, negative) sequences, int64, of every pair, group by group, or of the only pair of each group."""
+        """The (positive, negative) sequences of every pair, group by group, or of each group's only pair; int64."""
         S, device = self.num_sequences, self.positive.device
         if not every:
             start, first = torch.arange(0, S, 2, device=device), self.positive[0::2].long()
             return start + 1 - first, start + first
-        pairs = self.counts()[1][self.ids] * self.positive  # (S,) those that a sequence is the positive of
+        pairs = self.counts()[1][self.ids] * self.positive  # (S,) the number of pairs whose positive this sequence is
         i = torch.repeat_interleave(torch.arange(S, device=device), pairs, output_size=self.num_pairs)
         nth = torch.arange(self.num_pairs, device=device) - (pairs.cumsum(0) - pairs)[i]
-        by_side = torch.argsort(2 * self.ids + self.positive, stable=True)  # in each group negatives, then positives
+        by_side = torch.argsort(2 * self.ids + self.positive, stable=True)  # each group's negatives, then its positives
         return i, by_side[self.cu_groups[self.ids[i]] + nth]
 
     def pair_offsets(self) -> Tensor:

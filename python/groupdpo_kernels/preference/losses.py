@@ -1,9 +1,10 @@
 """The loss formulas and `LOSSES`, the only list of their names: pure functions of scores.
 
 A pairwise loss takes the two sides of K pairs and gives (K,) losses; a group-wise loss takes scores (S,) and groups
-and gives (G,). Neither knows where scores come from. Plain PyTorch, vectorised over ragged groups, float64 for
-float64 inputs; deterministic; nothing of size S x S. In the formulas D = u_w - u_l, the score of the preferred minus
-that of the dispreferred response; P and N are the positives and negatives of a group. Derivations: docs/math.md.
+and gives (G,). In the formulas D = u_w - u_l, the score of the preferred minus that of the dispreferred response; P and
+N are the positives and negatives of a group. docs/math.md, section 3, derives them. The code is plain PyTorch,
+vectorised over ragged groups and deterministic. It never builds an S x S tensor, and knows nothing of where scores come
+from.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .segments import seq_logps
 
 
 class Options(Protocol):
-    """What a pairwise formula reads of an Objective."""
+    """The fields of an Objective that a pairwise formula reads."""
 
     @property
     def beta(self) -> float: ...
@@ -44,7 +45,7 @@ class Side(NamedTuple):
     scores: Tensor  # (K,) u, times `balance`
     mean_logps: Tensor  # (K,) s / n
     lengths: Tensor  # (K,) n, in the dtype of scores
-    balance: Tensor | None  # (K,) AdaDPO's w; None for 1
+    balance: Tensor | None  # (K,) AdaDPO's w; None stands for 1
 
 
 def logistic(chosen: Side, rejected: Side, objective: Options) -> Tensor:
@@ -89,11 +90,11 @@ def orpo(chosen: Side, rejected: Side, objective: Options) -> Tensor:
 def robust(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """rDPO (arXiv 2403.00409): [-(1 - e) log sigma(D) + e log sigma(-D)] / (1 - 2e), e the label smoothing."""
     d, e = chosen.scores - rejected.scores, objective.label_smoothing
-    return -logsigmoid(d) - e / (1 - 2 * e) * d  # the same: log sigma(-D) = log sigma(D) - D
+    return -logsigmoid(d) - e / (1 - 2 * e) * d  # equal, since log sigma(-D) = log sigma(D) - D
 
 
 def exo_pair(chosen: Side, rejected: Side, objective: Options) -> Tensor:
-    """EXO (arXiv 2402.00856): KL((sigma(D), sigma(-D)) || (1 - e, e)), e the label smoothing, not 0."""
+    """EXO (arXiv 2402.00856): KL((sigma(D), sigma(-D)) || (1 - e, e)), e the label smoothing, which must not be 0."""
     d, e = chosen.scores - rejected.scores, objective.label_smoothing
     won = torch.sigmoid(d) * (logsigmoid(d) - math.log1p(-e))
     return won + torch.sigmoid(-d) * (logsigmoid(-d) - math.log(e))
@@ -118,18 +119,18 @@ def apo_down(chosen: Side, rejected: Side, objective: Options) -> Tensor:
 def discopop(chosen: Side, rejected: Side, objective: Options) -> Tensor:
     """DiscoPOP (arXiv 2406.08414): -(1 - m) log sigma(D) + m e^-D, m = sigma(D / tau)."""
     d, tau = chosen.scores - rejected.scores, objective.tau
-    # m e^-D as one exponential: for a negative D of a large size it is 0 times infinity.
+    # m e^-D is one exponential, because as two factors it is 0 times infinity where D is far below 0.
     return torch.exp(logsigmoid(d / tau) - d) - torch.sigmoid(-d / tau) * logsigmoid(d)
 
 
 def sppo_hard(chosen: Side, rejected: Side, objective: Options) -> Tensor:
-    """SPPO (arXiv 2405.00675), a win certain: ((u_w - 1/2) / beta)^2 + ((u_l + 1/2) / beta)^2."""
+    """SPPO (arXiv 2405.00675) with certain wins: ((u_w - 1/2) / beta)^2 + ((u_l + 1/2) / beta)^2."""
     won, lost = chosen.scores - 0.5, rejected.scores + 0.5
     return (won / objective.beta).square() + (lost / objective.beta).square()
 
 
 def log1mexp(m: Tensor) -> Tensor:
-    """log(1 - e^m) for m <= 0. Closer to 0 than one unit of precision, m counts as that unit: the rest is rounding."""
+    """log(1 - e^m) for m <= 0. An m closer to 0 than one unit of precision counts as that unit, as it is rounding."""
     return torch.log(-torch.expm1(m.clamp(max=-torch.finfo(m.dtype).eps)))
 
 
@@ -164,12 +165,12 @@ def plackett_luce(
     u: Tensor,  # (S,)
     groups: PreferenceGroups,
 ) -> Tensor:  # (G,)
-    """Ranked groups, best first: sum_k lse(u_k, ..., u_last) - u_k."""
-    # Inclusive suffix log-sum-exp by doubling: log2 S steps whatever the groups, no size to read back from a device.
+    """The Plackett-Luce likelihood of groups ranked best first: sum_k lse(u_k, ..., u_last) - u_k."""
+    # The suffix log-sum-exp doubles its reach log2 S times, whatever the groups: no size is read back from a device.
     suffix, step = u, 1
     while step < u.shape[0]:
         inside = groups.ids[step:] == groups.ids[:-step]
-        # Beyond the group the partner is -inf before logaddexp, not masked after: no NaN of another group enters.
+        # A partner beyond the group is -inf before logaddexp, not masked after it, so that no other group's NaN enters.
         partner = torch.where(inside, suffix[step:], -math.inf)
         suffix = torch.cat([torch.logaddexp(suffix[:-step], partner), suffix[-step:]])
         step *= 2
@@ -195,7 +196,7 @@ def lse(
     """Log-sum-exp over the masked sequences of each group."""
     values = torch.where(mask, values, -math.inf)
     top = values.new_full((groups.num_groups,), -math.inf).scatter_reduce(0, groups.ids, values.detach(), "amax")
-    top = torch.where(torch.isfinite(top), top, 0)  # else inf - inf
+    top = torch.where(torch.isfinite(top), top, 0)  # an infinite maximum would give inf - inf below
     return top + torch.log(seq_logps(torch.exp(values - top[groups.ids]), groups.cu_groups))
 
 
@@ -203,7 +204,7 @@ def lse(
 
 
 class Loss(NamedTuple):
-    """A row: `pair`, over the pair of each group (every_pair: the mean over all), or `group`; and its conventions."""
+    """A loss and its conventions: `pair` takes each group's pair (every_pair: all, averaged), `group` takes (S,)."""
 
     pair: Callable[[Side, Side, Options], Tensor] | None = None
     group: Callable[[Tensor, PreferenceGroups], Tensor] | None = None
@@ -211,9 +212,7 @@ class Loss(NamedTuple):
     reference_free: bool = False
     every_pair: bool = False
     ranks: bool = False  # the order in a group is its ranking
-    odds: bool = (
-        False  # the score's derivative in m is 1 / (1 - e^m), not a constant: the balance takes it into account
-    )
+    odds: bool = False  # the score's derivative in m is 1 / (1 - e^m), not a constant, and enters the balance
     no_balance: str = ""  # why AdaDPO's balance, which makes dL/du_w and -dL/du_l alike, has no meaning here
 
 

@@ -1,17 +1,17 @@
 """Preference losses as pure functions of one vector: the log-probabilities of the responses.
 
 `preference_loss` sums token_logps to seq_logps, turns them into scores u, and reduces each group to one number by a
-row of `losses.LOSSES`. Plain PyTorch, vectorised over ragged groups (no loop over groups), in float64 whatever the
-inputs: the vectors are short. Results are float32, float64 for float64 inputs. It never sees a model or a vocabulary.
+row of `losses.LOSSES`. It is plain PyTorch without a loop over groups, and works in float64 whatever the inputs, as the
+vectors are short. Results are float32, or float64 for float64 inputs. It never sees a model or a vocabulary.
 
     u_i = beta (s_i - r_i)            s_i, r_i: sums of the policy's and the reference's token log-probabilities
     average: u_i / n_i                n_i: number of tokens
     reference-free: r_i = 0
 
-Precondition: every group has a positive and a negative, every response a token, the reference is finite. On a CPU the
-contrary is an error that names the culprit; on a GPU, and in compiled code, where values are not read back, it is NaN
-in the loss and its gradient. A policy that is not finite is never hidden either.
-Cost: O(T + S), for all_pairs O(T + number of pairs). Deterministic. Formulas and sources: docs/math.md.
+It needs a positive and a negative in every group, a token in every response, and a finite reference. On a CPU a
+ValueError names what breaks this; on a GPU and in compiled code, where values are not read back, the loss and its
+gradient are NaN. A policy that is not finite is never hidden either.
+The cost is O(T + S), for all_pairs O(T + number of pairs). docs/math.md, section 3, has formulas and sources.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class AdaBalance:
 
     DPO's gradient in the probability of a response is larger on the dispreferred side; w makes the two equal. b is the
     policy's log-probability (space="policy") or the log-ratio (space="reference"), a mean over tokens
-    (normalize=True) or a sum. In a group b_l is the mean over its negatives (all_pairs: the pair's own).
-    Source: arXiv 2605.28440; groups are this project's extension.
+    (normalize=True) or a sum. In a group b_l is the mean over its negatives (all_pairs takes the pair's own).
+    The source is arXiv 2605.28440; this project extends it to groups.
     """
 
     ceiling: float = 2.0
@@ -60,7 +60,7 @@ class AdaBalance:
         """min(exp(b_positive - b_negative), ceiling), clipped before exp so that nothing overflows."""
         log_w = b_positive - b_negative
         w = torch.exp(log_w.clamp(max=math.log(self.ceiling)))
-        return torch.where(log_w >= math.log(self.ceiling), self.ceiling, w)  # the ceiling to the last bit
+        return torch.where(log_w >= math.log(self.ceiling), self.ceiling, w)  # exp would round the ceiling
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class Objective:
     Args:
         loss: a name in `LOSSES`, or a callable (scores (S,), groups) -> (G,).
         beta: scale of the scores; in orpo the weight of the odds-ratio term.
-        average: scores per token. None: the loss's own convention (simpo, ipo: True).
-        reference_free: scores without a reference. None: the loss's own convention (simpo, cpo, orpo: True).
+        average: whether scores are per token. None takes the loss's own convention (simpo, ipo: True).
+        reference_free: whether scores leave the reference out. None takes the loss's own (simpo, cpo, orpo: True).
         nll_weight: adds nll_weight * mean over positives of -s_i / n_i, with any loss.
         label_smoothing: probability that a label is wrong (sigmoid, robust, exo_pair; exo_pair needs more than 0).
         gamma: target margin (simpo only).
-        alpha: price of a token (rdpo only).
+        alpha: reward added for each token of a response (rdpo only).
         tau: width in D of the change from the logistic to the exponential loss (discopop only).
         balance: AdaDPO's balance of the two sides.
     """
@@ -138,7 +138,7 @@ class Objective:
         return self.subtracts_reference or (self.balance is not None and self.balance.space == "reference")
 
 
-# What losses are called elsewhere: their names here, or what to write.
+# Names that other projects give to losses, and what to write here instead.
 ELSEWHERE = {
     "dpo": "'sigmoid'",
     "slic": "'hinge'",
@@ -157,7 +157,7 @@ ELSEWHERE = {
 
 
 def _check_loss(loss: Any) -> None:
-    """TypeError for what is no name and cannot be called; ValueError for a name that is not in LOSSES."""
+    """TypeError for a loss that is neither text nor callable; ValueError for a name that is not in LOSSES."""
     known = f"a callable or one of {', '.join(LOSSES)}"
     if callable(loss) or (isinstance(loss, str) and loss in LOSSES):
         return
@@ -170,7 +170,7 @@ def _check_loss(loss: Any) -> None:
 
 
 def _check_numbers(options: Any, *names: str) -> None:
-    """TypeError for a field that is no number; text, say, or a bool."""
+    """TypeError for a field that is not a number: text, for example, or a bool."""
     for name in names:
         value = getattr(options, name)
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -178,7 +178,7 @@ def _check_numbers(options: Any, *names: str) -> None:
 
 
 class PreferenceLoss(NamedTuple):
-    """Only `loss` is differentiable, in token_logps; the rest is for logging."""
+    """The result of preference_loss. Only `loss` is differentiable, in token_logps; the rest is for logging."""
 
     loss: Tensor  # () the mean of group_losses
     seq_logps: Tensor  # (S,)
@@ -196,7 +196,7 @@ def preference_loss(
     *,
     impl: str = "auto",
 ) -> PreferenceLoss:
-    """Mean over groups of the objective, differentiable in token_logps.
+    """The mean of the objective over groups, differentiable in token_logps.
 
     Args:
         token_logps: the policy's token log-probabilities, packed; 0 where a token does not count.
@@ -204,8 +204,8 @@ def preference_loss(
         groups: which sequences belong together, and which of them are positive.
         objective: see `Objective`.
         ref_logps: the reference's log-probabilities, of sequences or of tokens. No gradient flows into them.
-        impl: "auto" takes "triton", one fused launch, where it can run, else "reference"; an explicit choice never
-            falls back.
+        impl: "auto" takes "triton", one fused launch, where it can run, else "reference", plain PyTorch. An explicit
+            choice never falls back.
 
     Raises ValueError or TypeError for shapes that do not fit, a pairwise loss on larger groups, a missing reference;
     and, on a CPU, for values: offsets that do not cover the tokens or decrease, an empty response, a reference that
@@ -253,7 +253,7 @@ def preference_loss(
         losses = losses + objective.nll_weight * mean(-x.mean_logps, groups.positive, groups)
     if row.ranks and not _unchecked(u) and not groups.positives_first():
         raise ValueError(f"{objective.loss} reads the order in a group as its ranking: positives must come first")
-    # As a factor, so that the gradient is NaN too: where a loss is linear (hinge) a NaN score alone does not reach it.
+    # The NaN is a factor, so that the gradient is NaN too: that of a linear loss (hinge) does not depend on its score.
     bad = losses.isnan() | ~groups.valid
     if row.ranks:
         bad = bad | ~groups.positives_first()
@@ -269,7 +269,7 @@ def _by_kernel(
     objective: Objective,
     ref_logps: Tensor | None,  # (S,) or (T,)
 ) -> PreferenceLoss:
-    """The same in few launches, with the gradient in closed form; sums and scores are float64 inside."""
+    """preference_loss in few launches, with the gradient in closed form; sums and scores are float64 inside."""
     assert isinstance(objective.loss, str)  # `resolve` has refused a callable
     ref_logps = None if ref_logps is None else ref_logps.detach().float()
     if not _unchecked(token_logps):
@@ -306,10 +306,10 @@ class _Sequences(NamedTuple):
 
 
 def _sequences(token_logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None) -> _Sequences:
-    """Sums by sequence; values checked on the host, turned into NaN elsewhere."""
+    """Sums by sequence. Wrong values raise ValueError on a CPU, and give NaN on a GPU and in compiled code."""
     token_logps = token_logps.double()
     covered = None
-    if token_logps.device.type != "cpu":  # where seq_logps does not check them itself
+    if token_logps.device.type != "cpu":  # seq_logps checks offsets on a CPU only
         cu_seqlens, covered = bounded_offsets(cu_seqlens, token_logps.shape[0])
     s, n = seq_logps(token_logps, cu_seqlens), cu_seqlens.diff()
     r = None if ref_logps is None else ref_logps.detach().to(s.dtype)
@@ -337,14 +337,14 @@ def _check_values(cu_seqlens: Tensor, T: int, ref_logps: Tensor | None) -> None:
 
 
 def _balanced_quantity(x: _Sequences, balance: AdaBalance, odds: bool) -> Tensor:  # (S,)
-    """AdaDPO's b."""
+    """The quantity b of AdaDPO that `AdaBalance` compares between the two sides."""
     b = x.logps if balance.space == "policy" or x.ref_logps is None else x.logps - x.ref_logps
     b = (b / x.lengths if balance.normalize else b).detach()
     return b + log1mexp(x.mean_logps.detach()) if odds else b
 
 
 def _unchecked(x: Tensor) -> bool:
-    """Whether values must not be read back: on a device, and while tracing."""
+    """Whether values must not be read back: on a GPU, and while torch.compile traces."""
     return x.device.type != "cpu" or torch.compiler.is_compiling()
 
 

@@ -1,10 +1,9 @@
 """Sums of token log-probabilities by sequence, and checks of the offsets that say where sequences lie.
 
-`seq_logps` is the waist of the package: what lies after it knows sequences alone. An op of its own, so that compiled
-graphs hold one node.
+Everything after `seq_logps` works on sequences alone. It is a custom op, so that compiled graphs hold one node.
 
-Never: lets an offset read out of bounds. Needs torch alone. Values of offsets are read on a CPU alone; on a GPU wrong
-ones give NaN downstream. Cost: O(T + S), in float64.
+It never lets an offset read out of bounds, and needs torch alone. The values of offsets are read on a CPU alone; on a
+GPU wrong ones give NaN downstream. The cost is O(T + S), in float64.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ def seq_logps(
 ) -> Tensor:  # (S,) the dtype of token_logps
     """Sums of token_logps by sequence: sequence s owns tokens cu_seqlens[s] : cu_seqlens[s+1]. Differentiable.
 
-    Raises TypeError for what is no tensor and for offsets that are no integers, and ValueError for offsets that do not
-    start at 0, decrease, or do not end at T (on a GPU values are not read back: only shapes are checked).
+    Raises TypeError for arguments that are not tensors and offsets that are not integers, and ValueError for offsets
+    that do not start at 0, decrease, or do not end at T (on a GPU only shapes are checked: values are not read back).
     """
     check_tensors(token_logps=token_logps, cu_seqlens=cu_seqlens)
     if token_logps.dim() != 1 or not token_logps.is_floating_point():
@@ -47,8 +46,8 @@ def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
     """values (T,), offsets (S+1,) integer -> (S,), the dtype of values."""
     if values.device.type == "cpu":
         check_offsets("cu_seqlens", offsets, values.shape[0], "the number of tokens")
-    # In float64, each segment in order: deterministic, exact to the last float32 digit for a million tokens, and a NaN
-    # stays in its segment.
+    # Each segment is summed in order, in float64. So the sum is deterministic and exact to the last float32 digit for a
+    # million tokens, and a NaN stays in its segment.
     return torch.segment_reduce(values.double(), "sum", offsets=offsets.long(), axis=0, unsafe=True).to(values.dtype)
 
 
@@ -71,14 +70,14 @@ segment_sums.register_autograd(segment_sums_backward, setup_context=segment_sums
 
 
 def as_offsets(name: str, offsets: Tensor) -> Tensor:
-    """Offsets of any integer dtype as int32 or int64, which sums and differences of them fit. TypeError for others."""
+    """Offsets of any integer dtype, as int32 or int64 so that sums of them fit. TypeError for other dtypes."""
     if offsets.dtype not in INTEGERS:
         raise TypeError(f"{name} must be an integer tensor; got {offsets.dtype}")
     return offsets if offsets.dtype in (torch.int32, torch.int64) else offsets.long()
 
 
 def check_offsets(name: str, offsets: Tensor, total: int, what: str) -> None:
-    """ValueError unless offsets start at 0, never decrease and end at `total`. Reads values: host side only."""
+    """ValueError unless offsets start at 0, never decrease and end at `total`. It reads values: for the CPU only."""
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0 or last != total:
         raise ValueError(f"{name} must start at 0 and end at {what}, {total}; got {first} and {last}")
@@ -91,8 +90,8 @@ def check_offsets(name: str, offsets: Tensor, total: int, what: str) -> None:
 
 
 class SegmentSums(NotUnderVmap):
-    """`SegmentSums.apply(values, offsets)`: the op segment_sums, values (T,) and offsets (S+1,) integer -> (S,), for
-    torch.func.grad too, which does not go through an op's own formula.
+    """`SegmentSums.apply(values, offsets)` runs the op segment_sums: values (T,) and offsets (S+1,) integer -> (S,). It
+    exists for torch.func.grad, which does not use an op's own formula.
     """
 
     instead = "seq_logps takes all sequences packed into one (T,) tensor, with one cu_seqlens"
@@ -111,8 +110,8 @@ def bounded_offsets(
     offsets: Tensor,  # (n+1,) integer
     total: int,
 ) -> tuple[Tensor, Tensor]:
-    """Offsets that start at 0, never decrease and end at `total`, so that nothing reads out of bounds; and whether the
-    given ones did so, a bool tensor."""
+    """(bounded, valid): offsets that start at 0, never decrease and end at `total`, so that nothing reads out of
+    bounds, and a bool tensor that says whether the given offsets already did."""
     inner = offsets[1:-1].clamp(0, total).cummax(0).values if offsets.shape[0] > 2 else offsets[1:-1]
     bounded = torch.cat([torch.zeros_like(offsets[:1]), inner, torch.full_like(offsets[:1], total)])
     return bounded, (bounded == offsets).all()

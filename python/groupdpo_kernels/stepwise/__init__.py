@@ -1,7 +1,7 @@
 """sDPO: preference training in stages, each with the model of the stage before as its reference.
 
 stages.py  run_stages and what it needs, without a trainer
-store.py   results on disk that an interruption does no harm
+store.py   results on disk that an interruption cannot damage
 """
 
 from .stages import (

@@ -1,23 +1,23 @@
-"""sDPO (arXiv 2403.19270): preference data in K parts, and in stage k the model as stage k-1 left it as the reference.
+"""sDPO (arXiv 2403.19270): the data comes in K parts, and the reference of stage k is the model after stage k-1.
 
 The loss of each stage is DPO's, and so its first value is ln 2.
 
-`run_stages` needs no trainer and knows none: it scores part k once under the current weights, in evaluation mode and
-without gradients, keeps the log-probabilities on disk, then calls train(model, part, ref_logps, stage), which trains
-the model it is given, in place. The reference is those numbers, so a second model is never held: neither in full
-fine-tuning nor with LoRA, where the reference is base + adapters as of the start of the stage (which no
-`disable_adapter()` gives back once the adapters train on).
+`run_stages` needs no trainer: it scores part k once under the current weights, in evaluation mode and without
+gradients, keeps the log-probabilities on disk, then calls train(model, part, ref_logps, stage), which trains this
+model in place. The reference is those numbers, so a second model is never held: neither in full fine-tuning nor with
+LoRA, where the reference is base + adapters as of the start of the stage (which no `disable_adapter()` gives back once
+the adapters train on).
 
 A process may die at any point, and the same call resumes to the same result, bit for bit where train is deterministic:
-files are written beside their place, synchronised, then renamed; each carries a checksum and the hash of all that its
+files are written under another name, synchronised, then renamed; each carries a checksum and the hash of all that its
 content depends on, so that a stale, half-written or foreign one is never read. Any number of processes may share a
-directory. A stage that was cut short starts again from its first step, with its scores at hand.
+directory. A stage that was interrupted starts again from its first step, but keeps its scores.
 
-Never: changes the data, the trainer or the mode of a module, or unpickles anything but tensors and plain values.
-Precondition: train depends on its arguments, the seeded generators and `options` alone; items of a part are the same
-each time they are read. Under torch.distributed all ranks call, and each scores the whole part.
-Cost: a forward of the data; a hash of the weights each stage, and of the data; on disk the scores, and after each
-stage the tensors that differ from the model as given. Formulas: docs/math.md.
+The module never changes the data, the trainer or the mode of a module, or unpickles anything but tensors and plain
+values. It needs a train that depends on its arguments, the seeded generators and `options` alone, and parts whose items
+are the same each time they are read. Under torch.distributed all ranks call, and each scores the whole part.
+The cost is a forward of the data, a hash of the data and one of the weights each stage; on disk the scores, and after
+each stage the tensors that differ from the model as given.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def equal_parts(num_rows: int, num_parts: int) -> list[list[int]]:
 
 
 def by_column(rows: Rows, column: str = "stage", order: Sequence[Any] | None = None) -> list[list[int]]:
-    """Row indices by the value of a column; parts in the order of the values, or in the `order` given."""
+    """Row indices, in one part for each value of a column; parts have the order of the values, or that of `order`."""
     parts: dict[Any, list[int]] = {} if order is None else {value: [] for value in order}
     for i in range(len(rows)):
         row = rows[i]
@@ -83,7 +83,7 @@ def reward_accuracy(
     scores: Tensor,  # (S,) floating
     groups: PreferenceGroups,
 ) -> tuple[Tensor, Tensor]:  # (G,), (G,) float64
-    """Share of a group's (positive, negative) pairs that the scores order rightly, ties by half; their mean margin."""
+    """(accuracy, margin): the share of a group's pairs that scores order rightly, ties by half, and the mean margin."""
     if scores.shape != (groups.num_sequences,) or not scores.is_floating_point():
         got = f"{tuple(scores.shape)} {scores.dtype}"
         raise ValueError(f"scores must be floating and (S,) = ({groups.num_sequences},); got {got}")
@@ -101,12 +101,12 @@ def easy_to_hard(
     groups: PreferenceGroups,
     into: int | Sequence[Sequence[int]],
 ) -> list[list[int]]:
-    """Group indices by the reference's reward accuracy, most accurate first; equals by margin, then in their order.
+    """Group indices in parts, the most accurate first by `reward_accuracy`; equal ones by margin, then in their order.
 
     Args:
         scores: log-probabilities of the responses under the reference (`reference_logps`), sums or means.
-        groups: which responses belong together; a group is a row of the data. For pairs this is the order of margins.
-        into: a number of equal parts, or parts of groups (sources of data, as in the paper), then only put in order.
+        groups: which responses belong together; a group is a row of the data. Pairs are ordered by their margins.
+        into: a number of equal parts, or given parts (sources of data, as in the paper), which are then only ordered.
     """
     accuracy, margin = (x.tolist() for x in reward_accuracy(scores, groups))
     if isinstance(into, int):
@@ -122,7 +122,7 @@ def easy_to_hard(
 
 
 def take(rows: Rows, indices: Iterable[int]) -> Any:
-    """These rows: a datasets.Dataset where the data is one, else a list."""
+    """The rows with these indices: a datasets.Dataset where the data is one, else a list."""
     chosen = list(indices)
     for i in (i for i in chosen if not 0 <= i < len(rows)):
         raise ValueError(f"indices must be from 0 to {len(rows) - 1}; got {i}")
@@ -137,8 +137,8 @@ def sequence_logps(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Te
     """The default `score`: log-probabilities of the sequences of batches, in order, by `model_logps`.
 
     A batch has input_ids (B, L), targets (B, L) as in `model_logps`, and what else the model's forward takes. With
-    cu_seqlens (s+1,) its rows, laid end to end, are packed sequences; without, each row is one. `groups`, `positive`
-    and `cu_groups` are left out of the forward.
+    cu_seqlens (s+1,) its rows, laid end to end, hold packed sequences; without it each row is one sequence. `groups`,
+    `positive` and `cu_groups` are not passed to the forward.
     """
     device, sums = next(model.parameters()).device, []
     for batch in batches:
@@ -172,7 +172,7 @@ def reference_logps(
     options: Mapping[str, Any] | None = None,
     fingerprint: Callable[[nn.Module], Mapping[str, str]] = tensor_digests,
 ) -> Tensor:  # (S, ...) on the CPU
-    """Scores of a part under the model as it is, from disk as far as they are there. Arguments as in `run_stages`."""
+    """Scores of a part under the model as it is, read from disk where they are. The arguments are `run_stages`'s."""
     _check_parts([part])
     scorer = _Scorer(Path(directory), score, count, chunk_size, [options, description(model)])
     return scorer(model, part, _digest_rows(part), fingerprint(model), "part")
@@ -193,26 +193,26 @@ def run_stages(
     load: Callable[[nn.Module, Path], Any] | None = None,
     fingerprint: Callable[[nn.Module], Mapping[str, str]] = tensor_digests,
 ) -> None:
-    """Train the model in place on one part after the other, or on from where an earlier call with this directory stood.
+    """Trains the model in place on one part after the other, and resumes where an earlier call with this directory was.
 
         parts = [take(rows, indices) for indices in by_column(rows, "stage")]
         run_stages(model, parts, train, "sdpo", score=score)
 
     Args:
-        model: the reference of stage 1, and the policy throughout. To resume, the weights of the first call: a model
-            that an exception left half-trained is another model, and begins another run.
+        model: the reference of stage 1, and the policy throughout. To resume, it must have the weights of the first
+            call: a model that an exception left half-trained is another model, and begins another run.
         parts: the data of each stage, in order; see `equal_parts`, `by_column`, `easy_to_hard` and `take`.
-        train: train(model, part, ref_logps, stage), stage from 1. ref_logps holds, on the CPU, what score gave.
-        directory: made if need be. Files of other models, data or options are left alone.
-        score: score(model, rows) -> (S, ...) floating, for `chunk_size` rows of a part. None: `sequence_logps`.
-        count: how many values a row gives. None: one; with score=None, the batch's number of sequences.
-        chunk_size: rows scored between two files; what an interruption can cost.
+        train: train(model, part, ref_logps, stage), stage from 1. ref_logps holds the results of score, on the CPU.
+        directory: the folder of the results, made if need be. Files of other models, data or options are kept.
+        score: score(model, rows) -> (S, ...) floating, for `chunk_size` rows of a part. None takes `sequence_logps`.
+        count: how many values a row gives. None means one or, with score=None, the batch's number of sequences.
+        chunk_size: the number of rows in a file of scores, which is what an interruption can cost.
         options: what else the result depends on (learning rate, temperature): plain values. Others start a new run.
-        seed: each stage seeds Python, NumPy if loaded, and torch with seed + stage. None: left to train.
+        seed: each stage seeds Python, NumPy if loaded, and torch with seed + stage. None leaves this to train.
         save, load: called as (model, path), path free for a file or a folder. They must give back the same weights.
             Under torch.distributed every rank calls them with the same path; other processes need other directories.
-            None: the changed tensors of the state dict, in one file; sharded models need a save of their own.
-        fingerprint: names to hashes of the weights, for models whose state dict does not hold them.
+            None saves the changed tensors of the state dict in one file; sharded models need functions of their own.
+        fingerprint: a function from the model to {name: hash of the weight}, for weights outside the state dict.
 
     Raises ValueError for no or empty parts, for scores of another length or not finite (naming the row and the value),
     and where `load` gives back other weights than `save` was given. Progress goes to the logger of this module.
@@ -221,11 +221,11 @@ def run_stages(
         raise ValueError(f"save and load must be given together; got save={save!r}, load={load!r}")
     parts = list(parts)
     _check_parts(parts)
-    context = [options, description(model)]  # now: trainers write into the config of a model
+    context = [options, description(model)]  # taken now, since trainers write into a model's config
     scorer = _Scorer(Path(directory), score, count, chunk_size, context)
     rows = [_digest_rows(part) for part in parts]
     start, names = fingerprint(model), set(model.state_dict())
-    # Stage k hangs on what came before it, not on what follows: parts may be added at the end.
+    # Stage k depends on the stages before it, not on those after it, so that parts may be added at the end.
     run = digest(["run", context, scorer.name, chunk_size, seed, start])
     runs = list(itertools.accumulate(rows, lambda run, part: digest([run, part]), initial=run))
     records = {k: scorer.directory / f"stage-{k}-{runs[k][:16]}.pt" for k in range(1, len(runs))}
@@ -261,13 +261,13 @@ def run_stages(
             content["tensors"] = {name: state[name].detach().cpu() for name in changed}
         else:
             save(model, records[k].with_suffix(""))
-            _gather(None)  # the record says that every rank has saved
+            _gather(None)  # the record is written after every rank has saved
         write(records[k], content)
         logger.info("stage %d of %d: done, saved to %s", k, len(parts), records[k])
 
 
 def _last_stage(records: Mapping[int, Path], runs: Sequence[str]) -> tuple[int, dict[str, Any] | None]:
-    """The last stage that all ranks can load, and its record; 0 and None for the model as given."""
+    """The last stage that all ranks can load, and its record; (0, None) stands for the model as given."""
     for k in sorted(records, reverse=True):
         record = None
         try:
@@ -282,7 +282,7 @@ def _last_stage(records: Mapping[int, Path], runs: Sequence[str]) -> tuple[int, 
 
 
 class _Scorer:
-    """Scores of parts, in one file a chunk."""
+    """Scores parts, with one file a chunk."""
 
     def __init__(
         self,
@@ -318,7 +318,7 @@ class _Scorer:
         if unusable:
             more = f" (and {len(unusable) - 1} more)" if unusable[1:] else ""
             warnings.warn(f"{unusable[0]}{more}: computed again", stacklevel=3)
-        # A forward may be a collective: all ranks score what any of them lacks.
+        # A forward may be a collective, so all ranks score the chunks that any of them lacks.
         missing = sorted(set().union(*_gather(set(chunks) - set(found))))
         logger.info("%s: %d of %d chunks to score", where, len(missing), len(chunks))
         with _evaluating(model):
@@ -339,7 +339,7 @@ class _Scorer:
         span = f"rows {start}:{start + len(chunk)}"
         if values.dim() < 1 or len(values) != sum(counts):
             raise ValueError(f"score must give {sum(counts)} values for {where}, {span}; got {tuple(values.shape)}")
-        values = values.detach().cpu().clone()  # of its own: a view would be saved with all that it views
+        values = values.detach().cpu().clone()  # a view would be saved with its whole storage
         for at in (~values.isfinite()).nonzero()[:1].tolist():
             row = next(n for n in range(len(counts)) if at[0] < sum(counts[: n + 1]))
             raise ValueError(f"score must be finite; {where}, row {start + row} has {float(values[tuple(at)])}")
@@ -348,7 +348,7 @@ class _Scorer:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; each module's own mode again afterwards."""
+    """A context without gradients and dropout; each module's mode is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
@@ -374,7 +374,7 @@ def _seed(seed: int) -> None:
 
 
 def _gather(value: Any) -> list[Any]:
-    """The value of each rank; of this process alone where there are no ranks. Waits for all of them."""
+    """The value of each rank, after waiting for all; that of this process alone where there are no ranks."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
     values = [None] * torch.distributed.get_world_size()

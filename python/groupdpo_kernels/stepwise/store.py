@@ -1,13 +1,13 @@
-"""Values on disk under the hash of what they depend on: written whole or not at all, read whole or not at all.
+"""Stores values on disk under the hash of what they depend on: files are written and read whole or not at all.
 
 `digest` hashes plain values, tensors and arrays, `tensor_digests` a model's weights; `write` puts tensors and plain
 values into a file; `read` gives them back if the file is whole and carries the keys that it is asked for.
-`replacing` and `write_json` write other files as whole.
+`replacing` and `write_json` write other files in the same safe way.
 
-Never: shows a half-written file under its name, whenever the process dies and however many write it at once; unpickles
-anything but tensors and plain values; removes what a living process writes.
-Precondition: a POSIX file system, on which a rename replaces.
-Cost: BLAKE2b of what is hashed, written or read (0.6 GB/s a core; weights on up to 8 cores). A file is a line of
+It never shows a half-written file under its name, whenever the process dies and however many write at once, unpickles
+anything but tensors and plain values, or removes what a living process writes.
+It needs a POSIX file system, on which a rename replaces.
+The cost is BLAKE2b of what is hashed, written or read (0.6 GB/s a core; weights on up to 8 cores). A file is a line of
 magic, the hash of the rest, and the rest as `torch.save` writes it.
 """
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from ..models.adapters import active_adapters, adapter_configs
 
 _MAGIC = b"groupdpo_kernels 1\n"
-# 2.6 times as fast as SHA-256 on a core without instructions for that.
+# BLAKE2b is 2.6 times as fast as SHA-256 on a core without SHA instructions.
 _hash = functools.partial(hashlib.blake2b, digest_size=32)
 _HEADER = len(_MAGIC) + _hash().digest_size
 
@@ -51,7 +51,7 @@ def digest(x: Any) -> str:
 
 def _feed(sha: Any, x: Any) -> None:
     """Adds a value as its kind, its size and its content, so that no two values feed the same bytes."""
-    if getattr(getattr(x, "dtype", None), "hasobject", False):  # an array of NumPy whose bytes are pointers
+    if getattr(getattr(x, "dtype", None), "hasobject", False):  # its bytes are pointers
         x = x.tolist()
     if isinstance(x, Tensor):
         x = getattr(x, "to_local", lambda x=x: x)().detach().cpu().contiguous()
@@ -81,7 +81,7 @@ def _feed(sha: Any, x: Any) -> None:
 
 
 def tensor_digests(model: nn.Module) -> dict[str, str]:
-    """Names to hashes of the state dict: dtypes, shapes and bytes. Of a sharded tensor, this rank's part."""
+    """{name: hash of dtype, shape and bytes} of the state dict. A sharded tensor gives this rank's part."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta or hasattr(parameter, "ds_id"):
             raise ValueError(f"weights must be at hand; {name} is on meta or sharded by ZeRO-3: give `fingerprint`")
@@ -91,10 +91,10 @@ def tensor_digests(model: nn.Module) -> dict[str, str]:
 
 
 def description(model: nn.Module) -> str:
-    """What decides a model's outputs beside its weights: its config, its adapters' configs, the active adapter."""
+    """What decides a model's outputs besides its weights: its config, its adapters' configs, the active adapter."""
     configs = [getattr(model, "config", None), *adapter_configs(model).values()]
     told = [config.to_dict() for config in configs if hasattr(config, "to_dict")]
-    for config in told:  # where it came from, and with what it was saved
+    for config in told:  # drops where the model came from, and the versions that saved it
         for name in ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version"):
             config.pop(name, None)
     active = active_adapters(model)
@@ -110,11 +110,11 @@ def description(model: nn.Module) -> str:
 
 
 class UnusableFileError(Exception):
-    """A file that is there, and is not what it should be."""
+    """A file exists but cannot be used: it is damaged, foreign, or of other keys."""
 
 
 class _HashingFile:
-    """Writes through, and hashes."""
+    """A file object that passes writes on and hashes them."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha = file, _hash()
@@ -129,8 +129,8 @@ class _HashingFile:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write in place of `path`: at the end of the block it is there, whole and on disk; until then, and after
-    an exception, `path` is as it was."""
+    """A context that yields a file to write in place of `path`. At its end the file is at `path`, whole and on disk;
+    until then, and after an exception, `path` is as it was."""
     _remove_left_behind(path.parent)
     temporary = path.with_name(f".{path.name}~{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}.tmp")
     try:
@@ -150,7 +150,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Once this returns the file is there, whole and on disk; until then it is as it was."""
+    """Writes a file that is whole and on disk once this returns; until then `path` is as it was."""
     with replacing(path) as file:
         file.write(bytes(_HEADER))
         payload = _HashingFile(file)
@@ -160,7 +160,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """The same for people to read: no checksum. ValueError for a number that JSON has not (NaN)."""
+    """Writes JSON as safely as `write`, but without a checksum. ValueError for a number that JSON lacks (NaN)."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     with replacing(path) as file:
         file.write(text.encode() + b"\n")
@@ -176,7 +176,7 @@ def file_digest(path: Path) -> str:
 
 
 def read(path: Path, **keys: Any) -> dict[str, Any]:
-    """What `write` was given. FileNotFoundError; UnusableFileError for all but a whole file of ours with these keys."""
+    """The content given to `write`. FileNotFoundError; UnusableFileError unless it is a whole file with these keys."""
     with open(path, "rb") as file:
         header, sha = file.read(_HEADER), _hash()
         while block := file.read(2**20):
@@ -196,11 +196,11 @@ def read(path: Path, **keys: Any) -> dict[str, Any]:
 
 
 def _remove_left_behind(folder: Path) -> None:
-    """Removes the temporary files of processes of this machine that were killed."""
+    """Removes the temporary files that killed processes of this machine have left."""
     for path in folder.glob(f".*~{socket.gethostname()}~*~*.tmp"):
         try:
             os.kill(int(path.name.split("~")[-2]), 0)
         except ProcessLookupError:
             path.unlink(missing_ok=True)
         except PermissionError:
-            pass  # it lives, under another user
+            pass  # the process lives, under another user

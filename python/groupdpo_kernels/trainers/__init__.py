@@ -5,10 +5,10 @@ dpo.py           DPOTrainer: TRL's, with every pairwise objective
 stepwise_dpo.py  StepwiseDPO: sDPO over these two
 reference.py     the model that a policy is compared with, and what would change it
 metrics.py       what is logged
-fit_check.py     what fits in memory: asked before training, and after a step that did not fit
+fit_check.py     what fits in memory: checked before training, and after a step that did not fit
 misplaced.py     names of options that belong elsewhere
 
-A trainer is imported when it is first asked for, and with it transformers or TRL.
+A trainer, and with it transformers or TRL, is imported when it is first asked for.
 """
 
 import importlib

@@ -1,6 +1,6 @@
-"""The options of `GroupDPOTrainer`, and what they refuse.
+"""GroupDPOConfig: the options of `GroupDPOTrainer`, checked.
 
-Never: accepts an option that would do nothing. Needs transformers. Cost: none.
+It never accepts an option that would do nothing. It needs transformers.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from .misplaced import check_names
 
 @dataclass
 class GroupDPOConfig(TrainingArguments):
-    """Options of `GroupDPOTrainer`; batch sizes count groups. Defaults that transformers has otherwise are TRL's.
+    """Options of `GroupDPOTrainer`; batch sizes count groups. Where transformers and TRL differ, defaults are TRL's.
 
     Args:
         strategy: "auto", "two_pass", "one_pass" (few trainable parameters, micro-batches of one response) or "coupled".
             "auto" is "coupled", the fastest, where the planner finds that the largest step fits in the memory that is
-            free at the start, else "two_pass"; `GroupDPOTrainer.strategy` is what was chosen.
-        micro_batch_sequences, micro_batch_tokens: limits of a micro-batch, padding included. None: no limit. For
-            "auto" and "two_pass" micro_batch_tokens may be "auto": what the planner fits in that memory.
+            free at the start, else "two_pass"; `GroupDPOTrainer.strategy` holds the choice.
+        micro_batch_sequences, micro_batch_tokens: limits of a micro-batch, padding included; None sets no limit. With
+            "auto" and "two_pass" micro_batch_tokens may be "auto": as many as the planner fits in that memory.
         layout: "padded", or "packed" for models that keep sequences apart by their position_ids; for others the
             trainer takes "padded", after a warning that says why.
-        format, rule: as in `data.read_groups`; merge_prompts: rows of one prompt become one group.
+        format, rule: as in `data.read_groups`. merge_prompts: whether rows of one prompt become one group.
         max_length, too_long, chat, template_options, on_bad: as in `data.tokenize_groups`.
-        precompute_ref_log_probs: the reference scores the data once, before training; kept on disk.
-        disable_dropout: sets the probability of every nn.Dropout to 0.
-        router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts. None: that of the model's config.
+        precompute_ref_log_probs: whether the reference scores the data once, before training, and keeps this on disk.
+        disable_dropout: whether to set the probability of every nn.Dropout to 0.
+        router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts. None takes the model config's.
 
     Raises ValueError for another strategy or layout, a limit below 1, and for what a strategy cannot do; TypeError for
-    an option that belongs to Objective or to the trainer, or that nobody has.
+    an option that belongs to Objective or to the trainer, or that does not exist.
     """
 
     learning_rate: float = 1e-6
     logging_steps: float = 10
     gradient_checkpointing: bool = True
-    bf16: bool | None = None  # type: ignore[assignment]  # None: unless fp16
+    bf16: bool | None = None  # type: ignore[assignment]  # None means True unless fp16
     strategy: str = "auto"
     micro_batch_sequences: int | None = 4
     micro_batch_tokens: int | str | None = None
@@ -52,14 +52,14 @@ class GroupDPOConfig(TrainingArguments):
     max_length: int | None = 1024
     too_long: str = "drop"
     chat: bool | None = None
-    template_options: dict[str, Any] | str | None = None  # text: JSON, as from a command line
+    template_options: dict[str, Any] | str | None = None  # text is JSON, as from a command line
     on_bad: str = "drop"
     precompute_ref_log_probs: bool = False
     disable_dropout: bool = True
     router_aux_loss_coef: float | None = None
 
     def __new__(cls, *positional: Any, **named: Any) -> GroupDPOConfig:
-        """An option that is not there is an error that says where it belongs; __init__ would say that it is not."""
+        """TypeError for an unknown option, which says where it belongs; __init__ would only say that it is unknown."""
         check_names(cls.__name__, named, cls.__dataclass_fields__)
         return super().__new__(cls)
 
@@ -94,7 +94,7 @@ class GroupDPOConfig(TrainingArguments):
         if self.torch_empty_cache_steps is not None and self.strategy != "coupled":
             got = self.torch_empty_cache_steps
             raise ValueError(f"torch_empty_cache_steps must be None for strategy {self.strategy!r}; got {got}")
-        # Where transformers has a new name for an option, the old one would warn of itself.
+        # transformers has new names for these options, and warns at the old ones.
         for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
             new = old.replace("gradient", "activation")
             if hasattr(self, new) and getattr(self, new) is None:
@@ -114,7 +114,7 @@ class GroupDPOConfig(TrainingArguments):
 
 
 def check_not_compiled(args: TrainingArguments) -> None:
-    """ValueError for an option that would do nothing: the head's forward is replaced for the call."""
+    """ValueError for torch_compile, which would do nothing: the head's forward is replaced during each call."""
     if args.torch_compile:
         raise ValueError(
             "torch_compile must be False: a compiled model would run eagerly here; compile its layers instead"

@@ -3,20 +3,20 @@
     trainer = DPOTrainer(model, args=DPOConfig(...), train_dataset=pairs, processing_class=tokenizer,
                          objective=Objective("sigmoid", beta=0.1, balance=AdaBalance()))
 
-Data, collator, loop, PEFT, checkpoints and names of metrics are TRL's; the loss is `preference_loss` on `model_logps`,
-and so are the reference's log-probabilities, so that both round alike and the first loss of DPO is ln 2 in bfloat16
-too. Not logged, because the head here gives log-probabilities alone: entropy, logits/*, mean_token_accuracy.
+Data, collator, loop, PEFT, checkpoints and names of metrics are TRL's. The loss is `preference_loss` on `model_logps`,
+which also scores the reference, so that both round alike and the first loss of DPO is ln 2 in bfloat16 too. entropy,
+logits/* and mean_token_accuracy are not logged, because the head gives log-probabilities alone.
 
 The reference is the model as it is given. TRL instead loads again the checkpoint that the model once came from; here a
 model given as an object is copied, so weights that have moved since (the stages of sDPO) are what it starts from. With
-`peft_config` it is the model without its adapter, for a PeftModel TRL's copy of the adapter, named "ref". An objective
-without a reference (simpo, cpo, orpo) holds none; TRL refuses images with it, as it does with precomputed references.
+`peft_config` it is the model without its adapter; for a PeftModel it is TRL's copy of the adapter, named "ref". There
+is none for an objective without a reference (simpo, cpo, orpo), with which TRL refuses images.
 
-The options of DPOConfig that describe the loss must stay as they are (`Objective` has them): see
-`misplaced.LOSS_OPTIONS`. Adapters on the LM head are refused by TRL; `GroupDPOTrainer` takes them.
+The options of DPOConfig that describe the loss must keep their defaults, because `Objective` has them; they are listed
+in `misplaced.LOSS_OPTIONS`. TRL refuses adapters on the LM head; `GroupDPOTrainer` takes them.
 
-Never: changes TRL, or a class of it. Precondition: TRL 1.16 or later, before 2 (its private `_compute_loss` is
-overridden; the version is checked). Cost: as TRL's, without its (B, L) statistics. Formulas: docs/math.md.
+The module never changes TRL or one of its classes. It needs TRL 1.16 or later, before 2 (its private `_compute_loss` is
+overridden; the version is checked). The cost is TRL's, without its (B, L) statistics. docs/math.md has the formulas.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ from .reference import (
     take_off_forwards_of,
 )
 
-SUPPORTED = (1, 16), (2, 0)  # from, to before
+SUPPORTED = (1, 16), (2, 0)  # the first version supported, and the first one no longer supported
 
 trl = installed_trl("DPOTrainer", SUPPORTED)
 
 
 class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
-    """`trl.DPOTrainer` with `objective=`, by default DPO's own, Objective("sigmoid", beta=0.1). All other arguments are
-    TRL's, by keyword from the fourth on.
+    """`trl.DPOTrainer` with an argument `objective`, by default DPO's own, Objective("sigmoid", beta=0.1). All other
+    arguments are TRL's, by keyword from the fourth on.
 
     Args:
-        objective: any `Objective` of a pairwise loss, or of a callable (scores (2B,), groups) -> (B,); the scores are
-            those of chosen and rejected of each pair side by side.
+        objective: any `Objective` of a pairwise loss, or of a callable (scores (2B,), groups) -> (B,), whose scores
+            hold the chosen and the rejected response of each pair side by side.
 
     Raises ValueError or TypeError, naming argument, expectation and value: for a group-wise loss; an option of
     LOSS_OPTIONS that differs from TRL's default and from the objective; `ref_model`, `precompute_ref_log_probs` or
@@ -99,7 +99,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         is_peft = is_peft_model(model) or named.get("peft_config") is not None
         if ref_model is None and objective.needs_reference:
             check_no_earlier_reference(model)
-            # One active adapter tells policy and reference apart, but TRL copies none where none is named "default".
+            # One active adapter tells policy and reference apart, but TRL copies only an adapter named "default".
             apart = len(active_adapters(model)) == 1 and "default" in adapter_configs(model)
             apart = apart or named.get("peft_config") is not None
             if given and (not apart if is_peft else not args.precompute_ref_log_probs):
@@ -129,8 +129,8 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
                 self._make_own_ref_adapter()
 
     def _make_own_ref_adapter(self) -> None:
-        """Makes "ref" a copy of the adapter that is active, all of it. TRL's is one of the adapter "default", whichever
-        is active, and leaves out what lies in an embedding. Once: afterwards the active one moves.
+        """Makes "ref" a full copy of the active adapter, once: afterwards the active one moves. TRL instead copies the
+        adapter "default", whichever is active, and leaves out its weights in embeddings.
         """
         if self._own_ref_adapter or self.ref_model is not None or "ref" not in adapter_configs(self.model):
             return
@@ -140,7 +140,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         else:
             delete_adapter(self.model, "ref")
             add_reference_adapter(self.model)
-        if self.precompute_ref_logps:  # its files are kept by this
+        if self.precompute_ref_logps:  # TRL names its files by this
             self._precompute_model_hash = trl.trainer.utils.hash_module(self.model)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
@@ -154,17 +154,17 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Only for an objective that reads them; ValueError for rows that come after training, where the reference is
-        no longer there."""
+        """TRL's method, only for an objective with a reference. ValueError for rows given after training, when the
+        reference no longer exists."""
         if not self.objective.needs_reference:
             return dataset
-        if self.ref_model is None and self.state.global_step > 0 and is_peft_model(self.model):  # else TRL raises
+        if self.ref_model is None and self.state.global_step > 0 and is_peft_model(self.model):  # TRL raises otherwise
             check_adapter_alone_trains(self.model, trained=True)
         self._make_own_ref_adapter()
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(chosen, rejected), (B,) float32 each: TRL's own, but that `model_logps` scores the tokens."""
+        """(chosen, rejected), (B,) float32 each: TRL's own method, with tokens scored by `model_logps`."""
         return super().compute_ref_log_probs(_scored_here(model), inputs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -172,7 +172,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         forward = {k: v for k, v in inputs.items() if k not in NOT_OF_THE_MODEL}
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
         token_logps, outputs = attach(model).with_outputs(forward.pop("input_ids"), targets, **forward, **options)
-        # TRL's batch is all chosen, then all rejected; a group is a chosen one and its rejected one, side by side.
+        # TRL's batch holds all chosen, then all rejected; a group holds a chosen one and its rejected one in turn.
         B = len(targets) // 2
         order = torch.arange(2 * B, device=targets.device).view(2, B).T.flatten()
         live = (targets != -100)[order]
@@ -185,7 +185,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0))
         result = preference_loss(token_logps[order][live], cu_seqlens, groups, self.objective, self._reference(inputs))
         loss, values = result.loss, preference_metrics(result, groups, self.objective, lengths)
-        del values["positive_mass"]  # of a pair it says what the margin says
+        del values["positive_mass"]  # for a pair it repeats the margin
         if self.aux_loss_enabled:
             loss, values["aux_loss"] = loss + self.router_aux_loss_coef * outputs.aux_loss, outputs.aux_loss
         mode = "train" if self.model.training else "eval"
@@ -196,11 +196,11 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         if not return_outputs:
             return loss
-        with torch.no_grad():  # for a compute_metrics of the user's, as in TRL
+        with torch.no_grad():  # as in TRL, for the user's compute_metrics
             return loss, model(input_ids=inputs["input_ids"], use_cache=False, **forward)
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
-        """The numbers of this data under its own prefix: `eval_a_rewards/margins` of eval_dataset {"a": rows}."""
+        """Adds the metrics under this data's own prefix: `eval_a_rewards/margins` for eval_dataset {"a": rows}."""
         output = super().evaluation_loop(*arguments, **named)
         prefix = named.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in means_of(self._metrics["eval"]).items()})
@@ -217,7 +217,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
 
 
 def _scored_here(model: Any) -> Callable[..., SimpleNamespace]:
-    """The model as TRL calls it for log-probabilities, with those of `model_logps`."""
+    """A function that TRL calls as the model for log-probabilities, and that gives those of `model_logps`."""
 
     def score(input_ids: Tensor, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:
         token_logps = attach(model)(input_ids, completion_targets(input_ids, (labels != -100).long()), **inputs)
@@ -238,7 +238,7 @@ def _check_objective(objective: Objective) -> None:
 
 
 def _check_tokenizer(processing_class: Any) -> None:
-    """TRL ends each completion with eos, and pads with it where there is no pad token."""
+    """ValueError without an eos token: TRL ends each completion with it, and pads with it without a pad token."""
     tokenizer = tokenizer_of(processing_class)
     if tokenizer is not None and tokenizer.eos_token is None:
         raise ValueError(
@@ -248,7 +248,7 @@ def _check_tokenizer(processing_class: Any) -> None:
 
 
 def _check_options(args: Any, objective: Objective, ref_model: Any) -> None:
-    """ValueError for what would be ignored: the loss is the objective's, and so is the need for a reference."""
+    """ValueError for options that would be ignored: the objective decides the loss and the need for a reference."""
     for field in dataclasses.fields(args):
         if field.name not in LOSS_OPTIONS:
             continue

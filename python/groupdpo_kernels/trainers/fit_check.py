@@ -1,7 +1,7 @@
-"""What a trainer asks the planner: the strategy and the micro-batch that fit, and why a step did not.
+"""The trainers ask here which strategy and micro-batch fit in memory, and why a step did not; memory.planner answers.
 
-Memory counted is that of the device less a tenth, which allocators and libraries take. Never: measures by running out.
-Cost: a few seconds, once, and when a step has run out of memory.
+A tenth of the device's memory is left to allocators and libraries. The module never measures by running out of memory.
+The cost is a few seconds, once, and again when a step has run out of memory.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SHARE = 0.9
 
 
 def memory_of(model: nn.Module, device: torch.device, optimizer: Any = None) -> int:
-    """Bytes of the device that training this model may take: what is free, and what the model and the state of its
-    optimizer have there already."""
+    """Bytes of the device that training this model may take: the free ones, and those that the model and the state of
+    its optimizer hold already."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -61,11 +61,11 @@ def strategy_that_fits(
     autocast: bool,
     memory: int,
 ) -> tuple[str, str]:
-    """("coupled" or "two_pass", why): coupled, which runs each forward once, where the graph of the largest step fits.
+    """("coupled" or "two_pass", why): "coupled" runs each forward once, and needs room for the largest step's graph.
 
     The largest step has the `groups_per_step` longest of `groups`, with AdamW. The planner takes seconds, and is not
     asked where a bound of 256 bytes a token, layer and unit of width fits: a decoder in float32 without checkpointing
-    keeps about 100. The bound knows neither the scores of eager attention nor a mixture of experts.
+    keeps about 100. The bound leaves out the scores of eager attention and a mixture of experts.
     """
     responses, tokens = _shape_of(sorted(groups, key=_tokens_of)[-groups_per_step:])
     if isinstance(ref_model, nn.Module):  # what is there already is not free
@@ -90,7 +90,7 @@ def _tokens_of(group: TokenGroup) -> int:
 
 
 def _shape_of(groups: Sequence[TokenGroup]) -> tuple[int, int]:
-    """(responses, tokens of one) of these groups as one of the planner's, whose number of responses is even."""
+    """(responses, tokens of each) of the planner's group that stands for these; its number of responses is even."""
     responses = sum(len(group.responses) for group in groups)
     return responses + responses % 2, max(2, -(-sum(map(_tokens_of, groups)) // responses))
 
@@ -100,21 +100,21 @@ def _layers_by_width(config: Any) -> int:
 
 
 def _with_adamw(model: nn.Module) -> int:
-    """Bytes of float32 parameters, gradients and both moments."""
+    """Bytes of the parameters, their gradients and both moments of AdamW, in float32."""
     return 16 * sum(p.numel() for p in model.parameters())
 
 
 def check_group_fits(
     model: nn.Module, groups: Sequence[TokenGroup], device: torch.device, autocast: bool, memory: int
 ) -> None:
-    """ValueError where the graph of the largest group alone, by the planner, wants more than `memory` bytes.
+    """ValueError where the graph of the largest group alone, by the planner, takes more than `memory` bytes.
 
-    A lower bound of a step with the whole graph, whatever the optimizer keeps, against all that is free and not the
-    SHARE of it that `memory` is: nothing is refused that would have run. The planner takes seconds, and is not asked
-    where 64 bytes a token, layer and unit of width fit, with AdamW.
+    That graph, whatever the optimizer keeps, is a lower bound of a step. It is compared with all free memory, not with
+    the SHARE of it that `memory` is, so that nothing is refused that would have run. The planner takes seconds, and is
+    not asked where 64 bytes a token, layer and unit of width fit, with AdamW.
     """
     largest = max(groups, key=_tokens_of)
-    n = max(2, len(largest.responses) // 2 * 2)  # as the planner's groups
+    n = max(2, len(largest.responses) // 2 * 2)  # the planner's groups are even
     tokens = max(2, len(largest.prompt) + sum(map(len, largest.responses)) // len(largest.responses))
     config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
     if 64 * n * tokens * _layers_by_width(config) + _with_adamw(model) < memory:
@@ -136,7 +136,7 @@ def check_group_fits(
 def explain_out_of_memory(
     model: nn.Module, micro_batches: Sequence[MicroBatch], responses: int, strategy: str, autocast: bool, total: int
 ) -> str:
-    """What the step asked for and what the planner fits in `total` bytes, in words."""
+    """A text that says what the step asked for, and what the planner fits in `total` bytes."""
     shapes = [tuple(mb.input_ids.shape) for mb in micro_batches]
     rows, length = max(shapes, key=lambda shape: shape[0] * shape[1])
     asked = (
@@ -160,7 +160,7 @@ def explain_out_of_memory(
 def advice(
     model: nn.Module, step: PreferenceBatch, strategy: str, autocast: bool, device: torch.device, optimizer: Any
 ) -> str:
-    """`explain_out_of_memory` for this device; or why it cannot say, for the error itself must come through."""
+    """`explain_out_of_memory` for this device, or why it failed: it must not hide the error that it explains."""
     try:
         total = memory_of(model, device, optimizer)
         responses = step.groups.num_sequences

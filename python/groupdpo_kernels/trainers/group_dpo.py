@@ -1,21 +1,20 @@
-"""GroupDPO in a trainer: several positives and negatives to a prompt, at the memory of one micro-batch.
+"""GroupDPOTrainer trains on several positives and negatives to a prompt, at the memory of one micro-batch.
 
     trainer = GroupDPOTrainer(model, args=GroupDPOConfig("out"), train_dataset=rows, processing_class=tokenizer,
                               objective=GROUP_OBJECTIVE)
 
-Rows of every layout that `data` reads become groups; a step takes `per_device_train_batch_size` groups, cuts their
+Rows of every layout that `data` reads become groups. A step takes `per_device_train_batch_size` groups, cuts their
 responses into micro-batches and gives them to `group_backward` (strategy "two_pass" or "one_pass") or, with "coupled",
-keeps the graph of the whole step; "auto" is coupled where the planner finds that this graph fits, and two_pass where
-not. All give the same gradient. Names of options and metrics are those of TRL's
-DPOConfig where it has them.
+keeps the graph of the whole step; "auto" takes "coupled" where the planner finds that this graph fits, else "two_pass".
+All give the same gradient. Options and metrics have the names of TRL's DPOConfig and DPOTrainer where those have them.
 
-The base is transformers.Trainer and not TRL's DPOTrainer, of which little would be left: it tokenises pairs, patches
-the forward of the model and refuses adapters on its head. So this works without TRL, too.
+The base is transformers.Trainer, so that this works without TRL. Little of TRL's DPOTrainer would be left: it tokenises
+pairs, patches the forward of the model and refuses adapters on its head.
 
-Never: holds a second model with an adapter or with precomputed references; downloads. Text alone, no images.
-Precondition: one device, or DistributedDataParallel. Cost: `two_pass` one more forward without the head, see
-`backward`; token ids of the data in memory; precomputed references on disk in output_dir/ref_logps, 4 bytes a response.
-Sources: GroupDPO (arXiv 2604.15602); defaults of the objective: docs/math.md.
+The trainer never downloads, and never holds a second model beside an adapter or precomputed references. It takes text
+alone, no images. It needs one device, or DistributedDataParallel. "two_pass" costs one more forward without the head
+(preference/group_backward.py); the token ids of the data are in memory, and precomputed references take 4 bytes a
+response on disk, in output_dir/ref_logps. The source is GroupDPO (arXiv 2604.15602); see also docs/math.md.
 """
 
 from __future__ import annotations
@@ -67,21 +66,21 @@ _NO_REFERENCE = "ref_model must be given to evaluate: ref_logps are those of tra
 
 class GroupDPOTrainer(Trainer):
     """A transformers.Trainer on groups of responses, by default with Objective("mpo", beta=2.0, average=True,
-    nll_weight=1.0).
+    nll_weight=1.0). The module's docstring describes a step.
 
     Args:
         model: a causal LM; one with an adapter (a PeftModel, or an adapter's folder as AutoModelForCausalLM loads it)
             is its own reference, adapter included. An adapter that was loaded for inference trains. With several
             active adapters, a new one over a loaded one, the reference is a frozen copy of the whole model.
-        ref_model: None: the model as it is given, or `ref_logps`, or none where the objective has no reference.
+        ref_model: the reference. None takes the model as it is given, or `ref_logps`, or none for an objective without.
         train_dataset, eval_dataset: rows of a layout of `data.FORMATS` (a `datasets.Dataset`, a list of dicts), or
             a list of TokenGroup; eval_dataset may be a dict of these.
         processing_class: the tokenizer, or a processor that has one; not needed with TokenGroups. Without a pad token
-            eos pads.
-        objective: any `Objective`; pairwise losses where every group is a pair.
-        ref_logps: (S,) floating, of all responses of train_dataset, which then must be TokenGroups; no other reference
-            is held, and none evaluates.
-        peft_config: makes the adapter; on the LM head too.
+            the eos token pads.
+        objective: any `Objective`; a pairwise loss needs pairs as groups.
+        ref_logps: (S,) floating, of all responses of train_dataset, which then must be TokenGroups. No other reference
+            is held, so evaluation is refused.
+        peft_config: describes the new adapter, which may be on the LM head too.
         callbacks, optimizers: as in transformers.
 
     Attributes: `report`, what was read and dropped, by dataset; `strategy`, the one that runs.
@@ -90,9 +89,9 @@ class GroupDPOTrainer(Trainer):
     (AdaDPO) and `pass_drift` (two_pass: the largest difference of a response's log-probability between the passes).
     The auxiliary loss is the mean over micro-batches, weighted by their tokens.
 
-    Raises ValueError or TypeError, naming argument, expectation and value, for: a reference that nobody reads or that
-    could not stay what it is (`reference`), rows of no known columns or without a usable group, a response longer than
-    micro_batch_tokens, with "coupled" a group whose graph alone wants more memory than there is, a pairwise loss on
+    Raises ValueError or TypeError, naming argument, expectation and value, for: a reference that is not read or that
+    would change in training, rows of unknown columns or without a usable group, a response longer than
+    micro_batch_tokens, with "coupled" a group whose graph alone takes more memory than there is, a pairwise loss on
     larger groups, DeepSpeed, FSDP, several GPUs in one process, a model that is split over ranks or wrapped already.
     """
 
@@ -130,14 +129,14 @@ class GroupDPOTrainer(Trainer):
         self.objective, self.report = objective, defaultdict(Report)
         self.tokenizer, self.config = tokenizer_of(processing_class), args
         self._limits = position_limit(model), token_limit(model)
-        set_seed(args.seed)  # before the adapter draws its weights
+        set_seed(args.seed)  # the adapter draws its weights next
         if peft_config is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
         let_adapter_train(model)
         if has_adapter(model) and args.gradient_checkpointing and args.reentrant:
-            model.enable_input_require_grads()  # its regions run again only where an input of theirs requires grad
+            model.enable_input_require_grads()  # a checkpoint runs again only if an input requires grad
         self.aux_coef = _aux_coef(model, args)
         self._given = ref_logps is not None
         if ref_model is None and objective.needs_reference and not self._given:
@@ -189,7 +188,7 @@ class GroupDPOTrainer(Trainer):
             self.eval_dataset = self._scored(self.eval_dataset)
 
     def _choice(self, model: Any, ref_model: Any, groups: Sequence[TokenGroup], autocast: bool, memory: int) -> str:
-        """The strategy of "auto", the same on all ranks, each of which sees the memory of its own device."""
+        """The strategy that "auto" takes. It is the same on all ranks, each of which sees its own device's memory."""
         args = self.config
         size, device = args.per_device_train_batch_size, args.device
         chosen, why = strategy_that_fits(model, ref_model, groups, size, device, autocast, memory)
@@ -207,7 +206,7 @@ class GroupDPOTrainer(Trainer):
         return tokenised(rows, name, self.tokenizer, self.config, self.objective, self.report, self._limits)
 
     def _scored(self, rows: Any) -> Any:
-        """The same with the reference's log-probabilities, from disk as far as they are there."""
+        """The rows with the reference's log-probabilities, read from disk as far as they are there."""
         if isinstance(rows, dict):
             return {key: self._scored(value) for key, value in rows.items()}
         if rows is None or rows.ref_logps is not None or not self.objective.needs_reference:
@@ -237,7 +236,7 @@ class GroupDPOTrainer(Trainer):
             return torch.cat([seq_logps(*self._forward(reference, mb)) for mb in step.micro_batches])
 
     def evaluate(self, eval_dataset: Any = None, *more: Any, **named: Any) -> dict[str, float]:
-        """As in transformers; `eval_dataset` may be rows, as in __init__."""
+        """Evaluates as transformers.Trainer does; `eval_dataset` may be rows, as in __init__."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._tokenised(eval_dataset, "eval")
             if self.config.precompute_ref_log_probs:
@@ -247,7 +246,7 @@ class GroupDPOTrainer(Trainer):
     # -------------------------------------------------------------------------------------------------------- the steps
 
     def _forward(self, model: Any, mb: MicroBatch, share: float | None = None) -> tuple[Tensor, ...]:
-        """(token_logps (t,), cu_seqlens (s+1,)); with a share of the step also its part of the auxiliary loss."""
+        """(token_logps (t,), cu_seqlens (s+1,)), and with `share`, mb's part of the step, share * auxiliary loss."""
         weight = 0.0 if share is None else self.aux_coef * share
         options = {"output_router_logits": True} if weight else {}
         with self.accelerator.autocast():
@@ -270,7 +269,7 @@ class GroupDPOTrainer(Trainer):
             if not out_of_memory(error):
                 raise
             ran_out = error
-        traceback.clear_frames(ran_out.__traceback__)  # frees what the step held, which the advice may count on
+        traceback.clear_frames(ran_out.__traceback__)  # frees what the step held, before its memory is counted
         bare, device = self.accelerator.unwrap_model(model), self.args.device
         autocast = bool(self.args.bf16 or self.args.fp16)
         why = advice(bare, inputs["step"], self.strategy, autocast, device, self.optimizer)
@@ -280,18 +279,18 @@ class GroupDPOTrainer(Trainer):
         if self.strategy == "coupled":
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):  # of schedule-free optimisers
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have it
             self.optimizer.train()  # type: ignore[union-attr]
         inputs = self._prepare_inputs(inputs)
         step, ref_logps = inputs["step"], self._reference(inputs)
         bare, shares = self.accelerator.unwrap_model(model), _shares(step.micro_batches)
-        seen: dict[bool, list[Tensor]] = {False: [], True: []}  # by whether a graph is kept: pass 2
+        seen: dict[bool, list[Tensor]] = {False: [], True: []}  # log-probabilities of pass 1 (False) and pass 2 (True)
         parts: list[Tensor] = []
         two_pass = self.strategy == "two_pass"
 
         def forward(at: tuple[int, MicroBatch]) -> tuple[Tensor, ...]:
             graph = torch.is_grad_enabled()
-            # Without a graph past DistributedDataParallel, whose buffers are a collective, once for each forward.
+            # DistributedDataParallel synchronises buffers at each forward, a collective, so pass 1 goes past it.
             scored = self._forward(model if graph else bare, at[1], shares[at[0]])
             seen[graph].append(seq_logps(scored[0].detach(), scored[1]))
             parts.extend(aux.detach() for aux in scored[2:] if graph)
@@ -305,7 +304,7 @@ class GroupDPOTrainer(Trainer):
             ref_logps,
             strategy=self.strategy,
             scale=self._scale(),
-            # None with two_pass: a backward that is told its leaves finds none inside a reentrant checkpoint.
+            # two_pass gets None, because a backward that is told its leaves finds none inside a reentrant checkpoint.
             parameters=None if two_pass else [p for p in model.parameters() if p.requires_grad],
             model=model,
         )
@@ -313,20 +312,20 @@ class GroupDPOTrainer(Trainer):
         return self._logged(inputs, result, parts, more) / self.current_gradient_accumulation_steps
 
     def _scale(self) -> float | Tensor:
-        """Of the gradient: 1 / accumulation steps, times that of the gradient scaler, which fp16 has."""
+        """The factor on the gradient: 1 / accumulation steps, times the scale of fp16's gradient scaler."""
         share, scaler = 1 / self.current_gradient_accumulation_steps, self.accelerator.scaler
         return share if scaler is None else scaler.scale(torch.tensor(share, device=self.accelerator.device))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:  # () differentiable
-        """The loss of a step with its whole graph: evaluation, and strategy "coupled"."""
+        """The loss of a step with its whole graph, for evaluation and for strategy "coupled"."""
         step, ref_logps = inputs["step"], self._reference(inputs)
         shares = _shares(step.micro_batches)
         runs, last = [], len(shares) - 1
         for i, (mb, share) in enumerate(zip(step.micro_batches, shares)):
-            # One backward follows them all. Under DistributedDataParallel each forward that announces one takes part
-            # in a collective, and ranks differ in their number of micro-batches: only the last does.
+            # One backward follows all forwards. Under DistributedDataParallel a forward outside no_sync takes part in a
+            # collective, and ranks differ in their number of micro-batches, so that only the last forward does.
             quiet = getattr(model, "no_sync", contextlib.nullcontext) if i < last else contextlib.nullcontext
             with quiet():
                 runs.append(self._forward(model, mb, share))
@@ -338,7 +337,7 @@ class GroupDPOTrainer(Trainer):
     def _logged(
         self, inputs: dict[str, Any], result: PreferenceLoss, parts: list[Tensor], more: dict[str, Tensor]
     ) -> Tensor:  # ()
-        """The whole loss, its numbers noted for the log."""
+        """The loss with its auxiliary part, after its metrics are recorded for the log."""
         mode, loss = "train" if self.model.training else "eval", result.loss
         step = inputs["step"]
         lengths = torch.cat([mb.cu_seqlens.diff() for mb in step.micro_batches])
@@ -354,7 +353,7 @@ class GroupDPOTrainer(Trainer):
         return loss
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
-        """The numbers of this data under its own prefix: `eval_a_rewards/margins` of eval_dataset {"a": rows}."""
+        """Adds the metrics under this data's own prefix: `eval_a_rewards/margins` for eval_dataset {"a": rows}."""
         output = super().evaluation_loop(*arguments, **named)
         prefix = named.get("metric_key_prefix", "eval")
         means = {f"{prefix}_{name}": value for name, value in means_of(self._metrics["eval"]).items()}
@@ -371,7 +370,7 @@ class GroupDPOTrainer(Trainer):
         super().log(logs, *more, **named)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As in transformers; an adapter inside a transformers model is written here, with any version of PEFT."""
+        """Saves as transformers does, but writes an adapter inside a transformers model here, for any PEFT version."""
         model = self.accelerator.unwrap_model(self.model)
         if is_peft_model(model) or not has_adapter(model):
             super()._save(output_dir, state_dict)
@@ -392,8 +391,8 @@ def _shares(micro_batches: Sequence[MicroBatch]) -> list[float]:
 
 
 def _reference_of(model: Any, fresh: bool, precompute: bool) -> nn.Module | None:
-    """A copy of the model; or None where the model itself will do: before it trains, without its adapter, or with its
-    adapter "ref". Of several active adapters none alone tells the two apart."""
+    """A copy of the model, or None where the model itself can be the reference: before it trains, without its adapter,
+    or with its adapter "ref". With several active adapters, no single one tells policy and reference apart."""
     if not has_adapter(model):
         return None if precompute else frozen_copy(model)
     if len(active_adapters(model)) > 1:
@@ -407,7 +406,7 @@ def _reference_of(model: Any, fresh: bool, precompute: bool) -> nn.Module | None
 
 
 def pad_id_of(model: Any, tokenizer: Any) -> int:
-    """What stands in the padding, masked and never scored."""
+    """The token id of the padding, which is masked and never scored."""
     if tokenizer is None:
         return model.config.get_text_config().pad_token_id or 0
     tokenizer = tokenizer_of(tokenizer)

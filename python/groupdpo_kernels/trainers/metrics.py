@@ -1,13 +1,13 @@
-"""What the trainers log of a loss on groups, under TRL's names where TRL has them.
+"""The metrics that the trainers log for a loss on groups, under TRL's names where TRL has them.
 
 Each number is a mean over the responses of a group (or its pairs), then over groups; for groups of one positive and one
 negative it is the number that TRL's DPOTrainer logs. The rewards are the scores u of the objective: beta times the
 log-ratio for the losses that TRL has, a mean over tokens or without a reference where the objective says so.
 
-A pair whose scores differ by less than the rounding of float32 is a tie, as equal scores are: the policy that is still
-its reference scores 0.0, not what a last digit decides.
+A pair whose scores differ by less than the rounding of float32 is a tie, as equal scores are: the accuracy of a policy
+that is still its reference is 0.0, and no last digit decides it.
 
-Cost: O(number of pairs), and one read-back for all numbers of a step. Never: differentiable.
+The cost is O(number of pairs), and one read-back for all numbers of a step. The metrics are never differentiable.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def preference_metrics(
 ) -> dict[str, Tensor]:  # () floating each
     """rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected}, positive_mass; balance_weight with AdaDPO.
 
-    A pair counts as right where the positive's reward is higher, not where the two are a tie, as in TRL. positive_mass
-    is the share of the positives in the softmax of the rewards over the group: sigma of the margin for a pair.
+    A pair counts as right where the positive's reward is higher; a tie counts as wrong, as in TRL. positive_mass is the
+    share of the positives in the softmax of the rewards over the group: sigma of the margin for a pair.
     """
     u, sides = result.rewards, {"chosen": groups.positive, "rejected": ~groups.positive}
     rewards = {name: mean(u, side, groups) for name, side in sides.items()}  # (G,) each
@@ -58,17 +58,17 @@ def preference_metrics(
 
 
 def means_of(seen: dict[str, list[float]]) -> dict[str, float]:
-    """The mean of each number since the last call, which empties `seen`."""
+    """The mean of each metric since the last call; empties `seen`."""
     means = {name: math.fsum(values) / len(values) for name, values in seen.items()}
     seen.clear()
     return means
 
 
 def _noise(result: PreferenceLoss, objective: Objective, lengths: Tensor) -> Tensor:  # (S,)
-    """What rounding alone may make of a score that is a difference from the reference; 0 without a reference.
+    """The most that rounding changes a score that is a difference from the reference; 0 without a reference.
 
-    A log-probability is a float32 number, and a forward may round it otherwise than another one did: 8 units in the
-    last place of its size, and of 1 for each token, for logits may be large where the log-probability is small.
+    Two forwards may round the same log-probability, a float32 number, differently: by 8 units in the last place of its
+    size, plus as many of 1 for each token, since logits may be large where the log-probability is small.
     """
     if not objective.subtracts_reference:
         return torch.zeros_like(result.rewards)

@@ -1,7 +1,7 @@
-"""Arguments that went to the wrong place, and what to write instead.
+"""Errors for arguments that were given to the wrong place, which say what to write instead.
 
-Names of TRL's DPOConfig that say what an `Objective` says are told apart from those that no objective has; a misspelt
-name is met with the nearest ones. Never: corrects anything in silence.
+A name of TRL's DPOConfig is answered with the option of `Objective` that says the same, or that none does; a misspelt
+name is answered with the nearest ones. The module never corrects anything silently.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check_names(where: str, given: Mapping[str, Any], known: Collection[str]) ->
 
 
 def check_order(who: str, ref_model: Any) -> None:
-    """TypeError for a config where the reference model goes: it is the second argument, and the config the third."""
+    """TypeError for a config given as the second argument, which is the reference model; the config is the third."""
     if isinstance(ref_model, TrainingArguments):
         raise TypeError(
             f"args must be given by name: {who}(model, args=config, ...); got a {_kind(ref_model)} as ref_model"

@@ -1,12 +1,12 @@
-"""Which model is the reference of a trainer: the model as it is given, whatever it trains.
+"""The reference of a trainer is the model as it is given, whatever it trains. This module makes and checks it.
 
     full fine-tuning      a frozen copy, or the reference model given
     peft_config           the model without its adapter
-    a model with adapter  base and adapter as given: a second adapter, "ref", holds a copy (TRL's name and way)
-    several active ones   as given, say a new one over one that was loaded: a frozen copy of the whole model
+    a model with adapter  base and adapter as given: a second adapter, "ref" as in TRL, holds a copy
+    several active ones   a frozen copy of the whole model (a new adapter over a loaded one, for example)
 
-Never: loads anything. Precondition: weights outside the adapter do not train where an adapter tells the two apart;
-`check_adapter_alone_trains` raises otherwise.
+It never loads anything. It needs weights outside the adapter that do not train, where an adapter tells policy and
+reference apart; `check_adapter_alone_trains` raises otherwise.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_on_one_device(name: str, model: Any) -> None:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """The model as it is. ValueError for one that FSDP2, tensor parallelism or ZeRO-3 has sharded."""
+    """A frozen copy of the model. ValueError for one that FSDP2, tensor parallelism or ZeRO-3 has sharded."""
     if any(map(is_dtensor, model.parameters())):
         raise ValueError(
             "ref_model must be given for a model whose parameters are DTensors, for no copy has them; got None"
@@ -59,7 +59,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def take_off_forwards_of(model: nn.Module, ref_model: nn.Module) -> None:
-    """Removes from the objects of ref_model what runs a forward of `model`.
+    """Removes the patched forwards in ref_model that run `model`.
 
     TRL leaves a forward on the model that it trains, with the one before in its closure. A copy of such a model, made
     here or by the user, would run the model itself: it would follow the policy and never be a reference.
@@ -72,7 +72,7 @@ def take_off_forwards_of(model: nn.Module, ref_model: nn.Module) -> None:
 
 
 def _leads_to(value: Any, modules: set[nn.Module], seen: set[int]) -> bool:
-    """Whether a callable holds one of the modules: bound to it, in a closure, an argument or an attribute."""
+    """Whether a callable holds one of the modules: it is bound to it, or has it in a closure, argument or attribute."""
     if isinstance(value, nn.Module):
         return value in modules
     if not callable(value) or isinstance(value, type) or id(value) in seen:
@@ -85,7 +85,7 @@ def _leads_to(value: Any, modules: set[nn.Module], seen: set[int]) -> bool:
 
 
 def check_adapter(model: Any, peft_config: Any) -> None:
-    """ValueError for an adapter over another, and for one whose model has no target for each position."""
+    """ValueError for an adapter on top of another, and for one with virtual tokens, which have no targets."""
     if peft_config is not None and has_adapter(model):
         raise ValueError("peft_config must be None for a model that has an adapter; got both")
     if peft_config is not None and (why := why_config_not_scored(peft_config)):
@@ -95,7 +95,7 @@ def check_adapter(model: Any, peft_config: Any) -> None:
 
 
 def check_no_earlier_reference(model: Any) -> None:
-    """ValueError for an adapter "ref": it is what an earlier training started from, not what this one does."""
+    """ValueError for a model with an adapter "ref": it holds what an earlier training started from, not this one."""
     if "ref" in adapter_configs(model):
         raise ValueError(
             "ref_model must be given for a model with an adapter named 'ref', which an earlier training has left"
@@ -104,8 +104,8 @@ def check_no_earlier_reference(model: Any) -> None:
 
 
 def check_adapter_alone_trains(model: Any, trained: bool = False) -> None:
-    """ValueError where a weight outside the adapter trains: without its adapter the model would not stay as it was, or
-    once it has `trained` is not what it was."""
+    """ValueError where a weight outside the adapter trains: the model without its adapter would then not stay what it
+    was or, if it has `trained`, already is not."""
     active = {*active_adapters(model)}
     instead = "or the rows be there before training" if trained else "or precompute_ref_log_probs=True"
     for name, parameter in model.named_parameters():
@@ -117,14 +117,14 @@ def check_adapter_alone_trains(model: Any, trained: bool = False) -> None:
 
 
 def add_reference_adapter(model: Any) -> None:
-    """A copy of the active adapter, named "ref", that does not train."""
+    """Adds a copy of the active adapter, named "ref", that does not train."""
     (active,) = active_adapters(model)
     copy_config(model, active, "ref")
     copy_to_reference_adapter(model)
 
 
 def copy_to_reference_adapter(model: Any) -> None:
-    """The active adapter's weights into "ref", those that are parameters in a dict by adapter too (of embeddings)."""
+    """Copies the active adapter's weights into "ref", with those of embeddings, which are parameters in a dict."""
     (active,) = active_adapters(model)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -139,8 +139,8 @@ def as_reference(
     model: Any,
     ref_model: Any = None,
 ) -> Iterator[Any]:
-    """The reference, in evaluation mode: `ref_model` if there is one, else the model itself, with the adapter "ref" or
-    without its adapter. The model's mode is again what it was afterwards.
+    """A context that yields the reference in evaluation mode: `ref_model` if there is one, else the model itself, with
+    the adapter "ref" or without its adapter. The model's mode is restored afterwards.
     """
     if ref_model is not None:
         yield ref_model
@@ -162,7 +162,7 @@ def as_reference(
 
 @contextlib.contextmanager
 def _resharded(model: Any) -> Iterator[None]:
-    """Leaving an adapter switches `requires_grad` of the parameters, which under FSDP must be the shards by then."""
+    """Reshards at its end: switching an adapter off sets `requires_grad` of parameters, under FSDP of the shards."""
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""The data of `GroupDPOTrainer`: rows as tokenised groups, and groups as the batch of a step.
+"""The data of `GroupDPOTrainer`: rows become tokenised groups, and groups become the batch of a step.
 
-Never: shuffles, or drops anything without a warning that says what and why. Cost: token ids in memory, int32.
+It never shuffles, and never drops anything without a warning that says what and why. Token ids are in memory, as int32.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Collator:
     pad_id: int
 
     def fitting(self, *models: Any) -> Collator:
-        """This one, or one whose batches the models, where they are not None, keep apart; a warning says why."""
+        """This collator, or, with a warning, one with a layout in which these models (or None) keep sequences apart."""
         present = [model for model in models if model is not None]
         found = self
         if found.layout == "packed" and (why := next(filter(None, map(why_not_packed, present)), "")):
@@ -84,13 +84,13 @@ def tokenised(
     reports: MutableMapping[str, Report],
     limits: tuple[int | None, int | None] = (None, None),
 ) -> Any:  # GroupRows, or a dict of them
-    """Rows, or a dict of rows, as groups of token ids, each checked against what a step needs of it.
+    """Rows, or a dict of rows, as groups of token ids, each checked for what a step needs.
 
     Args:
-        rows: of a layout of `data.FORMATS`, or TokenGroups; GroupRows stay as they are.
-        name: of the data, for errors and its report.
-        limits: of the model: positions of a sequence, and token ids; None where there is none. A longer response is
-            dropped as one past max_length is; where the rows are TokenGroups both raise.
+        rows: rows of a layout of `data.FORMATS`, or TokenGroups; GroupRows stay as they are.
+        name: the name of the data in errors and in its report.
+        limits: the model's positions and its number of token ids; None where there is no limit. A longer response is
+            dropped like one past max_length; where the rows are TokenGroups, both raise.
     """
     if isinstance(rows, GroupRows):
         return rows
@@ -132,7 +132,7 @@ def tokenised(
 
 
 def _check_limits(group: TokenGroup, name: str, limits: tuple[int | None, int | None]) -> None:
-    """ValueError for what the model has no position or no embedding of."""
+    """ValueError for a group with more tokens than the model has positions, or with an id that has no embedding."""
     positions, ids = limits
     if positions is not None and group.longest > positions:
         got = f"row {group.row} has {group.longest} tokens"
@@ -146,7 +146,7 @@ def _check_limits(group: TokenGroup, name: str, limits: tuple[int | None, int | 
 
 
 def _check_columns(rows: Sequence[Any], name: str) -> None:
-    """ValueError for what TRL's trainers read of a row and this one would leave out of its prompt."""
+    """ValueError for columns that TRL's trainers read, and that this one would leave out of the prompt."""
     instead = {"tools": "", "chat_template_kwargs": " (template_options of GroupDPOConfig is for all rows)"}
     instead |= dict.fromkeys(("image", "images"), ", for groups are of text alone")
     for i, row in enumerate(rows):

@@ -1,21 +1,21 @@
-"""sDPO (arXiv 2403.19270) with the trainers of this package: data in parts, and in each stage the model as the stage
-before left it as the reference.
+"""StepwiseDPO is sDPO (arXiv 2403.19270) with the trainers of this package: the data comes in parts, and the reference
+of each stage is the model as the stage before left it.
 
     parts = [take(rows, part) for part in by_column(rows, "stage")]            # see groupdpo_kernels.stepwise
     StepwiseDPO(model, GroupDPOConfig("out"), parts, tokenizer).train()        # or a trl.DPOConfig, for pairs
 
-With TRL's DPOTrainer alone the reference of stage 2 is not that: without `ref_model` it loads the checkpoint that the
-model first came from, and with an adapter it stops at the copy "ref" that stage 1 left. Here a GroupDPOConfig scores
-each part once, under the weights that its stage starts from, in `stepwise.run_stages`; a DPOConfig lets `DPOTrainer`
-copy the model (or its adapter, which is deleted after the stage). So the first loss of every stage is that of equal
-scores: ln 2, for sDPO is DPO in stages.
+TRL's DPOTrainer alone takes another reference in stage 2: without `ref_model` it loads the checkpoint that the model
+first came from, and with an adapter it stops at the copy "ref" that stage 1 left. Here a GroupDPOConfig scores each
+part once, under the weights that its stage starts from, in `stepwise.run_stages`; a DPOConfig lets `DPOTrainer` copy
+the model (or its adapter, which is deleted after the stage). So the first loss of every stage is DPO's loss at equal
+scores, ln 2.
 
-`run_stages` keeps the stages on disk under args.output_dir: the same call, with the model as it first was, goes on
-after the last one that is whole, and ends with the same weights. The checkpoints of a stage are in
-output_dir/trainer-<stage>; they are not resumed from.
+`run_stages` keeps the stages on disk under args.output_dir: the same call, with the model as it first was, continues
+after the last complete stage, and ends with the same weights. The checkpoints of a stage are in
+output_dir/trainer-<stage>; training does not resume from them.
 
-Never: leaves an adapter "ref" or a patched forward on the model. Cost: with a GroupDPOConfig a forward of the data and
-no second model; with a DPOConfig what TRL's reference costs (precompute_ref_log_probs=True: no second model).
+It never leaves an adapter "ref" or a patched forward on the model. With a GroupDPOConfig it costs a forward of the data
+and no second model; with a DPOConfig it costs TRL's reference (precompute_ref_log_probs=True saves the second model).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .group_dpo import GroupDPOTrainer, pad_id_of
 from .reference import check_adapter, check_no_earlier_reference
 from .rows import Collator, tokenised
 
-# Options that change no weight: a run may be resumed with others.
+# These options change no weight, so that a run may resume with other values of them.
 _ASIDE = ("output_dir", "run_name", "report_to", "disable_tqdm", "logging_", "log_", "save_", "hub_", "push_to_hub")
 
 
@@ -57,13 +57,13 @@ class StepwiseDPO:
         args: a GroupDPOConfig, or a trl.DPOConfig, of each stage; it chooses the trainer.
         parts: a list of datasets: the rows of each stage, in order, as the trainer takes them.
         processing_class: the tokenizer; not needed for TokenGroups.
-        objective: one that has a reference; groups larger than pairs want one of their own, such as
+        objective: one that has a reference; groups larger than pairs need one for groups, such as
             Objective("all_pairs").
-        peft_config: makes the adapter, once, before stage 1.
-        callbacks: of every stage.
+        peft_config: describes the adapter, which is made once, before stage 1.
+        callbacks: the callbacks of every stage.
 
-    Attributes: `model`, with its adapter; `history`, by stage, the trainer's log of those that this call trained;
-    `report`, by stage, what was read and dropped (GroupDPOConfig).
+    Attributes: `model`, with its adapter; `history`, the trainer's log of each stage that this call trained; `report`,
+    what was read and dropped in each stage (GroupDPOConfig).
 
     Raises ValueError or TypeError, naming argument, expectation and value: no or empty parts, an objective without a
     reference, sync_ref_model, an adapter "ref" on the model, other args; and what trainer and `run_stages` raise.
@@ -109,7 +109,7 @@ class StepwiseDPO:
         self.parts = [self._part(part, k) for k, part in enumerate(parts, 1)]
 
     def train(self) -> Any:
-        """All stages that are not on disk yet; returns the model."""
+        """Trains all stages that are not on disk yet; returns the model."""
         self.model.to(self.args.device)
         given = {k: v for k, v in self.args.to_dict().items() if not k.startswith(_ASIDE) and _plain(v)}
         objective = dataclasses.asdict(self.objective)
@@ -136,9 +136,9 @@ class StepwiseDPO:
         return rows.groups
 
     def _score(self, model: nn.Module, groups: Sequence[TokenGroup]) -> Tensor:  # (S,) float32
-        """As the trainer scores: in its micro-batches, and under its autocast, so that the first step finds no gap."""
+        """Scores in the trainer's micro-batches and under its autocast, so that the first step finds equal scores."""
         tokens: Any = self.args.micro_batch_tokens
-        if tokens == "auto":  # of a step with gradients: a forward alone fits where one of its sequences does
+        if tokens == "auto":  # the limit is of a step with gradients: a forward of one sequence fits
             tokens = max(len(group.prompt) + max(map(len, group.responses)) for group in groups)
         collator = Collator(
             self.args.layout, tokens, self.args.micro_batch_sequences, pad_id_of(model, self.processing_class)
@@ -157,7 +157,7 @@ class StepwiseDPO:
         named = {"processing_class": self.processing_class, "objective": self.objective, "callbacks": self.callbacks}
         with _left_as_it_was(model):
             if self.grouped:
-                args.precompute_ref_log_probs = False  # they are here
+                args.precompute_ref_log_probs = False  # ref_logps has them already
                 trainer: Any = GroupDPOTrainer(model, None, args, part, ref_logps=ref_logps, **named)
             else:
                 from .dpo import DPOTrainer
@@ -168,7 +168,7 @@ class StepwiseDPO:
 
 
 def _datasets(parts: Any) -> list[Any]:
-    """TypeError where `parts` is the rows of one dataset, which would make each row, or each column, a stage."""
+    """TypeError where `parts` is one dataset, since each of its rows or columns would become a stage."""
     one = isinstance(parts, (str, Mapping)) or hasattr(parts, "column_names")
     if one or not isinstance(parts, Iterable):
         got = f"a {type(parts).__name__}"
@@ -186,8 +186,8 @@ def _datasets(parts: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def _left_as_it_was(model: Any) -> Iterator[None]:
-    """Takes off what trainers leave on a model: patched forwards (autocast, TRL's head), which would pile up, and the
-    adapter "ref", which the next stage would take for its own reference."""
+    """A context that removes what trainers leave on a model: patched forwards (autocast, TRL's head), which would pile
+    up, and the adapter "ref", which the next stage would take for its own reference."""
     before = {module: module.__dict__.get("forward") for module in model.modules()}
     try:
         yield
@@ -202,7 +202,7 @@ def _left_as_it_was(model: Any) -> Iterator[None]:
 
 
 def _no_scores(model: nn.Module, rows: Any) -> Tensor:  # (n,)
-    """Of pairs: TRL tokenises inside its trainer, which holds the reference itself."""
+    """Zeros for the pairs of a DPOConfig: TRL tokenises inside its trainer, which holds the reference itself."""
     return torch.zeros(len(rows))
 
 
