@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 from bench import launches, memory, preference, scaling, trl_steps  # noqa: E402
+from bench import run as bench_run  # noqa: E402
 from bench.measure import Differentiated, Gate, draw  # noqa: E402
 from bench.peers import PEERS, Unavailable, load_peer, maker  # noqa: E402
 from bench.report import directory, title  # noqa: E402
@@ -46,6 +47,20 @@ def quick(path, *more):
     ]
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """A script of bench with a command line, in this process, which has imported what it needs; what it prints."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        code = script.main()
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
+        return printed.out
+
+    return run
+
+
 def test_quick_run(tmp_path):
     path = tmp_path / "run.json"
     done = subprocess.run(quick(path), cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -76,20 +91,18 @@ def test_quick_run(tmp_path):
     assert "| ours/reference |" in done.stdout
 
 
-def test_steps_of_trl_beside_ours(tmp_path):
+def test_steps_of_trl_beside_ours(tmp_path, command):
     """A row that runs and one that cannot: its reason is in the table, the other has its figures."""
     path = tmp_path / "steps.json"
     size = ["--model", "tiny", "--tokens", "16", "--groups", "1", "--size", "3", "--pairs", "1", "--steps", "3"]
-    command = [sys.executable, "bench/trl_steps.py", "--device", "cpu", "--rounds", "1", "--rows", "pairs"]
-    command += ["--dtype", "float32", "--json", str(path), *size]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    more = ("--device", "cpu", "--rounds", "1", "--rows", "pairs", "--dtype", "float32", "--json", path)
+    printed = command(trl_steps, *more, *size)
     run = load(path)
     trl, accelerated = run["rows"]
     assert run["complete"] and (trl["implementation"], accelerated["implementation"]) == ("trl", "trl, accelerated")
     assert all(len(row["seconds"]) == 3 and row["mib"] > 0 for row in run["rows"])
     assert trl["loss"] == pytest.approx(accelerated["loss"], rel=1e-5)
-    assert "| pairs | trl, accelerated |" in done.stdout
+    assert "| pairs | trl, accelerated |" in printed
 
 
 def test_a_step_that_fails_is_a_row():
@@ -100,13 +113,15 @@ def test_a_step_that_fails_is_a_row():
     assert f"| pairs | trl | {run['why']} | | |" in trl_steps.table(["pairs"], setting, rows)
 
 
-def test_launch_shapes_are_all_different_and_want_a_gpu():
+def test_launch_shapes_are_all_different_and_want_a_gpu(monkeypatch, capsys):
     shapes = [replace(TABLE["sm_90", 2], **change) for change in launches.CHANGES]
     assert len(set(shapes)) == len({launches.name_of(shape) for shape in shapes}) == len(shapes)
     assert all(shape.tma or not shape.persistent for shape in shapes)
     if not torch.cuda.is_available():
-        done = subprocess.run([sys.executable, "bench/launches.py"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and "timed on a GPU" in done.stderr
+        monkeypatch.setattr(sys, "argv", ["bench/launches.py"])
+        with pytest.raises(SystemExit) as ended:
+            launches.main()
+        assert ended.value.code == 2 and "timed on a GPU" in capsys.readouterr().err
 
 
 def test_quick_run_of_the_preference_weights(tmp_path):
@@ -129,12 +144,11 @@ def test_quick_run_of_the_preference_weights(tmp_path):
         assert f"| {case[0]} | {case[1]} | {case[2]} | {eager['tokens']:,} |" in done.stdout
 
 
-def test_quick_run_with_a_tolerance(tmp_path):
+def test_quick_run_with_a_tolerance(tmp_path, command):
     """A row with a tolerance has a gate of its own, and says what its rows are like."""
     path = tmp_path / "run.json"
     more = ("--profile", "confident", "--grad-tol", "0.0078125", "--peers", "--modes", "trained", "--dtype", "bfloat16")
-    done = subprocess.run(quick(path, *more), cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    command(bench_run, *quick(path, *more)[2:])
     _, exact, sparse, *_ = load(path)["rows"]
     assert sparse["implementation"] == "ours/reference grad_tol=0.0078125" and sparse["status"] == "ok"
     assert exact.keys() < sparse.keys() and 0 <= sparse["exact_rows"] <= 1 < sparse["candidates"]

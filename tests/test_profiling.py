@@ -94,11 +94,11 @@ def test_interruption_keeps_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "measured.jsonl"
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (path.exists() and len(path.read_text().splitlines()) > 1):
+        # It waits for the first figures, however long a busy machine takes for them, or for the end of the process.
+        while running.poll() is None and not (path.exists() and len(path.read_text().splitlines()) > 1):
             time.sleep(0.1)
         running.send_signal(signal.SIGINT)
-        output, errors = running.communicate(timeout=60)
+        output, errors = running.communicate()
     finally:
         running.kill()
     assert running.returncode == 130 and "--resume goes on" in errors, errors

@@ -30,9 +30,9 @@ from groupdpo_kernels.stepwise import (
     reward_accuracy,
     run_stages,
     sequence_logps,
+    store,
     take,
 )
-from groupdpo_kernels.stepwise import store
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,7 @@ from tiny_models import batch, make
 from tiny_training import PARTS, B, Counting, L, Training, lora, run_as_rank, run_until_killed, run_with_others, stages
 from torch import Tensor, nn
 
-from groupdpo_kernels.stepwise import reference_logps, run_stages
-from groupdpo_kernels.stepwise import store
+from groupdpo_kernels.stepwise import reference_logps, run_stages, store
 from groupdpo_kernels.stepwise.store import tensor_digests
 
 

@@ -362,8 +362,8 @@ def largest_micro_batch(
         load = replace(base, micro_batch=size, group=2 * size)
         return _prediction_of(model, load, memory, device).at(2 * size).total
 
-    one, two = peak(1), peak(2)
-    return (0 if one > memory else 1 + math.floor((memory - one) / max(1, two - one))), one
+    one = peak(1)
+    return (0 if one > memory else 1 + math.floor((memory - one) / max(1, peak(2) - one))), one
 
 
 def step_peak(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..lm_head.workspace import workspace_of
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "head workspace", "logits")
+_DEVICE, _META = torch.ops.prim.device.default, torch.device("meta")
 Part = tuple[str, str]  # (category, a text: the op that made it, its shape and dtype)
 
 
@@ -111,14 +111,16 @@ class MemoryTracker(TorchDispatchMode):
     # ------------------------------------------------------------------------------------------------------- counting
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            # Two dispatches of three only ask where a fake tensor is. torch's answer, without its way there.
+            return _META if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         out = _run_fake(func, args, kwargs or {}) if self.fake else func(*args, **(kwargs or {}))
         name = func._overloadpacket.__name__.replace("keeping_", "")  # ops with a logit cache count like others
         if self.steps is not None:
             self.steps += 1
             self._enter(f"head, operation {self.steps}")
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._track(x, self.new, name)
+        for x in _tensors((out,)):
+            self._track(x, self.new, name)
         if self.device is not None and func.namespace == "groupdpo_kernels":
             self._look(workspace_of(func._overloadpacket.__name__, args, self.device))
         return out
@@ -165,9 +167,18 @@ class MemoryTracker(TorchDispatchMode):
         self.live -= size
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments or the results of an op, whose only containers are lists and tuples."""
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _tensors(x)
+
+
 def _run_fake(func: Any, args: Any, kwargs: Any) -> Any:
     """Runs an operation. Small integer tensors (targets, offsets) stay real, as code reads them; other reads give 0."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = [*_tensors(args), *_tensors(kwargs.values())]
     if func is torch.ops.aten._local_scalar_dense.default and isinstance(tensors[0], FakeTensor):
         return False if tensors[0].dtype == torch.bool else 0.0
     if any(isinstance(x, FakeTensor) for x in tensors):
@@ -175,9 +186,8 @@ def _run_fake(func: Any, args: Any, kwargs: Any) -> Any:
     read = func in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
     if not read and not func._schema.is_mutable:
         made = func(*args, **kwargs)
-        results = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
         # Masks of (L, L) are not read, and real ones would take the time that fake tensors save.
-        if any(x.numel() > 2**16 or (x.is_floating_point() and not tensors) for x in results):
+        if any(x.numel() > 2**16 or (x.is_floating_point() and not tensors) for x in _tensors((made,))):
             return made
     with unset_fake_temporarily():
         return func(*args, **kwargs)
