@@ -98,10 +98,10 @@ def run_as_rank(rank: int, port: int, folder: str) -> None:
 
     from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer, group_dpo
 
-    if rank == 1:
-        group_dpo.memory_of = lambda *_: 1000
     found = {}
     for strategy in ("two_pass", "one_pass", "coupled", "auto"):
+        if rank == 1 and strategy == "auto":
+            group_dpo.memory_of = lambda *_: 1000
         options = {"per_device_train_batch_size": 1, "micro_batch_sequences": 2, "strategy": strategy}
         config = GroupDPOConfig(output_dir=f"{folder}/{strategy}-{rank}", **COMMON | options)
         trainer = GroupDPOTrainer(llama(), args=config, train_dataset=GROUPS, processing_class=byte_level_bpe())
