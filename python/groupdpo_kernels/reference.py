@@ -69,8 +69,8 @@ class LogpStats(NamedTuple):
 
     token_logps: Tensor
     lse: Tensor | None = None
-    entropy: Tensor | None = None  # of softmax(logits), in nats
-    mean_logits: Tensor | None = None  # over the vocabulary
+    entropy: Tensor | None = None  # entropy of softmax(logits), in nats
+    mean_logits: Tensor | None = None  # mean over the vocabulary
     log_sum_sq_probs: Tensor | None = None  # log sum_v p_v^2
     is_top1: Tensor | None = None  # bool: the target is the arg max, the lowest id among ties
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 class Swap(NamedTuple):
     """The functions of a project that are replaced, and their replacements."""
 
-    pairs: list[tuple[Any, Any]]  # (theirs, ours)
+    pairs: list[tuple[Any, Any]]  # (the project's, this package's)
     classes: tuple[type, ...] = ()  # classes with theirs as methods; modules need not be named
 
 

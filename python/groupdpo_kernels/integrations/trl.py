@@ -68,7 +68,7 @@ class TokenStatistics:
             softcap=final_logit_softcapping,
             temperature=temperature,
             ignore_index=_NO_ID,
-            workspace_bytes=4096 * 2 * chunk_size,  # a tile of TRL's: 4096 rows of 16 bits
+            workspace_bytes=4096 * 2 * chunk_size,  # the size of TRL's tile: 4096 rows of 16 bits
             outputs=[name for name in OUTPUTS if name in outputs],
         )
         entropy = None if stats.entropy is None else stats.entropy.float()

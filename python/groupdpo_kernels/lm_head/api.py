@@ -330,7 +330,7 @@ def _run(
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     # The seed is drawn whether or not the call uses it, so that forwards with and without a graph draw alike.
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64) if grad_tail == "sample" else None
-    if seed is not None and not torch.compiler.is_compiling():  # the compiled op checks it when it runs
+    if seed is not None and not torch.compiler.is_compiling():  # under torch.compile the op checks it when it runs
         check_tail(resolve(impl, hidden, weight))
     tape = None if process_group is not None else replay.active()
     known = None if tape is None else tape.take(targets.shape)

@@ -88,7 +88,7 @@ def backward(
     options: HeadOptions,
     needs: tuple[bool, ...],
     impl: str,
-    products: Tensor | None = None,  # as forward left them
+    products: Tensor | None = None,  # the logit cache that forward filled
 ) -> HeadGradients:
     rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
     live = _live_head(head, rows)

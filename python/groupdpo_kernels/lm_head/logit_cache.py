@@ -57,7 +57,7 @@ def columns_to_keep(head: Head, targets: Tensor, options: HeadOptions, impl: str
     if T == 0 or head.hidden.shape[-1] < least:
         return 0
     columns = min(V, (_budget(head.hidden, options) - _in_use()) // (_FLOAT * T))
-    block = -(-V // -(-V // BLOCK_COLUMNS))  # the vocabulary in even blocks
+    block = -(-V // -(-V // BLOCK_COLUMNS))  # the vocabulary is cut into even blocks
     columns = columns if columns == V else columns // block * block
     return columns if 4 * columns >= V else 0
 

@@ -69,8 +69,8 @@ def candidates_in_blocks(
     low_rank_weight: Tensor | None,  # (V, R)
     targets: Tensor,  # (T,) int64, all valid
     options: HeadOptions,
-    least: float,  # least_probability
-    most: int,  # capacity
+    least: float,  # from least_probability
+    most: int,  # from capacity
 ) -> Candidates:
     """Forward and the `most` likeliest candidates, in one pass over the vocabulary: 2 T D V FLOP."""
     dtype = accumulator(hidden.dtype)
@@ -192,9 +192,9 @@ def add_candidates(
     head: Head,  # (T, .) rows
     targets: Tensor,  # (T,) int64, all valid
     found: Candidates,
-    d_target: Tensor,  # (T,) of reference.row_gradients, as the next
+    d_target: Tensor,  # (T,) from reference.row_gradients, as is d_softmax
     d_softmax: Tensor,  # (T,)
-    rows: Tensor,  # (T,) bool: those to add
+    rows: Tensor,  # (T,) bool: the rows to add
     options: HeadOptions,
     add_weighted_rows: AddWeightedRows,
 ) -> None:
@@ -224,7 +224,7 @@ def add_candidates(
 def entries(
     targets: Tensor,  # (T,) int64
     found: Candidates,
-    d_target: Tensor,  # (T,) of reference.row_gradients, as the next
+    d_target: Tensor,  # (T,) from reference.row_gradients, as is d_softmax
     d_softmax: Tensor,  # (T,)
     rows: Tensor,  # (T,) bool
     options: HeadOptions,

@@ -150,7 +150,7 @@ def backward_in_blocks(
     low_rank_weight: Tensor | None,  # (V, R)
     targets: Tensor,  # (T,) int64, all valid
     lse: Tensor,  # (T,) float64, from the forward
-    d_target: Tensor,  # (T,) of reference.row_gradients, as the next
+    d_target: Tensor,  # (T,) from reference.row_gradients, as is d_softmax
     d_softmax: Tensor,  # (T,)
     options: HeadOptions,
     needs: tuple[bool, ...],  # which fields of HeadGradients are needed

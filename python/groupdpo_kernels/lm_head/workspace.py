@@ -22,7 +22,7 @@ def workspace_of(op: str, args: Any, device: str) -> int:
     T, D = hidden.numel() // hidden.shape[-1], hidden.shape[-1]
     needs = next((x for x in args if isinstance(x, list)), [])
     trains = name == "linear_logps_backward" and bool(needs[1])
-    options = next(i for i, x in enumerate(args) if isinstance(x, float))  # logit_scale, the first of them
+    options = next(i for i, x in enumerate(args) if isinstance(x, float))  # logit_scale is the first of the options
     return head_workspace(name, T, D, weight.shape[0], weight.element_size(), args[options + 4], device, trains)
 
 
