@@ -1,6 +1,6 @@
 """Per-token log-probabilities and group-wise preference losses without the logits.
 
-The public names; torch is all that they need, and it is imported with the first of them that is asked for.
+The public names are here. They need torch alone, which is imported with the first of them that is used.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """Checks of arguments that several parts of the package share. Each error names the argument, what it must be, and what
 it was.
 
-Never: reads a value inside a tensor. Needs torch alone. Cost: none worth counting.
+They never read a value inside a tensor, and need torch alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INTEGERS = (
 
 
 def check_number(name: str, value: Any) -> None:
-    """TypeError unless it is one: Python's, numpy's, or a tensor of one element that wants no gradient."""
+    """TypeError unless the value is a number: Python's, numpy's, or a tensor of one element without requires_grad."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} must be a number, and gets no gradient; got a tensor that requires one")
     real = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, numbers.Real)
@@ -41,7 +41,7 @@ def one_of(name: str, value: Any, known: Collection[str]) -> None:
 
 
 class NotUnderVmap(torch.autograd.Function):
-    """A Function over ops that know one batch: torch.vmap raises, and says what to do in its place."""
+    """An autograd Function that takes one batch: under torch.vmap it raises, and `instead` says what to do."""
 
     instead: str
 

@@ -1,8 +1,8 @@
-"""What several processes must do alike in one group_backward: found out, agreed on, or refused in words on all of them.
+"""Keeps the ranks of one group_backward in step: they agree on what all must do, or all raise an error.
 
 A wrapper reduces gradients by collectives that every rank must join: DistributedDataParallel once for each backward
-that it was told of, FSDP and ZeRO in each forward and each backward. Ranks whose groups differ in size differ in their
-number of micro-batches. So before the first of them runs, one all-reduce agrees on that number, and after pass 1
+outside no_sync, FSDP and ZeRO in each forward and each backward. Ranks whose groups differ in size differ in their
+number of micro-batches. So before the first micro-batch runs, one all-reduce agrees on that number, and after pass 1
 another one says whether a rank has failed: then all raise, before any gradient is written.
 
 Wrappers are found in `model` or, where none is given, by a hook on the first modules that `forward` calls, which runs
@@ -10,7 +10,7 @@ before the wrapper's own forward and so before its first collective. Without a w
 nothing here talks to another rank: other ranks may be busy with other things (generation, rewards), and a collective
 that they do not join would never end.
 
-Never: imports deepspeed; keeps a hook past the first forward of a pass; guesses a group of ranks.
+The module never imports deepspeed, keeps a hook past the first forward of a pass, or guesses a group of ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DDP, FSDP1, FSDP2, DEEPSPEED = "DistributedDataParallel", "FullyShardedDataParal
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """The wrapper that the module is, by its name above; None for any other module."""
+    """The kind of wrapper that the module is: DDP, FSDP1, FSDP2 or DEEPSPEED; None for any other module."""
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return DDP
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
@@ -43,11 +43,11 @@ def is_dtensor(x: Tensor) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Every unit of FSDP2 back to its shards, which take over what the gathered parameters say of requires_grad.
+    """Returns every unit of FSDP2 to its shards, and gives these the requires_grad of the gathered parameters.
 
     peft switches requires_grad of the parameters that are registered at the time: `disable_adapter()` off on entry and
-    on again on exit, `set_adapter` likewise. A unit that stays gathered after its forward (the last one) would hear of
-    one switch on its shards and of the other on its gathered parameters, and its adapter would silently stop training.
+    on again on exit, `set_adapter` as well. A unit that stays gathered after its forward (the last one) would get one
+    switch on its shards and the other on its gathered parameters, and its adapter would silently stop training.
     """
     units: list[Any] = [m for m in model.modules() if kind_of(m) == FSDP2]
     if not units:
@@ -63,24 +63,24 @@ def reshard(model: nn.Module) -> None:
 class Ranks:
     """The other ranks, as one call of group_backward sees them.
 
-    count: gives the number of this rank's micro-batches. strategy: as in group_backward. own_sync: whether the caller
-    has said himself which backward synchronises.
+    count: a function that gives the number of this rank's micro-batches. strategy: its index among the strategies of
+    group_backward. own_sync: whether the caller's own no_sync decides which backward synchronises.
     """
 
     def __init__(self, process_group: Any, count: Callable[[], int], strategy: int, one_pass: bool, own_sync: bool):
         self.process_group, self.count, self.strategy = process_group, count, strategy
         self.one_pass, self.own_sync = one_pass, own_sync
         self.wrappers: list[nn.Module] = []
-        self.error: Exception | None = None  # raised within a forward, whose caller may have caught it
-        self._known = process_group is not None  # whom to agree with
+        self.error: Exception | None = None  # raised within a forward, where the caller's code may have caught it
+        self._known = process_group is not None  # whether it is known which ranks must agree
         self._own = self._most = 0
         self._met = self._last = self._in_forward = False
-        self._open: contextlib.ExitStack | None = None  # of the micro-batch that runs
+        self._open: contextlib.ExitStack | None = None  # contexts of the micro-batch that runs
 
     # ------------------------------------------------------------------------------------------------------- agreement
 
     def begin(self, model: nn.Module | None, error: Exception | None) -> None:
-        """Before anything runs: agree, if it is known with whom. `error`: what this rank is about to raise."""
+        """Agrees before anything runs, if it is known with which ranks. `error` is what this rank is about to raise."""
         if model is not None:
             self._add(model)
         self.meet(error)
@@ -94,7 +94,7 @@ class Ranks:
         if not self._met and error is None:
             try:
                 self._own = self.count()
-            except Exception as raised:  # whatever the caller's iterable raises: the others must hear of it
+            except Exception as raised:  # the caller's iterable may raise anything, and the other ranks must know
                 error = raised
         self._met = True
         own = [self._own, -self._own, int(error is not None), self.strategy, -self.strategy]
@@ -115,7 +115,7 @@ class Ranks:
         self._most = most
 
     def _maximum(self, values: list[int]) -> list[int]:
-        """The largest of each over the ranks."""
+        """The maximum of each value over the ranks."""
         group = self.process_group
         on_gpu = "nccl" in torch.distributed.get_backend(group)
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -125,8 +125,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
-        """An error within is raised on this rank, and at the end on every other one. Where each forward is a
-        collective, the others wait for this rank in theirs, and an agreement would only cross it."""
+        """A context: an error in it is raised on this rank, and at its end on every other one. Where forward itself is
+        a collective and fails, nothing is agreed, because the other ranks wait in that collective."""
         try:
             yield
         except Exception as error:
@@ -136,7 +136,7 @@ class Ranks:
         self.meet()
 
     def call(self, forward: Callable[[Any], Any], micro_batch: Any) -> Any:
-        self._in_forward = True  # and so it stays after an error
+        self._in_forward = True  # it stays True after an error
         outputs = forward(micro_batch)
         self._in_forward = False
         return outputs
@@ -147,13 +147,13 @@ class Ranks:
 
     @property
     def missing(self) -> int:
-        """Micro-batches that this rank has fewer than another, where each of them is a collective."""
+        """How many micro-batches fewer than another rank this one has, where each of them is a collective."""
         return 0 if self._only_ddp else self._most - self._own
 
     # -------------------------------------------------------------------------------------------------------- wrappers
 
     def _add(self, *roots: nn.Module) -> None:
-        """The wrappers in these modules, and what they ask for."""
+        """Adds the wrappers in these modules, checks the strategy against them, and takes their process group."""
         found = [m for root in roots for m in root.modules() if kind_of(m) is not None and m not in self.wrappers]
         self.wrappers += dict.fromkeys(found)
         kinds = {kind_of(w) for w in self.wrappers}
@@ -169,7 +169,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Finds the wrappers that a forward calls, and agrees with the other ranks before they run."""
+        """A context that finds the wrappers that a forward calls, and agrees with the other ranks before they run."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self.wrappers or not distributed:
             yield
@@ -207,7 +207,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def syncing(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch: gradients are reduced once, with the last."""
+        """A context for forward and backward of one micro-batch, so that gradients are reduced once, with the last."""
         with contextlib.ExitStack() as self._open:
             self._last = last
             for wrapper in self.wrappers:
@@ -226,9 +226,9 @@ class Ranks:
 
 @contextlib.contextmanager
 def _boundary(engine: Any, last: bool) -> Iterator[None]:
-    """DeepSpeed takes each backward for the end of a step, unless it is told; what was told before holds afterwards."""
-    managed = getattr(engine, "managed_gradient_accumulation", None)  # of newer versions
-    if managed is not None and not managed():  # then its step() is the end, whatever ran before
+    """A context that tells DeepSpeed whether this backward ends a step, which it assumes unless told, and undoes it."""
+    managed = getattr(engine, "managed_gradient_accumulation", None)  # newer versions have it
+    if managed is not None and not managed():  # then only step() ends a step
         yield
         return
     before = engine._is_gradient_accumulation_boundary
@@ -236,11 +236,11 @@ def _boundary(engine: Any, last: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        engine._is_gradient_accumulation_boundary = before  # None: by the engine's own count of steps
+        engine._is_gradient_accumulation_boundary = before  # None restores the engine's own count
 
 
 def _group_of(wrapper: Any) -> Any:
-    """The ranks that share in the wrapper's collectives; None: all."""
+    """The process group of the wrapper's collectives; None means all ranks."""
     kind = kind_of(wrapper)
     if kind == DDP:
         return wrapper.process_group

@@ -1,9 +1,9 @@
-"""What is installed of another project, and whether it is what a module here was written for.
+"""Checks whether the installed version of another project is one that a module here was written for.
 
-Names of other projects may be private, and what stands behind them may change: so versions and signatures are compared
-before anything of theirs is used.
+Names of other projects may be private, and what they do may change, so versions and signatures are compared before they
+are used.
 
-Never: imports a project before it is asked to. Needs the standard library alone. Cost: that of importing the project.
+It never imports a project before it is asked to, and needs the standard library alone. The cost is that import.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-REQUIRED = inspect.Parameter.empty  # in a record of parameters: no default
+REQUIRED = inspect.Parameter.empty  # in a record of parameters, for one without a default
 
-Versions = tuple[tuple[int, int], tuple[int, int]]  # from, to before
+Versions = tuple[tuple[int, int], tuple[int, int]]  # from, up to but without
 
 
 def imported(package: str, project: str, how: str) -> Any:
-    """The module `package`; ImportError that says how to install the project where there is none."""
+    """The module `package`, or an ImportError that says how to install the project."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -31,7 +31,7 @@ def imported(package: str, project: str, how: str) -> Any:
 
 
 def distribution_version(name: str) -> str:
-    """Of an installed distribution; "unknown" where there is none, as for a source tree on sys.path."""
+    """The version of an installed distribution; "unknown" where there is none, as for a source tree on sys.path."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -46,11 +46,11 @@ def wanted(who: str, project: str, supported: Versions | None) -> str:
 
 
 def check(
-    who: str,  # refuses
+    who: str,  # the function that the error names
     project: str,
-    found: str,  # version
-    supported: Versions | None,  # None: the project's version says nothing
-    *functions: tuple[Callable[..., Any], Mapping[str, Any]],  # of the project, and {parameter: default}
+    found: str,  # the installed version
+    supported: Versions | None,  # None where the project's version says nothing
+    *functions: tuple[Callable[..., Any], Mapping[str, Any]],  # (function of the project, {parameter: default})
 ) -> None:
     """RuntimeError if the version is not at least the first and before the second of `supported`, or if a function's
     parameters (self and ctx aside) have other names, another order or other defaults."""
@@ -69,7 +69,7 @@ def check(
 
 
 def installed_trl(who: str, supported: Versions) -> Any:
-    """The module, if its version is at least the first and before the second; ImportError or RuntimeError if not."""
+    """The module trl, if its version is at least the first and before the second; else ImportError or RuntimeError."""
     trl = imported("trl", "TRL", "pip install 'groupdpo-kernels[trl]'")
     check(who, "TRL", trl.__version__, supported)
     return trl

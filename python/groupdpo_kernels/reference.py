@@ -1,13 +1,13 @@
-"""The specification, executable: what every kernel of this package must compute, in plain PyTorch.
+"""The executable specification: what every kernel of this package must compute, in plain PyTorch.
 
-The vocabulary of the whole package (docs/math.md derives the formulas):
+The whole package uses these names (docs/math.md derives the formulas):
 
 | symbol          | shape      | meaning                                                                      |
 |-----------------|------------|------------------------------------------------------------------------------|
 | T, D, V, S, G   |            | tokens (packed), hidden size, vocabulary, sequences (responses), groups       |
 | hidden          | (..., D)   | last hidden states, the input of the LM head                                 |
 | weight, bias    | (V, D), (V,) | the LM head                                                                |
-| low_rank        | (..., R), (V, R) | a second segment of the product, low_rank[0] @ low_rank[1].T: LoRA on the head |
+| low_rank        | (..., R), (V, R) | adds low_rank[0] @ low_rank[1].T to hidden @ weight.T: LoRA on the head        |
 | targets         | (...)      | the token id each row predicts; `ignore_index` rows give 0 and no gradient   |
 | logits          | (..., V)   | never stored outside this file                                               |
 | lse             | (...)      | log-sum-exp of a row's logits; float64 within the package, so that a common  |
@@ -21,9 +21,9 @@ The vocabulary of the whole package (docs/math.md derives the formulas):
     product = hidden @ weight.T + low_rank[0] @ low_rank[1].T
     logits  = cap(logit_scale * (product + bias)) / temperature,   cap(x) = softcap * tanh(x / softcap)
 
-All functions are over whole rows, differentiable, and hold the (T, V) logits: they are the specification, and the
-oracle of the tests. torch_blocks.py has the same maths with a bounded workspace and gradients in closed form: what
-`impl="reference"` runs. Everything past the inputs is float32, or float64 for float64 inputs. Nothing here is fast.
+All functions work on whole rows, are differentiable, and hold the (T, V) logits: the tests compare every kernel with
+them. lm_head/torch_blocks.py, which `impl="reference"` runs, has the same maths with a bounded workspace and gradients
+in closed form. Arithmetic is float32, or float64 for float64 inputs. Nothing here is fast.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What lies between the head's product and a log-probability, and the memory the work may take.
+    """What turns hidden @ weight.T into a log-probability, and the memory that this may take.
 
     logit_scale multiplies the logits (Cohere; Granite divides: pass 1 / logits_scaling). softcap bounds them (Gemma 2:
     30). temperature divides them last. workspace_bytes bounds all temporaries beyond gradients and one float32 (T, D)
@@ -63,27 +63,27 @@ class Head(NamedTuple):
 
 
 class LogpStats(NamedTuple):
-    """Per-row results, each of the shape of `targets`; None where not asked for. Rows with `ignore_index` hold 0
+    """Per-row results, each with the shape of `targets`, or None where not asked for. Rows with `ignore_index` hold 0
     (False).
     """
 
     token_logps: Tensor
     lse: Tensor | None = None
-    entropy: Tensor | None = None  # of softmax(logits), in nats
-    mean_logits: Tensor | None = None  # over the vocabulary
+    entropy: Tensor | None = None  # entropy of softmax(logits), in nats
+    mean_logits: Tensor | None = None  # mean over the vocabulary
     log_sum_sq_probs: Tensor | None = None  # log sum_v p_v^2
     is_top1: Tensor | None = None  # bool: the target is the arg max, the lowest id among ties
 
 
 class HeadGradients(NamedTuple):
-    """Gradients of the head's inputs, and what the backward sees of the lse it was given; None where not needed."""
+    """Gradients in the head's inputs, and the mass that tells how exact the given lse is; None where not needed."""
 
     d_hidden: Tensor | None
     d_weight: Tensor | None
     d_bias: Tensor | None
     d_low_rank_hidden: Tensor | None
     d_low_rank_weight: Tensor | None
-    mass: Tensor | None = None  # (...) sum_v exp(logits - lse): 1 if lse is that of these logits; 0 in ignored rows
+    mass: Tensor | None = None  # (...) sum_v exp(logits - lse): 1 if the lse is exact; 0 in ignored rows
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -97,7 +97,7 @@ def logits(
     low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
     options: HeadOptions = HeadOptions(),
 ) -> Tensor:  # (..., V) float32 | float64
-    """The logits as the model means them: inputs are widened first, so the product is as exact as float32 allows."""
+    """The logits. Inputs are widened first, so that the GEMM hidden @ weight.T is as exact as float32 allows."""
     dtype = accumulator(hidden.dtype)
     product = hidden.to(dtype) @ weight.to(dtype).T
     if low_rank is not None:
@@ -118,15 +118,15 @@ def linear_logp_stats(
     low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
     options: HeadOptions = HeadOptions(),
 ) -> LogpStats:
-    """All per-row results from materialised logits; token_logps and lse are differentiable by autograd."""
+    """All per-row results from the whole logits; token_logps and lse are differentiable by autograd."""
     live = targets != options.ignore_index
-    # Ignored rows leave through `where` before every product and reduction, so that a NaN in such a row reaches neither
-    # result nor gradient (0 * NaN would, in d_weight).
+    # `where` removes ignored rows before every GEMM and reduction, so that a NaN in such a row reaches neither result
+    # nor gradient (0 * NaN would, in d_weight).
     hidden = torch.where(live.unsqueeze(-1), hidden, 0)
     if low_rank is not None:
         low_rank = (torch.where(live.unsqueeze(-1), low_rank[0], 0), low_rank[1])
     z = torch.where(live.unsqueeze(-1), logits(hidden, weight, bias, low_rank, options), 0)
-    logps = torch.log_softmax(z, -1)  # relative to the row's maximum: a common offset cancels before it rounds
+    logps = torch.log_softmax(z, -1)  # subtracts the row's maximum: a common offset cancels before it rounds
     token_logps = logps.gather(-1, torch.where(live, targets, 0).unsqueeze(-1).long()).squeeze(-1)
     with torch.no_grad():
         p = torch.exp(logps)
@@ -141,8 +141,8 @@ def log_probs(
     logits: Tensor,  # (..., n) or (...)
     lse: Tensor,  # (..., 1) or (...) float64
 ) -> Tensor:  # as logits
-    """logits - lse, by the two parts of lse that the logits' dtype can hold, so that its rounding, which all entries of
-    a row share, is not lost. NaN where the lse is infinite, as in torch.log_softmax.
+    """logits - lse. The lse is subtracted as two numbers of the logits' dtype, since its rounding error would be common
+    to all entries of a row. NaN where the lse is infinite, as in torch.log_softmax.
     """
     high = lse.to(logits.dtype)
     return (logits - high) - (lse - high).to(logits.dtype)
@@ -150,11 +150,11 @@ def log_probs(
 
 def known_softmax(
     lse: Tensor,  # (...) float64
-    d_softmax: Tensor,  # (...) of row_gradients
+    d_softmax: Tensor,  # (...) from row_gradients
 ) -> tuple[Tensor, Tensor, Tensor]:  # (...), (...), (...) in the dtype of d_softmax
-    """(high, d_softmax * factor, factor), with p_v = exp(logits_v - high) * factor: log_probs for a backward, whose
-    rows have a coefficient to take the factor, so that no entry of (T, V) pays for the second part of lse. The factor
-    lies between 1 / V and V.
+    """(high, d_softmax * factor, factor), with p_v = exp(logits_v - high) * factor. A backward needs p with the digits
+    of log_probs, and each row's coefficient d_softmax takes the factor, so that no entry of (T, V) pays for the second
+    part of lse. The factor lies between 1 / V and V.
     """
     high = lse.to(d_softmax.dtype)
     factor = torch.exp(high - lse).to(d_softmax.dtype)
@@ -168,8 +168,8 @@ def row_gradients(
 ) -> tuple[Tensor, Tensor]:  # (...), (...)
     """(d_target, d_softmax): d_logits at the target, and the coefficient of p_v at every other entry.
 
-    1 - p_y comes from the log-probability: as g - g p_y, with p_y rebuilt from an lse in float32, it would lose all of
-    its digits in a row that is sure of its target (at lse = 65 and p_y = 0.999 it has three left).
+    The non-target probability 1 - p_y comes from the log-probability. As g - g p_y, with p_y rebuilt from an lse in
+    float32, it would lose its digits where p_y is near 1 (at lse = 65 and p_y = 0.999 three are left).
     """
     return d_lse * torch.exp(token_logps) - d_token_logps * torch.expm1(token_logps), d_lse - d_token_logps
 
@@ -182,7 +182,7 @@ def linear_logps(
     low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
     options: HeadOptions = HeadOptions(),
 ) -> Tensor:  # (...) float32 | float64
-    """Log-probability of each target: the one vector that everything stands on."""
+    """Log-probability of each target."""
     return linear_logp_stats(hidden, weight, targets, bias, low_rank, options).token_logps
 
 
@@ -190,7 +190,7 @@ def seq_logps(
     token_logps: Tensor,  # (T,) floating
     cu_seqlens: Tensor,  # (S+1,) integer
 ) -> Tensor:  # (S,)
-    """Sum of token_logps by sequence, one Python slice a sequence."""
+    """Sum of token_logps by sequence, with one Python slice for each sequence."""
     bounds = cu_seqlens.tolist()
     sums = [token_logps[start:end].sum() for start, end in itertools.pairwise(bounds)]
     return torch.stack(sums) if sums else token_logps.new_zeros(0)

@@ -1,9 +1,9 @@
-"""What the second pass of a two-pass backward takes from the first: the random state, and the lse of every LM head.
+"""Records what pass 2 of a two-pass backward takes from pass 1: the random state, and the lse of every LM head.
 
-With the lse known, token_logps need the logits of the targets alone, so pass 2 skips the head's forward; the backward
-rebuilds the logits anyway, and there it sees how far their own lse has drifted from the one it was given. A tape
-belongs to one forward: its head calls in order. Compiled regions neither record nor replay: they run in full both
-times. Never: holds anything of size (T, D) or (T, V). docs/math.md, section 4.
+With the lse known, token_logps need the logits of the targets alone, so pass 2 skips the head's forward. The backward
+rebuilds the logits anyway, and sees there how far their lse has drifted from the given one. A tape belongs to one
+forward and holds the lse of its head calls in order. Compiled regions neither record nor replay: they run in full both
+times. Nothing of size (T, D) or (T, V) is ever held. docs/math.md, section 4, has the method.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class RandomState:
-    """torch's global random state: of the CPU and, once CUDA is in use, of every CUDA device."""
+    """torch's global random state, of the CPU and, once CUDA is in use, of every CUDA device."""
 
     def __init__(self) -> None:
         self.cpu = torch.get_rng_state()
@@ -32,7 +32,7 @@ class RandomState:
 
 @dataclass
 class KnownLse:
-    """The lse of one head call, and what a backward that was given it has seen."""
+    """The lse of one head call, and its drift once a backward has used it."""
 
     lse: Tensor  # (...) float64
     drift: Tensor | None = None  # (...) log sum_v exp(logits - lse), 0 in ignored rows; set by the backward
@@ -43,7 +43,7 @@ class LseTape:
 
     def __init__(self) -> None:
         self._calls: list[KnownLse] = []
-        self._next: int | None = None  # None: recording
+        self._next: int | None = None  # None while recording
 
     def record(self) -> contextlib.AbstractContextManager[None]:
         self._calls, self._next = [], None
@@ -62,7 +62,7 @@ class LseTape:
             _ACTIVE.reset(token)
 
     def take(self, shape: torch.Size) -> KnownLse | None:
-        """What is known of the call that is about to run; None: it must run in full."""
+        """The lse that is known for the call that is about to run, or None if it must run in full."""
         if self._next is None or self._next >= len(self._calls):
             return None
         call = self._calls[self._next]
@@ -79,7 +79,7 @@ class LseTape:
         for call in self._calls:
             if call.drift is not None and call.drift.numel():
                 gap = call.drift.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
-                # A row whose lse was not finite in pass 1 is no drift: its loss says so itself.
+                # A row whose lse was not finite in pass 1 does not count as drift, as its loss is not finite either.
                 within = (gap <= tolerance * (1 + call.lse.abs())) | ~torch.isfinite(call.lse)
                 largest = torch.maximum(largest.to(gap), torch.where(within, 0, gap).max())
         return largest
@@ -89,5 +89,5 @@ _ACTIVE: ContextVar[LseTape | None] = ContextVar("groupdpo_kernels_lse_tape", de
 
 
 def active() -> LseTape | None:
-    """The tape that linear_logps writes to or reads from now."""
+    """The tape that linear_logps writes to or reads from at present, or None."""
     return None if torch.compiler.is_compiling() else _ACTIVE.get()

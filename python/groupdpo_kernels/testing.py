@@ -1,6 +1,6 @@
-"""What tests, benchmarks and self-checks share: the CASES, inputs drawn from them, budgets, Triton on CPU tensors.
+"""Tests, benchmarks and the command `check` share these: CASES, inputs drawn from them, budgets, Triton on CPU tensors.
 
-Never imported by the package itself, but for the command `check`. Needs torch; `triton_on_cpu` needs triton and numpy.
+The rest of the package never imports this. It needs torch; `triton_on_cpu` needs triton and numpy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .reference import HeadOptions, LogpStats
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and set of options of an LM head, and why it is in the table."""
+    """One shape and set of options of an LM head, and the reason why it is in CASES."""
 
     name: str
     T: int
@@ -28,17 +28,17 @@ class Case:
     reason: str
     dtype: torch.dtype = torch.float32
     bias: bool = False
-    R: int = 0  # inner dimension of the second segment, 0 without one
+    R: int = 0  # rank of low_rank, 0 without it
     logit_scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
     ignored: str = "some"  # "none", "some", "first", "last", "all", "most"
     hidden_scale: float = 1.0  # spread of the logits
     shift: float = 0.0  # added to every logit through the bias
-    leading: tuple[int, ...] = ()  # leading dimensions of hidden, whose product is T; () is (T,)
+    leading: tuple[int, ...] = ()  # leading dimensions of hidden, T rows in all; () means (T,)
     strided: bool = False  # hidden is a slice of a longer sequence: its leading dimensions do not collapse
     workspace_bytes: int = 2**28
-    column: float = 0.0  # added to every logit through one huge hidden column, with both signs: a row has either
+    column: float = 0.0  # added to or subtracted from all logits of a row through one huge hidden column
 
     @property
     def options(self) -> HeadOptions:
@@ -58,10 +58,10 @@ CASES: tuple[Case, ...] = (
     Case("unaligned_bf16", 33, 132, 777, "D % 8 != 0: rows that tensor descriptors cannot load (CCE#52)", dtype=_BF16),
     Case("fp16", 70, 64, 520, "half precision", dtype=_FP16),
     Case("bias", 40, 80, 600, "bias added once whatever the number of D blocks (CCE#52)", bias=True),
-    Case("bias_bf16", 40, 200, 600, "the same, several D blocks in bf16", dtype=_BF16, bias=True),
+    Case("bias_bf16", 40, 200, 600, "bias with several D blocks in bf16", dtype=_BF16, bias=True),
     Case("negative", 33, 48, 507, "all logits far below zero: a phantom zero logit would win", bias=True, shift=-60.0),
     Case("confident", 48, 64, 640, "peaked rows: p_y near 0 or 1", hidden_scale=8.0),
-    Case("confident_bf16", 48, 64, 640, "the same in bf16", dtype=_BF16, hidden_scale=8.0),
+    Case("confident_bf16", 48, 64, 640, "peaked rows in bf16", dtype=_BF16, hidden_scale=8.0),
     Case("softcap", 50, 72, 530, "Gemma 2", softcap=30.0, hidden_scale=4.0),
     Case("softcap_tight_bf16", 50, 72, 530, "logits deep in the cap", dtype=_BF16, softcap=3.0, hidden_scale=4.0),
     Case("scale", 34, 40, 300, "Cohere", logit_scale=0.0625, hidden_scale=8.0),
@@ -78,19 +78,19 @@ CASES: tuple[Case, ...] = (
     Case("empty", 0, 32, 200, "T = 0", bias=True, ignored="none"),
     Case("batched", 42, 48, 257, "three leading dimensions", leading=(2, 3, 7)),
     Case("strided_bf16", 39, 48, 257, "hidden[:, :-1]: rows do not collapse", _BF16, leading=(3, 13), strided=True),
-    Case("strided_deep", 42, 48, 257, "the same under three leading dimensions", leading=(2, 3, 7), strided=True),
+    Case("strided_deep", 42, 48, 257, "rows do not collapse under three dimensions", leading=(2, 3, 7), strided=True),
     Case("tiny_workspace", 90, 48, 900, "several chunks of rows and of columns", bias=True, R=4, workspace_bytes=2**14),
-    Case("tiny_workspace_bf16", 300, 48, 900, "the same in bf16", _BF16, True, 4, workspace_bytes=2**16),
+    Case("tiny_workspace_bf16", 300, 48, 900, "several chunks in bf16", _BF16, True, 4, workspace_bytes=2**16),
     # An lse rounded to float32 would move all probabilities of a row together, so no sum averages it out.
     Case("offset_1e2", 33, 48, 507, "all logits far from zero, through the bias", bias=True, shift=1e2),
-    Case("offset_1e4", 33, 48, 507, "where an ulp is 1e-3", bias=True, shift=1e4),
-    Case("offset_1e6", 33, 48, 507, "where an ulp is 6e-2", bias=True, shift=-1e6),
+    Case("offset_1e4", 33, 48, 507, "logits whose ulp is 1e-3", bias=True, shift=1e4),
+    Case("offset_1e6", 33, 48, 507, "logits whose ulp is 6e-2", bias=True, shift=-1e6),
     Case("offset_bf16", 33, 48, 507, "widened before the sum, 1e4 costs nothing", _BF16, bias=True, shift=1e4),
-    Case("column_1e2", 33, 48, 507, "by one hidden column; another offset in each row", column=1e2),
-    Case("column_1e4", 33, 48, 507, "the same, 1e4", column=1e4, R=4),
-    Case("column_1e6", 33, 48, 507, "the same, 1e6", column=1e6),
+    Case("column_1e2", 33, 48, 507, "one hidden column offsets each row differently", column=1e2),
+    Case("column_1e4", 33, 48, 507, "one hidden column, offsets of 1e4", column=1e4, R=4),
+    Case("column_1e6", 33, 48, 507, "one hidden column, offsets of 1e6", column=1e6),
     Case("column_bf16", 33, 48, 507, "a massive activation", _BF16, column=1e4),
-    Case("offset_options", 33, 48, 507, "through every option", _FP32, True, 4, 1.3, 1e5, 0.8, shift=1e4),
+    Case("offset_options", 33, 48, 507, "an offset through every option", _FP32, True, 4, 1.3, 1e5, 0.8, shift=1e4),
     Case("offset_unlikely", 31, 48, 507, "log-probabilities of -1e3", bias=True, shift=1e4, hidden_scale=300.0),
     Case("offset_impossible", 31, 48, 507, "log-probabilities of -1e4", bias=True, shift=1e6, hidden_scale=3e3),
 )
@@ -98,7 +98,7 @@ CASES: tuple[Case, ...] = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves that require grad, targets, and upstream gradients that are random and not uniform."""
+    """Leaves that require grad, targets, and random upstream gradients that differ from row to row."""
 
     hidden: Tensor  # (..., D)
     weight: Tensor  # (V, D)
@@ -127,7 +127,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: str | torch.device = "cpu", seed: int = 0) -> Inputs:
-    """Random inputs of a case. Drawn on the CPU, so that they are the same on every device."""
+    """Random inputs of a case. They are drawn on the CPU, so that they are the same on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -155,7 +155,7 @@ def make_inputs(case: Case, device: str | torch.device = "cpu", seed: int = 0) -
         "all": row >= 0,
     }
     targets[masks[case.ignored]] = -100
-    # The last entry of the vocabulary sits in the ragged tile.
+    # The last target is the last entry of the vocabulary, which lies in the ragged tile.
     if case.T > 1 and targets[-1] != -100:
         targets[-1] = case.V - 1
     upstream = (torch.randn(*leading, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
@@ -192,7 +192,7 @@ def run(function: Callable[..., LogpStats], inputs: Inputs, options: HeadOptions
 
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Any, low_rank: Any, options: HeadOptions) -> LogpStats:
-    """What a trainer writes today at the inputs' precision: F.linear, then log_softmax in float32."""
+    """The eager PyTorch of a usual trainer, at the inputs' precision: F.linear, then log_softmax in float32."""
     z = torch.nn.functional.linear(hidden, weight, bias)
     if low_rank is not None:
         z = z + low_rank[0] @ low_rank[1].T
@@ -211,7 +211,7 @@ def eager(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Any, low_rank: 
 
 
 def exact(inputs: Inputs, options: HeadOptions) -> Result:
-    """The truth: the specification in float64."""
+    """The true results: the specification in float64."""
     return run(reference.linear_logp_stats, inputs.to(torch.float64), options)
 
 
@@ -224,8 +224,8 @@ def error(actual: Tensor, truth: Tensor) -> float:
 
 
 def _views(actual: Tensor, truth: Tensor) -> dict[str, float]:
-    """One error seen three ways: the largest catches a wrong entry, the overall norm a bias too small for any entry,
-    and the worst row a wrong gradient of a token, or of a vocabulary id, that is small beside the others."""
+    """The error in three views: the largest catches a wrong entry, the overall norm a bias too small for any entry, and
+    the worst row a wrong gradient of a token, or of a vocabulary id, that is small beside the others."""
     difference, truth = actual.double() - truth, truth.double()
     views = {"largest": error(actual, truth), "overall": float(difference.norm() / truth.norm().clamp(min=1e-30))}
     if truth.dim() > 1:
@@ -235,7 +235,7 @@ def _views(actual: Tensor, truth: Tensor) -> dict[str, float]:
 
 def _magnitude(inputs: Inputs, options: HeadOptions) -> float:
     """The largest sum of magnitudes behind one logit. Float32 arithmetic errs by a few eps of it, whatever the sum.
-    Without what all logits of a row have in common: that is in eager's own error, and no probability needs it.
+    What all logits of a row have in common is left out: eager's own error has it, and no probability needs it.
     """
     if inputs.targets.numel() == 0:
         return 1.0
@@ -258,9 +258,9 @@ def check_budget(actual: Result, inputs: Inputs, options: HeadOptions, factor: f
 
     AssertionError unless each result is within `factor` times eager PyTorch's error against float64, in three views.
 
-    Gradients have the precision of the inputs, and so has their peer. Values are float32 whatever the inputs: their
-    peer is eager on inputs widened to float32, so logits rounded to 16 bits do not pass. Where eager is exact by luck,
-    the budget is `factor` times one rounding of the truth, or 2 eps of float32 of the magnitudes behind a logit.
+    Gradients are compared with eager PyTorch at the precision of the inputs. Values are float32 whatever the inputs,
+    and compared with eager on inputs widened to float32, so that logits rounded to 16 bits do not pass. Where eager is
+    exact by luck, the budget is `factor` times one rounding of the truth, or 2 eps of float32 of `_magnitude`.
     """
     truth = exact(inputs, options)
     peers = run(eager, inputs, options)
@@ -284,7 +284,7 @@ def check_budget(actual: Result, inputs: Inputs, options: HeadOptions, factor: f
         rounded = _views(truth[name].to(value.dtype), truth[name])
         size = float(truth[name].square().mean().sqrt().clamp(min=1e-30))
         for view, found in _views(value, truth[name]).items():
-            # The arithmetic's error is absolute in a value and relative in a gradient.
+            # Rounding gives values an absolute error and gradients a relative one.
             spread = float(truth[name].abs().max()) / size if view == "largest" else 1.0
             budget = factor * max(peer[view], rounded[view], slack * spread if of_inputs else slack / size)
             if not found <= budget:
@@ -298,10 +298,10 @@ def check_budget(actual: Result, inputs: Inputs, options: HeadOptions, factor: f
 
 @contextlib.contextmanager
 def triton_on_cpu(BLOCK_T: int = 64, BLOCK_V: int = 256, BLOCK_D: int = 64, tma: bool = True) -> Iterator[None]:
-    """Within it `impl="triton"` runs on CPU tensors: the same kernels and launchers, interpreted.
+    """A context in which `impl="triton"` runs on CPU tensors: the same kernels and launchers, interpreted.
 
-    Bf16 is rounded as on a GPU. Needs no TRITON_INTERPRET (which would keep the process from compiling). Cost is per
-    operation: use big blocks.
+    bfloat16 is rounded as on a GPU. It needs no TRITON_INTERPRET, which would keep the process from compiling. The cost
+    is per operation, so use big blocks.
     """
     import numpy as np
     import triton.language as tl
@@ -311,18 +311,18 @@ def triton_on_cpu(BLOCK_T: int = 64, BLOCK_V: int = 256, BLOCK_D: int = 64, tma:
 
     from .kernels import launch
 
-    # By id: hashing a JITFunction walks its source, which the interpreter's patches to the language confuse.
+    # Keys are ids: hashing a JITFunction walks its source, which the interpreter's patches to the language confuse.
     cache: dict[int, InterpretedFunction] = {}
 
     def interpreted(function: Any) -> InterpretedFunction:
         return cache.setdefault(id(function), InterpretedFunction(function.fn))
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        # A launch patches the language as its kernel sees it, and restores it. Each nested call would patch again, for
-        # the standard library triton.language.core too, and never restore: patch that one here, once.
+        # A launch patches the language as its kernel sees it, and restores it. Each nested call would patch it again,
+        # and triton.language.core too, without restoring them: so that module is patched here, once.
         scope = interpreter._patch_lang(tl.max.fn)
         try:
-            with np.errstate(all="ignore"):  # numpy warns of what a GPU computes in silence
+            with np.errstate(all="ignore"):  # numpy warns where a GPU does not
                 return interpreted(self)[grid](*args, **kwargs)
         finally:
             scope.restore()
@@ -347,9 +347,9 @@ def triton_on_cpu(BLOCK_T: int = 64, BLOCK_V: int = 256, BLOCK_D: int = 64, tma:
 
 
 def _gpu_arithmetic(builder: Any) -> dict[str, Callable[..., Any]]:
-    """Interpreter operations with a GPU's results. The stock ones hold bf16 as uint16 and compute on the bits; these
+    """Interpreter operations with a GPU's results. Triton's own hold bfloat16 as uint16 and compute on the bits; these
     widen to float32, compute, and round to nearest even. A maximum prefers a number to NaN. tests/test_interpreter.py
-    proves it."""
+    tests them."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle

@@ -136,7 +136,7 @@ def _rendered(tokenizer: Any) -> list[str]:
     for probe in _PROBES:
         try:
             found.append(tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a template may refuse a role, in any words
+        except Exception as error:  # a template may refuse a role with any error
             found.append(type(error).__name__)
     return found
 

@@ -13,7 +13,7 @@ from .console import bar, needs
 def logps(
     model: str = typer.Argument(help="A model's folder, or its name on the hub."),
     rows: Path = typer.Argument(
-        help="JSONL file of prompt, and response or completion, as text or messages; or a format of train."
+        help="JSONL file of prompts with responses or completions, as text or messages; or of any preference format."
     ),
     out: Path = typer.Argument(help="The JSONL file to write: row, response, logp, num_tokens for each response."),
     tokenizer: str | None = typer.Option(None, help="The tokenizer's folder or hub name. Default: the model's."),
@@ -22,7 +22,7 @@ def logps(
     device: str = typer.Option("auto", help="Device that computes: auto, cpu, cuda or cuda:N."),
     max_tokens: int = typer.Option(8192, help="The most tokens of a micro-batch, padding included."),
     max_length: int | None = typer.Option(None, help="The most tokens of a prompt with its response."),
-    too_long: str = typer.Option("skip", help="What to do with longer ones: skip (with a line) or truncate_prompt."),
+    too_long: str = typer.Option("skip", help="What to do with longer ones: skip (noted in OUT) or truncate_prompt."),
     chat: bool | None = typer.Option(
         None, "--chat/--plain", help="Take text prompts as a user's turn, or conversations of one turn as plain text."
     ),

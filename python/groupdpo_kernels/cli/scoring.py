@@ -309,7 +309,7 @@ class _Output:
                 if name == "tokenizer":
                     what += ", or what its chat template writes: does it print the date?"
                 raise ValueError(f"{self.target} was begun otherwise: {what}; {begin_again}")
-        self.done = finished and self.target.exists()  # else killed before the rename
+        self.done = finished and self.target.exists()  # without the target, the run was killed before the rename
         there = (self.target if self.done else self.part).stat().st_size
         if there < size or (self.done and there > size):
             raise ValueError(f"{self.target} must have {size} bytes of the earlier run; it has {there}: {begin_again}")

@@ -128,7 +128,7 @@ def _grad_tol(tolerance: float, device: torch.device, impl: str, T: int = 60, V:
     """The share of its bound that grad_tol leaves out of d_logits, which is d_hidden as the head is the identity."""
     generator = torch.Generator().manual_seed(0)
     z, y = torch.randn(T, V, generator=generator), torch.randint(V, (T,), generator=generator)
-    z.mul_(torch.logspace(-2, 1.3, T)[:, None])[::2].scatter_(1, y[::2, None], 25.0)  # flat to peaked; half are sure
+    z.mul_(torch.logspace(-2, 1.3, T)[:, None])[::2].scatter_(1, y[::2, None], 25.0)  # flat to peaked; half near 1
     upstream = torch.randn(T, generator=generator)
     hidden, weight = z.clone().to(device).requires_grad_(), torch.eye(V, device=device).requires_grad_()
     linear_logps(hidden, weight, y.to(device), grad_tol=tolerance, impl=impl).backward(upstream.to(device))
@@ -139,7 +139,7 @@ def _grad_tol(tolerance: float, device: torch.device, impl: str, T: int = 60, V:
 
 
 def _preference(objective: Objective, device: torch.device, impl: str) -> float:
-    """The error share of every result and the gradient, where plain float32 may have half; on ragged groups, or pairs
+    """The largest error of a result or the gradient, in units of twice plain float32's. Groups are ragged, or pairs
     for a pairwise loss."""
     sizes = [(1, 1)] * 6 if objective.loss == "sigmoid" else [(1, 1), (3, 2), (1, 7), (4, 4), (2, 1), (5, 4)]
     groups = PreferenceGroups.from_lists([True] * p + [False] * n for p, n in sizes)

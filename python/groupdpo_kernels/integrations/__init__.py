@@ -1,4 +1,4 @@
-"""Doors into the trainers people use: one module or package a project, imported by nobody but the user.
+"""Patches of other projects' trainers, so that they run on this package: one module for each project, for users alone.
 
-Each imports its project when it is first needed, and refuses versions that it does not know.
+Each module imports its project when it is first needed, and refuses versions that it does not know.
 """

@@ -1,11 +1,11 @@
-"""Functions of another project, replaced by ours, and put back.
+"""Replaces functions of another project by those of this package, and restores them.
 
-Each module beside this one has one `Patch`, and two functions for users: `patch_<project>()` and
-`unpatch_<project>()`. Before anything is replaced, `installed.check` compares what is installed with what the module
-was written for.
+Each module in this folder has one `Patch`, and two functions for users: `patch_<project>()` and
+`unpatch_<project>()`. Before anything is replaced, `installed.check` compares the installed version and signatures with
+those that the module was written for.
 
-Never: imports a project before it is patched, or leaves one half replaced. Needs nothing but the project. Cost: one
-pass over the names of the project's modules at the beginning and at the end.
+It never imports a project before it is patched, or leaves one half replaced. It needs the project alone. The cost is
+one pass over the names in the project's modules at the beginning and at the end.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any, NamedTuple
 
 
 class Swap(NamedTuple):
-    """What a project looks up at each call, and what it shall find."""
+    """The functions of a project that are replaced, and their replacements."""
 
-    pairs: list[tuple[Any, Any]]  # (theirs, ours)
-    classes: tuple[type, ...] = ()  # those with theirs as methods; modules are found by themselves
+    pairs: list[tuple[Any, Any]]  # (the project's, this package's)
+    classes: tuple[type, ...] = ()  # classes with theirs as methods; modules need not be named
 
 
 class Patch:
-    """Of functions in all modules of a project, and of methods in classes of it.
+    """A patch of functions in all modules of a project, and of methods in its classes.
 
     Args:
         package: the project's top-level module.
-        find: imports the project, checks it (ImportError, RuntimeError) and says what to swap. Called when the first
-            patch begins.
+        find: imports the project, checks it (ImportError, RuntimeError) and returns what to swap. It is called when
+            the first patch begins.
     """
 
     def __init__(self, package: str, find: Callable[[], Swap]) -> None:
@@ -44,7 +44,7 @@ class Patch:
         return Patched(self).__enter__()
 
     def remove(self) -> None:
-        """Theirs are back, whoever has called `apply` and however often. Without it, nothing happens."""
+        """Restores the project's functions, however often `apply` was called; without a patch nothing happens."""
         with self._lock:
             if self._swap is not None:
                 self._put([(ours, theirs) for theirs, ours in self._swap.pairs], self._swap.classes)
@@ -65,7 +65,7 @@ class Patch:
             self._holds.discard(hold)
 
     def _put(self, pairs: list[tuple[Any, Any]], classes: tuple[type, ...]) -> None:
-        """In every module of the project that holds the first of a pair, under whatever name, and in the classes."""
+        """Replaces the first of each pair by the second, in the classes and under any name in the project's modules."""
         modules = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == self._package]
         for owner in (*(m for m in modules if isinstance(m, types.ModuleType)), *classes):
             for name, value in list(vars(owner).items()):
@@ -75,8 +75,8 @@ class Patch:
 
 
 class Patched(contextlib.AbstractContextManager["Patched"]):
-    """What `patch_<project>()` returns. Leaving it as a context ends this patch; the project's own functions are back
-    when the last patch has ended, in whatever order and thread.
+    """The result of `patch_<project>()`. Leaving it as a context ends this patch; the project's own functions return
+    when the last patch has ended, in any order and thread.
     """
 
     def __init__(self, patch: Patch) -> None:

@@ -1,4 +1,4 @@
-"""Axolotl's DPO and IPO (`rl: dpo`, `rl: ipo`) without the logits, as a plugin of its own kind:
+"""GroupDPOPlugin runs Axolotl's DPO and IPO (`rl: dpo`, `rl: ipo`) without the logits, as an Axolotl plugin:
 
     plugins:
       - groupdpo_kernels.integrations.axolotl.GroupDPOPlugin
@@ -6,12 +6,12 @@
 Axolotl's DPO trainer is TRL's, of the version that Axolotl pins. With TRL 1.15 and later the plugin calls
 `integrations.trl.patch_trl()`. With TRL 1.9, which Axolotl 0.19 pins, DPOTrainer builds logits: its `_compute_loss`
 and `compute_ref_log_probs` run as TRL wrote them (every loss, ld_alpha, precomputed references, the auxiliary loss), on
-a model whose logits are the log-probabilities of the targets. Not logged then, because nobody has the logits: entropy,
-logits/*, mean_token_accuracy. `dpo_use_weighting` (WPO) runs as before, on real logits; what a `compute_metrics` asks
-for is computed in a forward of its own.
+a model whose logits are the log-probabilities of the targets. entropy, logits/* and mean_token_accuracy are then not
+logged, as there are no logits. `dpo_use_weighting` (WPO) runs as before, on real logits; the logits for a
+`compute_metrics` come from a separate forward.
 
-Never: changes Axolotl, or a trainer. Precondition: Axolotl and TRL in SUPPORTED, and parameters as in PARAMETERS; else
-a RuntimeError before the model is loaded, and nothing is replaced. Cost: as `model_logps`.
+It never changes Axolotl or a trainer. It needs Axolotl and TRL in SUPPORTED, and parameters as in PARAMETERS; otherwise
+it raises a RuntimeError before the model is loaded, and replaces nothing. The cost is that of `model_logps`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..models.one_column import NOT_OF_THE_MODEL, OneColumn, completion_targets
 from ._patching import Patch, Patched, Swap
 from .trl import patch_trl, unpatch_trl
 
-SUPPORTED: dict[str, Versions] = {"axolotl": ((0, 19), (0, 20)), "trl": ((1, 9), (1, 10))}  # from, to before
+SUPPORTED: dict[str, Versions] = {"axolotl": ((0, 19), (0, 20)), "trl": ((1, 9), (1, 10))}  # from, up to but without
 PARAMETERS: dict[str, dict[str, Any]] = {
     "_compute_loss": dict.fromkeys(("model", "inputs", "return_outputs"), REQUIRED),
     "compute_ref_log_probs": dict.fromkeys(("model", "inputs"), REQUIRED),
@@ -36,7 +36,7 @@ FROM_LOGITS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accura
 
 
 def patch_axolotl() -> Patched:
-    """Does what the plugin does, until `unpatch_axolotl()`, or until the end of a `with patch_axolotl():` block.
+    """Patches TRL as the plugin does, until `unpatch_axolotl()`, or until the end of a `with patch_axolotl():` block.
 
     Raises ImportError without TRL, and RuntimeError for a TRL that neither this module nor integrations.trl knows.
     """
@@ -58,13 +58,13 @@ def __getattr__(name: str) -> Any:
 
 @functools.cache
 def _plugin() -> type:
-    """The class, when Axolotl asks for it by name."""
+    """Makes the plugin's class, when Axolotl asks for it by name."""
     axolotl = imported("axolotl.integrations.base", "Axolotl", "pip install axolotl")
     hook, found = axolotl.BasePlugin.pre_model_load, distribution_version("axolotl")
     check("GroupDPOPlugin", "Axolotl", found, SUPPORTED["axolotl"], (hook, {"cfg": REQUIRED}))
 
     class GroupDPOPlugin(axolotl.BasePlugin):  # type: ignore[name-defined]
-        """Accelerates from when Axolotl begins to load the model until the process ends."""
+        """Patches TRL when Axolotl begins to load the model, until the process ends."""
 
         def pre_model_load(self, cfg: Any) -> None:
             rl = getattr(cfg.rl, "value", cfg.rl)
@@ -87,7 +87,7 @@ def _find() -> Swap:
 
     @functools.wraps(select)
     def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
-        return logits.squeeze(-1).clone() if logits.shape[-1] == 1 else select(logits, index)  # masked in place
+        return logits.squeeze(-1).clone() if logits.shape[-1] == 1 else select(logits, index)  # TRL masks in place
 
     @functools.wraps(references)
     def compute_ref_log_probs(self: Any, model: Any, inputs: dict[str, Any]) -> Any:  # (chosen, rejected), (B,) each
@@ -99,7 +99,7 @@ def _find() -> Swap:
         if self.use_weighting:
             return loss(self, model, inputs, return_outputs)
         precomputed = self.precompute_ref_logps
-        if not precomputed:  # TRL would call a model of its own choice
+        if not precomputed:  # TRL would choose the reference model itself
             reference = self.model if self.ref_model is None else self.ref_model
             chosen, rejected = self.compute_ref_log_probs(reference, inputs)
             inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}

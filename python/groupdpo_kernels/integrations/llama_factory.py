@@ -1,4 +1,4 @@
-"""LLaMA-Factory's DPO (and ORPO, SimPO, IPO, hinge: `stage: dpo`) without the logits.
+"""patch_llama_factory() runs LLaMA-Factory's `stage: dpo` (DPO, ORPO, SimPO, IPO, hinge) without the logits.
 
     from groupdpo_kernels.integrations.llama_factory import patch_llama_factory
     from llamafactory.train.tuner import run_exp
@@ -6,12 +6,12 @@
     with patch_llama_factory():
         run_exp(config)  # what `llamafactory-cli train` calls
 
-Replaces `CustomDPOTrainer.concatenated_forward`, of the policy and of the reference, for trainers that exist too; the
-numbers are the same, ld_alpha included. Nobody has the logits, so the metrics logits/chosen and logits/rejected are
-NaN.
+It replaces `CustomDPOTrainer.concatenated_forward`, for the policy and the reference, and also in existing trainers.
+The numbers are the same, ld_alpha included, but the metrics logits/chosen and logits/rejected are NaN, as there are no
+logits.
 
-Never: touches a trainer. Precondition: LLaMA-Factory in SUPPORTED with the parameters in PARAMETERS; else a
-RuntimeError, and nothing is replaced. Cost: as `model_logps`.
+It never changes a trainer object. It needs LLaMA-Factory in SUPPORTED with the parameters in PARAMETERS; otherwise it
+raises a RuntimeError and replaces nothing. The cost is that of `model_logps`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..installed import REQUIRED, check, distribution_version, imported, wanted
 from ..models.api import attach
 from ._patching import Patch, Patched, Swap
 
-SUPPORTED = (0, 9), (0, 10)  # from, to before; 0.9.4 and later: 0.9.3 returns a tuple
+SUPPORTED = (0, 9), (0, 10)  # from, up to but without; of 0.9, the versions from 0.9.4 on
 PARAMETERS: dict[str, Any] = {"model": REQUIRED, "batch": REQUIRED, "is_ref_model": False}
 
 
@@ -44,12 +44,12 @@ def unpatch_llama_factory() -> None:
 
 
 def sequence_logps(
-    token_logps: Tensor,  # (2B, L) 0 where labels say so
-    targets: Tensor,  # (2B, L) -100: not scored
+    token_logps: Tensor,  # (2B, L) 0 where a token is not scored
+    targets: Tensor,  # (2B, L) -100 where a token is not scored
     ld_alpha: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """(sums, lengths), (2B,) each, as LLaMA-Factory's get_batch_logps: with ld_alpha (LD-DPO), tokens beyond the length
-    of the shorter response of a pair count ld_alpha times. Its length is that from the first scored token on."""
+    """(sums, lengths), (2B,) each, as from LLaMA-Factory's get_batch_logps. With ld_alpha (LD-DPO), tokens beyond the
+    length of a pair's shorter response count ld_alpha times. Lengths count from the first scored token on."""
     live = targets != -100
     lengths = live.sum(1)
     if ld_alpha is None:
@@ -65,7 +65,7 @@ def _find() -> Swap:
     original = theirs.CustomDPOTrainer.concatenated_forward
     who, found = "integrations.llama_factory", distribution_version("llamafactory")
     check(who, "LLaMA-Factory", found, SUPPORTED, (original, PARAMETERS))
-    if "dict" not in str(original.__annotations__.get("return")):  # 0.9.3: a tuple
+    if "dict" not in str(original.__annotations__.get("return")):  # 0.9.3 returns a tuple
         knows = wanted(who, "LLaMA-Factory", SUPPORTED)
         raise RuntimeError(f"{knows}, where {original.__qualname__} returns a dict; the installed {found} returns none")
 

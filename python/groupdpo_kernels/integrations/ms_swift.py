@@ -1,4 +1,4 @@
-"""ms-swift's DPO (`--rlhf_type dpo`, all its losses) without the logits.
+"""patch_ms_swift() runs ms-swift's DPO (`--rlhf_type dpo`, all its losses) without the logits.
 
     from groupdpo_kernels.integrations.ms_swift import patch_ms_swift
     from swift.pipelines import rlhf_main
@@ -6,13 +6,13 @@
     with patch_ms_swift():
         rlhf_main(arguments)
 
-Replaces `DPOTrainer.concatenated_forward`, of the policy and of the reference, for trainers that exist too. ms-swift's
-own still does all but the head: padding-free and packed batches, ld_alpha, the auxiliary loss, images; its
-`logits_to_keep` is left out, because rows that are not scored cost nothing here. Nobody has the logits, so the metrics
-logits/chosen and logits/rejected are NaN. Sequence parallelism and encoder-decoders run as before, on real logits.
+It replaces `DPOTrainer.concatenated_forward`, for the policy and the reference, and also in existing trainers. The
+original still does all but the head: padding-free and packed batches, ld_alpha, the auxiliary loss, images. Its
+`logits_to_keep` is left out, because rows that are not scored cost nothing here. The metrics logits/chosen and
+logits/rejected are NaN, as there are no logits. Sequence parallelism and encoder-decoders still use real logits.
 
-Never: changes a trainer beyond the call. Precondition: ms-swift in SUPPORTED with the parameters in PARAMETERS; else a
-RuntimeError, and nothing is replaced. Cost: as `model_logps`.
+It never changes a trainer beyond the call. It needs ms-swift in SUPPORTED with the parameters in PARAMETERS; otherwise
+it raises a RuntimeError and replaces nothing. The cost is that of `model_logps`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..installed import REQUIRED, check, distribution_version, imported
 from ..models.one_column import OneColumn
 from ._patching import Patch, Patched, Swap
 
-SUPPORTED = (4, 0), (5, 0)  # from, to before
+SUPPORTED = (4, 0), (5, 0)  # from, up to but without
 PARAMETERS: dict[str, dict[str, Any]] = {
     "concatenated_forward": {"model": REQUIRED, "batch": REQUIRED, "is_ref_model": False},
     "get_per_token_logps": {"logits": REQUIRED, "labels": REQUIRED, "label_pad_token_id": -100, "reduction": "mean"},
@@ -64,7 +64,7 @@ def _find() -> Swap:
     ) -> dict[str, Tensor]:
         if self.is_encoder_decoder or self.template.sequence_parallel_size != 1:
             return original(self, model, batch, is_ref_model)
-        targets = torch.roll(batch["labels"], -1, 1)  # what ms-swift predicts; the first of a sequence is -100
+        targets = torch.roll(batch["labels"], -1, 1)  # shifted as ms-swift does; the first label of a sequence is -100
         with contextlib.ExitStack() as until_the_end:
             for name, ours in (("get_per_token_logps", _column), ("get_use_logits_to_keep", lambda *_: False)):
                 vars(self)[name] = ours
@@ -75,12 +75,12 @@ def _find() -> Swap:
 
 
 def _column(
-    logits: Tensor,  # (B, L, 1), of OneColumn
+    logits: Tensor,  # (B, L, 1), from OneColumn
     labels: Tensor,  # (B, L), shifted
     label_pad_token_id: int = -100,
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities, mean logits, mask), (B, L) each, as ms-swift's get_per_token_logps; nobody has the second."""
+    """(log-probabilities, NaN for the mean logits, mask), (B, L) each, as from ms-swift's get_per_token_logps."""
     return logits.squeeze(-1), torch.full_like(logits.detach().squeeze(-1), torch.nan), labels != label_pad_token_id
 
 

@@ -1,15 +1,15 @@
-"""open-instruct's DPO (`dpo_tune_cache.py`: dpo, dpo_norm, simpo, wpo) without the logits.
+"""patch_open_instruct() runs open-instruct's DPO (`dpo_tune_cache.py`: dpo, dpo_norm, simpo, wpo) without the logits.
 
     from groupdpo_kernels.integrations.open_instruct import patch_open_instruct
 
     patch_open_instruct()  # before the training script asks its configuration for forward_fn
 
-Replaces `concatenated_forward` and `separate_forward` of open_instruct.dpo_utils, which `ExperimentConfig.forward_fn`
-chooses from, by the two here: the same arguments and results, packed (padding-free) batches and the auxiliary loss
-included. The functions for OLMo-core models, which have another interface, stay.
+It replaces `concatenated_forward` and `separate_forward` of open_instruct.dpo_utils, from which
+`ExperimentConfig.forward_fn` chooses, by functions with the same arguments and results, packed (padding-free) batches
+and the auxiliary loss included. The functions for OLMo-core models, which have another interface, stay.
 
-Never: guards by version, because that of open-instruct has never changed; it is the parameters in PARAMETERS that a
-RuntimeError asks for, and nothing is replaced. Cost: as `model_logps`.
+It needs the parameters in PARAMETERS; otherwise it raises a RuntimeError and replaces nothing. It never checks the
+version, because open-instruct has never changed its own. The cost is that of `model_logps`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def concatenated_forward(
     output_router_logits: bool = False,
     packing: bool = False,
 ) -> Logps:
-    """Chosen and rejected in one forward."""
+    """Scores chosen and rejected responses in one forward."""
     theirs = importlib.import_module("open_instruct.dpo_utils")
     if packing:
         both, B = theirs.pf_concatenated_inputs(batch)
@@ -70,13 +70,13 @@ def concatenated_forward(
 
 def separate_forward(
     model: Any,
-    batch: dict[str, Any],  # as above
+    batch: dict[str, Any],  # as in concatenated_forward
     average_log_prob: bool = False,
     output_router_logits: bool = False,
 ) -> Logps:
-    """Chosen and rejected one after the other."""
+    """Scores chosen and rejected responses in two forwards, one after the other."""
     theirs = importlib.import_module("open_instruct.dpo_utils")
-    if output_router_logits:  # open-instruct's own fails there: it concatenates two scalars
+    if output_router_logits:  # open-instruct's own function fails here: it concatenates two scalars
         raise ValueError("output_router_logits must be False in separate_forward: use concatenated_forward; got True")
     sides = (theirs.process_batch(batch, prefix) for prefix in ("chosen", "rejected"))
     inputs = [{name: side[name] for name in ("labels", "input_ids", "attention_mask")} for side in sides]
@@ -86,7 +86,7 @@ def separate_forward(
 
 def _score(
     model: Any,
-    labels: Tensor,  # (B, L), or (1, T) packed: -100 is not scored, and begins each sequence
+    labels: Tensor,  # (B, L), or (1, T) packed; -100 is not scored, and begins each sequence
     inputs: dict[str, Any],
     average: bool,
     cu_seqlens: Tensor | None,  # (S + 1,) packed
@@ -98,7 +98,7 @@ def _score(
         sums, lengths = token_logps.sum(-1), live.sum(-1)
     else:
         ends = cu_seqlens.clone()
-        ends[-1] = targets.shape[1]  # what pads a packed batch belongs to nobody, and is not scored
+        ends[-1] = targets.shape[1]  # the last sequence takes the padding, which is not scored
         sums, lengths = seq_logps(token_logps[0], ends), seq_logps(live[0], ends)
     return sums / lengths if average else sums, outputs
 

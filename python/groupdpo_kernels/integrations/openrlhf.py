@@ -1,16 +1,16 @@
-"""OpenRLHF's Actor scores tokens without its logits: SFT, DPO, and the policy and reference of PPO and its kin.
+"""patch_openrlhf() makes OpenRLHF's Actor score tokens without logits, for SFT, DPO, and PPO's policy and reference.
 
     from groupdpo_kernels.integrations.openrlhf import patch_openrlhf
 
     patch_openrlhf()  # in each process that trains, before or after its Actors are made; unpatch_openrlhf() undoes it
 
-Replaces `Actor.forward` wherever it returns log-probabilities (`return_logprobs=True`, or an `action_mask`): the same
-numbers at every position, packed samples and temperature included, with None for the logits of the output. With an
-action mask only its positions are scored; the rest is zero either way. OpenRLHF's own forward still runs, with real
-logits, where those are asked for: `return_entropy=True`, no log-probabilities at all, and models with images.
+It replaces `Actor.forward` wherever that returns log-probabilities (`return_logprobs=True`, or an `action_mask`), with
+the same numbers at every position, packed samples and temperature included, and with None as the output's logits. With
+an action mask only its positions are scored; the others are zero in both. OpenRLHF's own forward still runs where real
+logits are needed: for `return_entropy=True`, without log-probabilities, and for models with images.
 
-Never: touches an Actor. Precondition: OpenRLHF in SUPPORTED with the parameters in PARAMETERS; else a RuntimeError, and
-nothing is replaced. Cost: as `model_logps`.
+It never changes an Actor object. It needs OpenRLHF in SUPPORTED with the parameters in PARAMETERS; otherwise it raises
+a RuntimeError and replaces nothing. The cost is that of `model_logps`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..installed import REQUIRED, check, distribution_version, imported
 from ..models.api import attach
 from ._patching import Patch, Patched, Swap
 
-SUPPORTED = (0, 10), (0, 12)  # from, to before
+SUPPORTED = (0, 10), (0, 12)  # from, up to but without
 PARAMETERS: dict[str, Any] = {
     "sequences": REQUIRED,
     "action_mask": None,
@@ -63,8 +63,8 @@ def _find() -> Swap:
     def forward(
         self: Any,
         sequences: Tensor,  # (B, L) int64
-        action_mask: Tensor | None = None,  # (B, A): of the last A tokens, those that count
-        attention_mask: Any = None,  # (B, L) int64, needed
+        action_mask: Tensor | None = None,  # (B, A): which of the last A tokens count
+        attention_mask: Any = None,  # (B, L) int64, must be given
         return_output: bool = False,
         allgather_logits: bool = False,
         return_logprobs: bool = False,
@@ -83,7 +83,7 @@ def _find() -> Swap:
             attended = None
         else:
             ids, attended, targets = sequences, attention_mask, torch.roll(sequences, -1, 1)
-            targets[:, -1] = -100  # the first token, dropped below
+            targets[:, -1] = -100  # the target rolled here is the first token; dropped below
             if action_mask is not None:
                 A = action_mask.shape[1]
                 targets[:, : -A - 1] = -100

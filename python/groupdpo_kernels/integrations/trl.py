@@ -1,16 +1,16 @@
-"""`patch_trl()`: TRL's SFT, DPO, KTO, GRPO and RLOO trainers score tokens with `linear_logp_stats`.
+"""`patch_trl()` makes TRL's SFT, DPO, KTO, GRPO and RLOO trainers score tokens with `linear_logp_stats`.
 
 All of them call one function, `trl.trainer.utils._ChunkedLogProbFunction`, looked up at each call; `patch_trl()` puts
 `TokenStatistics` in its place and `unpatch_trl()` puts TRL's own back. The name is private: a TRL outside SUPPORTED, or
-a function whose arguments are not those in PARAMETERS, is a RuntimeError and nothing is replaced.
+a function whose arguments are not those in PARAMETERS, raises a RuntimeError and nothing is replaced.
 
-The numbers are TRL's, but that logits are float32 where TRL rounds them to the 16 bits of the model. What TRL can do
+The numbers are TRL's, except that logits are float32 where TRL rounds them to the 16 bits of the model. What TRL can do
 and this cannot is an error, never another number: a gradient into the entropy (GRPO's entropy bonus), DeepSpeed ZeRO-3,
 a temperature that is not positive, a target outside the vocabulary. Under autocast the gradient of a float32 weight is
 rounded to the autocast dtype, as that of F.linear is; TRL's is not.
 
-Cost: that of `linear_logp_stats` with a workspace of the size of TRL's tile, 256 MiB; under autocast also a copy of
-the weight in the autocast dtype until the backward. Formulas: docs/math.md.
+The cost is that of `linear_logp_stats` with a workspace of the size of TRL's tile, 256 MiB; under autocast also a copy
+of the weight in the autocast dtype until the backward. docs/math.md has the formulas.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..installed import REQUIRED, check, installed_trl, wanted
 from ..lm_head.api import linear_logp_stats
 from ._patching import Patch, Patched, Swap
 
-SUPPORTED = (1, 15), (2, 0)  # from, to before: 1.14 has another signature
+SUPPORTED = (1, 15), (2, 0)  # from, up to but without; 1.14 has another signature
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in the order TRL returns them
 PARAMETERS: dict[str, Any] = {
     **dict.fromkeys(("hidden", "weight", "bias", "targets", "temperature", "chunk_size"), REQUIRED),
@@ -34,12 +34,12 @@ PARAMETERS: dict[str, Any] = {
     "outputs": OUTPUTS,
 }
 
-# TRL leaves ignored rows out, or scores them as token 0 and masks them itself: no id means "ignored" here.
+# TRL leaves ignored rows out, or scores them as token 0 and masks them itself, so here no id means "ignored".
 _NO_ID = -(2**63)
 
 
 class TokenStatistics:
-    """Stands where TRL expects its autograd Function: `apply`, with the same arguments and results."""
+    """Takes the place of TRL's autograd Function: `apply` has the same arguments and results."""
 
     @staticmethod
     def apply(
@@ -53,8 +53,8 @@ class TokenStatistics:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = OUTPUTS,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), each (T,), float32 but for the bool at the end;
-        None where not in `outputs`. log_probs is differentiable, a gradient into entropy raises, the rest has none.
+        """(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), each (T,) float32, is_top1 bool; None where not
+        in `outputs`. log_probs is differentiable, a gradient into entropy raises, the others have none.
         """
         _refuse_zero3(hidden, weight, bias)
         device_type = hidden.device.type
@@ -68,7 +68,7 @@ class TokenStatistics:
             softcap=final_logit_softcapping,
             temperature=temperature,
             ignore_index=_NO_ID,
-            workspace_bytes=4096 * 2 * chunk_size,  # a tile of TRL's: 4096 rows of 16 bits
+            workspace_bytes=4096 * 2 * chunk_size,  # the size of TRL's tile: 4096 rows of 16 bits
             outputs=[name for name in OUTPUTS if name in outputs],
         )
         entropy = None if stats.entropy is None else stats.entropy.float()
@@ -80,8 +80,8 @@ class TokenStatistics:
 
 
 def patch_trl() -> Patched:
-    """TRL's trainers run on this package from now on, those that exist included, until `unpatch_trl()`; or, in
-    `with patch_trl():`, until the end of the block. Calling it again changes nothing.
+    """Makes TRL's trainers, also existing ones, run on this package until `unpatch_trl()`, or until the end of a
+    `with patch_trl():` block. Calling it again changes nothing.
 
     Raises:
         ImportError: TRL is not installed.
@@ -91,7 +91,7 @@ def patch_trl() -> Patched:
 
 
 def unpatch_trl() -> None:
-    """TRL's own function is back, whoever has called `patch_trl()` and however often. Without it, nothing happens."""
+    """Restores TRL's own function, however often `patch_trl()` was called; without a patch nothing happens."""
     _patch.remove()
 
 
@@ -116,7 +116,7 @@ _patch = Patch("trl", _function_of_trl)
 
 
 def _refuse_zero3(*tensors: Tensor | None) -> None:
-    """ZeRO-3 empties a gathered parameter after the forward. TRL's backward gathers it anew, ours would not find it."""
+    """RuntimeError for ZeRO-3, which empties gathered parameters after the forward: TRL's backward restores them."""
     present = [x for x in tensors if x is not None]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in present)
     if needs_grad and any(hasattr(x, "ds_id") for x in present):

@@ -1,9 +1,9 @@
-"""Token log-probabilities straight from hidden states and the LM head: the public functions.
+"""The public functions that compute token log-probabilities straight from hidden states and the LM head.
 
-The (T, V) logits never exist. Cost: forward 2 T D V FLOP, backward 2 T D V and as many again for each of d_hidden and
-d_weight; memory beyond the gradients: one float32 (T, D) buffer and `workspace_bytes`. Where the head needs no gradient
-(LoRA, the usual DPO case) `linear_logps` stores its derivative in hidden if that fits in the budget: forward 4 T D V
-FLOP, backward none. Formulas: docs/math.md.
+The (T, V) logits never exist. The forward costs 2 T D V FLOP, the backward 2 T D V and as many again for each of
+d_hidden and d_weight; memory beyond the gradients is one float32 (T, D) buffer and `workspace_bytes`. Where the head
+needs no gradient (LoRA, the usual DPO case) `linear_logps` stores its derivative in hidden if that fits in the budget:
+the forward then costs 4 T D V FLOP, the backward none. docs/math.md, section 1, has the formulas.
 """
 
 from __future__ import annotations
@@ -46,21 +46,22 @@ def linear_logps(
 ) -> Tensor:  # (...) float32, float64 for float64 inputs
     """Log-probability of each target under softmax(cap(logit_scale (hidden @ weight.T + bias)) / temperature).
 
-    Differentiable in hidden, weight, bias and low_rank, once. Rows with `ignore_index` give 0 and no gradient.
+    It is differentiable in hidden, weight, bias and low_rank, once. Rows with `ignore_index` give 0 and no gradient.
 
     Args:
         hidden: last hidden states; any leading dimensions, contiguous or not.
         weight: the LM head.
         targets: the token id that each row predicts (already shifted), or `ignore_index`.
-        bias: of the LM head.
+        bias: the bias of the LM head.
         logit_scale: multiplies the logits (Cohere; Granite: 1 / logits_scaling).
         softcap: soft-caps the logits, softcap * tanh(logits / softcap) (Gemma 2).
         temperature: divides the logits, after the cap.
-        grad_tol: allowed relative L1 error of the gradient in the logits, over the call; 0: exact. A trained model's
-            rows are then differentiated over their likely entries alone, those that this bound forbids exactly, so it
-            holds whatever the data; 2**-7 is about the rounding of bfloat16. Vocabulary-parallel calls are exact.
-        workspace_bytes: bound on temporaries, beyond gradients and one float32 (T, D) buffer. On a CPU what fits is
-            kept for the backward, where that is faster (logit_cache.py).
+        grad_tol: allowed relative L1 error of the gradient in the logits, over the call; 0 is exact. Rows of a trained
+            model then have gradients over their likely entries alone; rows for which this would break the bound are
+            computed exactly, whatever the data. 2**-7 is about the rounding of bfloat16. Vocabulary-parallel calls are
+            always exact.
+        workspace_bytes: bound on temporaries, beyond gradients and one float32 (T, D) buffer. On a CPU the logits that
+            fit are kept for the backward where that is faster (logit_cache.py).
         process_group: the vocabulary is split over this group in order of rank: weight and bias (and low_rank[1])
             are this rank's rows, targets are global ids, hidden is the same on all ranks. Gradients of hidden (and
             low_rank[0]) are summed over the group.
@@ -68,19 +69,18 @@ def linear_logps(
             explicit choice never falls back.
         low_rank: (x, B) adds x @ B.T to hidden @ weight.T: LoRA on the head without a merged copy of the weight,
             with x = scaling * hidden @ A.T.
-        grad_tail: with grad_tol > 0, what is done about unlikely entries. "exact": left out where the bound above
-            allows it, else computed. "sample": those less likely than grad_tol / 4 are represented, in every row, by
-            eight drawn from them, so the gradient is unbiased, no row costs the exact path, and the bound gives way to
-            a variance (docs/math.md). Each call takes one number from torch's CPU generator: torch.manual_seed and
-            checkpoints replay it. By "reference" and "cpu" alone; calls that grad_tol leaves exact stay so.
+        grad_tail: how grad_tol > 0 treats unlikely entries. "exact" leaves them out where the bound above allows it,
+            else computes them. "sample" replaces those less likely than grad_tol / 4 in every row by eight drawn from
+            them: the gradient is unbiased, no row needs the exact path, and a variance takes the place of the bound
+            (docs/math.md). Each call takes one number from torch's CPU generator: torch.manual_seed and checkpoints
+            replay it. Only "reference" and "cpu" can sample; calls in which grad_tol has no effect stay exact.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it, what is expected, and its value. On a GPU
             values inside tensors are not read back: a target id outside the vocabulary gives NaN in its row and in
             the gradients.
 
-    Source: DPO (arXiv 2305.18290) needs exactly these; the online log-sum-exp over vocabulary blocks follows cut
-    cross-entropy (arXiv 2411.09009).
+    DPO (arXiv 2305.18290) needs exactly these values; the online log-sum-exp over blocks follows arXiv 2411.09009.
     """
     options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
     settings = (options, grad_tol, grad_tail, (), process_group, impl)
@@ -134,8 +134,8 @@ def linear_logp_stats(
 
 @dataclass(frozen=True)
 class Explanation:
-    """What impl="auto" picks, and why not each of the others (an implementation that could run but comes later has no
-    reasons); and the path that the call takes (dispatch.py), with what each path before it has against the call.
+    """The implementation that impl="auto" picks, with the reasons against each other one (none for one that could run
+    but comes later); and the path that the call takes (dispatch.py), with the reason against each path before it.
     """
 
     impl: str
@@ -171,9 +171,9 @@ def explain(
     low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
     grad_tail: str = "exact",
 ) -> Explanation:
-    """Which implementation impl="auto" takes for these arguments of `linear_logps`, which path `impl` takes through it,
-    and every reason against the others. Computes nothing; raises what the call itself would raise before it computes.
-    Whether arguments require grad, and whether gradients are on, counts as it does in the call.
+    """Which implementation impl="auto" takes for these arguments of `linear_logps`, which path a call with `impl`
+    takes, and every reason against the others. It computes nothing, and raises what the call would raise before that.
+    It depends, as the call does, on which arguments require grad and on whether gradients are on.
     """
     options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
     _known(impl)
@@ -186,7 +186,7 @@ def explain(
     if seed is not None:
         check_tail(first)
     head = Head(hidden, weight, bias, *((None, None) if low_rank is None else low_rank))
-    impl = impl if impl == "auto" or not reasons[impl] else "auto"  # a choice that cannot run takes no path
+    impl = impl if impl == "auto" or not reasons[impl] else "auto"  # an implementation that cannot run has no path
     call = Call(head, targets.long(), options, float(grad_tol), seed, False, False, impl, process_group, None)
     against = {path.name: path.why_not(call) for path in PATHS}
     path = choose(call).name
@@ -209,7 +209,7 @@ def _options(
     numbers_given |= {"ignore_index": ignore_index, "workspace_bytes": workspace_bytes}
     for name, value in (*numbers_given.items(), *[("softcap", softcap)] * (softcap is not None)):
         check_number(name, value)
-    # Comparisons, not math.isfinite: torch.compile traces these for a float that changes from call to call.
+    # torch.compile traces comparisons, not math.isfinite, for a float that changes from call to call.
     if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be finite; got {logit_scale}")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -236,7 +236,7 @@ def _known(impl: str) -> None:
 
 
 def _check_kinds(hidden: Any, weight: Any, targets: Any, bias: Any, low_rank: Any) -> None:
-    """TypeError for what is no tensor, and for a low_rank that is no pair of them."""
+    """TypeError for arguments that are not tensors, and for a low_rank that is not a pair of them."""
     check_tensors(hidden=hidden, weight=weight, targets=targets)
     if bias is not None:
         check_tensors(bias=bias)
@@ -252,7 +252,7 @@ def _autocast(
     bias: Tensor | None,
     low_rank: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """What torch.autocast does to F.linear: floating inputs, float64 excepted, are cast to its dtype. The casts are
+    """Casts floating inputs (not float64) to autocast's dtype, as torch.autocast does for F.linear. The casts are
     differentiable.
     """
     device_type = hidden.device.type
@@ -328,9 +328,9 @@ def _run(
     _check(hidden, weight, targets, bias, low_rank)
     low_rank_hidden, low_rank_weight = (None, None) if low_rank is None else low_rank
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    # Whether or not this call uses it: forwards with and without a graph take as much from the generator.
+    # The seed is drawn whether or not the call uses it, so that forwards with and without a graph draw alike.
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64) if grad_tail == "sample" else None
-    if seed is not None and not torch.compiler.is_compiling():  # then the op says so
+    if seed is not None and not torch.compiler.is_compiling():  # under torch.compile the op checks it when it runs
         check_tail(resolve(impl, hidden, weight))
     tape = None if process_group is not None else replay.active()
     known = None if tape is None else tape.take(targets.shape)

@@ -1,10 +1,10 @@
-"""The autograd Functions over the ops: what plugs into any model.
+"""The autograd Functions over the ops, which plug into any model.
 
-They save their inputs and two numbers a row, 12 bytes (a frozen head's: the derivative; with a tolerance: the
-candidates), and of logits only what the budget of logit_cache.py allows. First order only: a second backward through
-them raises.
+They save their inputs and two numbers a row, 12 bytes (for a frozen head the derivative; with a tolerance the
+candidates), and never more logits than the budget of logit_cache.py allows. Gradients are of first order: a second
+backward through them raises.
 
-torch.func.grad and vjp want what a backward reads to be an input or an output of its forward, so some outputs are for
+torch.func.grad and vjp need whatever a backward reads to be an input or an output of its forward, so some outputs serve
 the backward alone: the graph holds them once the caller has dropped them. torch.vmap raises, and says what to do.
 """
 
@@ -35,8 +35,8 @@ class LinearLogps:
 
     hidden (..., D), weight (V, D), targets (...) int64, bias (V,) or None, low_rank_hidden (..., R) and low_rank_weight
     (V, R) or None, `options` a HeadOptions, `impl` as in linear_logps, `known` None, or without `stats` a KnownLse: the
-    forward then computes the logits of the targets alone. Returns the six tensors of LogpStats in order. token_logps
-    and lse are differentiable; the other four are of size 0 unless `stats`, and carry no gradient (linear_logp_stats
+    forward then computes the logits of the targets alone. It returns the six tensors of LogpStats in order. token_logps
+    and lse are differentiable; the other four have size 0 unless `stats`, and carry no gradient (linear_logp_stats
     makes a gradient into them an error).
     """
 
@@ -46,7 +46,7 @@ class LinearLogps:
 
 
 class ExactLinearLogps(OfHead):
-    """What LinearLogps applies. A seventh output is the lse in float64, (...), without a gradient."""
+    """The autograd function of LinearLogps. Its seventh output is the lse in float64, (...), without a gradient."""
 
     @staticmethod
     def forward(
@@ -91,9 +91,9 @@ class KeptLinearLogps(OfHead):
     """`KeptLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, stats,
     columns)`.
 
-    As ExactLinearLogps with impl="cpu", for the same bits: the products with the first `columns` of the vocabulary are
-    computed once (logit_cache.py). They are an eighth output, (T, columns) float32, for the backward alone: memory is
-    theirs until the graph and that output are gone.
+    It gives the bits of ExactLinearLogps with impl="cpu", but hidden @ weight[:columns].T is computed once: this logit
+    cache (logit_cache.py) is an eighth output, (T, columns) float32, for the backward alone. It is freed when the graph
+    and that output are gone.
     """
 
     @staticmethod
@@ -118,7 +118,7 @@ class KeptLinearLogps(OfHead):
         saved = (output[0], *output[6:])
         ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *saved)
         ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)  # zeros for the products would be as large as they are
+        ctx.set_materialize_grads(False)  # zeros for the logit cache would be as large as it is
 
     @staticmethod
     @once_differentiable
@@ -133,7 +133,7 @@ class KeptLinearLogps(OfHead):
 
 
 def _with_lse(stats: LogpStats) -> tuple[Tensor, ...]:
-    """The six tensors as a user gets them, and the lse in float64: two tensors, of which one carries the gradient."""
+    """The six tensors for the user, whose lse carries the gradient, and the lse in float64, which does not."""
     assert stats.lse is not None
     rounded = stats.lse.to(stats.token_logps.dtype, copy=True)
     return *cast(tuple[Tensor, ...], tuple(stats._replace(lse=rounded))), stats.lse
@@ -151,13 +151,13 @@ class FrozenLinearLogps(OfHead):
     """`FrozenLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, grad_tol,
     impl)`.
 
-    As LinearLogps, for a head that needs no gradient of its own: d token_logps / d hidden does not depend on the
-    upstream gradient, so the forward stores it, in the dtype of hidden, and the backward scales its rows. Two products
-    in all, not three. With grad_tol > 0 the forward leaves out what it can (sparse.py), by the bound for upstream
-    gradients of one size; the backward knows their sizes, and sends rows through the exact path until it holds for
-    them. The first two outputs are token_logps and lse; only token_logps is differentiable, in hidden and
-    low_rank_hidden. Then, for the backward alone, the lse in float64 and what ops.linear_logps_jacobian says, (0,) for
-    a derivative that is not there.
+    LinearLogps for a head that needs no gradient of its own. d token_logps / d hidden does not depend on the upstream
+    gradient, so the forward stores it, in the dtype of hidden, and the backward scales its rows: two GEMMs in all, not
+    three. With grad_tol > 0 the forward leaves out what it can (sparse.py), by the bound for upstream gradients of one
+    size; the backward knows their sizes, and sends rows through the exact path until the bound holds. The first two
+    outputs are token_logps and lse; only token_logps is differentiable, in hidden and low_rank_hidden. The others, for
+    the backward alone, are the lse in float64 and the other results of ops.linear_logps_jacobian, (0,) for an absent
+    derivative.
     """
 
     @staticmethod
@@ -216,10 +216,10 @@ class SparseLinearLogps(OfHead):
     """`SparseLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, grad_tol,
     impl, seed)`.
 
-    As LinearLogps, with gradients over few vocabulary entries a row. Without a seed their relative L1 error in d_logits
-    over the call is at most `grad_tol` > 0, whatever the data and the upstream gradient; with one, () int64, they are
-    unbiased, and what the entries leave out is drawn (sparse.py). The first two outputs are token_logps and lse, both
-    differentiable; then, for the backward alone, the fields of Candidates past token_logps.
+    LinearLogps with gradients over few vocabulary entries a row. Without a seed their relative L1 error in d_logits
+    over the call is at most `grad_tol` > 0, whatever the data and the upstream gradient; with a seed, () int64, they
+    are unbiased, and the tail is sampled (sparse.py). The first two outputs are token_logps and lse, both
+    differentiable; the others, for the backward alone, are the fields of Candidates after token_logps.
     """
 
     @staticmethod
@@ -265,8 +265,8 @@ class SparseLinearLogps(OfHead):
 
 
 class RefuseGradient(torch.autograd.Function):
-    """`RefuseGradient.apply(value, anchor, name)`: `value`, tied to the graph of `anchor` so that a gradient into it
-    raises instead of vanishing.
+    """`RefuseGradient.apply(value, anchor, name)` returns `value`, tied to the graph of `anchor` so that a gradient
+    into it raises instead of vanishing.
     """
 
     @staticmethod
@@ -282,5 +282,5 @@ class RefuseGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         if not torch.compiler.is_compiling():
             raise ops.not_differentiable(ctx.name)
-        # An op, so that a compiled backward raises when it runs, not when it is traced.
+        # This is an op, so that a compiled backward raises when it runs, not when it is traced.
         return None, ops.refuse_gradient(gradient, ctx.name), None

@@ -1,10 +1,9 @@
-"""Which path a call of linear_logps takes. PATHS is read from the top; the first row with nothing against a call runs.
+"""PATHS decides which path a call of linear_logps takes: the first row from the top that can take the call.
 
-A path says what is computed and what is kept for the backward; each runs on every implementation
-(implementations.py) that it can. `explain` shows the row that is taken, and what the rows before it have against the
-call.
+A path says what is computed and what is kept for the backward, whatever the implementation (implementations.py).
+`explain` shows the path that is taken, and the reason against each path before it.
 
-Never: lets the choice depend on a value inside a tensor. Needs torch alone. Cost: microseconds.
+The choice never depends on a value inside a tensor. It needs torch alone, and takes microseconds.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ class Call(NamedTuple):
     targets: Tensor  # (...) int64
     options: HeadOptions
     grad_tol: float
-    seed: Tensor | None  # () int64 of grad_tail="sample"
+    seed: Tensor | None  # () int64 with grad_tail="sample"
     statistics: bool  # whether more than token_logps and lse is asked for
-    outputs: bool  # whether more than token_logps is
+    outputs: bool  # whether more than token_logps is asked for
     impl: str
     process_group: Any
     known: KnownLse | None  # in pass 2 of a two-pass backward: the lse of pass 1
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """Of the autograd Functions."""
+        """The first arguments of every autograd Function: the tensors and the options."""
         hidden, weight, bias, low_rank_hidden, low_rank_weight = self.head
         return hidden, weight, self.targets, bias, low_rank_hidden, low_rank_weight, self.options
 
@@ -47,7 +46,7 @@ class Call(NamedTuple):
 
 
 class Path(NamedTuple):
-    """A row of the table. `why_not` gives what stands against a call, "" for nothing; `run` the statistics, and the lse
+    """A row of PATHS. `why_not` gives the reason against a call, "" for none; `run` gives the statistics, and the lse
     in float64.
     """
 
@@ -88,8 +87,8 @@ def _frozen_why_not(call: Call) -> str:
     if stored * head.hidden.element_size() > call.options.workspace_bytes:
         return "the derivative in hidden takes more than workspace_bytes"
     sparse = not _sparse_why_not(call)
-    # A GPU does not have the logits of a row at hand once it knows that the row needs them; with a sampled tail no row
-    # needs them, on any device.
+    # On a GPU the logits of a row are gone by the time it is known that the row needs the exact path. With a sampled
+    # tail no row needs it, on any device.
     if sparse and (head.hidden.device.type != "cpu" or call.seed is not None):
         return "gradients over candidates are cheaper"
     return "" if call.known is None or sparse else "the lse is known from pass 1"
@@ -149,7 +148,7 @@ def _exact(call: Call) -> tuple[LogpStats, Tensor]:
 PATHS = (
     Path("vocabulary-parallel", "a vocabulary split over processes", _vocab_parallel_why_not, _vocab_parallel),
     Path("frozen head", "the derivative in hidden, stored by the forward", _frozen_why_not, _frozen),
-    # Also where the lse is known: candidates cost the one GEMM that it would save, and save two.
+    # Candidates come first even where the lse is known: they cost the one GEMM that it would save, and save two.
     Path("candidates", "gradients over the likely entries of each row", _sparse_why_not, _sparse),
     Path("logit cache", "logits kept from the forward for the backward", _logit_cache_why_not, _logit_cache),
     Path("known lse", "the logits of the targets alone", _known_lse_why_not, _known_lse),

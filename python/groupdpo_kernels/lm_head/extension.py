@@ -1,7 +1,7 @@
-"""The C++ extension `groupdpo_kernels._C`: why it, or its device code, cannot be used; and the op of its device code.
+"""Loads the C++ extension `groupdpo_kernels._C`, or says why it or its device code cannot be used.
 
-`add_weighted_rows_cuda` is sparse.add_weighted_rows on a GPU with begins and ends apart. The module loads on first use,
-never on import; `csrc/binding.cpp` registers what it has. Reads no value of a tensor. Cost: csrc/cuda/weighted_rows.cu.
+`add_weighted_rows_cuda`, the op of its device code (csrc/cuda/weighted_rows.cu), is sparse.add_weighted_rows on a GPU
+with separate begins and ends. The extension loads on first use, never on import, and reads no value of a tensor here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
-# Registered for the CUDA key alone, and only by a build that has device code.
+# csrc/binding.cpp registers it for the CUDA key alone, in builds with device code.
 _LIBRARY.define(
     "add_weighted_rows_cuda(Tensor(a!) out, Tensor source, Tensor begins, Tensor ends, Tensor index,"
     " Tensor coefficients) -> ()"
@@ -22,7 +22,7 @@ _LIBRARY.define(
 
 
 def extension_why_not() -> list[str]:
-    """Why the C++ extension cannot be used; empty if it can. Loading it registers its ops."""
+    """Why the C++ extension cannot be used; empty if it can. The first call loads it, which registers its ops."""
     try:
         importlib.import_module("groupdpo_kernels._C")
     except ImportError as error:
@@ -37,13 +37,13 @@ def extension_why_not() -> list[str]:
 
 @functools.cache  # once a process
 def warn_of_the_slow_path() -> None:
-    """A RuntimeWarning that a CPU computes without the C++ op, and what to do. An installer hides what a build says."""
+    """Warns that a CPU computes without the C++ op, and says what to do, as installers hide the output of a build."""
     message = "; ".join(extension_why_not()) + ". Plain PyTorch computes instead, several times slower."
     warnings.warn(f"groupdpo_kernels: {message}", RuntimeWarning, stacklevel=2)
 
 
 def cuda_extension_why_not(device: torch.device) -> list[str]:
-    """Why the extension's device code cannot run on `device`; empty if it can. Loading it registers its ops."""
+    """Why the extension's device code cannot run on `device`; empty if it can. The first call loads the extension."""
     if reasons := extension_why_not():
         return reasons
     module = importlib.import_module("groupdpo_kernels._C")
@@ -65,11 +65,11 @@ def add_weighted_rows_cuda(
     out: Tensor,  # (m, n) bf16|fp16|fp32 contiguous, added to; shares no memory with the rest
     source: Tensor,  # (k, n), the dtype of out, last dim contiguous
     begins: Tensor,  # (m,) int64
-    ends: Tensor,  # (m,) int64; a row that does not end after it begins owns nothing and is not touched
+    ends: Tensor,  # (m,) int64; a row whose end is not after its begin is left as it is
     index: Tensor,  # (K,) int64 into source, all valid
     coefficients: Tensor,  # (K,) float32; an entry of 0 is not read
 ) -> None:
-    """out[i] += sum of coefficients[j] source[index[j]] over begins[i] <= j < ends[i]: in float32, in an order that
-    depends on the entries alone, rounded once. Only where `cuda_extension_why_not` is empty.
+    """out[i] += sum of coefficients[j] source[index[j]] over begins[i] <= j < ends[i], in float32, in an order that
+    depends on the entries alone, rounded once. Call it only where `cuda_extension_why_not` is empty.
     """
     torch.ops.groupdpo_kernels.add_weighted_rows_cuda(out, source, begins, ends, index, coefficients)

@@ -1,7 +1,7 @@
-"""The head's ops on the host side: values are checked, ignored rows leave, and the C++ op or the reference in blocks
-computes the rest; `impl` says which. Also the small pieces that every device shares.
+"""The head's ops on the host side: values are checked, ignored rows are removed, and the C++ op or torch_blocks.py
+computes the rest, as `impl` says. Small functions that every device shares are here too.
 
-Reads values of CPU tensors; on other devices only the reference in blocks comes here, and it synchronises.
+It reads values of CPU tensors; on other devices only impl="reference" comes here, and it synchronises.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .sparse import Candidates
 
 
 def check_targets(targets: Tensor, V: int, ignore_index: int) -> Tensor:
-    """The rows that are not ignored; ValueError for an id outside the vocabulary. Reads values: host side only."""
+    """Indices of the rows that are not ignored. ValueError for an id outside the vocabulary. It reads values."""
     live = targets != ignore_index
     wrong = live & ((targets < 0) | (targets >= V))
     if wrong.any():
@@ -28,7 +28,7 @@ def check_targets(targets: Tensor, V: int, ignore_index: int) -> Tensor:
 
 
 def _take(x: Tensor | None, rows: Tensor) -> Tensor | None:
-    """Live rows of a (..., n) tensor as (t, n); no copy when all rows live and the leading dimensions collapse."""
+    """Live rows of a (..., n) tensor as (t, n), without a copy if all are live and the leading dimensions collapse."""
     if x is None:
         return None
     x = x.reshape(-1, x.shape[-1])
@@ -55,7 +55,7 @@ def _live_head(head: Head, rows: Tensor) -> Head:
 
 
 def _of_extension(options: HeadOptions) -> tuple[float, float | None, float, int]:
-    """What the C++ ops take of the options, in the order of their schemas: ignored rows have left by then."""
+    """The options that the C++ ops take, in the order of their schemas; without ignore_index, as rows are live."""
     return options.logit_scale, options.softcap, options.temperature, options.workspace_bytes
 
 
@@ -65,7 +65,7 @@ def forward(
     options: HeadOptions,
     stats: bool,
     impl: str,
-    products: Tensor | None = None,  # (T, K) float32, with impl "cpu": filled for the live rows, first
+    products: Tensor | None = None,  # (T, K) float32 logit cache for impl "cpu": the first rows are the live ones
 ) -> LogpStats:  # lse in float64
     rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
     live = _live_head(head, rows)
@@ -82,13 +82,13 @@ def forward(
 def backward(
     head: Head,
     targets: Tensor,
-    lse: Tensor,  # float64, of forward
+    lse: Tensor,  # float64, from forward
     d_target: Tensor,
     d_softmax: Tensor,
     options: HeadOptions,
     needs: tuple[bool, ...],
     impl: str,
-    products: Tensor | None = None,  # as forward left them
+    products: Tensor | None = None,  # the logit cache that forward filled
 ) -> HeadGradients:
     rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
     live = _live_head(head, rows)
@@ -102,7 +102,7 @@ def backward(
     else:
         out = torch_blocks.backward_in_blocks(*live, y, z, at_y, elsewhere, options, needs)
     gradients = [x if needed else None for x, needed in zip(out, needs)]
-    for i, source in ((0, head.hidden), (3, head.low_rank_hidden), (5, targets)):  # by row: back to the input's shape
+    for i, source in ((0, head.hidden), (3, head.low_rank_hidden), (5, targets)):  # by row: these get the input's shape
         gradient = gradients[i]
         if gradient is not None and source is not None:
             gradients[i] = _put(gradient, rows, source.shape)
@@ -112,12 +112,12 @@ def backward(
 def jacobian(
     head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden, doubts, dropped), the last two
-    with grad_tol > 0 alone.
+    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden, doubts, dropped); the last two,
+    non-target probability and bound on what is left out, are None without grad_tol.
     """
     rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
     live, y = _live_head(head, rows), targets.reshape(-1)[rows]
-    # Half of it: the sizes of the upstream gradients, which differ, come with the backward.
+    # The forward takes half of the tolerance, as the sizes of the upstream gradients are known in the backward only.
     forward_tol, least = grad_tol / 2, sparse.least_probability(grad_tol)
     if impl == "cpu":
         op = torch.ops.groupdpo_kernels.linear_logps_expectations_cpu
@@ -145,7 +145,7 @@ def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOption
     live = targets != options.ignore_index
     if head.hidden.device.type == "cpu":
         rows = check_targets(targets, V, options.ignore_index)
-    else:  # all rows, since nothing is read back
+    else:  # all rows, since the number of live ones is not read back
         rows = torch.arange(targets.numel(), device=targets.device)
     y = targets.reshape(-1)[rows]
     z = torch_blocks.target_logits(*_live_head(head, rows), y.clamp(0, V - 1), options)
@@ -185,8 +185,8 @@ def sparse_backward(
     needs: tuple[bool, ...],
     impl: str,
 ) -> HeadGradients:
-    """The rows that need it through the exact path, the others over their candidates. Without grad_tol, which is where
-    the candidates come with a sampled tail, only rows that are not finite need it.
+    """Gradients through the exact path for the rows that need it, over their candidates for the others. A grad_tol of
+    None means candidates with a sampled tail: then only rows that are not finite need the exact path.
     """
     live = targets != options.ignore_index
     if grad_tol is None:
@@ -219,6 +219,6 @@ def sparse_backward(
 def _add_weighted_rows(
     out: Tensor, source: Tensor, owned: Tensor, index: Tensor, coefficients: Tensor, options: HeadOptions
 ) -> None:
-    if out.dtype == torch.float16 or source.stride(-1) != 1:  # no unit of the processor computes in float16
+    if out.dtype == torch.float16 or source.stride(-1) != 1:  # the C++ op has no float16
         return sparse.add_weighted_rows(out, source, owned, index, coefficients, options)
     torch.ops.groupdpo_kernels.add_weighted_rows_cpu(out, source, owned, index, coefficients)

@@ -1,7 +1,7 @@
 """The implementations of an LM head, and which of them can run: Triton on a GPU, C++ on a CPU, plain PyTorch anywhere.
 
-Never: falls back from an implementation that was asked for by name. Reads devices, dtypes and what is installed; never
-a value inside a tensor. Needs torch alone to be asked. Cost: microseconds, and once the import of what is asked about.
+The module never falls back from an implementation that was asked for by name. It reads devices, dtypes and what is
+installed, never a value inside a tensor. It needs torch alone, microseconds, and once the import of an implementation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def why_not(impl: str, hidden: Tensor, weight: Tensor) -> list[str]:
 
 
 def resolve(impl: str, hidden: Tensor, weight: Tensor) -> str:
-    """The implementation that runs. An explicit choice never falls back: it raises with every reason."""
+    """The implementation that runs. ValueError with every reason for an explicit choice that cannot run."""
     if impl == "auto":
         return next(name for name in IMPLS if not why_not(name, hidden, weight))
     reasons = why_not(impl, hidden, weight)

@@ -1,17 +1,17 @@
-"""What fits the byte budget is not computed twice: products of the forward that its backward reads again.
+"""Keeps logits of the forward, within the byte budget, so that the backward need not compute them again.
 
-The rule, `columns_to_keep`. The products of all tokens with the first K entries of the vocabulary are kept, in float32,
+The logit cache is hidden @ weight[:K].T of all tokens, in float32. `columns_to_keep` chooses K. It keeps a cache
 
-- by the C++ implementation alone: a GPU's (T, V) is tens of budgets, and a kept percent of it saves a percent of one
-  product in four;
-- where a product costs more than paging in, writing and reading its result: from D = 1024 on, or 2048 where bfloat16 is
+- for the C++ implementation alone: on a GPU (T, V) is tens of budgets, and a percent of it in a cache saves a percent
+  of one GEMM in four;
+- where a GEMM costs more than paging in, writing and reading its result: from D = 1024 on, or 2048 where bfloat16 is
   multiplied as it is (docs/log.md);
-- in whole blocks of the vocabulary and at least a quarter of it, so that no product is left ragged;
-- as far as the budget holds them beside the blocks at work and beside what other graphs that still live have kept: a
-  hundred forwards before their backwards keep no more than one.
+- in whole blocks of the vocabulary and at least a quarter of it, so that no GEMM is ragged;
+- as far as the budget has room beside the blocks at work and beside the caches of other living graphs: a hundred
+  forwards before their backwards keep no more than one.
 
-Three products for four where all of it fits; the same bits either way. Not under torch.compile, whose graphs are drawn
-before anybody knows what lives.
+A head then takes three GEMMs instead of four if all logits fit, with the same bits. Nothing is kept under
+torch.compile, which traces graphs before it is known which others live.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from . import host, ops
 from .implementations import resolve
 from .workspace import BLOCK_COLUMNS, BLOCK_ROWS
 
-_LEAST_D = {"float32": 1024, "bfloat16": 2048}  # by what is multiplied
+_LEAST_D = {"float32": 1024, "bfloat16": 2048}  # by the dtype that the GEMM multiplies
 _FLOAT = 4  # bytes
 
 _alive: list[tuple[StorageWeakRef, int]] = []
@@ -40,7 +40,7 @@ _off = contextvars.ContextVar("_off", default=False)
 
 @contextlib.contextmanager
 def nothing_kept() -> Iterator[None]:
-    """Within it nothing is: fake CPU tensors that stand for those of a GPU are not to be taken for their device."""
+    """A context in which nothing is kept, for fake CPU tensors that stand for those of a GPU."""
     token = _off.set(True)
     try:
         yield
@@ -49,7 +49,7 @@ def nothing_kept() -> Iterator[None]:
 
 
 def columns_to_keep(head: Head, targets: Tensor, options: HeadOptions, impl: str) -> int:
-    """K of the rule, 0 for none. The caller knows that the head's weight gets a gradient or hidden does."""
+    """The K of the module's rule, 0 for no cache. The caller has checked that weight or hidden gets a gradient."""
     if torch.compiler.is_compiling() or _off.get() or resolve(impl, head.hidden, head.weight) != "cpu":
         return 0
     T, V = targets.numel(), head.weight.shape[0]
@@ -57,7 +57,7 @@ def columns_to_keep(head: Head, targets: Tensor, options: HeadOptions, impl: str
     if T == 0 or head.hidden.shape[-1] < least:
         return 0
     columns = min(V, (_budget(head.hidden, options) - _in_use()) // (_FLOAT * T))
-    block = -(-V // -(-V // BLOCK_COLUMNS))  # the vocabulary in even blocks
+    block = -(-V // -(-V // BLOCK_COLUMNS))  # the vocabulary is cut into even blocks
     columns = columns if columns == V else columns // block * block
     return columns if 4 * columns >= V else 0
 
@@ -70,8 +70,8 @@ def _multiplies_bf16(head: Head) -> bool:
 
 
 def _budget(hidden: Tensor, options: HeadOptions) -> int:
-    """What the blocks at work leave: theirs are logits, their gradient, and where the inputs are not float32 their
-    copies of hidden, of the weight and of its gradient.
+    """Bytes of the budget beside the blocks at work: those of logits and their gradient and, where the inputs are not
+    float32, of the copies of hidden, of the weight and of its gradient.
     """
     blocks = 2 * BLOCK_ROWS * BLOCK_COLUMNS
     if hidden.dtype != torch.float32:
@@ -80,7 +80,7 @@ def _budget(hidden: Tensor, options: HeadOptions) -> int:
 
 
 def _in_use() -> int:
-    """Bytes that living graphs have kept."""
+    """Bytes of the logit caches of living graphs."""
     _alive[:] = [(reference, size) for reference, size in _alive if not reference.expired()]
     return sum(size for _, size in _alive)
 
@@ -134,8 +134,8 @@ def _left(options: HeadOptions, products: Tensor) -> HeadOptions:
 def keeping_forward(
     head: Head, targets: Tensor, options: HeadOptions, stats: bool, columns: int
 ) -> tuple[LogpStats, Tensor]:
-    """ops.linear_logps_forward, and the products with the first `columns` of the vocabulary: (T, columns) float32, live
-    rows first, the others undefined. The budget is that of both.
+    """ops.linear_logps_forward, and the logit cache of the first `columns` of the vocabulary: (T, columns) float32,
+    live rows first, the others undefined. The budget covers both.
     """
     *out, products = torch.ops.groupdpo_kernels.linear_logps_keeping_forward(
         *head, targets, *astuple(options), stats, columns
@@ -150,11 +150,11 @@ def keeping_backward(
     lse: Tensor,
     d_target: Tensor,
     d_softmax: Tensor,
-    products: Tensor,  # of keeping_forward
+    products: Tensor,  # the logit cache from keeping_forward
     options: HeadOptions,
-    needs: tuple[bool, ...],  # which of the first five of HeadGradients
+    needs: tuple[bool, ...],  # which of the first five fields of HeadGradients are needed
 ) -> HeadGradients:
-    """ops.linear_logps_backward with less to compute."""
+    """ops.linear_logps_backward that reads the logit cache instead of computing those logits again."""
     op = torch.ops.groupdpo_kernels.linear_logps_keeping_backward
     out = op(*head, targets, lse, d_target, d_softmax, products, *astuple(options), list(needs))
     return HeadGradients._make([*(x if needed else None for x, needed in zip(out, needs)), None])

@@ -1,15 +1,15 @@
-"""The torch.library ops: schema and fake. Imports torch alone; a kernel is imported when a device function first runs
-it.
+"""The torch.library ops of an LM head, with their schemas and fake functions. They need torch alone; a kernel is
+imported when an op first runs it.
 
 `groupdpo_kernels::linear_logps_forward` and `groupdpo_kernels::linear_logps_backward` carry the name of an
 implementation as their last argument and resolve "auto" on the real tensors, so a traced graph holds one opaque op and
-tracing never looks at devices or versions. Neither has an autograd formula: the Functions in autograd.py are the only
-users that need one, and a double backward raises instead of being silently wrong.
+tracing never looks at devices or versions. Neither has an autograd formula: only the Functions in autograd.py need one,
+and a double backward raises instead of being silently wrong.
 
 Every lse that goes into or comes out of an op is float64 (reference.log_probs says why).
 
-Values inside tensors are checked here for CPU tensors (a wrong target id is a ValueError). On a GPU nothing is read
-back: there a wrong id gives NaN.
+Values inside CPU tensors are checked (a wrong target id is a ValueError). On a GPU nothing is read back, and a wrong id
+gives NaN.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .sparse import Candidates
 
 _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
 
-# The C++ op (csrc/binding.cpp registers it for the CPU key). Rows are live and ids are valid by the time it is called.
+# csrc/binding.cpp registers these C++ ops for the CPU key. Their callers pass live rows and valid ids only.
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_rank_hidden, Tensor? low_rank_weight, Tensor targets"
 _MAP = "float logit_scale, float? softcap, float temperature"
 _NEEDS = (
@@ -63,7 +63,7 @@ _LIBRARY.define(
 
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """Inputs have their dtype already: an active autocast must not narrow the float32 arithmetic inside."""
+    """A context that turns autocast off, so that it does not narrow the float32 arithmetic inside an op."""
     with contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False):
         yield
 
@@ -80,7 +80,7 @@ def _linear_logps_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight
     *options, stats, impl = rest
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     if impl == "auto" and cpu_why_not(hidden, weight) == extension_why_not() != []:
-        warn_of_the_slow_path()  # the extension is all that this call lacks
+        warn_of_the_slow_path()  # only the extension is missing for the C++ op
     impl = resolve(impl, hidden, weight)
     with exact_arithmetic(hidden.device):
         if impl == "triton":
@@ -205,7 +205,7 @@ def _linear_logps_jacobian(hidden, weight, bias, low_rank_hidden, low_rank_weigh
     head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
     impl = resolve(impl, hidden, weight)
     with exact_arithmetic(hidden.device):
-        if impl == "triton":  # exact: nothing is left out
+        if impl == "triton":  # the kernel is exact and leaves nothing out
             launcher = importlib.import_module("groupdpo_kernels.kernels.frozen_head")
             out = launcher.linear_logps_jacobian(*head, targets, *options)
             bound = [torch.zeros_like(out[0]) if grad_tol > 0 else None for _ in range(2)]
@@ -236,8 +236,8 @@ def not_differentiable(name: str) -> RuntimeError:
 
 @torch.library.custom_op("groupdpo_kernels::refuse_gradient", mutates_args=())
 def _refuse_gradient(gradient: Tensor, name: str) -> Tensor:
-    """Zeros pass (a compiled graph feeds them to every unused output); anything else raises, or on a GPU, where values
-    are not read back, becomes NaN.
+    """Lets a gradient of zeros pass (a compiled graph feeds them to every unused output). Any other raises or, on a
+    GPU, where values are not read back, becomes NaN.
     """
     if gradient.device.type == "cpu" and gradient.count_nonzero():
         raise not_differentiable(name)
@@ -250,12 +250,12 @@ def _(gradient: Tensor, name: str) -> Tensor:
 
 
 def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOptions) -> Tensor:
-    """token_logps (...) from a known lse (...) float64: 2 T D FLOP."""
+    """token_logps (...) from a known lse (...) in float64, at 2 T D FLOP."""
     with exact_arithmetic(head.hidden.device), torch.no_grad():
         return host.token_logps_of(head, targets, lse, options)
 
 
-# Typed doors to the ops, for autograd.py.
+# autograd.py calls these typed functions, since the ops themselves carry no types.
 
 
 def linear_logps_forward(head: Head, targets: Tensor, options: HeadOptions, stats: bool, impl: str) -> LogpStats:
@@ -281,8 +281,8 @@ def linear_logps_backward(
 def linear_logps_jacobian(
     head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden, doubts, dropped), the last two of
-    sparse.Candidates, (0,) without grad_tol.
+    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden, doubts, dropped). The last two
+    are as in sparse.Candidates, and (0,) without grad_tol.
     """
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_jacobian
     token_logps, lse, hidden, low_rank, *bound = op(*head, targets, *astuple(options), grad_tol, impl)
@@ -292,7 +292,7 @@ def linear_logps_jacobian(
 def linear_logps_candidates(
     head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str, seed: Tensor | None = None
 ) -> Candidates:
-    """What sparse.py says, in the leading shape of targets; with a seed, () int64, also a sampled tail."""
+    """The Candidates of sparse.py, in the leading shape of targets; with a seed, () int64, also a sampled tail."""
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_candidates
     return Candidates(*op(*head, targets, *astuple(options), grad_tol, seed, impl))
 

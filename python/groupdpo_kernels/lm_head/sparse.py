@@ -1,18 +1,18 @@
-"""A backward over few vocabulary entries a row, with a bound on what it leaves out: what `grad_tol` > 0 asks for.
+"""The backward of `grad_tol` > 0: over few vocabulary entries a row, with a bound on what it leaves out.
 
 A trained model puts nearly all of a row's probability on few entries, so nearly all of d_logits is negligible. The
 forward keeps each row's candidates, the entries of probability at least `least_probability(grad_tol)`, at most
 `capacity` of them, and `dropped`, a bound on the probability of all the others. The target is kept apart with its own
 1 - p_y, and nothing is renormalised. The backward knows the upstream gradient: `exact_rows` sends rows through the
 exact path until what the others leave out is at most `grad_tol` of d_logits in the L1 norm over the call, whatever the
-data; `add_candidates` does the others.
+data; `add_candidates` computes the others.
 
-With a sampled tail (`grad_tail="sample"`) no row that is finite needs the exact path: `TAIL_SAMPLES` entries drawn from
-what a row leaves out stand for it, each with that probability's equal part, which makes the gradients unbiased. They
-are more columns of ids and weights. Derivations and bounds: docs/math.md.
+With a sampled tail (`grad_tail="sample"`) no finite row needs the exact path: `TAIL_SAMPLES` entries drawn from what a
+row leaves out stand for it, each with an equal part of that probability, which makes the gradients unbiased. They are
+further columns of ids and weights. docs/math.md has derivations and bounds.
 
-Here in plain PyTorch, on any device: the specification of the kernels, and what `impl="reference"` runs. Checks no
-values: rows are live and ids are valid.
+The code is plain PyTorch for any device: the specification of the kernels, and what `impl="reference"` runs. It never
+checks values: rows must be live and ids valid.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .torch_blocks import SUM_ERROR, _at_target, _block_logits, _finite_or_nan, 
 AddWeightedRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, HeadOptions], None]
 
 
-TAIL_SAMPLES = 8  # csrc/cpu/tail.h says why
+TAIL_SAMPLES = 8  # csrc/cpu/tail.h explains the number
 
 
 def samples(seed: Tensor | None) -> int:
@@ -38,26 +38,26 @@ def samples(seed: Tensor | None) -> int:
 
 
 class Candidates(NamedTuple):
-    """What a forward keeps of each row besides token_logps and lse; all by row, in float32 (float64)."""
+    """The results of a forward by row, in float32 (float64 for float64 inputs) unless stated otherwise."""
 
     token_logps: Tensor  # (T,)
     lse: Tensor  # (T,) float64
-    doubts: Tensor  # (T,) 1 - p_y, as a sum over the others: nothing cancels in a row that is sure of its target
+    doubts: Tensor  # (T,) non-target probability 1 - p_y, summed over the others: nothing cancels where p_y is near 1
     slopes: Tensor  # (T,) c_y, the cap's slope at the target; 1 without a cap
     dropped: Tensor  # (T,) at least the sum of p_v over the entries that are neither target nor candidate
-    ids: Tensor  # (T, capacity) int32: the candidates first, then 0; then, with a sampled tail, TAIL_SAMPLES more
-    weights: Tensor  # likewise: p_v c_v of each, 0 past the last; of the drawn ones tail / TAIL_SAMPLES c_v
+    ids: Tensor  # (T, capacity) int32: the candidates, then 0; with a sampled tail TAIL_SAMPLES more columns
+    weights: Tensor  # as ids: p_v c_v of each candidate, then 0; tail / TAIL_SAMPLES c_v of each drawn entry
 
 
 def least_probability(grad_tol: float, sampled: bool = False) -> float:
-    """Of a candidate. Smaller: more candidates, and fewer rows that need the exact path; or, where a tail is sampled,
-    less in it: there a further draw lowers the variance by more than a candidate below 2^-9 does.
+    """The least probability of a candidate. A smaller one gives more candidates and fewer rows on the exact path. With
+    a sampled tail it is larger, since another draw lowers the variance by more than a candidate below 2^-9 does.
     """
     return grad_tol / (4 if sampled else 64)
 
 
 def capacity(T: int, V: int, workspace_bytes: int) -> int:
-    """Most candidates a row: 256, less where 8 bytes for each in every row would not fit in half of the budget."""
+    """The most candidates a row: 256, or fewer so that their 8 bytes each, over all rows, fit in half of the budget."""
     return max(1, min(V, 256, workspace_bytes // (16 * max(T, 1))))
 
 
@@ -69,10 +69,10 @@ def candidates_in_blocks(
     low_rank_weight: Tensor | None,  # (V, R)
     targets: Tensor,  # (T,) int64, all valid
     options: HeadOptions,
-    least: float,  # least_probability
-    most: int,  # capacity
+    least: float,  # from least_probability
+    most: int,  # from capacity
 ) -> Candidates:
-    """Forward and candidates in one pass over the vocabulary: 2 T D V FLOP. Of more than `most`, the likeliest."""
+    """Forward and the `most` likeliest candidates, in one pass over the vocabulary: 2 T D V FLOP."""
     dtype = accumulator(hidden.dtype)
     (T, D), V = hidden.shape, weight.shape[0]
     R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
@@ -84,7 +84,7 @@ def candidates_in_blocks(
     for t in _spans(T, rows):
         h, y = hidden[t].to(dtype), targets[t]
         x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
-        top, rest = h.new_full((h.shape[0],), -math.inf), h.new_zeros(h.shape[0])  # rest: without the target
+        top, rest = h.new_full((h.shape[0],), -math.inf), h.new_zeros(h.shape[0])  # rest leaves out the target
         best = h.new_full((h.shape[0], most), -math.inf)  # logits of the likeliest so far
         best_ids, best_slopes = y.new_zeros(best.shape), torch.ones_like(best)
         for v in _spans(V, columns):
@@ -125,9 +125,9 @@ def with_tail(
     options: HeadOptions,
     seed: int,
 ) -> Candidates:
-    """And TAIL_SAMPLES entries of each row, drawn independently in proportion to p from what is neither target nor
-    candidate: 2 T D V FLOP more. A block of the vocabulary that joins the tail takes each draw over with the
-    probability of its part of the tail so far; within it the draw goes by the running sum.
+    """Adds TAIL_SAMPLES entries to each row, drawn independently in proportion to p from those that are neither target
+    nor candidate: 2 T D V FLOP more. Each block of the vocabulary replaces a draw with the probability of its share of
+    the tail so far; within a block the draw goes by the running sum.
     """
     hidden, weight, bias, low_rank_hidden, low_rank_weight = head
     dtype = accumulator(hidden.dtype)
@@ -169,18 +169,18 @@ def exact_rows(
     live: Tensor,  # (...) bool: not ignored
     grad_tol: float,
 ) -> Tensor:  # (...) bool
-    """Which rows need the exact path, so that sum |d_lse - d_token_logps| dropped over the others is at most grad_tol
-    times sum |d_lse - d_token_logps| doubts over all: those that would leave out most. Reads no value back.
+    """The rows that need the exact path, those that would leave out most. Over the others, sum |d_lse - d_token_logps|
+    dropped is at most grad_tol times sum |d_lse - d_token_logps| doubts over all. No value is read back.
 
-    Sums are of whole units, 2^-31 of what is allowed, each cost rounded up: a scan of floats on a GPU has another last
-    digit each time, and a row would now and then go another way.
+    Sums are of whole units, 2^-31 of what is allowed, with costs rounded up, because a scan of floats on a GPU rounds
+    differently each time, and a row would sometimes change its path.
     """
     size = torch.where(live, (d_lse - d_token_logps).abs(), 0).double().reshape(-1)
     cost = size * dropped.reshape(-1)
     allowed = grad_tol * (size * doubts.reshape(-1)).sum()
     order = cost.argsort(stable=True)
     units = torch.where(cost > 0, (cost / allowed * 2**31).ceil(), cost)
-    known = units <= 2**31  # not NaN: a row that is not finite goes the exact way
+    known = units <= 2**31  # False for NaN: a row that is not finite takes the exact path
     units = torch.where(known, units, 2**31 + 1).long()
     fits = known[order] & (units[order].cumsum(0) <= 2**31)
     exact = torch.ones_like(fits).scatter_(0, order, ~fits)
@@ -188,17 +188,17 @@ def exact_rows(
 
 
 def add_candidates(
-    gradients: HeadGradients,  # added to, in place
+    gradients: HeadGradients,  # changed in place
     head: Head,  # (T, .) rows
     targets: Tensor,  # (T,) int64, all valid
     found: Candidates,
-    d_target: Tensor,  # (T,) of reference.row_gradients, as the next
+    d_target: Tensor,  # (T,) from reference.row_gradients, as is d_softmax
     d_softmax: Tensor,  # (T,)
-    rows: Tensor,  # (T,) bool: those to add
+    rows: Tensor,  # (T,) bool: the rows to add
     options: HeadOptions,
     add_weighted_rows: AddWeightedRows,
 ) -> None:
-    """The gradients of `rows`, over candidates and target alone: every sum in a fixed order, 4 D FLOP an entry."""
+    """Adds the gradients of `rows`, over candidates and target alone, each sum in a fixed order: 4 D FLOP an entry."""
     row, column, coefficients = entries(targets, found, d_target, d_softmax, rows, options)
     by_row = bounds(row, targets.shape[0])
     order = column.argsort(stable=True)
@@ -224,12 +224,12 @@ def add_candidates(
 def entries(
     targets: Tensor,  # (T,) int64
     found: Candidates,
-    d_target: Tensor,  # (T,) of reference.row_gradients, as the next
+    d_target: Tensor,  # (T,) from reference.row_gradients, as is d_softmax
     d_softmax: Tensor,  # (T,)
     rows: Tensor,  # (T,) bool
     options: HeadOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (K,) int64, (K,) int64, (K,) float32
-    """The entries of d_logits through the map that are kept, by row: row, vocabulary id, value. Reads their number."""
+    """(row, vocabulary id, value) of the kept entries of d_logits times the map's slope, by row. It reads values."""
     chain = options.logit_scale / options.temperature
     at_target, others = (chain * x.to(found.weights.dtype) for x in (d_target, d_softmax))
     values = torch.cat(((found.slopes * at_target)[:, None], others[:, None] * found.weights), 1)
@@ -240,7 +240,7 @@ def entries(
 
 
 def bounds(sorted_keys: Tensor, size: int) -> Tensor:  # (K,) ascending -> (size + 1,) int64
-    """Key k owns the entries bounds[k] : bounds[k + 1]."""
+    """Bounds by which key k owns the entries bounds[k] : bounds[k + 1]."""
     return torch.searchsorted(sorted_keys, torch.arange(size + 1, device=sorted_keys.device))
 
 
@@ -258,7 +258,7 @@ def add_weighted_rows(
     sums = torch.empty(0)
     start = 0
     while start < out.shape[0]:
-        # As many rows as own about `step` entries, and at most `step` of them; one row's own are taken in pieces.
+        # A block has at most `step` rows, which own about `step` entries; a row that owns more is added in pieces.
         first = int(owned[start])
         end = int(torch.searchsorted(owned[start + 1 :], first + step, right=True)) + start
         end = min(max(end, start + 1), start + step, out.shape[0])

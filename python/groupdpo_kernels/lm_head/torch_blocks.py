@@ -1,7 +1,7 @@
-"""The specification with a bounded workspace and gradients in closed form: what `impl="reference"` runs.
+"""What `impl="reference"` runs: the specification with a bounded workspace and gradients in closed form.
 
-Plain PyTorch over blocks of (tokens x vocabulary), on any device, in float32, or float64 for float64 inputs. Checks no
-values: rows are live and ids are valid. Never holds (T, V). Formulas: docs/math.md; vocabulary: reference.py.
+It is plain PyTorch over blocks of (tokens x vocabulary), on any device, in float32, or float64 for float64 inputs. It
+never holds (T, V) or checks values: rows must be live and ids valid. docs/math.md has formulas, reference.py the names.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def block_shape(
     workspace_bytes: int,
     itemsize: int,
 ) -> tuple[int, int]:
-    """(token rows, vocabulary columns) of one block. Half of the budget is for widened hidden, the other for eight
-    blocks of logits and for the widened slice of the weight and its gradient: of all these the loops hold the last
-    round's while they make the next. A block has at least 16 x 16 entries, whatever the budget.
+    """(token rows, vocabulary columns) of one block. Half of the budget is for widened hidden, the other half for eight
+    blocks of logits and for the widened slice of the weight and its gradient: the loops hold those of one round while
+    they make the next. A block has at least 16 x 16 entries, whatever the budget.
     """
     budget = workspace_bytes // itemsize
     rows = max(16, min(T, 1024, budget // (4 * max(D, 64) + 128)))
@@ -38,7 +38,7 @@ def _spans(size: int, step: int) -> Iterator[slice]:
 
 
 def _block_logits(
-    hidden: Tensor,  # (t, D), already widened, like all that follow
+    hidden: Tensor,  # (t, D), already widened, as are the others
     weight: Tensor,  # (v, D)
     bias: Tensor | None,  # (v,)
     low_rank_hidden: Tensor | None,  # (t, R)
@@ -55,7 +55,7 @@ def _block_logits(
 
 
 def _to_logits(z: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor | None]:
-    """The product, in place, to logits; and, under softcap, the derivative of the cap."""
+    """Turns z = hidden @ weight.T (+ bias) into logits, in place; and, under softcap, the derivative of the cap."""
     z *= options.logit_scale
     d_cap = None
     if options.softcap is not None:
@@ -74,8 +74,8 @@ def forward_in_blocks(
     targets: Tensor,  # (T,) int64, all valid
     options: HeadOptions,
 ) -> LogpStats:
-    """All per-row results by online log-sum-exp over vocabulary blocks, lse in float64. 2 T D V FLOP; workspace within
-    the budget.
+    """All per-row results by online log-sum-exp over vocabulary blocks, with lse in float64. It takes 2 T D V FLOP, and
+    keeps its workspace within the budget.
     """
     dtype = accumulator(hidden.dtype)
     (T, D), V = hidden.shape, weight.shape[0]
@@ -98,15 +98,15 @@ def forward_in_blocks(
             target_logits += _at_target(z, y, v)
             plain += z.sum(1)
             block_top, block_id = z.max(1)
-            # Strictly greater: among ties the first block, and in a block the first id, stays. NaN stays too.
+            # The comparison is strict, so that among ties the first block, and in it the first id, stays. NaN stays.
             top_id = torch.where(block_top > top, _first_argmax(z, block_top, block_id) + v.start, top_id)
             new_top = torch.maximum(top, block_top)
-            # Neither -inf + inf in a row of -inf so far, nor inf - inf where a logit is infinite.
+            # A finite shift avoids -inf + inf in a row of -inf so far, and inf - inf where a logit is infinite.
             shift = torch.where(torch.isfinite(new_top), new_top, 0)
             rescale = torch.exp(top - shift)
             z -= shift[:, None]
             e = torch.exp(z)
-            # sum e (z - shift): relative to the new shift, as total is.
+            # weighted = sum e (z - shift) must be relative to the new shift, as total is.
             moved = torch.where(total == 0, 0, total * (top - shift))
             weighted = (weighted + moved) * rescale + torch.where(e == 0, 0, e * z).sum(1)
             total = total * rescale + e.sum(1)
@@ -137,7 +137,7 @@ def _at_target(block: Tensor, targets: Tensor, v: slice) -> Tensor:  # (t, v), (
 
 
 def _first_argmax(z: Tensor, top: Tensor, index: Tensor) -> Tensor:
-    """`Tensor.max` may return any index among ties; the lowest is wanted."""
+    """The lowest index among ties, of which `Tensor.max` may return any."""
     ties = z == top[:, None]
     return torch.where(ties.any(1), ties.to(torch.int8).argmax(1), index)
 
@@ -150,23 +150,23 @@ def backward_in_blocks(
     low_rank_weight: Tensor | None,  # (V, R)
     targets: Tensor,  # (T,) int64, all valid
     lse: Tensor,  # (T,) float64, from the forward
-    d_target: Tensor,  # (T,) of reference.row_gradients, as the next
+    d_target: Tensor,  # (T,) from reference.row_gradients, as is d_softmax
     d_softmax: Tensor,  # (T,)
     options: HeadOptions,
-    needs: tuple[bool, ...],  # which of HeadGradients
+    needs: tuple[bool, ...],  # which fields of HeadGradients are needed
 ) -> HeadGradients:
     """The needed gradients from logits rebuilt block by block: 2 T D V FLOP and as many again for each of d_hidden and
     d_weight.
 
-    Vocabulary blocks outside: a block of d_weight is accumulated over all rows and rounded once; d_hidden is
-    accumulated in one float32 (T, D) buffer.
+    The outer loop is over vocabulary blocks: a block of d_weight is accumulated over all rows and rounded once;
+    d_hidden is accumulated in one float32 (T, D) buffer.
     """
     dtype = accumulator(hidden.dtype)
     (T, D), V = hidden.shape, weight.shape[0]
     R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
     rows, columns = block_shape(T, D + R, V, options.workspace_bytes, dtype.itemsize)
     inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    # By row (indices 0 and 3) gradients are accumulated over the whole loop; by vocabulary (1, 2, 4) a block at a time.
+    # Gradients by row (0 and 3) are accumulated over the whole loop, those by vocabulary (1, 2, 4) a block at a time.
     out: list[Tensor | None] = [None] * 5
     mass = hidden.new_zeros(T, dtype=dtype) if needs[5] else None
     shift, d_softmax, factor = known_softmax(lse, d_softmax.to(dtype))
@@ -224,7 +224,7 @@ def target_logits(
     targets: Tensor,  # (T,) int64, all valid
     options: HeadOptions,
 ) -> Tensor:  # (T,) float32 | float64
-    """logits[t, targets[t]] alone, in blocks of rows: 2 T D FLOP. With a known lse, all that token_logps need."""
+    """logits[t, targets[t]] alone, in blocks of rows: 2 T D FLOP. token_logps need no more where the lse is known."""
     dtype = accumulator(hidden.dtype)
     T, D = hidden.shape
     R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
@@ -240,16 +240,16 @@ def target_logits(
     return out
 
 
-# Float32 sums of exponentials by block err by at most this much of themselves (64 additions a lane, then float64).
+# Relative error of float32 sums of exponentials by block, at most (64 additions a lane, then float64).
 SUM_ERROR = 2.0**-18
 
 
 class Expectations(NamedTuple):
-    """What d token_logps / d hidden is made of, by row: with y the target and c the cap's slope (1 without a cap),
+    """The parts of d token_logps / d hidden, by row. With y the target and c the cap's slope (1 without a cap),
 
     d token_logps / d hidden = logit_scale / temperature (coefficients weight[y] - expected_weight).
 
-    The target stays out of the sums, so that nothing cancels in a row that is sure of it.
+    The target stays out of the sums, so that nothing cancels in a row whose p_y is near 1.
     """
 
     token_logps: Tensor  # (T,)
@@ -257,8 +257,8 @@ class Expectations(NamedTuple):
     coefficients: Tensor  # (T,) c_y (1 - p_y)
     expected_weight: Tensor  # (T, D) sum over v != y of p_v c_v weight_v
     expected_low_rank: Tensor | None  # (T, R) sum over v != y of p_v c_v low_rank_weight_v
-    doubts: Tensor | None = None  # (T,) with a tolerance: 1 - p_y, and
-    dropped: Tensor | None = None  # (T,) at least the p_v that the sums leave out
+    doubts: Tensor | None = None  # (T,) non-target probability 1 - p_y; None without a tolerance
+    dropped: Tensor | None = None  # (T,) at least the sum of p_v that is left out; None without a tolerance
 
 
 def expectations_in_blocks(
@@ -274,9 +274,9 @@ def expectations_in_blocks(
 ) -> Expectations:
     """Forward and expectations in one pass over the vocabulary, by online softmax: 4 T D V FLOP.
 
-    grad_tol > 0: where the likely entries of a row say nearly all of a block, the others are left out of the
-    expectations, as long as what is left out so far is at most grad_tol of the sum of 1 - p_y so far, over the rows of
-    a block of tokens.
+    With grad_tol > 0, where a row's likely entries hold nearly all of a block's probability, the others are left out of
+    the expectations, as long as all that is left out so far is at most grad_tol of the sum of 1 - p_y so far, over the
+    rows of a block of tokens.
     """
     dtype = accumulator(hidden.dtype)
     (T, D), V = hidden.shape, weight.shape[0]
@@ -289,9 +289,9 @@ def expectations_in_blocks(
     for t in _spans(T, rows):
         h, y = hidden[t].to(dtype), targets[t]
         x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
-        top, rest = h.new_full((h.shape[0],), -math.inf), h.new_zeros(h.shape[0])  # rest: without the target
+        top, rest = h.new_full((h.shape[0],), -math.inf), h.new_zeros(h.shape[0])  # rest leaves out the target
         dropped = torch.zeros_like(rest)
-        # A lower bound on the row's sum of exponentials from the start.
+        # The target's logit bounds the row's sum of exponentials from below, from the first block on.
         ahead = target_logits(hidden[t], weight, bias, x, low_rank_weight, y, options) if grad_tol > 0 else None
         for v in _spans(V, columns):
             w = weight[v].to(dtype)
@@ -335,12 +335,12 @@ def expectations_in_blocks(
 
 
 def _finite_or_nan(total: Tensor) -> Tensor:  # (t,) -> (t,)
-    """A sum of exponentials is infinite where a logit is: then no probability of the row is a number."""
+    """NaN in place of an infinite sum of exponentials: where a logit is infinite, no probability of the row exists."""
     return torch.where(torch.isinf(total), torch.nan, total)
 
 
 def _affordable(cost: Tensor, allowance: Tensor) -> Tensor:  # (t,), (t,) -> (t,) bool
-    """The cheapest rows whose costs sum to at most the sum of all allowances; never one that is not finite."""
+    """The cheapest rows, whose costs sum to at most the sum of all allowances. Rows that are not finite never count."""
     order = cost.argsort(stable=True)
     fits = cost[order].cumsum(0) <= torch.where(torch.isfinite(allowance), allowance, 0).sum()
     return torch.zeros_like(fits).scatter_(0, order, fits)
@@ -348,11 +348,11 @@ def _affordable(cost: Tensor, allowance: Tensor) -> Tensor:  # (t,), (t,) -> (t,
 
 def jacobian(
     found: Expectations,
-    head: Head,  # rows live, like targets
+    head: Head,  # live rows, as are targets
     targets: Tensor,  # (T,) int64, all valid
     options: HeadOptions,
 ) -> tuple[Tensor, Tensor | None]:  # (T, D), (T, R) in the dtype of hidden
-    """d token_logps / d hidden and, with a second segment, / d low_rank_hidden. Consumes the expectations."""
+    """d token_logps / d hidden and, with low_rank, d token_logps / d low_rank_hidden. Overwrites the expectations."""
     chain = options.logit_scale / options.temperature
     out: list[Tensor | None] = [None, None]
     for i, (expected, factor) in enumerate(

@@ -1,9 +1,9 @@
-"""A vocabulary split over a process group: each rank holds some rows of the head, all ranks hold the same hidden states
-and targets.
+"""linear_logps for a vocabulary split over a process group: each rank holds some rows of the head, and all ranks hold
+the same hidden states and targets.
 
 Each rank runs the ordinary ops on its rows; two all-reduces of a few floats a token join the results, and one of (T, D)
-sums the gradient of hidden. Shards may be of any size and follow the order of ranks. Never gathers the weight or the
-logits. Every rank of the group must call, forward and backward.
+sums the gradient of hidden. Shards may have any size and follow the order of ranks. The weight and the logits are never
+gathered. Every rank of the group must call the forward and the backward.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from . import ops
 from .autograd import OfHead
 from .ops import Head
 
-_IGNORED = -100  # in the ids of a shard, whatever the caller's ignore_index: that one could be a valid id here
+_IGNORED = -100  # for the ids of a shard, among which the caller's ignore_index could be valid
 
 
 class ShardedLinearLogps(OfHead):
-    """`LinearLogps` over a group: the same arguments and the group; weight, bias and low_rank_weight are this rank's
-    rows. is_top1 is of size 0. Past the six, four outputs for the backward alone: the lse in float64, the targets as
-    ids of this shard, which of them are its own, which lie outside the vocabulary.
+    """`LinearLogps` over a group, with its arguments and the group; weight, bias and low_rank_weight are this rank's
+    rows. is_top1 has size 0. Four more outputs serve the backward alone: the lse in float64, the targets as ids of this
+    shard, whether each belongs to the shard, and whether it lies outside the vocabulary.
     """
 
     @staticmethod
@@ -58,12 +58,12 @@ class ShardedLinearLogps(OfHead):
         out = ops.linear_logps_forward(head, ids, replace(options, ignore_index=_IGNORED), stats, impl)
         assert out.lse is not None
 
-        # In float64, like every lse: few numbers a token, and a common offset of the logits costs no digit.
+        # These are in float64, like every lse: few numbers a token, and a common offset of the logits costs no digit.
         top = out.lse.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, process_group)
         shift = torch.where(torch.isfinite(top), top, 0)
         mass = torch.exp(out.lse - shift)
-        # A shard of -inf alone cannot say so by a difference.
+        # In a shard of -inf alone, token_logps + lse would be NaN.
         own = torch.where(out.lse == -torch.inf, out.lse, out.token_logps + out.lse)
         target_logits = torch.where(inside, own, 0)
         sums = [target_logits, mass]
@@ -103,7 +103,7 @@ class ShardedLinearLogps(OfHead):
         needs = (need[0], need[1], need[3], need[4], need[5], False)
         d_target, d_softmax = row_gradients(token_logps, d_token_logps, d_lse)
         d_softmax = torch.where(wrong, torch.nan, d_softmax)
-        # A row whose target lives elsewhere has id 0 here: an entry like any other.
+        # A row whose target is on another rank has id 0 here, which must count as an entry like any other.
         p = torch.exp(ops.token_logps_of(head, ids, lse, ctx.options))
         d_target = torch.where(inside, d_target, d_softmax * p)
         gradients = list(ops.linear_logps_backward(head, ids, lse, d_target, d_softmax, ctx.options, needs, ctx.impl))

@@ -153,7 +153,7 @@ def let_adapter_train(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if active & {*name.split(".")} and parameter.is_floating_point():
             parameter.requires_grad_(True)
-    warnings.warn(f"model had an adapter and nothing that trains: the adapter {', '.join(active)} does", stacklevel=3)
+    warnings.warn(f"model has an adapter but trains nothing: {', '.join(active)} is made trainable", stacklevel=3)
 
 
 def why_not_scored(model: Any) -> str:

@@ -87,7 +87,7 @@ def _remembered(model: nn.Module, layout: str, measure: Callable[[_Scores], str]
     bare = unwrap(model)
     parameter = next(bare.parameters(), None)
     if parameter is None or parameter.is_meta or _is_fake(parameter) or torch.compiler.is_compiling():
-        return ""  # nothing to measure
+        return ""  # such a model cannot be measured
     config: Any = getattr(bare, "config", None)
     attention = str(getattr(config, "_attn_implementation", None))
     key = layout, attention, parameter.device.type, parameter.dtype
@@ -214,7 +214,7 @@ def _compare(
         return f"in {name} {what}: its hidden states move by {_distance(found, again):.1e} with the other's tokens"
     noise = max(regrouped, *(_distance(row, alone) for row in rows))
     apart = _distance(found, alone)
-    if not apart <= max(8 * noise, 16 * score.eps * scale):  # NaN neither
+    if not apart <= max(8 * noise, 16 * score.eps * scale):  # NaN counts as a difference
         return f"in {name} {what}: its hidden states are {apart:.1e} off those of the sequence alone"
     return ""
 

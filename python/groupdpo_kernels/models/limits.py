@@ -47,7 +47,7 @@ def token_limit(model: Any) -> int | None:
         table = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    while table is not None and not hasattr(table, "num_embeddings"):  # under adapters
+    while table is not None and not hasattr(table, "num_embeddings"):  # adapters wrap the embedding
         table = next((m for n in ("base_layer", "original_module") if (m := table._modules.get(n)) is not None), None)
     return None if table is None else int(table.num_embeddings)
 
@@ -60,7 +60,7 @@ def check_inputs(model: Any, inputs: dict[str, Any]) -> None:
         return
     positions, limit = inputs.get("position_ids"), position_limit(model)
     length = ids.shape[1]
-    if isinstance(positions, Tensor):  # sequences in a row begin again at 0
+    if isinstance(positions, Tensor):  # in packed rows each sequence counts from 0
         length = int(positions.max()) + 1 if _readable(positions) and positions.numel() else 0
     if limit is not None and length > limit:
         raise ValueError(

@@ -123,7 +123,7 @@ def fit_scale_and_cap(
         return bool(((y - model).abs() <= tol * (model.abs() + 0.01 * y.abs().max())).all())
 
     scale = float(y @ z / (z @ z))
-    if not 0 < scale < math.inf:  # NaN neither
+    if not 0 < scale < math.inf:  # NaN fails too
         return None
     if fits(scale * z):
         return (1.0 if abs(scale - 1) < tol else scale), None
@@ -154,7 +154,7 @@ def quiet(model: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
     device_type = next((d.type for d in devices), "cuda")
     try:
         for m in training:
-            m.training = False  # not eval(), which a model may override with more effects
+            m.training = False  # eval() may be overridden with further effects
         with (
             torch.random.fork_rng(devices, device_type=device_type),
             torch.no_grad(),

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid  # not softplus, which is linear from 20 on
+from torch.nn.functional import logsigmoid  # softplus would be linear from 20 on
 
 from .groups import PreferenceGroups
 from .segments import seq_logps
@@ -216,7 +216,7 @@ class Loss(NamedTuple):
     no_balance: str = ""  # why AdaDPO's balance, which makes dL/du_w and -dL/du_l alike, has no meaning here
 
 
-APART = "it does not weigh the two sides alike"  # dL/du_w is not -dL/du_l, balance or none
+APART = "it does not weigh the two sides alike"  # dL/du_w is not -dL/du_l, with or without balance
 
 
 LOSSES: dict[str, Loss] = {

@@ -143,7 +143,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)  # the new name is an entry of the folder
     try:
-        with contextlib.suppress(OSError):  # some network file systems synchronise no folders
+        with contextlib.suppress(OSError):  # some network file systems cannot synchronise folders
             os.fsync(folder)
     finally:
         os.close(folder)

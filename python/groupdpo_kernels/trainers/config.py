@@ -81,7 +81,7 @@ class GroupDPOConfig(TrainingArguments):
         one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
         for name, nothing in {"label_smoothing_factor": 0.0, "include_for_metrics": []}.items():
             if (found := getattr(self, name)) != nothing:
-                raise ValueError(f"{name} must be {nothing}: it is of losses on labels; got {found!r}")
+                raise ValueError(f"{name} must be {nothing}: it belongs to losses on labels; got {found!r}")
         if (seen := self.include_num_input_tokens_seen) not in ("no", False):
             raise ValueError(f"include_num_input_tokens_seen must be 'no': num_tokens is logged anyway; got {seen!r}")
         check_not_compiled(self)

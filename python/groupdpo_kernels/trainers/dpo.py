@@ -9,8 +9,8 @@ logits/* and mean_token_accuracy are not logged, because the head gives log-prob
 
 The reference is the model as it is given. TRL instead loads again the checkpoint that the model once came from; here a
 model given as an object is copied, so weights that have moved since (the stages of sDPO) are what it starts from. With
-`peft_config` it is the model without its adapter; for a PeftModel it is TRL's copy of the adapter, named "ref". There
-is none for an objective without a reference (simpo, cpo, orpo), with which TRL refuses images.
+`peft_config` it is the model without its adapter; for a PeftModel it is TRL's copy of the adapter, named "ref". An
+objective without a reference (simpo, cpo, orpo) holds none; TRL then refuses images.
 
 The options of DPOConfig that describe the loss must keep their defaults, because `Objective` has them; they are listed
 in `misplaced.LOSS_OPTIONS`. TRL refuses adapters on the LM head; `GroupDPOTrainer` takes them.

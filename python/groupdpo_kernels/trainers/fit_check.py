@@ -39,7 +39,7 @@ def micro_batch_tokens_of(
 ) -> int:
     """Tokens of the largest micro-batch of the longest sequences in `groups` that fits in `memory` bytes."""
     longest = max(group.longest for group in groups)
-    if isinstance(ref_model, nn.Module):  # what is there already is not free
+    if isinstance(ref_model, nn.Module):  # its parameters on the device are not free memory
         memory -= sum(p.nbytes for p in ref_model.parameters() if p.device.type != device.type)
     memory = max(1, memory)
     size, one = largest_micro_batch(model, longest, memory, autocast=autocast, device=device.type)
@@ -68,7 +68,7 @@ def strategy_that_fits(
     keeps about 100. The bound leaves out the scores of eager attention and a mixture of experts.
     """
     responses, tokens = _shape_of(sorted(groups, key=_tokens_of)[-groups_per_step:])
-    if isinstance(ref_model, nn.Module):  # what is there already is not free
+    if isinstance(ref_model, nn.Module):  # its parameters on the device are not free memory
         memory -= sum(p.nbytes for p in ref_model.parameters() if p.device.type != device.type)
     config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
     known = config._attn_implementation != "eager" and not hasattr(config, "output_router_logits")
@@ -127,7 +127,7 @@ def check_group_fits(
     if SHARE * peak > memory:
         fits = f"'two_pass' fits with micro-batches of {size}" if size else f"'two_pass' takes {one / GiB:.2f} GiB"
         raise ValueError(
-            f"strategy must keep what fits: row {largest.row} of train_dataset has {len(largest.responses)} responses"
+            f"strategy must be one that fits: row {largest.row} of train_dataset has {len(largest.responses)} responses"
             f" of some {tokens} tokens, whose graph takes {peak / GiB:.2f} GiB with parameters and gradients,"
             f" and {memory / GiB:.2f} GiB are there; {fits}; got 'coupled'"
         )

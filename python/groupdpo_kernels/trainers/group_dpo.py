@@ -246,7 +246,7 @@ class GroupDPOTrainer(Trainer):
     # -------------------------------------------------------------------------------------------------------- the steps
 
     def _forward(self, model: Any, mb: MicroBatch, share: float | None = None) -> tuple[Tensor, ...]:
-        """(token_logps (t,), cu_seqlens (s+1,)), and with `share`, mb's part of the step, share * auxiliary loss."""
+        """(token_logps (t,), cu_seqlens (s+1,)); and share * auxiliary loss where `share`, mb's part, is given."""
         weight = 0.0 if share is None else self.aux_coef * share
         options = {"output_router_logits": True} if weight else {}
         with self.accelerator.autocast():

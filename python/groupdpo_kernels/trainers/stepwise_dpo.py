@@ -84,7 +84,7 @@ class StepwiseDPO:
         self.grouped = isinstance(args, GroupDPOConfig)
         if not self.grouped and "DPOConfig" not in (
             kind.__name__ for kind in type(args).__mro__
-        ):  # TRL is not imported
+        ):  # without TRL, args cannot be a trl.DPOConfig
             raise TypeError(f"args must be a GroupDPOConfig or a trl.DPOConfig; got {type(args).__name__}")
         if not isinstance(objective, Objective):
             raise TypeError(f"objective must be an Objective; got {objective!r}")
