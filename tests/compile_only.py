@@ -9,6 +9,7 @@ and prints registers, spilled bytes and shared memory; test_compile_only.py hold
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import multiprocessing
 import os
@@ -279,13 +280,18 @@ def tma_stores(kernel: Any) -> int:
 
 def machine_code(kernel: Any) -> str:
     """SASS, by the disassembler that comes with Triton."""
+    return _disassembled(kernel.asm["cubin"])
+
+
+@functools.lru_cache(maxsize=1)  # a kernel is read for its instructions and for its stores
+def _disassembled(cubin: bytes) -> str:
     import triton
 
     nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile() as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        return subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([nvdisasm, "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def worst(kernels: Sequence[Compiled]) -> list[Compiled]:

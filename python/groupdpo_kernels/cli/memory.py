@@ -107,7 +107,9 @@ def plan(
     autocast: bool = typer.Option(False, help="Whether the forward computes in bfloat16, whatever the parameters are."),
     optimizer: str = _OPTIMIZER,
     lora_rank: int = typer.Option(0, help="LoRA rank; 0 trains all weights."),
-    checkpointing: bool = typer.Option(True, "--checkpointing/--no-checkpointing"),
+    checkpointing: bool = typer.Option(
+        True, "--checkpointing/--no-checkpointing", help="Whether layers are computed again in the backward."
+    ),
     ranks: int = typer.Option(1, help="Number of GPUs over which FSDP shards the model."),
     reference: bool = typer.Option(False, help="Whether the GPU also holds a frozen copy of the model."),
     headroom: float = typer.Option(0.05, help="Share of the memory that must stay free."),

@@ -38,18 +38,22 @@ def train(
     device: str | None = typer.Option(None, help="Device that trains: auto, cpu or cuda."),
     dtype: str | None = typer.Option(None, help="Type of the weights: float32 (default), bfloat16, auto (as saved)."),
     loss: str | None = typer.Option(None, help="Name of the loss: sigmoid (DPO, default), mpo, all_pairs, simpo, ..."),
-    beta: float | None = typer.Option(None),
+    beta: float | None = typer.Option(None, help="The scale of the scores (default 0.1)."),
     average: bool | None = typer.Option(None, "--average/--sum", help="Whether scores are per token or per response."),
-    reference_free: bool | None = typer.Option(None, "--reference-free/--reference"),
+    reference_free: bool | None = typer.Option(
+        None, "--reference-free/--reference", help="Scores without a reference model, or with one."
+    ),
     nll_weight: float | None = typer.Option(None, help="Weight of the negative log-likelihood of the positives."),
-    label_smoothing: float | None = typer.Option(None),
+    label_smoothing: float | None = typer.Option(None, help="The probability that a preference is wrong (default 0)."),
     gamma: float | None = typer.Option(None, help="Target margin of simpo."),
     alpha: float | None = typer.Option(None, help="Reward for each token in rdpo."),
     tau: float | None = typer.Option(None, help="Width of discopop's change of loss (default 0.05)."),
     balance: bool | None = typer.Option(None, "--balance/--no-balance", help="Whether to use AdaDPO's balance."),
     strategy: str | None = typer.Option(None, help="How a step runs: auto (default), two_pass, one_pass or coupled."),
-    learning_rate: float | None = typer.Option(None, "--learning-rate", "--lr"),
-    epochs: float | None = typer.Option(None),
+    learning_rate: float | None = typer.Option(
+        None, "--learning-rate", "--lr", help="The peak learning rate (default 1e-6)."
+    ),
+    epochs: float | None = typer.Option(None, help="Passes over the data (default 3)."),
     max_steps: int | None = typer.Option(None, help="Number of steps, in place of --epochs."),
     groups_per_step: int | None = typer.Option(None, help="Groups in a step (default 8)."),
     micro_batch_sequences: int | None = typer.Option(None, help="The most responses of a micro-batch (default 4)."),
@@ -60,7 +64,7 @@ def train(
     merge_prompts: bool | None = typer.Option(None, help="Whether rows of one prompt become one group."),
     lora_rank: int | None = typer.Option(None, help="Rank of a LoRA adapter on every linear layer (default: none)."),
     bf16: bool | None = typer.Option(None, "--bf16/--fp32", help="Arithmetic of the forward (default: bf16 on a GPU)."),
-    seed: int | None = typer.Option(None),
+    seed: int | None = typer.Option(None, help="The seed of shuffling and of new adapters (default 42)."),
     save_steps: int | None = typer.Option(None, help="Number of steps between checkpoints (default 100)."),
 ) -> None:
     """Train a model on groups of preferences. The same command again resumes where it was stopped or killed."""
