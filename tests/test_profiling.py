@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def test_interruption_keeps_what_was_measured(tmp_path: Path) -> None:
     sizes = ",".join(map(str, range(2, 60, 2)))
     command += ["cpu", "--layers", "1", "--tokens", "16", "--groups", sizes, "--kinds", "memory", "--settings", "full"]
     path = tmp_path / "measured.jsonl"
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A job in the background of a shell ignores the signal, and its children inherit that.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     try:
         # It waits for the first figures, however long a busy machine takes for them, or for the end of the process.
         while running.poll() is None and not (path.exists() and len(path.read_text().splitlines()) > 1):
