@@ -59,8 +59,8 @@ class Reasoned(str):
     def __hash__(self) -> int:
         return hash((str(self), self.reasoning))
 
-    def __getnewargs__(self) -> tuple[str, str]:  # for pickle and copy
-        return str(self), self.reasoning
+    def __reduce__(self) -> tuple[Any, ...]:  # for pickle and copy
+        return Reasoned, (str(self), self.reasoning)
 
 
 class Group(NamedTuple):
