@@ -8,7 +8,9 @@
 #endif
 
 #include <algorithm>
+#include <functional>
 #include <limits>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 // A plain C function of the matrix library in torch's x86 builds; null where torch has none.
@@ -95,6 +97,7 @@ int64_t most_tile_rows(bool large) {
   return large ? 512 : 256;
 }
 constexpr int64_t kMostTileColumns = 512;
+constexpr int64_t kLongSum = 256;
 
 // The library cuts a product by the number of threads that it may use, inside of a parallel region too, where it uses
 // one: on processors with AVX-512 its sums then depend on that number. While this lives it may use one.
@@ -152,14 +155,22 @@ void multiply(const Matrix& out, const Factor& a, const Factor& b, bool accumula
   const int64_t rows = even(out.rows, most_tile_rows(a.bf16 || a.column_stride != 1));
   const int64_t columns = even(out.columns, kMostTileColumns);
   const int64_t across = ceil_div(out.columns, columns), tiles = ceil_div(out.rows, rows) * across;
+  // A long sum is added to `out` once it is whole. Some kernels of the library would begin with what is there, and add
+  // thousands of small terms to what one large term, a token's target, has left.
+  const bool apart = accumulate && a.columns >= kLongSum;
   // A second, empty task makes a parallel region of a single tile: outside of one the library would take all threads.
   torch::stable::parallel_for(0, std::max<int64_t>(tiles, 2), 1, [&](int64_t begin, int64_t end) {
     const OneThread limit;
+    std::vector<float> sums(apart && begin < tiles ? rows * columns : 0);
     for (int64_t tile = begin; tile < std::min(end, tiles); ++tile) {
       const int64_t i = tile / across * rows, j = tile % across * columns;
       const int64_t height = std::min(rows, out.rows - i), width = std::min(columns, out.columns - j);
-      multiply_tile(out.take(i, height).take_columns(j, width), a.take(i, height), b.take_columns(j, width),
-                    accumulate);
+      const Matrix here = out.take(i, height).take_columns(j, width);
+      const Matrix sum = apart ? Matrix{sums.data(), height, width, width} : here;
+      multiply_tile(sum, a.take(i, height), b.take_columns(j, width), accumulate && !apart);
+      for (int64_t row = 0; apart && row < height; ++row) {
+        std::transform(here.row(row), here.row(row) + width, sum.row(row), here.row(row), std::plus<>());
+      }
     }
   });
 }

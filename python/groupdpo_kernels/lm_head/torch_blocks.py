@@ -37,6 +37,18 @@ def _spans(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
+def _add_gemm(
+    out: Tensor,  # (t, n), added to
+    a: Tensor,  # (t, k)
+    b: Tensor,  # (k, n)
+) -> None:
+    """out += a @ b, by parts of the sum. Some kernels of MKL add thousands of small terms one by one to what one large
+    term, a token's target, has left.
+    """
+    for part in _spans(a.shape[1], 2048):
+        out += a[:, part] @ b[part]
+
+
 def _block_logits(
     hidden: Tensor,  # (t, D), already widened, as are the others
     weight: Tensor,  # (v, D)
@@ -196,9 +208,9 @@ def backward_in_blocks(
                 d_raw *= d_cap
             d_raw *= options.logit_scale / options.temperature
             if (d_hidden := out[0]) is not None:
-                d_hidden[t].addmm_(d_raw, w)
+                _add_gemm(d_hidden[t], d_raw, w)
             if (d_x := out[3]) is not None and u is not None:
-                d_x[t].addmm_(d_raw, u)
+                _add_gemm(d_x[t], d_raw, u)
             if 1 in block:
                 block[1].addmm_(d_raw.T, h)
             if 2 in block:
