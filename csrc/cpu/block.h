@@ -278,8 +278,8 @@ class Narrowed {
   SharedScratch scratch_;
 };
 
-// A message that names the first thing wrong with shapes and dtypes, by exception. Users meet the checks of lm_head/api.py;
-// these are for callers of the raw ops.
+// A message that names the first thing wrong with shapes and dtypes, by exception. Users meet the checks of
+// lm_head/api.py; these are for callers of the raw ops.
 void check(const Head& head, const Tensor& targets);
 void check_row_vector(const Tensor& x, const char* name, int64_t T, ScalarType dtype = ScalarType::Float);
 

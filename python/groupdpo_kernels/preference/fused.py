@@ -103,31 +103,6 @@ def _(d_loss, coefficients, cu_seqlens, T):
     return coefficients.new_empty(T)
 
 
-# Callers use these typed functions, since the ops themselves carry no types.
-
-
-def preference_weights_forward(
-    token_logps: Tensor,  # (T,) float32
-    ref_logps: Tensor | None,  # (S,) or (T,) float32
-    cu_seqlens: Tensor,  # (S+1,) int32 | int64
-    cu_groups: Tensor,  # (G+1,) int32 | int64
-    positive: Tensor,  # (S,) bool
-    spec: LossSpec,
-    max_group: int,
-) -> tuple[Tensor, ...]:
-    op: Callable[..., Any] = torch.ops.groupdpo_kernels.preference_weights_forward
-    return tuple(op(token_logps, ref_logps, cu_seqlens, cu_groups, positive, *spec, max_group))
-
-
-def preference_weights_backward(
-    d_loss: Tensor,  # () float32
-    coefficients: Tensor,  # (S,) float32
-    cu_seqlens: Tensor,  # (S+1,) int32 | int64
-    T: int,
-) -> Tensor:  # (T,) float32
-    return torch.ops.groupdpo_kernels.preference_weights_backward(d_loss, coefficients, cu_seqlens, T)
-
-
 class PreferenceWeights:
     """`PreferenceWeights.apply(token_logps, ref_logps, cu_seqlens, cu_groups, positive, spec, max_group, impl)`.
 
@@ -169,7 +144,8 @@ class WeightedPreference(NotUnderVmap):
         spec: LossSpec,
         max_group: int,
     ) -> tuple[Tensor, ...]:
-        return preference_weights_forward(token_logps, ref_logps, cu_seqlens, cu_groups, positive, spec, max_group)
+        op: Callable[..., Any] = torch.ops.groupdpo_kernels.preference_weights_forward
+        return tuple(op(token_logps, ref_logps, cu_seqlens, cu_groups, positive, *spec, max_group))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -184,5 +160,5 @@ class WeightedPreference(NotUnderVmap):
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         coefficients, cu_seqlens = ctx.saved_tensors
-        d_token_logps = preference_weights_backward(d_loss, coefficients, cu_seqlens, ctx.T)
-        return d_token_logps, *[None] * 6
+        op: Callable[..., Tensor] = torch.ops.groupdpo_kernels.preference_weights_backward
+        return op(d_loss, coefficients, cu_seqlens, ctx.T), *[None] * 6

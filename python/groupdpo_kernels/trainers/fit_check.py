@@ -39,9 +39,7 @@ def micro_batch_tokens_of(
 ) -> int:
     """Tokens of the largest micro-batch of the longest sequences in `groups` that fits in `memory` bytes."""
     longest = max(group.longest for group in groups)
-    if isinstance(ref_model, nn.Module):  # its parameters on the device are not free memory
-        memory -= sum(p.nbytes for p in ref_model.parameters() if p.device.type != device.type)
-    memory = max(1, memory)
+    memory = max(1, memory - _still_to_move(ref_model, device))
     size, one = largest_micro_batch(model, longest, memory, autocast=autocast, device=device.type)
     if not size:
         raise ValueError(
@@ -68,8 +66,7 @@ def strategy_that_fits(
     keeps about 100. The bound leaves out the scores of eager attention and a mixture of experts.
     """
     responses, tokens = _shape_of(sorted(groups, key=_tokens_of)[-groups_per_step:])
-    if isinstance(ref_model, nn.Module):  # its parameters on the device are not free memory
-        memory -= sum(p.nbytes for p in ref_model.parameters() if p.device.type != device.type)
+    memory -= _still_to_move(ref_model, device)
     config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
     known = config._attn_implementation != "eager" and not hasattr(config, "output_router_logits")
     bound = 256 * responses * tokens * _layers_by_width(config) + _with_adamw(model)
@@ -83,6 +80,13 @@ def strategy_that_fits(
     what = f"the whole graph of a step of {responses} responses of some {tokens} tokens takes"
     amount = f"{'less than ' if peak == bound else ''}{peak / GiB:.2f} GiB of the {memory / GiB:.2f} GiB that are there"
     return "coupled" if peak < memory else "two_pass", f"{what} {amount}"
+
+
+def _still_to_move(ref_model: Any, device: torch.device) -> int:
+    """Bytes that a reference model will take on the device, where it is not yet."""
+    if not isinstance(ref_model, nn.Module):
+        return 0
+    return sum(p.nbytes for p in ref_model.parameters() if p.device.type != device.type)
 
 
 def _tokens_of(group: TokenGroup) -> int:
