@@ -83,7 +83,9 @@ def test_what_cannot_be_scored_has_a_line(folder: Path, tmp_path: Path) -> None:
     assert third["skipped"] == "empty: a response has no tokens"
     other = tmp_path / "cut.jsonl"
     assert invoke("logps", folder, rows, other, "--max-length", 20, "--too-long", "truncate_prompt").exit_code == 0
-    assert lines(other)[1]["logp"] < 0 and lines(other)[0] == first
+    again, cut, _ = lines(other)
+    assert cut["logp"] < 0 and again["row"] == 0
+    assert again["logp"] == pytest.approx(first["logp"], rel=1e-6)  # in another batch, a GEMM may round otherwise
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

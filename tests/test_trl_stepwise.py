@@ -10,7 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 import trl
 from tiny_trl import COMMON, GROUPS, PAIRS, llama, lora
 from torch import nn
@@ -144,8 +143,20 @@ def test_an_interrupted_run_ends_with_the_same_weights(stages: Any, kind: str, t
 def test_bfloat16(stages: Any) -> None:
     """Autocast is on when a part is scored, too, and no wrapper of it stays on the model."""
     run = stages(options={"bf16": True}, peft_config=lora())
-    run.train()
-    assert first_losses(run) == dict.fromkeys((1, 2, 3), pytest.approx(math.log(2), abs=1e-5))
+    on: list[bool] = []
+
+    def note(module: Any, args: Any) -> None:
+        if isinstance(module, torch.nn.Embedding) and args[0].shape[1] > 10:  # a probe has ten tokens at most
+            on.append(torch.is_autocast_enabled("cpu"))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        run.train()
+    finally:
+        hook.remove()
+    assert on and all(on)
+    # A part is scored in another batch than it trains in, and bfloat16 GEMMs may round by their shape.
+    assert first_losses(run) == dict.fromkeys((1, 2, 3), pytest.approx(math.log(2), abs=2e-3))
     assert not any("forward" in module.__dict__ for module in run.model.modules())
 
 

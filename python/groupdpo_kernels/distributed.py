@@ -145,6 +145,12 @@ class Ranks:
     def _only_ddp(self) -> bool:
         return bool(self.wrappers) and all(kind_of(w) == DDP for w in self.wrappers)
 
+    def check_shared_prompt(self) -> None:
+        """ValueError where a wrapper's collectives would have to count a prompt's forward as a micro-batch."""
+        if self.wrappers and not self._only_ddp:
+            got = next(kind for kind in map(kind_of, self.wrappers) if kind != DDP)
+            raise ValueError(f"micro_batches must not share a prompt under {got}; got a SharedPrompt")
+
     @property
     def missing(self) -> int:
         """How many micro-batches fewer than another rank this one has, where each of them is a collective."""

@@ -6,8 +6,10 @@ same prompt tokens, and the tokens of the response are scored, its end of text i
     padded   (S, L)   one sequence a row, padded on the right, with an attention mask
     packed   (1, N)   all sequences in one row, with position_ids from 0 in each: no padding
 
-Both hold the same sequences, and `MicroBatch.live` picks the same vector (T,) from either.
-It never imports transformers, breaks the order of a group, or shares a prompt between responses: each repeats it.
+Both hold the same sequences, and `MicroBatch.live` picks the same vector (T,) from either. With `share_prompt` a prompt
+is computed once for its responses: `Prompts` holds all of it but its last token, which begins each of the rows.
+
+The module never imports transformers, or breaks the order of a group.
 It needs a tokenizer with the interface of transformers, and its chat template for conversations.
 The cost is the tokenizer's; collation is linear, without a loop over tokens.
 """
@@ -15,6 +17,7 @@ The cost is the tokenizer's; collation is linear, without a loop over tokens.
 from __future__ import annotations
 
 import copy
+import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..checks import one_of
+from ..preference.group_backward import SharedPrompt
 from ..preference.groups import PreferenceGroups
 from .formats import BadRow, Group, Reasoned, Report
 
@@ -332,16 +336,43 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """Prompts without their last tokens: `attach(model).prefix(prompts.input_ids, **prompts.inputs)`."""
+
+    input_ids: Tensor  # (B, P) int64, padded on the left
+    inputs: dict[str, Tensor]  # position_ids and, where there are several prompts, attention_mask, (B, P) int64
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Prompts:
+        inputs = {name: x.to(device, non_blocking=non_blocking) for name, x in self.inputs.items()}
+        return Prompts(self.input_ids.to(device, non_blocking=non_blocking), inputs)
+
+
+@dataclass(frozen=True)
 class PreferenceBatch:
     """Groups as tensors: the sequences of all micro-batches, in order, are the S sequences of `groups`."""
 
-    micro_batches: list[MicroBatch]
+    parts: list[Any]  # what group_backward takes: a MicroBatch, or a SharedPrompt of Prompts and MicroBatches
     groups: PreferenceGroups
     order: Tensor  # (S,) int64, each sequence's place before the sort: `out[order] = seq_logps` undoes it
 
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        """All micro-batches, in order. Those that share a prompt hold only its last token."""
+        return [mb for part in self.parts for mb in (part.micro_batches if isinstance(part, SharedPrompt) else [part])]
+
+    @property
+    def computed_tokens(self) -> int:
+        """The number of positions that a forward of all parts computes, padding included."""
+        prompts = [part.prompt for part in self.parts if isinstance(part, SharedPrompt)]
+        return sum(x.input_ids.numel() for x in (*prompts, *self.micro_batches))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
-        moved = [mb.to(device, non_blocking) for mb in self.micro_batches]
-        return PreferenceBatch(moved, self.groups.to(device, non_blocking), self.order.to(device))
+        def move(part: Any) -> Any:
+            if not isinstance(part, SharedPrompt):
+                return part.to(device, non_blocking)
+            return SharedPrompt(part.prompt.to(device, non_blocking), [*map(move, part.micro_batches)])
+
+        return PreferenceBatch([*map(move, self.parts)], self.groups.to(device, non_blocking), self.order.to(device))
 
 
 def collate(
@@ -352,6 +383,8 @@ def collate(
     max_sequences: int | None = None,
     sort: bool = False,
     pad_id: int = 0,
+    share_prompt: bool = False,
+    prompts_together: bool = True,
 ) -> PreferenceBatch:
     """One step's groups as tensors, in as many micro-batches as the limits demand, or in one without limits.
 
@@ -360,30 +393,42 @@ def collate(
         def forward(mb):
             return mb.live(model_logps(model, mb.input_ids, mb.targets, **mb.inputs)), mb.cu_seqlens
 
-        group_backward(step.micro_batches, forward, step.groups, objective)
+        group_backward(step.parts, forward, step.groups, objective)
 
     Args:
         layout: "padded", right for nearly every model, or "packed", without padding, for models that keep sequences
             apart by their position_ids: rotary attention of transformers 5 does, flash or not; ALiBi and recurrent
             layers do not. `model_logps` measures it, and refuses sequences that the model would mix.
-        max_tokens: the most tokens of a micro-batch, padding included.
+        max_tokens: the most tokens of a micro-batch, padding included, and of the prompt that it shares.
         max_sequences: the most sequences of a micro-batch, which may hold parts of several groups.
         sort: whether the longest groups come first, so that rows of a padded micro-batch have similar lengths and the
             largest micro-batch is the first. Groups stay whole; `order` says where each sequence came from.
         pad_id: the token id of the padding, which is masked and never scored.
+        share_prompt: whether the responses of a group share their prompt, for a model that can
+            (`models.why_not_shared`); forward is then a SharedForward, for example `models.SharedPromptForward`.
+            Responses are padded, whatever the layout. A prompt of one token or of one response is not shared.
+        prompts_together: whether several small groups may share one forward of their prompts, padded on the left
+            (`models.why_not_left_padded`), where all of their responses fit in one micro-batch.
     """
     if not groups:
         raise ValueError("groups must hold at least one group; got none")
+    one_of("layout", layout, ("packed", "padded"))
     longest = [g.longest for g in groups]
     if max_tokens is not None and max(longest) > max_tokens:
         row = groups[longest.index(max(longest))].row
         raise ValueError(f"max_tokens must be at least {max(longest)}, the sequence of row {row}; got {max_tokens}")
+    limits = _Limits.checked(max_tokens, max_sequences)
     places = sorted(range(len(groups)), key=lambda g: -longest[g]) if sort else range(len(groups))
     first = list(accumulate((len(g.responses) for g in groups), initial=0))
-    sequences = [(groups[g].prompt, response) for g in places for response in groups[g].responses]
-    limits: dict[str, Any] = {"max_tokens": max_tokens, "max_sequences": max_sequences}
+    parts: list[Any] = []
+    for shared, run in _runs([groups[g] for g in places], limits, share_prompt, prompts_together):
+        if shared:
+            parts.append(_shared_prompt(run, limits, pad_id))
+        else:
+            sequences = [(group.prompt, response) for group in run for response in group.responses]
+            parts += _micro_batches(sequences, layout, limits, pad_id)
     return PreferenceBatch(
-        micro_batches(sequences, layout, **limits, pad_id=pad_id),
+        parts,
         PreferenceGroups.from_lists(groups[g].positive for g in places),
         torch.tensor([i for g in places for i in range(first[g], first[g + 1])]),
     )
@@ -400,27 +445,107 @@ def micro_batches(
     """Micro-batches of sequences, in order, which need not belong to groups. The options are those of `collate`, but a
     sequence longer than max_tokens is a micro-batch by itself."""
     one_of("layout", layout, ("packed", "padded"))
-    for name, value in {"max_tokens": max_tokens, "max_sequences": max_sequences}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+    return _micro_batches(sequences, layout, _Limits.checked(max_tokens, max_sequences), pad_id)
+
+
+class _Limits(NamedTuple):
+    """The limits of a micro-batch; None where there is none."""
+
+    tokens: int | None
+    sequences: int | None
+
+    @classmethod
+    def checked(cls, max_tokens: int | None, max_sequences: int | None) -> _Limits:
+        for name, value in {"max_tokens": max_tokens, "max_sequences": max_sequences}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        return cls(max_tokens, max_sequences)
+
+    def fit(self, tokens: int, sequences: int) -> bool:
+        most_tokens, most_sequences = (math.inf if limit is None else limit for limit in self)
+        return tokens <= most_tokens and sequences <= most_sequences
+
+    def split(self, lengths: list[int], packed: bool = False) -> Iterator[tuple[int, int]]:
+        """Yields ranges of sequences, in order, each as long as the limits allow."""
+        start, total, longest = 0, 0, 0
+        for i, n in enumerate(lengths):
+            count, total, longest = i - start + 1, total + n, max(longest, n)
+            if not self.fit(total if packed else longest * count, count) and i > start:
+                yield start, i
+                start, total, longest = i, n, n
+        yield start, len(lengths)
+
+
+def _micro_batches(
+    sequences: Sequence[tuple[Tensor, Tensor]], layout: str, limits: _Limits, pad_id: int
+) -> list[MicroBatch]:
     lengths = [len(prompt) + len(response) for prompt, response in sequences]
-    parts = _split(lengths, layout, max_tokens, max_sequences)
+    parts = limits.split(lengths, layout == "packed")
     return [_micro_batch(sequences[start:end], layout, pad_id) for start, end in parts]
 
 
-def _split(
-    lengths: list[int], layout: str, max_tokens: int | None, max_sequences: int | None
-) -> Iterator[tuple[int, int]]:
-    """Yields ranges of sequences, in order, each as long as the limits allow."""
-    start, total, longest = 0, 0, 0
-    for i, n in enumerate(lengths):
-        count, total, longest = i - start + 1, total + n, max(longest, n)
-        tokens = total if layout == "packed" else longest * count
-        full = (max_tokens is not None and tokens > max_tokens) or (max_sequences is not None and count > max_sequences)
-        if full and i > start:
-            yield start, i
-            start, total, longest = i, n, n
-    yield start, len(lengths)
+def _runs(
+    groups: Iterable[TokenGroup], limits: _Limits, share_prompt: bool, prompts_together: bool
+) -> Iterator[tuple[bool, list[TokenGroup]]]:
+    """Yields the groups in runs, in order: (False, groups that share no prompt), or (True, groups whose prompts run
+    together). The latter are several only where all of their rows fit in one micro-batch, and where padding adds at
+    most a quarter to the tokens of their prompts.
+    """
+    run: list[TokenGroup] = []
+    shared = False
+    for group in groups:
+        shares = share_prompt and len(group.prompt) > 1 and len(group.responses) > 1
+        joins = shares == shared and (not shares or (prompts_together and _run_together([*run, group], limits)))
+        if run and not joins:
+            yield shared, run
+            run = []
+        run, shared = [*run, group], shares
+    yield shared, run
+
+
+def _run_together(groups: list[TokenGroup], limits: _Limits) -> bool:
+    prompts = [len(group.prompt) - 1 for group in groups]
+    rows = [len(response) for group in groups for response in group.responses]
+    padded = max(prompts) * len(prompts)
+    return limits.fit(padded + max(rows) * len(rows), len(rows)) and 4 * padded <= 5 * sum(prompts)
+
+
+def _shared_prompt(groups: Sequence[TokenGroup], limits: _Limits, pad_id: int) -> SharedPrompt:
+    """The prompts of some groups that run together, and the micro-batches of their responses."""
+    lengths = torch.tensor([len(group.prompt) - 1 for group in groups])  # (B,)
+    position = torch.arange(int(lengths.max())) - (lengths.max() - lengths).unsqueeze(1)  # (B, P), negative in padding
+    mask = (position >= 0).long()
+    prompts = _filled(mask, [group.prompt[:-1] for group in groups], pad_id)
+    several = {"attention_mask": mask} if len(groups) > 1 else {}
+    rows = [(g, response) for g, group in enumerate(groups) for response in group.responses]
+    left = limits if limits.tokens is None else limits._replace(tokens=limits.tokens - prompts.numel())
+    made = []
+    for start, end in left.split([len(response) for _, response in rows]):
+        of = torch.tensor([g for g, _ in rows[start:end]])  # (b,)
+        responses = [response for _, response in rows[start:end]]
+        sizes = torch.tensor([*map(len, responses)])  # (b,)
+        column = torch.arange(int(sizes.max()))
+        live = column < sizes.unsqueeze(1)  # (b, n)
+        begins = torch.stack([groups[g].prompt[-1] for g in of]).long()
+        ids = torch.cat([begins.unsqueeze(1), _filled(live, responses, pad_id)[:, :-1]], 1)
+        place = column.minimum(sizes.unsqueeze(1) - 1)  # padding repeats a position, so that there is one for it
+        inputs = {"position_ids": lengths[of].unsqueeze(1) + place}
+        if several:
+            inputs |= {"attention_mask": torch.cat([mask[of], live.long()], 1), "prompt_of": of}
+        offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).int()
+        index = live.reshape(-1).nonzero()[:, 0]
+        made.append(MicroBatch(ids, _filled(live, responses, -100), inputs, offsets, index))
+    return SharedPrompt(Prompts(prompts, {"position_ids": position.clamp(min=0), **several}), made)
+
+
+def _filled(
+    live: Tensor,  # (b, n)
+    parts: Sequence[Tensor],  # the tokens of each row
+    fill: int,
+) -> Tensor:  # (b, n) int64
+    out = torch.full(live.shape, fill)
+    out[live.bool()] = torch.cat([*parts]).long()
+    return out
 
 
 def _micro_batch(sequences: Sequence[tuple[Tensor, Tensor]], layout: str, pad_id: int) -> MicroBatch:

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from ..distributed import is_dtensor, reshard
 from .adapters import why_not_scored
 from .head_call import HeadCall, LogitMap, ScoreOptions, Tie, leaf_of, logps_in_chunks
-from .layouts import check_packed
+from .layouts import check_packed, why_not_shared
 from .limits import check_inputs
 from .probe import Probe, eager, head_of, logits_of, unwrap, without_cache
+from .shared_prompt import Prefix, cache_kept, cache_name, prefix_cache, rows_cache, without_positions
 
 
 def model_logps(
@@ -45,6 +46,7 @@ def model_logps(
     workspace_bytes: int = 2**28,
     impl: str = "auto",
     strict: bool = False,
+    prefix: Prefix | None = None,
     **inputs: Any,
 ) -> Tensor:  # (B, L) float32, float64 for a float64 model
     """Log-probability of each target under the model, differentiable in every parameter that trains.
@@ -69,18 +71,21 @@ def model_logps(
         ignore_index, temperature, grad_tol, workspace_bytes, impl: as in `linear_logps`. A head that is not linear
             (quantised, DoRA) is called on chunks of rows that fit workspace_bytes, whatever impl.
         strict: whether to raise ValueError instead of falling back to real logits.
+        prefix: keys and values of what stands before input_ids in every row, from `attach(model).prefix(...)`; an
+            empty one is none. position_ids must then be given, and attention_mask, where there is one, begins with the
+            prefix's. `prompt_of` (B,), among the inputs, is each row's prompt where the prefix has several.
         inputs: whatever else the model's forward takes: attention_mask, position_ids, pixel_values ...
             `use_cache=False` is added where the model takes it. `labels` is refused: the model would compute a loss of
             its own from logits that do not exist.
 
     Raises ValueError or TypeError for wrong targets, for `labels`; for more positions than a model with learned ones
     has, and, on the CPU, for ids without an embedding; for several sequences in a row of a model that mixes them; for
-    adapters with virtual tokens (prompt tuning); for a head that gives one rank's piece of the vocabulary (tensor
-    parallelism); and, under `strict`, where real logits are needed.
+    adapters with virtual tokens (prompt tuning); for a prefix of a model that cannot share one; for a head that gives
+    one rank's piece of the vocabulary (tensor parallelism); and, under `strict`, where real logits are needed.
     `attach(model).with_outputs(...)` gives the model's other outputs (the auxiliary loss of a mixture of experts).
     """
     options = ScoreOptions(ignore_index, temperature, grad_tol, workspace_bytes, impl, strict)
-    return AttachedModel(model, options)(input_ids, targets, **inputs)
+    return AttachedModel(model, options)(input_ids, targets, prefix=prefix, **inputs)
 
 
 def attach(
@@ -138,15 +143,19 @@ class AttachedModel:
         self,
         input_ids: Tensor | None,  # (B, L) integer
         targets: Tensor,  # (B, L) integer
+        *,
+        prefix: Prefix | None = None,
         **inputs: Any,
     ) -> Tensor:  # (B, L) float32
         """See `model_logps`."""
-        return self._run(input_ids, targets, inputs).token_logps
+        return self.with_outputs(input_ids, targets, prefix=prefix, **inputs).token_logps
 
     def with_outputs(
         self,
         input_ids: Tensor | None,  # (B, L) integer
         targets: Tensor,  # (B, L) integer
+        *,
+        prefix: Prefix | None = None,
         **inputs: Any,
     ) -> LogpsAndOutputs:
         """(token_logps, outputs): the second is what else the model's forward returns, with gradients. For example
@@ -154,7 +163,46 @@ class AttachedModel:
         token_logps, outputs = attach(model).with_outputs(input_ids, targets, output_router_logits=True)
         loss = preference(token_logps) + model.config.router_aux_loss_coef * outputs.aux_loss
         """
-        return self._run(input_ids, targets, inputs)
+        prompt_of = inputs.pop("prompt_of", None)
+        if not prefix:
+            return self._run(input_ids, targets, inputs)
+        if inputs.get("position_ids") is None:
+            raise ValueError("position_ids must be given with a prefix; got None")
+        return self._with_cache(rows_cache(prefix, prompt_of), input_ids, targets, inputs)
+
+    def prefix(
+        self,
+        input_ids: Tensor,  # (B, P) integer, prompts padded on the left, each without its last token
+        **inputs: Any,
+    ) -> Prefix:  # 2 tensors a layer
+        """The keys and values of prompts, in the graph, for `prefix` of `model_logps`. ValueError where
+        `why_not_shared` has a reason."""
+        return self.prefix_with_outputs(input_ids, **inputs)[0]
+
+    def prefix_with_outputs(
+        self,
+        input_ids: Tensor,  # (B, P) integer
+        **inputs: Any,
+    ) -> tuple[Prefix, Any]:
+        """(prefix, outputs), as `with_outputs` is to a call: the second is what else the model's forward returns."""
+        if why := why_not_shared(self.model, 0):
+            raise ValueError(f"model must be one that can share a prompt; {why}")
+        cache = prefix_cache()
+        targets = torch.full_like(input_ids, self.options.ignore_index)
+        outputs = self._with_cache(cache, input_ids, targets, inputs).outputs
+        return cache.tensors, outputs
+
+    def _with_cache(
+        self,
+        cache: Any,
+        input_ids: Tensor | None,  # (B, L)
+        targets: Tensor,  # (B, L)
+        inputs: dict[str, Any],
+    ) -> LogpsAndOutputs:
+        bare = unwrap(self.model)
+        inputs = {**without_positions(bare, inputs), "use_cache": True, cache_name(bare) or "cache": cache}
+        with cache_kept(bare):
+            return self._run(input_ids, targets, inputs)
 
     def _run(self, input_ids: Tensor | None, targets: Tensor, inputs: dict[str, Any]) -> LogpsAndOutputs:
         if inputs.get("labels") is not None:

@@ -8,7 +8,9 @@ A sequence goes through the model beside one neighbour, and beside another of th
 a model that keeps them apart gives equal bits; with experts, whose groups of tokens change, it gives the same up to
 rounding. Then the sequence goes alone: only as much may change as its place in a batch changes.
 
-The module never trains, caches keys, or leaves a flag or the random state changed, and forms logits only where the head
+    shared   a response after the keys and values of its prompt (shared_prompt.py), against the whole sequence
+
+The module never trains, or leaves a flag or the random state changed, and forms logits only where the head
 is not called once on all positions. It needs a model that takes plain token ids; all ranks of a sharded model must ask
 at the same time. The cost is five forwards of at most ten tokens, once per model and attention.
 """
@@ -27,6 +29,7 @@ from ..distributed import is_dtensor
 from .head_call import leaf_of, swapped
 from .limits import token_limit
 from .probe import head_of, logits_of, quiet, unwrap, without_cache
+from .shared_prompt import cache_name, prefix_cache, rows_cache, why_not_cached, without_positions
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 
@@ -43,6 +46,19 @@ def why_not_padded(model: nn.Module) -> str:
     return _remembered(model, "padded", _padded)
 
 
+def why_not_shared(model: nn.Module, longest: int | None = None) -> str:
+    """Why the prompt of several responses may not run once for all; empty if it may, or if that is not known.
+
+    longest: the most tokens of a prompt with a response, for models whose positions depend on it. None means any.
+    """
+    return why_not_cached(unwrap(model), longest) or _remembered(model, "shared", _shared)
+
+
+def why_not_left_padded(model: nn.Module) -> str:
+    """Why several prompts may not run together, padded on the left; empty if they may, or if that is not known."""
+    return _remembered(model, "left-padded", _left_padded)
+
+
 def check_packed(model: nn.Module, inputs: dict[str, Any]) -> None:
     """ValueError for several sequences in a row of a model that mixes them.
 
@@ -53,7 +69,8 @@ def check_packed(model: nn.Module, inputs: dict[str, Any]) -> None:
     plain = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1
     if plain:
         _check_mask(positions, inputs.get("attention_mask"))  # type: ignore[arg-type]
-    told = any(inputs.get(name) is not None for name in ("attention_mask", "cu_seq_lens_q", "seq_idx"))
+    names = "attention_mask", "cu_seq_lens_q", "seq_idx", "cache", "past_key_values"  # a cache: one sequence a row
+    told = any(inputs.get(name) is not None for name in names)
     if not plain or told or inputs.get("input_ids") is None:
         return
     why = why_not_packed(model)
@@ -127,8 +144,18 @@ class _Scores:
         with torch.autocast(kind, enabled=False):
             yield
 
-    def __call__(self, batch: Batch) -> Tensor:  # (B, L, D) float32
-        inputs = {**without_cache(self.bare), **{name: x.to(self.device) for name, x in batch.items()}}
+    def continued(self, prefix: Batch, rows: Batch, prompt_of: Tensor | None) -> Tensor:  # (b, L, D) float32
+        """Hidden states of rows after the keys and values of a prefix, which must be there for every layer."""
+        cache, name = prefix_cache(), cache_name(self.bare) or "cache"
+        self(prefix, **{"use_cache": True, name: cache})
+        if not cache.tensors or any(x is None for x in cache.tensors):
+            raise ValueError(f"{len(cache.tensors) // 2} layers keep keys and values")
+        place = None if prompt_of is None else prompt_of.to(self.device)
+        return self(rows, **{"use_cache": True, name: rows_cache(cache.tensors, place)})
+
+    def __call__(self, batch: Batch, **more: Any) -> Tensor:  # (B, L, D) float32
+        inputs = {**without_cache(self.bare), **{name: x.to(self.device) for name, x in batch.items()}, **more}
+        inputs = without_positions(self.bare, inputs) if more else inputs
         head = head_of(self.bare)
         seen: list[Tensor] = []
 
@@ -184,6 +211,60 @@ def _padded(score: _Scores) -> str:
         return score({"input_ids": ids, "attention_mask": mask})[0, :3]
 
     return _compare(score, second, beside, first, other, "padding on the right changes a sequence")
+
+
+def _shared(score: _Scores) -> str:
+    if score.ids is None:
+        return ""
+    prompt, responses = score.ids[:4], (score.ids[4:8], score.ids[9:13])
+    whole = [torch.cat([prompt, response]) for response in responses]
+    rows = {"input_ids": torch.stack(whole)[:, 3:], "position_ids": torch.arange(3, 8).repeat(2, 1)}
+    prefix = {"input_ids": prompt[None, :3], "position_ids": torch.arange(3)[None]}
+    return _compare_shared(score, whole, prefix, rows, None)
+
+
+def _left_padded(score: _Scores) -> str:
+    if score.ids is None:
+        return ""
+    long, short = score.ids[:8], score.ids[8:14]  # prompts of 4 and of 2 tokens, responses of 4
+    whole, prompt_of = [long, short, short.flip(0)[[5, 4, 0, 1, 2, 3]]], torch.tensor([0, 1, 1])
+    prefix = {
+        "input_ids": torch.stack([long[:3], short[[0, 0, 0]]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 1]]),
+        "position_ids": torch.tensor([[0, 1, 2], [0, 0, 0]]),
+    }
+    rows = {
+        "input_ids": torch.stack([x[-5:] for x in whole]),
+        "attention_mask": torch.cat([prefix["attention_mask"][prompt_of], torch.ones(3, 5, dtype=torch.long)], 1),
+        "position_ids": torch.arange(5) + torch.tensor([[3], [1], [1]]),
+    }
+    return _compare_shared(score, whole, prefix, rows, prompt_of)
+
+
+def _compare_shared(
+    score: _Scores,
+    whole: list[Tensor],  # (n,) ids each, whole sequences
+    prefix: Batch,  # their prompts without the last token
+    rows: Batch,  # the last five tokens of each
+    prompt_of: Tensor | None,  # (b,) the prompt of each row
+) -> str:
+    """Why rows after a prefix differ from whole sequences in their hidden states; empty if they do not."""
+    name = type(score.bare).__name__
+    try:
+        alone = [score({"input_ids": ids[None]})[0, -5:] for ids in whole]
+        twice = score({"input_ids": torch.stack([whole[0], whole[0]])})[0, -5:]
+    except Exception as error:  # whatever a model raises on an input that it does not expect: images, two streams
+        return f"{name} takes no plain text: {type(error).__name__}: {error}"
+    try:
+        found = score.continued(prefix, rows, prompt_of)
+    except Exception as error:
+        return f"{name} does not take the keys and values of a prompt: {type(error).__name__}: {error}"
+    # A float64 model may round in float32 inside: rotary tables, ALiBi.
+    allowed = 16 * max(score.eps, torch.finfo(torch.float32).eps) * max(float(x.abs().max()) for x in alone)
+    apart = max(_distance(x, y) for x, y in zip(found, alone, strict=True))
+    if not apart <= max(8 * _distance(twice, alone[0]), allowed):  # NaN counts as a difference
+        return f"in {name} a response after its prompt's keys and values is {apart:.1e} off the whole sequence"
+    return ""
 
 
 def _compare(

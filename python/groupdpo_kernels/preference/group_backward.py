@@ -10,6 +10,12 @@ sum_i c_i s_i, and a sum splits over micro-batches anywhere.
                 with c. It saves the second forward but keeps S copies of the gradient, so it suits few trainable
                 parameters (LoRA) and micro-batches of one response: each backward walks its whole micro-batch's graph.
 
+Sequences that begin with the same prompt may share it. A SharedPrompt holds the prompt and the micro-batches of its
+sequences; forward is then an object with two methods, prefix(prompt) and rows(micro_batch, prefix). The prompt runs
+forward once for all of its micro-batches. They add their gradients at leaves of the prefix's tensors (keys and values),
+and one backward takes the sum through the prompt, together with that of the last micro-batch. Only one prompt's graph
+is alive at a time, but for one_pass, which keeps all until the loss is known.
+
 Both give the gradient of the whole group, dropout included: two_pass saves the random state of each micro-batch and
 replays it. Gradients are of first order only. distributed.py describes several processes.
 It never keeps the graph of a whole group, knows a loss or a model, or hides a loss that is not finite.
@@ -25,7 +31,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +45,26 @@ from .segments import seq_logps
 M = TypeVar("M")
 
 
+class SharedPrompt(NamedTuple):
+    """Micro-batches whose sequences begin with the same prompt, or with one of a few, which runs once for all."""
+
+    prompt: Any  # what forward.prefix takes
+    micro_batches: Sequence[Any]  # each what forward.rows takes
+
+
+class SharedForward(Protocol):
+    """A forward in two parts, for micro-batches that share a prompt."""
+
+    def prefix(self, prompt: Any) -> Sequence[Tensor | None]:
+        """All that the rows read of the prompt, as tensors: what does not pass through them gets no gradient."""
+
+    def rows(self, micro_batch: Any, prefix: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        """What a forward without a shared prompt returns; `prefix` is empty for a micro-batch without one."""
+
+
 def group_backward(
-    micro_batches: Iterable[M],
-    forward: Callable[[M], Sequence[Tensor]],
+    micro_batches: Iterable[M | SharedPrompt],
+    forward: Callable[[M], Sequence[Tensor]] | SharedForward,
     groups: PreferenceGroups,
     objective: Objective,
     ref_logps: Tensor | None = None,  # (S,) or (T,), as in preference_loss
@@ -64,17 +87,19 @@ def group_backward(
         loss = group_backward(micro_batches, forward, groups, objective, ref_logps).loss
 
     Args:
-        micro_batches: a list, or anything else that gives the same micro-batches each time it is iterated.
+        micro_batches: a list, or anything else that gives the same micro-batches each time it is iterated. A
+            SharedPrompt stands for its micro-batches, in their place.
         forward: micro-batch -> (token_logps (t,), cu_seqlens (s+1,)), or with a third item, a scalar auxiliary loss
             that is added as it is, times `scale`. The sequences of all micro-batches, in order, are those of
-            `groups`; a micro-batch may hold parts of several groups.
+            `groups`; a micro-batch may hold parts of several groups. For a SharedPrompt it is a SharedForward.
         groups, objective, ref_logps: as in `preference_loss`.
         strategy: "two_pass" or "one_pass"; the module's docstring compares them.
         scale: factor on the gradient, not on the result: 1 / accumulation steps, or the scale of a gradient scaler.
         parameters: the leaves whose .grad is filled. None takes all that the graph leads to.
         no_sync: the context of every micro-batch but the last, in which gradients are not reduced. None takes that of
             the wrapper: `ddp.no_sync`, or DeepSpeed's set_gradient_accumulation_boundary.
-        gradient_bytes: the most bytes that the S copies of the gradient may take in one_pass.
+        gradient_bytes: the most bytes that the S copies of the gradient may take in one_pass. Where a prompt is shared,
+            these copies include the gradients of its tensors.
         model: the wrapper that forward calls, so that ranks agree before anything runs and hear of errors in the
             arguments. None waits until forward calls the wrapper.
         process_group: the ranks that must agree. None takes those of the wrapper; without a wrapper no rank talks to
@@ -83,13 +108,14 @@ def group_backward(
     With several processes, every rank calls group_backward with groups of its own. Wrappers average the gradient over
     ranks, so it is that of one process with all groups where ranks have equally many (else pass scale = ranks * own
     groups / all groups). Under FSDP and DeepSpeed each micro-batch is a collective call, so a rank with fewer of them
-    runs its smallest one again with weight zero. one_pass works with DistributedDataParallel alone.
+    runs its smallest one again with weight zero. one_pass and shared prompts work with DistributedDataParallel alone.
 
     Returns the PreferenceLoss, detached, without auxiliary losses. A loss that is not finite comes out as it is, and so
     do its gradients. A module that counts its forwards (batch normalisation) counts both passes.
 
     Raises ValueError or TypeError for what preference_loss refuses, for micro-batches that cannot be iterated twice or
-    do not hold the sequences of groups, for a forward that returns something else, for reentrant checkpoints with
+    do not hold the sequences of groups, for a forward that returns something else or, with a SharedPrompt, lacks its
+    two methods or runs under FSDP or DeepSpeed, for reentrant checkpoints with
     `parameters`, for parameters or one_pass where FSDP or DeepSpeed shards, for ranks with different strategies. Before
     pass 2 an error of one rank is raised on all (under FSDP and ZeRO-3 not if forward itself raised it). It warns if
     pass 2 does not repeat pass 1.
@@ -142,12 +168,26 @@ class _Run(NamedTuple):
         return self.seq_logps.shape[0], self.token_logps.shape[0]
 
 
+class _Prefix:
+    """The tensors of a shared prompt, and leaves of the same values, at which its micro-batches add their gradients."""
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self.tensors = tensors
+        self.roots = [x for x in tensors if x is not None and x.requires_grad]
+        copies = {x: x.detach().requires_grad_() for x in self.roots}
+        self.leaves = [*copies.values()]
+        self.detached = [None if x is None else copies.get(x, x) for x in tensors]
+
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        return [(x, leaf.grad) for x, leaf in zip(self.roots, self.leaves) if leaf.grad is not None]
+
+
 @dataclass(frozen=True)
 class _Step:
     """The arguments of group_backward, and what both strategies do with them."""
 
     micro_batches: Iterable[Any]
-    forward: Callable[[Any], Sequence[Tensor]]
+    forward: Any
     groups: PreferenceGroups
     objective: Objective
     ref_logps: Tensor | None
@@ -162,10 +202,40 @@ class _Step:
         with self.ranks.syncing(last), contextlib.nullcontext() if last or self.no_sync is None else self.no_sync():
             yield
 
-    def run(self, micro_batch: Any, at: int) -> _Run:
-        """Calls forward on one micro-batch, and checks the number and shapes of its results."""
+    def parts(self) -> Iterator[tuple[SharedPrompt, bool]]:
+        """Yields each prompt with its micro-batches (None with one that has no prompt), and whether it is the last."""
+        for item, last in _marking_last(self.micro_batches):
+            part = item if isinstance(item, SharedPrompt) else SharedPrompt(None, [item])
+            if part.prompt is not None and not (hasattr(self.forward, "prefix") and hasattr(self.forward, "rows")):
+                got = getattr(self.forward, "__name__", type(self.forward).__name__)
+                raise TypeError(f"forward must have the methods prefix and rows for a SharedPrompt; got {got}")
+            if not part.micro_batches:
+                raise ValueError("micro_batches of a SharedPrompt must hold at least one; got none")
+            yield part, last
+
+    def prefix(self, prompt: Any, at: int) -> Sequence[Tensor | None]:
+        """Calls forward.prefix on the prompt of micro-batch `at` and those after it; () where it has none."""
+        if prompt is None:
+            return ()
         with self.ranks.watching() if at == 0 else contextlib.nullcontext():
-            outputs = self.ranks.call(self.forward, micro_batch)
+            tensors = self.ranks.call(self.forward.prefix, prompt)
+        self.ranks.check_shared_prompt()
+        if not isinstance(tensors, (tuple, list)) or not all(x is None or isinstance(x, Tensor) for x in tensors):
+            raise TypeError(f"forward.prefix must give a tuple of tensors or None; got {type(tensors).__name__}")
+        return tensors
+
+    def prefix_with_graph(self, prompt: Any, at: int) -> _Prefix:
+        # Autocast caches casts of the weights: those of pass 1 have no graph, and a backward frees that of others.
+        torch.clear_autocast_cache()
+        with self.sync(last=False) if prompt is not None else contextlib.nullcontext():
+            return _Prefix(self.prefix(prompt, at))
+
+    def run(self, micro_batch: Any, at: int, prefix: Sequence[Tensor | None] = ()) -> _Run:
+        """Calls forward on one micro-batch, and checks the number and shapes of its results."""
+        rows = getattr(self.forward, "rows", None)
+        forward = self.forward if rows is None else lambda mb: rows(mb, prefix)
+        with self.ranks.watching() if at == 0 else contextlib.nullcontext():
+            outputs = self.ranks.call(forward, micro_batch)
         what = f"forward(micro_batches[{at}])"
         if not isinstance(outputs, (tuple, list)) or len(outputs) not in (2, 3):
             got = f"{len(outputs)} items" if isinstance(outputs, (tuple, list)) else type(outputs).__name__
@@ -176,13 +246,16 @@ class _Step:
         sums = seq_logps(token_logps, cu_seqlens)
         return _Run(token_logps, cu_seqlens.long(), sums, auxiliary)  # int64: a narrower dtype may not hold all tokens
 
-    def check_copies(self, leaves: list[Tensor]) -> None:
-        """ValueError unless the S gradients of the leaves fit gradient_bytes and no leaf has hooks of its own."""
+    def check_copies(self, leaves: list[Tensor], of_prompts: int) -> None:
+        """ValueError unless the S gradients of the leaves, and `of_prompts` bytes of gradients of shared prompts, fit
+        gradient_bytes, and no leaf has hooks of its own.
+        """
         S, size = self.groups.num_sequences, sum(p.numel() * p.element_size() for p in leaves)
-        if S * size > self.gradient_bytes:
+        if S * size + of_prompts > self.gradient_bytes:
+            more = f" and {of_prompts:,} bytes for the prompts they share" if of_prompts else ""
             raise ValueError(
-                f"one_pass keeps {S} gradients of {size:,} bytes, more than gradient_bytes = {self.gradient_bytes:,}:"
-                " raise it, train fewer parameters (LoRA), or take two_pass"
+                f"one_pass keeps {S} gradients of {size:,} bytes{more}, more than gradient_bytes ="
+                f" {self.gradient_bytes:,}: raise it, train fewer parameters (LoRA), or take two_pass"
             )
         if any(p._backward_hooks for p in leaves):
             raise ValueError("one_pass cannot run a parameter's register_hook once per step: take two_pass")
@@ -204,62 +277,105 @@ class _Step:
 
 
 def _two_pass(step: _Step) -> PreferenceLoss:
-    first: list[_Run] = []
-    states: list[RandomState] = []
-    tapes: list[LseTape] = []
-    smallest: Any = None
+    first = _FirstPass(step)
     with step.ranks.failing_together():
         with torch.no_grad():
-            for at, micro_batch in enumerate(step.micro_batches):
-                states.append(RandomState())
-                tapes.append(LseTape())
-                with tapes[at].record():
-                    first.append(step.run(micro_batch, at))
-                if first[at].size[1] <= min(run.size[1] for run in first):
-                    smallest = micro_batch
+            for part, _ in step.parts():
+                first.run(part)
             after = RandomState()
             for _ in range(step.ranks.missing):
-                step.run(smallest, len(first))
-        result, gradients = step.loss(first)
-    again: list[Tensor] = []
-    reached = False
+                step.run(first.smallest, len(first.runs))
+        result, gradients = step.loss(first.runs)
+    second = _SecondPass(step, first, gradients)
     try:
-        for at, micro_batch in enumerate(step.micro_batches):
-            if at == len(first):
-                raise ValueError(f"{_AGAIN}; there were {at}, and then more")
-            # Autocast caches casts of the weights: those of pass 1 have no graph, and a backward frees that of others.
-            torch.clear_autocast_cache()
-            states[at].restore()
-            with step.sync(last=at == len(first) - 1 and step.ranks.missing == 0):
-                with tapes[at].replay():
-                    run = step.run(micro_batch, at)
-                if run.size != first[at].size:
-                    was, now = (f"{s} sequences, {t} tokens" for s, t in (first[at].size, run.size))
-                    raise ValueError(f"{_AGAIN}; number {at} had {was}, and then {now}")
-                again.append(run.seq_logps.detach())
-                upstream = [(run.token_logps, gradients[at].to(run.token_logps.dtype))]
-                if run.auxiliary is not None:
-                    upstream.append((run.auxiliary, torch.ones_like(run.auxiliary) * step.scale))
-                live = [(x, g) for x, g in upstream if x.requires_grad]
-                if live:
-                    if step.leaves is not None and not reached:
-                        _check_reachable([x for x, _ in live])
-                    torch.autograd.backward([x for x, _ in live], [g for _, g in live], inputs=step.leaves)
-                    reached = True
-        for left in reversed(range(step.ranks.missing if reached else 0)):
+        for part, last in step.parts():
+            second.run(part, last)
+        for left in reversed(range(step.ranks.missing if second.reached else 0)):
             with step.sync(last=left == 0):
-                run = step.run(smallest, len(first))
+                run = step.run(first.smallest, len(first.runs))
                 live = [(x, torch.zeros_like(x)) for x in (run.token_logps, run.auxiliary) if x is not None]
                 live = [(x, g) for x, g in live if x.requires_grad]
                 torch.autograd.backward([x for x, _ in live], [g for _, g in live], inputs=step.leaves)
     finally:
         after.restore()
-    if len(again) != len(first):
-        raise ValueError(f"{_AGAIN}; there were {len(first)}, and then {len(again)}")
-    if not reached:
+    if len(second.seq_logps) != len(first.runs):
+        raise ValueError(f"{_AGAIN}; there were {len(first.runs)}, and then {len(second.seq_logps)}")
+    if not second.reached:
         raise ValueError(_NO_GRAPH)
-    _warn_of_drift(result.seq_logps, torch.cat(again), tapes)
+    _warn_of_drift(result.seq_logps, torch.cat(second.seq_logps), first.tapes)
     return result
+
+
+class _FirstPass:
+    """Runs every micro-batch without a graph, and keeps what the second pass needs to repeat it."""
+
+    def __init__(self, step: _Step) -> None:
+        self.step = step
+        self.runs: list[_Run] = []
+        self.tapes: list[LseTape] = []
+        self.states: list[RandomState] = []  # before each micro-batch
+        self.prompt_states: list[RandomState] = []  # before each part
+        self.smallest: Any = None  # the micro-batch of the fewest tokens
+
+    def run(self, part: SharedPrompt) -> None:
+        self.prompt_states.append(RandomState())
+        prefix = self.step.prefix(part.prompt, len(self.runs))
+        for micro_batch in part.micro_batches:
+            self.states.append(RandomState())
+            self.tapes.append(LseTape())
+            with self.tapes[-1].record():
+                self.runs.append(self.step.run(micro_batch, len(self.runs), prefix))
+            if self.runs[-1].size[1] <= min(run.size[1] for run in self.runs):
+                self.smallest = micro_batch
+
+
+class _SecondPass:
+    """Runs every micro-batch again, with its graph, and each backward. No graph outlives `run`."""
+
+    def __init__(self, step: _Step, first: _FirstPass, gradients: Sequence[Tensor]) -> None:
+        self.step, self.first = step, first
+        self.gradients = gradients  # of each micro-batch's token_logps
+        self.seq_logps: list[Tensor] = []
+        self.parts = 0
+        self.reached = False  # whether a backward has run
+
+    def run(self, part: SharedPrompt, last: bool) -> None:
+        step, first = self.step, self.first
+        if self.parts == len(first.prompt_states) or len(self.seq_logps) == len(first.runs):
+            raise ValueError(f"{_AGAIN}; there were {len(first.runs)}, and then more")
+        first.prompt_states[self.parts].restore()
+        self.parts += 1
+        prefix = step.prefix_with_graph(part.prompt, len(self.seq_logps))
+        for micro_batch, ends in _marking_last(part.micro_batches):
+            at = len(self.seq_logps)
+            if at == len(first.runs):
+                raise ValueError(f"{_AGAIN}; there were {at}, and then more")
+            torch.clear_autocast_cache()
+            first.states[at].restore()
+            with step.sync(last=last and ends and step.ranks.missing == 0):
+                with first.tapes[at].replay():
+                    run = step.run(micro_batch, at, prefix.tensors if ends else prefix.detached)
+                if run.size != first.runs[at].size:
+                    was, now = (f"{s} sequences, {t} tokens" for s, t in (first.runs[at].size, run.size))
+                    raise ValueError(f"{_AGAIN}; number {at} had {was}, and then {now}")
+                self.seq_logps.append(run.seq_logps.detach())
+                self._backward(run, self.gradients[at], prefix, ends)
+
+    def _backward(self, run: _Run, d_token_logps: Tensor, prefix: _Prefix, ends: bool) -> None:
+        """Runs the backward of one micro-batch and, with the last one of a prompt, the prompt's own for all of them."""
+        upstream = [(run.token_logps, d_token_logps.to(run.token_logps.dtype))]
+        if run.auxiliary is not None:
+            upstream.append((run.auxiliary, torch.ones_like(run.auxiliary) * self.step.scale))
+        live = [(x, g) for x, g in upstream if x.requires_grad] + (prefix.gradients() if ends else [])
+        if not live:
+            return
+        inputs = self.step.leaves
+        if inputs is not None and not self.reached:
+            _check_reachable([x for x, _ in live])
+        if inputs is not None and not ends:
+            inputs = [*inputs, *prefix.leaves]
+        torch.autograd.backward([x for x, _ in live], [g for _, g in live], inputs=inputs)
+        self.reached = True
 
 
 _AGAIN = "micro_batches must give the same micro-batches when iterated again"
@@ -292,21 +408,22 @@ def _warn_of_drift(first: Tensor, again: Tensor, tapes: list[LseTape]) -> None:
 
 def _one_pass(step: _Step) -> PreferenceLoss:
     runs: list[_Run] = []
-    by_response: dict[Tensor, list[tuple[int, int, Tensor]]] = {}  # leaf -> (micro-batch, response in it, gradient)
-    total: dict[Tensor, Tensor] = {}  # leaf -> gradient, in at least float32
+    by_response: dict[Tensor, list[tuple[int, int, Tensor]]] = {}  # target -> (micro-batch, response in it, gradient)
+    total: dict[Tensor, Tensor] = {}  # target -> gradient, in at least float32
     with step.ranks.failing_together():
-        _gradients_by_response(step, runs, by_response, total)
+        shared = _gradients_by_response(step, runs, by_response, total)
         result, d_token_logps = step.loss(runs)
     # Every token of a response has the same gradient, c. The clamp serves an empty response, whose c is NaN already.
     c = [g[run.cu_seqlens[:-1].long().clamp(max=g.shape[0] - 1)] for g, run in zip(d_token_logps, runs)]
-    for leaf, kept in by_response.items():
+    for target, kept in by_response.items():
         for at, k, gradient in kept:
-            _add(total, leaf, gradient, c[at][k])
+            _add(total, target, gradient, c[at][k])
         kept.clear()
     if not total:
         raise ValueError(_NO_GRAPH)
-    # The leaves' own accumulation runs the hooks that reduce gradients over ranks.
-    torch.autograd.backward(list(total), [g.to(leaf.dtype) for leaf, g in total.items()])
+    # The leaves' own accumulation runs the hooks that reduce gradients over ranks. Tensors of a prompt lead to leaves.
+    gradients = [g.to(target.dtype) for target, g in total.items()]
+    torch.autograd.backward(list(total), gradients, inputs=step.leaves if shared else None)
     return result
 
 
@@ -315,25 +432,38 @@ def _gradients_by_response(
     runs: list[_Run],
     by_response: dict[Tensor, list[tuple[int, int, Tensor]]],
     total: dict[Tensor, Tensor],
-) -> None:
-    """Runs each micro-batch forward and each of its responses backward, and fills the three containers given."""
-    for at, (micro_batch, last) in enumerate(_marking_last(step.micro_batches)):
-        torch.clear_autocast_cache()
-        with step.sync(last):
-            run = step.run(micro_batch, at)
-            roots = [x for x in (*run.seq_logps.unbind(), run.auxiliary) if x is not None and x.requires_grad]
-            leaves = step.leaves or _leaves(roots)
-            if step.leaves is not None and at == 0:
-                _check_reachable(roots)
-            step.check_copies(leaves)
-            for k, root in enumerate(roots):
-                gradients = torch.autograd.grad(root.sum(), leaves, retain_graph=k < len(roots) - 1, allow_unused=True)
-                for leaf, gradient in zip(leaves, gradients):
-                    if gradient is not None and k < run.size[0]:
-                        by_response.setdefault(leaf, []).append((at, k, gradient))
-                    elif gradient is not None:
-                        _add(total, leaf, gradient, step.scale)
-        runs.append(_Run(run.token_logps.detach(), run.cu_seqlens, run.seq_logps.detach(), None))
+) -> bool:
+    """Runs each micro-batch forward and each of its responses backward, and fills the three containers given.
+
+    The target of a gradient is a leaf, or a tensor of a shared prompt, whose graph stays alive. Returns whether there
+    is one of the second kind.
+    """
+    of_prompts = 0  # bytes of the gradients of prompts' tensors
+    for part, last in step.parts():
+        prefix = step.prefix_with_graph(part.prompt, len(runs))
+        copies = {*prefix.leaves}
+        for micro_batch, ends in _marking_last(part.micro_batches):
+            torch.clear_autocast_cache()
+            with step.sync(last and ends):
+                run = step.run(micro_batch, len(runs), prefix.detached)
+                roots = [x for x in (*run.seq_logps.unbind(), run.auxiliary) if x is not None and x.requires_grad]
+                leaves = [x for x in step.leaves or _leaves(roots) if x not in copies]
+                if step.leaves is not None and not runs:
+                    _check_reachable(roots)
+                of_prompts += run.size[0] * sum(x.nbytes for x in prefix.leaves)
+                step.check_copies(leaves, of_prompts)
+                for k, root in enumerate(roots):
+                    more = k < len(roots) - 1
+                    gradients = torch.autograd.grad(
+                        root.sum(), [*leaves, *prefix.leaves], retain_graph=more, allow_unused=True
+                    )
+                    for target, gradient in zip([*leaves, *prefix.roots], gradients):
+                        if gradient is not None and k < run.size[0]:
+                            by_response.setdefault(target, []).append((len(runs), k, gradient))
+                        elif gradient is not None:
+                            _add(total, target, gradient, step.scale)
+            runs.append(_Run(run.token_logps.detach(), run.cu_seqlens, run.seq_logps.detach(), None))
+    return of_prompts > 0
 
 
 def _add(total: dict[Tensor, Tensor], leaf: Tensor, gradient: Tensor, factor: Tensor | float) -> None:

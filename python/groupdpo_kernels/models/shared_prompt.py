@@ -1,0 +1,220 @@
+"""A prompt runs once for all of its responses: its keys and values are handed to them by the model's own cache.
+
+    prefix = attach(model).prefix(prompt[:, :-1])            # the prompt without its last token
+    token_logps = model_logps(model, rows, targets, prefix=prefix, position_ids=positions)
+
+A row of `rows` is the prompt's last token and a response without its last one, so each token is computed once. A causal
+model's states at prompt positions do not depend on what follows, and what follows sees them through keys and values
+alone: values and gradients are those of whole sequences, up to rounding. Gradients flow into the prefix, or into leaves
+put in its place, as `group_backward` does.
+
+`why_not_shared` measures once per model whether it does: the hidden states of whole sequences against those of rows
+after a prefix. Recurrent and hybrid layers, whose state is no key or value, fail there, and so does a model whose
+forward takes no cache.
+
+The module never changes a model: it replaces `forward` of layers that checkpoint for a call, since transformers drops
+the cache there. It never holds a copy of the prompt for each response, but in the attention of the layer that runs and
+in what that saves for its backward. It needs transformers 5, and prompts that lie on the left of their rows, without
+padding between. The cost is a forward of the prompt, and 2 * layers * key-value width * prompt length numbers.
+docs/math.md, section 4, has the method.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .head_call import swapped
+
+Prefix = Sequence[Tensor | None]  # keys and values (B, heads, P, width) of each layer, in turn; None where it has none
+
+
+def without_positions(bare: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs without position_ids where the forward takes none: such a model counts from the cache's length."""
+    inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+    parameters = inspect.signature(type(inner).forward).parameters
+    if "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return inputs
+    return {name: value for name, value in inputs.items() if name != "position_ids"}
+
+
+def cache_name(bare: Any) -> str | None:
+    """The name under which the model's forward takes a cache; None where it takes none."""
+    inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+    parameters = inspect.signature(type(inner).forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
+def why_not_cached(bare: Any, longest: int | None = None) -> str:
+    """Why the model's keys and values cannot be handed over, as far as its modules show it; empty if nothing does.
+
+    longest: the most tokens of a prompt with a response. None stands for any number.
+    """
+    name = type(bare).__name__
+    config: Any = getattr(bare, "config", None)
+    if cache_name(bare) is None:
+        return f"the forward of {name} takes no cache"
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} has an encoder"
+    for module in bare.modules():
+        limit = _rotary_limit(module)
+        if limit is not None and (longest is None or longest > limit):
+            return f"rotary embeddings of {name} depend on the length of a sequence beyond {limit} tokens"
+    flagged = _checkpointing(bare)
+    if flagged and not any(map(_is_layer, flagged)):
+        return f"{name} checkpoints its layers in a way of its own"
+    for layer in flagged:
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
+            return "reentrant checkpoints give their inputs alone a gradient: take use_reentrant=False"
+    return ""
+
+
+def _rotary_limit(module: Any) -> int | None:
+    """The length from which on the module rotates all positions of a sequence by its length; None where it never does.
+
+    A prompt alone would be rotated as a shorter sequence than with its responses.
+    """
+    kinds = getattr(module, "rope_type", None)
+    by_kind = kinds if isinstance(kinds, dict) else {None: kinds}
+    limits = []
+    for part, kind in by_kind.items():
+        if isinstance(kind, str) and "dynamic" in kind:
+            limits.append(int(module.original_max_seq_len))
+        elif kind == "longrope":
+            parameters = module.config.rope_parameters
+            limits.append((parameters if part is None else parameters[part])["original_max_position_embeddings"])
+    return min(limits, default=None)
+
+
+def prefix_cache() -> Any:
+    """A cache that keeps the keys and values of one forward, in its graph."""
+    return _classes()[1]()
+
+
+def rows_cache(
+    prefix: Prefix,
+    prompt_of: Tensor | None,  # (b,) integer, the prompt of each row; None where there is one prompt
+) -> Any:
+    """A cache that puts a prefix in front of the keys and values of every layer, and keeps nothing."""
+    return _classes()[1](prefix, prompt_of)
+
+
+@functools.cache
+def _classes() -> tuple[type, type]:
+    """The cache and its layers. They are made at their first use, because importing transformers takes seconds."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class PromptLayer(DynamicLayer):
+        """Keeps what it is given the first time or, made with keys and values, puts those in front of what it is given.
+
+        Either way its length stays what it was before the forward, so that a checkpointed layer, which runs again in
+        the backward, finds it as it was.
+        """
+
+        def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, prompt_of: Tensor | None = None):
+            super().__init__()
+            self.given, self.prompt_of = keys is not None, prompt_of
+            self.keys, self.values = keys, values
+            self.is_initialized = self.given
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if self.given:
+                return self._continued(self.keys, key_states), self._continued(self.values, value_states)
+            if self.keys is None:
+                self.keys, self.values = key_states, value_states
+            return key_states, value_states
+
+        def _continued(self, prompt: Tensor, states: Tensor) -> Tensor:
+            if self.prompt_of is not None:
+                prompt = prompt.index_select(0, self.prompt_of)
+            return torch.cat([prompt.expand(len(states), *prompt.shape[1:]), states], -2)
+
+        def get_seq_length(self, *args: Any) -> int:
+            return self.keys.shape[-2] if self.given else 0
+
+    class PromptCache(Cache):
+        def __init__(self, prefix: Prefix | None = None, prompt_of: Tensor | None = None) -> None:
+            if prefix is None:
+                super().__init__(layer_class_to_replicate=PromptLayer)
+            else:
+                pairs = zip(prefix[::2], prefix[1::2])
+                super().__init__(layers=[PromptLayer(keys, values, prompt_of) for keys, values in pairs])
+
+        @property
+        def tensors(self) -> tuple[Tensor | None, ...]:
+            return tuple(x for layer in self.layers for x in (layer.keys, layer.values))
+
+    return PromptLayer, PromptCache
+
+
+# ------------------------------------------------------------------------------------------------------- checkpointing
+
+
+@contextlib.contextmanager
+def cache_kept(bare: nn.Module) -> Iterator[None]:
+    """A context for one forward, in which layers that checkpoint keep the cache: transformers would drop it there,
+    since a cache that grows would grow again in the backward. These do not grow.
+    """
+    flagged = _checkpointing(bare)
+    if not (flagged and bare.training and torch.is_grad_enabled()):
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for layer in _outermost(bare, flagged):
+            forward = functools.partial(
+                _checkpointed, layer, layer.forward, [m for m in layer.modules() if m in flagged]
+            )
+            stack.enter_context(swapped(layer, forward))
+        with _unflagged(flagged):
+            yield
+
+
+def _checkpointing(bare: nn.Module) -> set[nn.Module]:
+    """The modules whose checkpointing is on: layers, and the models that hold them."""
+    return {m for m in bare.modules() if vars(m).get("gradient_checkpointing")}
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether transformers checkpoints the module's whole forward."""
+    layers: Any = sys.modules.get("transformers.modeling_layers")
+    return layers is not None and isinstance(module, layers.GradientCheckpointingLayer)
+
+
+def _outermost(bare: nn.Module, flagged: set[nn.Module]) -> list[nn.Module]:
+    """The flagged layers that do not lie within another one."""
+    found: dict[str, nn.Module] = {}
+    for name, module in bare.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if module in flagged and _is_layer(module) and not inside:
+            found[name] = module
+    return [*found.values()]
+
+
+def _checkpointed(layer: Any, forward: Any, flagged: list[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """Runs the layer's own forward under its own checkpoint function."""
+
+    def run(*args: Any) -> Any:
+        with _unflagged(flagged):  # also when it runs again, in the backward
+            return forward(*args, **kwargs)
+
+    return layer._gradient_checkpointing_func(run, *args)
+
+
+@contextlib.contextmanager
+def _unflagged(modules: Any) -> Iterator[None]:
+    flags = [(m, m.gradient_checkpointing) for m in modules]
+    try:
+        for m, _ in flags:
+            m.gradient_checkpointing = False
+        yield
+    finally:
+        for m, flag in flags:
+            m.gradient_checkpointing = flag
