@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 import trl
 from tiny_trl import COMMON, GROUPS, PAIRS, llama, lora
 from torch import nn

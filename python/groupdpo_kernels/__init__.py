@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from .lm_head.api import linear_logp_stats as linear_logp_stats
     from .lm_head.api import linear_logps as linear_logps
     from .lm_head.autograd import LinearLogps as LinearLogps
+    from .models.api import SharedPromptForward as SharedPromptForward
     from .models.api import attach as attach
     from .models.api import model_logps as model_logps
     from .preference.fused import PreferenceWeights as PreferenceWeights
+    from .preference.group_backward import SharedPrompt as SharedPrompt
+    from .preference.group_backward import forward_parts as forward_parts
     from .preference.group_backward import group_backward as group_backward
     from .preference.groups import PreferenceGroups as PreferenceGroups
     from .preference.objective import AdaBalance as AdaBalance
@@ -29,9 +32,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "lm_head.api": ("Explanation", "explain", "linear_logp_stats", "linear_logps"),
     "lm_head.autograd": ("LinearLogps",),
-    "models.api": ("attach", "model_logps"),
+    "models.api": ("SharedPromptForward", "attach", "model_logps"),
     "preference.fused": ("PreferenceWeights",),
-    "preference.group_backward": ("group_backward",),
+    "preference.group_backward": ("SharedPrompt", "forward_parts", "group_backward"),
     "preference.groups": ("PreferenceGroups",),
     "preference.objective": ("AdaBalance", "Objective", "PreferenceLoss", "preference_loss"),
     "preference.segments": ("seq_logps",),

@@ -3,11 +3,20 @@
 api.py        model_logps, attach
 head_call.py  the model's own forward, with its LM head replaced for the call
 probe.py      what the head computes: measured once for each model
-layouts.py    whether a model keeps packed sequences apart: measured once
+layouts.py    whether a model keeps packed sequences apart, and can share a prompt: measured once
+shared_prompt.py  a prompt's keys and values, handed to its responses
 limits.py     the positions and token ids that a model has room for
 adapters.py   adapters of PEFT, found by what they are
 """
 
-from .api import attach, checkpoint_layers, model_logps
+from .api import SharedPromptForward, attach, checkpoint_layers, model_logps
+from .layouts import why_not_left_padded, why_not_shared
 
-__all__ = ["attach", "checkpoint_layers", "model_logps"]
+__all__ = [
+    "SharedPromptForward",
+    "attach",
+    "checkpoint_layers",
+    "model_logps",
+    "why_not_left_padded",
+    "why_not_shared",
+]

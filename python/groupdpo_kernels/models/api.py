@@ -106,6 +106,25 @@ def attach(
     return AttachedModel(model, ScoreOptions(ignore_index, temperature, grad_tol, workspace_bytes, impl, strict))
 
 
+class SharedPromptForward:
+    """The forward of `group_backward` for micro-batches of `data.collate`, with a shared prompt or without.
+
+        step = collate(groups, max_sequences=4, share_prompt=True)
+        result = group_backward(step.parts, SharedPromptForward(model), step.groups, objective, ref_logps)
+
+    The options are those of `attach`.
+    """
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self.score = attach(model, **options)
+
+    def prefix(self, prompts: Any) -> Prefix:
+        return self.score.prefix(prompts.input_ids, **prompts.inputs)
+
+    def rows(self, mb: Any, prefix: Prefix = ()) -> tuple[Tensor, Tensor]:  # (t,), (s+1,)
+        return mb.live(self.score(mb.input_ids, mb.targets, prefix=prefix, **mb.inputs)), mb.cu_seqlens
+
+
 class LogpsAndOutputs(NamedTuple):
     token_logps: Tensor  # (B, L) float32
     outputs: Any  # what the model's forward returned, with None for logits

@@ -27,6 +27,7 @@ The source is GroupDPO (arXiv 2604.15602); docs/math.md, section 4, derives the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -155,6 +156,75 @@ def _count(micro_batches: Any) -> int:
     return len(micro_batches) if isinstance(micro_batches, Sized) else sum(1 for _ in micro_batches)
 
 
+def forward_parts(
+    micro_batches: Iterable[M | SharedPrompt],
+    forward: Callable[[M], Sequence[Tensor]] | SharedForward,
+    *,
+    no_sync: Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Every micro-batch forward, and nothing else: (token_logps (T,), cu_seqlens (S+1,), auxiliary losses).
+
+    It scores a reference or, where gradients are on, makes the graph of a whole step, prompts included. Arguments and
+    errors are those of `group_backward`; `no_sync` is around every forward but the last.
+    """
+    quiet = contextlib.nullcontext if no_sync is None else no_sync
+    runs: list[_Run] = []
+    for part, last in _parts(micro_batches, forward):
+        prefix: Sequence[Tensor | None] = ()
+        if part.prompt is not None:
+            with quiet():
+                prefix = _checked_prefix(forward.prefix(part.prompt))  # type: ignore[union-attr]
+        for micro_batch, ends in _marking_last(part.micro_batches):
+            with contextlib.nullcontext() if last and ends else quiet():
+                runs.append(_checked_run(_rows(forward, prefix, micro_batch), len(runs)))
+    token_logps = torch.cat([run.token_logps for run in runs])
+    return token_logps, _joined(runs), [run.auxiliary for run in runs if run.auxiliary is not None]
+
+
+def _parts(micro_batches: Iterable[Any], forward: Any) -> Iterator[tuple[SharedPrompt, bool]]:
+    """Yields each prompt with its micro-batches (None with one that has no prompt), and whether it is the last."""
+    for item, last in _marking_last(micro_batches):
+        part = item if isinstance(item, SharedPrompt) else SharedPrompt(None, [item])
+        if part.prompt is not None and not (hasattr(forward, "prefix") and hasattr(forward, "rows")):
+            got = getattr(forward, "__name__", type(forward).__name__)
+            raise TypeError(f"forward must have the methods prefix and rows for a SharedPrompt; got {got}")
+        if not part.micro_batches:
+            raise ValueError("micro_batches of a SharedPrompt must hold at least one; got none")
+        yield part, last
+
+
+def _rows(forward: Any, prefix: Sequence[Tensor | None], micro_batch: Any) -> Any:
+    return forward.rows(micro_batch, prefix) if hasattr(forward, "rows") else forward(micro_batch)
+
+
+def _checked_prefix(tensors: Any) -> Sequence[Tensor | None]:
+    if not isinstance(tensors, (tuple, list)) or not all(x is None or isinstance(x, Tensor) for x in tensors):
+        raise TypeError(f"forward.prefix must give a tuple of tensors or None; got {type(tensors).__name__}")
+    return tensors
+
+
+def _checked_run(outputs: Any, at: int) -> _Run:
+    """What forward returned for micro-batch `at`, after a check of its number and shapes."""
+    what = f"forward(micro_batches[{at}])"
+    if not isinstance(outputs, (tuple, list)) or len(outputs) not in (2, 3):
+        got = f"{len(outputs)} items" if isinstance(outputs, (tuple, list)) else type(outputs).__name__
+        raise TypeError(f"{what} must be (token_logps, cu_seqlens) or those and an auxiliary loss; got {got}")
+    token_logps, cu_seqlens, auxiliary = (*outputs, None)[:3]
+    if auxiliary is not None and auxiliary.numel() != 1:
+        raise ValueError(f"{what}[2], the auxiliary loss, must be a scalar; got shape {tuple(auxiliary.shape)}")
+    sums = seq_logps(token_logps, cu_seqlens)
+    return _Run(token_logps, cu_seqlens.long(), sums, auxiliary)  # int64: a narrower dtype may not hold all tokens
+
+
+def _joined(runs: list[_Run]) -> Tensor:  # (S+1,) int64
+    """The offsets of all runs' sequences in their joined token_logps."""
+    offsets, T = [runs[0].cu_seqlens[:1]], 0
+    for run in runs:
+        offsets.append(run.cu_seqlens[1:] + T)
+        T += run.size[1]
+    return torch.cat(offsets)
+
+
 class _Run(NamedTuple):
     """The results of forward for one micro-batch."""
 
@@ -203,15 +273,7 @@ class _Step:
             yield
 
     def parts(self) -> Iterator[tuple[SharedPrompt, bool]]:
-        """Yields each prompt with its micro-batches (None with one that has no prompt), and whether it is the last."""
-        for item, last in _marking_last(self.micro_batches):
-            part = item if isinstance(item, SharedPrompt) else SharedPrompt(None, [item])
-            if part.prompt is not None and not (hasattr(self.forward, "prefix") and hasattr(self.forward, "rows")):
-                got = getattr(self.forward, "__name__", type(self.forward).__name__)
-                raise TypeError(f"forward must have the methods prefix and rows for a SharedPrompt; got {got}")
-            if not part.micro_batches:
-                raise ValueError("micro_batches of a SharedPrompt must hold at least one; got none")
-            yield part, last
+        return _parts(self.micro_batches, self.forward)
 
     def prefix(self, prompt: Any, at: int) -> Sequence[Tensor | None]:
         """Calls forward.prefix on the prompt of micro-batch `at` and those after it; () where it has none."""
@@ -220,9 +282,7 @@ class _Step:
         with self.ranks.watching() if at == 0 else contextlib.nullcontext():
             tensors = self.ranks.call(self.forward.prefix, prompt)
         self.ranks.check_shared_prompt()
-        if not isinstance(tensors, (tuple, list)) or not all(x is None or isinstance(x, Tensor) for x in tensors):
-            raise TypeError(f"forward.prefix must give a tuple of tensors or None; got {type(tensors).__name__}")
-        return tensors
+        return _checked_prefix(tensors)
 
     def prefix_with_graph(self, prompt: Any, at: int) -> _Prefix:
         # Autocast caches casts of the weights: those of pass 1 have no graph, and a backward frees that of others.
@@ -232,19 +292,9 @@ class _Step:
 
     def run(self, micro_batch: Any, at: int, prefix: Sequence[Tensor | None] = ()) -> _Run:
         """Calls forward on one micro-batch, and checks the number and shapes of its results."""
-        rows = getattr(self.forward, "rows", None)
-        forward = self.forward if rows is None else lambda mb: rows(mb, prefix)
         with self.ranks.watching() if at == 0 else contextlib.nullcontext():
-            outputs = self.ranks.call(forward, micro_batch)
-        what = f"forward(micro_batches[{at}])"
-        if not isinstance(outputs, (tuple, list)) or len(outputs) not in (2, 3):
-            got = f"{len(outputs)} items" if isinstance(outputs, (tuple, list)) else type(outputs).__name__
-            raise TypeError(f"{what} must be (token_logps, cu_seqlens) or those and an auxiliary loss; got {got}")
-        token_logps, cu_seqlens, auxiliary = (*outputs, None)[:3]
-        if auxiliary is not None and auxiliary.numel() != 1:
-            raise ValueError(f"{what}[2], the auxiliary loss, must be a scalar; got shape {tuple(auxiliary.shape)}")
-        sums = seq_logps(token_logps, cu_seqlens)
-        return _Run(token_logps, cu_seqlens.long(), sums, auxiliary)  # int64: a narrower dtype may not hold all tokens
+            outputs = self.ranks.call(functools.partial(_rows, self.forward, prefix), micro_batch)
+        return _checked_run(outputs, at)
 
     def check_copies(self, leaves: list[Tensor], of_prompts: int) -> None:
         """ValueError unless the S gradients of the leaves, and `of_prompts` bytes of gradients of shared prompts, fit
@@ -265,13 +315,9 @@ class _Step:
         S, found = self.groups.num_sequences, sum(run.size[0] for run in runs)
         if found != S:
             raise ValueError(f"micro_batches must hold the {S} sequences of groups; these {len(runs)} hold {found}")
-        offsets, T = [runs[0].cu_seqlens[:1]], 0
-        for run in runs:
-            offsets.append(run.cu_seqlens[1:] + T)
-            T += run.size[1]
         with torch.enable_grad():
             token_logps = torch.cat([run.token_logps.detach() for run in runs]).requires_grad_()
-            result = preference_loss(token_logps, torch.cat(offsets), self.groups, self.objective, self.ref_logps)
+            result = preference_loss(token_logps, _joined(runs), self.groups, self.objective, self.ref_logps)
             (d_token_logps,) = torch.autograd.grad(self.scale * result.loss, token_logps)
         return result._replace(loss=result.loss.detach()), d_token_logps.split([run.size[1] for run in runs])
 
