@@ -385,6 +385,7 @@ def collate(
     pad_id: int = 0,
     share_prompt: bool = False,
     prompts_together: bool = True,
+    pad_responses: bool = True,
 ) -> PreferenceBatch:
     """One step's groups as tensors, in as many micro-batches as the limits demand, or in one without limits.
 
@@ -409,6 +410,8 @@ def collate(
             Responses are padded, whatever the layout. A prompt of one token or of one response is not shared.
         prompts_together: whether several small groups may share one forward of their prompts, padded on the left
             (`models.why_not_left_padded`), where all of their responses fit in one micro-batch.
+        pad_responses: whether responses of different lengths that share a prompt may be in one micro-batch. False is
+            for what counts positions, such as the auxiliary loss of a mixture of experts.
     """
     if not groups:
         raise ValueError("groups must hold at least one group; got none")
@@ -423,7 +426,7 @@ def collate(
     parts: list[Any] = []
     for shared, run in _runs([groups[g] for g in places], limits, share_prompt, prompts_together):
         if shared:
-            parts.append(_shared_prompt(run, limits, pad_id))
+            parts.append(_shared_prompt(run, limits, pad_id, pad_responses))
         else:
             sequences = [(group.prompt, response) for group in run for response in group.responses]
             parts += _micro_batches(sequences, layout, limits, pad_id)
@@ -465,12 +468,14 @@ class _Limits(NamedTuple):
         most_tokens, most_sequences = (math.inf if limit is None else limit for limit in self)
         return tokens <= most_tokens and sequences <= most_sequences
 
-    def split(self, lengths: list[int], packed: bool = False) -> Iterator[tuple[int, int]]:
-        """Yields ranges of sequences, in order, each as long as the limits allow."""
+    def split(self, lengths: list[int], packed: bool = False, equal: bool = False) -> Iterator[tuple[int, int]]:
+        """Yields ranges of sequences, in order, each as long as the limits allow; `equal` also ends one where the
+        length changes."""
         start, total, longest = 0, 0, 0
         for i, n in enumerate(lengths):
             count, total, longest = i - start + 1, total + n, max(longest, n)
-            if not self.fit(total if packed else longest * count, count) and i > start:
+            fits = self.fit(total if packed else longest * count, count) and not (equal and n != lengths[start])
+            if not fits and i > start:
                 yield start, i
                 start, total, longest = i, n, n
         yield start, len(lengths)
@@ -510,7 +515,7 @@ def _run_together(groups: list[TokenGroup], limits: _Limits) -> bool:
     return limits.fit(padded + max(rows) * len(rows), len(rows)) and 4 * padded <= 5 * sum(prompts)
 
 
-def _shared_prompt(groups: Sequence[TokenGroup], limits: _Limits, pad_id: int) -> SharedPrompt:
+def _shared_prompt(groups: Sequence[TokenGroup], limits: _Limits, pad_id: int, pad_responses: bool) -> SharedPrompt:
     """The prompts of some groups that run together, and the micro-batches of their responses."""
     lengths = torch.tensor([len(group.prompt) - 1 for group in groups])  # (B,)
     position = torch.arange(int(lengths.max())) - (lengths.max() - lengths).unsqueeze(1)  # (B, P), negative in padding
@@ -520,7 +525,7 @@ def _shared_prompt(groups: Sequence[TokenGroup], limits: _Limits, pad_id: int) -
     rows = [(g, response) for g, group in enumerate(groups) for response in group.responses]
     left = limits if limits.tokens is None else limits._replace(tokens=limits.tokens - prompts.numel())
     made = []
-    for start, end in left.split([len(response) for _, response in rows]):
+    for start, end in left.split([len(response) for _, response in rows], equal=not pad_responses):
         of = torch.tensor([g for g, _ in rows[start:end]])  # (b,)
         responses = [response for _, response in rows[start:end]]
         sizes = torch.tensor([*map(len, responses)])  # (b,)

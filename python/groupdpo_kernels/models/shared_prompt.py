@@ -52,6 +52,11 @@ def cache_name(bare: Any) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
+def shared_prompt_limit(model: nn.Module) -> int | None:
+    """The most tokens of a prompt with a response for which its prompt may be shared; None where there is no limit."""
+    return min((limit for limit in map(_rotary_limit, model.modules()) if limit is not None), default=None)
+
+
 def why_not_cached(bare: Any, longest: int | None = None) -> str:
     """Why the model's keys and values cannot be handed over, as far as its modules show it; empty if nothing does.
 
@@ -63,10 +68,9 @@ def why_not_cached(bare: Any, longest: int | None = None) -> str:
         return f"the forward of {name} takes no cache"
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} has an encoder"
-    for module in bare.modules():
-        limit = _rotary_limit(module)
-        if limit is not None and (longest is None or longest > limit):
-            return f"rotary embeddings of {name} depend on the length of a sequence beyond {limit} tokens"
+    limit = shared_prompt_limit(bare)
+    if limit is not None and (longest is None or longest > limit):
+        return f"rotary embeddings of {name} depend on the length of a sequence beyond {limit} tokens"
     flagged = _checkpointing(bare)
     if flagged and not any(map(_is_layer, flagged)):
         return f"{name} checkpoints its layers in a way of its own"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -28,6 +28,11 @@ class GroupDPOConfig(TrainingArguments):
             "auto" and "two_pass" micro_batch_tokens may be "auto": as many as the planner fits in that memory.
         layout: "padded", or "packed" for models that keep sequences apart by their position_ids; for others the
             trainer takes "padded", after a warning that says why.
+        share_prompt: whether the prompt of a group runs once for all its responses: the same gradient from fewer
+            tokens. "auto" does so where the model can, but for "one_pass", which would keep a gradient of the prompt's
+            keys and values for each response, and for an auxiliary loss, which counts such a prompt once. True raises
+            ValueError where the model cannot. Responses are then padded, whatever the layout; dropout draws once for a
+            prompt.
         format, rule: as in `data.read_groups`. merge_prompts: whether rows of one prompt become one group.
         max_length, too_long, chat, template_options, on_bad: as in `data.tokenize_groups`.
         precompute_ref_log_probs: whether the reference scores the data once, before training, and keeps this on disk.
@@ -46,6 +51,7 @@ class GroupDPOConfig(TrainingArguments):
     micro_batch_sequences: int | None = 4
     micro_batch_tokens: int | str | None = None
     layout: str = "padded"
+    share_prompt: Literal["auto", True, False] = "auto"
     format: str = "auto"
     rule: str = "best_vs_rest"
     merge_prompts: bool = False
@@ -67,6 +73,8 @@ class GroupDPOConfig(TrainingArguments):
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         one_of("strategy", self.strategy, ("auto", *STRATEGIES, "coupled"))
         one_of("layout", self.layout, ("padded", "packed"))
+        if self.share_prompt not in ("auto", True, False):
+            raise ValueError(f"share_prompt must be 'auto', True or False; got {self.share_prompt!r}")
         if isinstance(self.micro_batch_tokens, str) and self.micro_batch_tokens.isdecimal():  # from a command line
             self.micro_batch_tokens = int(self.micro_batch_tokens)
         for name in ("micro_batch_sequences", "micro_batch_tokens"):

@@ -19,12 +19,12 @@ response on disk, in output_dir/ref_logps. The source is GroupDPO (arXiv 2604.15
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import traceback
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,19 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
-from ..data.batches import MicroBatch, PreferenceBatch, TokenGroup, tokenizer_of
+from ..data.batches import PreferenceBatch, TokenGroup, tokenizer_of
 from ..data.formats import Report
 from ..memory.worker import out_of_memory
 from ..models.adapters import active_adapters, has_adapter, is_peft_model, let_adapter_train, save_adapter
-from ..models.api import attach, checkpoint_layers
+from ..models.api import checkpoint_layers
 from ..models.limits import position_limit, token_limit
-from ..preference.group_backward import group_backward
+from ..preference.group_backward import forward_parts, group_backward
 from ..preference.objective import Objective, PreferenceLoss, preference_loss
 from ..preference.segments import seq_logps
 from ..stepwise.stages import reference_logps
 from .config import GroupDPOConfig
 from .fit_check import advice, check_group_fits, memory_of, micro_batch_tokens_of, strategy_that_fits
+from .forward import StepForward
 from .metrics import means_of, preference_metrics, record
 from .misplaced import check_names, check_order
 from .reference import (
@@ -83,11 +84,14 @@ class GroupDPOTrainer(Trainer):
         peft_config: describes the new adapter, which may be on the LM head too.
         callbacks, optimizers: as in transformers.
 
-    Attributes: `report`, what was read and dropped, by dataset; `strategy`, the one that runs.
+    Attributes: `report`, what was read and dropped, by dataset; `strategy`, the one that runs; `share_prompt`, whether
+    a group's prompt runs once.
 
-    It logs TRL's `rewards/*`, `logps/*`, `num_tokens` and `aux_loss`, and besides `positive_mass`, `balance_weight`
-    (AdaDPO) and `pass_drift` (two_pass: the largest difference of a response's log-probability between the passes).
-    The auxiliary loss is the mean over micro-batches, weighted by their tokens.
+    It logs TRL's `rewards/*`, `logps/*`, `num_tokens` and `aux_loss`, and besides `computed_tokens` (the positions that
+    one forward of each step computes: fewer than num_tokens where prompts are shared, more by padding),
+    `positive_mass`, `balance_weight` (AdaDPO) and `pass_drift` (two_pass: the largest difference of a response's log-
+    probability between the passes).
+    The auxiliary loss is the mean over micro-batches, weighted by their tokens; a shared prompt counts once.
 
     Raises ValueError or TypeError, naming argument, expectation and value, for: a reference that is not read or that
     would change in training, rows of unknown columns or without a usable group, a response longer than
@@ -137,7 +141,7 @@ class GroupDPOTrainer(Trainer):
         let_adapter_train(model)
         if has_adapter(model) and args.gradient_checkpointing and args.reentrant:
             model.enable_input_require_grads()  # a checkpoint runs again only if an input requires grad
-        self.aux_coef = _aux_coef(model, args)
+        self.aux_coef = aux_coef_of(model, args)
         self._given = ref_logps is not None
         if ref_model is None and objective.needs_reference and not self._given:
             ref_model = _reference_of(model, peft_config is not None, args.precompute_ref_log_probs)
@@ -147,8 +151,10 @@ class GroupDPOTrainer(Trainer):
             for module in each.modules() if each is not None else ():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
-        pad_id = pad_id_of(model, self.tokenizer)
+        collator = Collator(args.layout, None, args.micro_batch_sequences, pad_id_of(model, self.tokenizer))
         train = self._tokenised(train_dataset, "train")
+        collator = collator.sharing(args, bool(self.aux_coef), model, ref_model)
+        self.share_prompt = collator.share_prompt
         most: Any = args.micro_batch_tokens
         self.strategy = args.strategy
         if most == "auto" or args.strategy in ("auto", "coupled"):
@@ -166,7 +172,7 @@ class GroupDPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(args.layout, most, args.micro_batch_sequences, pad_id),
+            data_collator=replace(collator, max_tokens=most),
             train_dataset=train if ref_logps is None else GroupRows(train.groups, ref_logps),
             eval_dataset=None if eval_dataset is None else self._tokenised(eval_dataset, "eval"),
             processing_class=processing_class,
@@ -182,7 +188,7 @@ class GroupDPOTrainer(Trainer):
         if ref_model is not None:
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._total_train_tokens = 0
+        self._total_train_tokens = self._total_computed_tokens = 0
         if args.precompute_ref_log_probs:
             self.train_dataset = self._scored(self.train_dataset)
             self.eval_dataset = self._scored(self.eval_dataset)
@@ -233,7 +239,8 @@ class GroupDPOTrainer(Trainer):
     @torch.no_grad()
     def _scores(self, step: PreferenceBatch) -> Tensor:  # (S,) float32
         with as_reference(self.accelerator.unwrap_model(self.model), self.ref_model) as reference:
-            return torch.cat([seq_logps(*self._forward(reference, mb)) for mb in step.micro_batches])
+            token_logps, cu_seqlens, _ = forward_parts(step.parts, StepForward(reference, self.accelerator.autocast))
+        return seq_logps(token_logps, cu_seqlens)
 
     def evaluate(self, eval_dataset: Any = None, *more: Any, **named: Any) -> dict[str, float]:
         """Evaluates as transformers.Trainer does; `eval_dataset` may be rows, as in __init__."""
@@ -245,14 +252,9 @@ class GroupDPOTrainer(Trainer):
 
     # -------------------------------------------------------------------------------------------------------- the steps
 
-    def _forward(self, model: Any, mb: MicroBatch, share: float | None = None) -> tuple[Tensor, ...]:
-        """(token_logps (t,), cu_seqlens (s+1,)); and share * auxiliary loss where `share`, mb's part, is given."""
-        weight = 0.0 if share is None else self.aux_coef * share
-        options = {"output_router_logits": True} if weight else {}
-        with self.accelerator.autocast():
-            values, outputs = attach(model).with_outputs(mb.input_ids, mb.targets, **mb.inputs, **options)
-        scored = mb.live(values), mb.cu_seqlens
-        return (*scored, weight * outputs.aux_loss) if weight else scored
+    def _forward(self, model: Any, step: PreferenceBatch, bare: Any = None) -> StepForward:
+        autocast, tokens = self.accelerator.autocast, step.computed_tokens
+        return StepForward(model, autocast, bare=bare, aux_coef=self.aux_coef, tokens=tokens)
 
     def _reference(self, inputs: dict[str, Any]) -> Tensor | None:  # (S,)
         if not self.objective.needs_reference or "ref_logps" in inputs:
@@ -283,21 +285,10 @@ class GroupDPOTrainer(Trainer):
             self.optimizer.train()  # type: ignore[union-attr]
         inputs = self._prepare_inputs(inputs)
         step, ref_logps = inputs["step"], self._reference(inputs)
-        bare, shares = self.accelerator.unwrap_model(model), _shares(step.micro_batches)
-        seen: dict[bool, list[Tensor]] = {False: [], True: []}  # log-probabilities of pass 1 (False) and pass 2 (True)
-        parts: list[Tensor] = []
+        forward = self._forward(model, step, bare=self.accelerator.unwrap_model(model))
         two_pass = self.strategy == "two_pass"
-
-        def forward(at: tuple[int, MicroBatch]) -> tuple[Tensor, ...]:
-            graph = torch.is_grad_enabled()
-            # DistributedDataParallel synchronises buffers at each forward, a collective, so pass 1 goes past it.
-            scored = self._forward(model if graph else bare, at[1], shares[at[0]])
-            seen[graph].append(seq_logps(scored[0].detach(), scored[1]))
-            parts.extend(aux.detach() for aux in scored[2:] if graph)
-            return scored
-
         result = group_backward(
-            list(enumerate(step.micro_batches)),
+            step.parts,
             forward,
             step.groups,
             self.objective,
@@ -308,8 +299,8 @@ class GroupDPOTrainer(Trainer):
             parameters=None if two_pass else [p for p in model.parameters() if p.requires_grad],
             model=model,
         )
-        more = {"pass_drift": (torch.cat(seen[True]) - torch.cat(seen[False])).abs().max()} if two_pass else {}
-        return self._logged(inputs, result, parts, more) / self.current_gradient_accumulation_steps
+        more = {"pass_drift": forward.drift()} if two_pass else {}
+        return self._logged(inputs, result, forward.auxiliary, more) / self.current_gradient_accumulation_steps
 
     def _scale(self) -> float | Tensor:
         """The factor on the gradient: 1 / accumulation steps, times the scale of fp16's gradient scaler."""
@@ -321,18 +312,12 @@ class GroupDPOTrainer(Trainer):
     ) -> Any:  # () differentiable
         """The loss of a step with its whole graph, for evaluation and for strategy "coupled"."""
         step, ref_logps = inputs["step"], self._reference(inputs)
-        shares = _shares(step.micro_batches)
-        runs, last = [], len(shares) - 1
-        for i, (mb, share) in enumerate(zip(step.micro_batches, shares)):
-            # One backward follows all forwards. Under DistributedDataParallel a forward outside no_sync takes part in a
-            # collective, and ranks differ in their number of micro-batches, so that only the last forward does.
-            quiet = getattr(model, "no_sync", contextlib.nullcontext) if i < last else contextlib.nullcontext
-            with quiet():
-                runs.append(self._forward(model, mb, share))
-        token_logps, lengths = torch.cat([run[0] for run in runs]), torch.cat([run[1].diff() for run in runs])
-        cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0))
+        # One backward follows all forwards. Under DistributedDataParallel a forward outside no_sync takes part in a
+        # collective, and ranks differ in their number of forwards, so that only the last one does.
+        no_sync = getattr(model, "no_sync", None)
+        token_logps, cu_seqlens, auxiliary = forward_parts(step.parts, self._forward(model, step), no_sync=no_sync)
         result = preference_loss(token_logps, cu_seqlens, step.groups, self.objective, ref_logps)
-        return self._logged(inputs, result, [aux for run in runs for aux in run[2:]], {})
+        return self._logged(inputs, result, auxiliary, {})
 
     def _logged(
         self, inputs: dict[str, Any], result: PreferenceLoss, parts: list[Tensor], more: dict[str, Tensor]
@@ -349,7 +334,11 @@ class GroupDPOTrainer(Trainer):
         if mode == "train":
             tokens = torch.tensor(inputs["num_tokens"], device=self.accelerator.device)
             self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
+            self._total_computed_tokens += int(
+                self.accelerator.gather(torch.full_like(tokens, step.computed_tokens)).sum()
+            )
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        self._metrics[mode]["computed_tokens"] = [self._total_computed_tokens]
         return loss
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
@@ -382,12 +371,9 @@ class GroupDPOTrainer(Trainer):
         torch.save(self.args, Path(folder) / "training_args.bin")
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 6 * int(inputs["num_tokens"]) * int(self.model.num_parameters(exclude_embeddings=True))
-
-
-def _shares(micro_batches: Sequence[MicroBatch]) -> list[float]:
-    sizes = [mb.input_ids.numel() for mb in micro_batches]
-    return [size / sum(sizes) for size in sizes]
+        """FLOP of a step: 2 a parameter and position in each forward, and 4 in the backward."""
+        passes = 8 if self.strategy == "two_pass" else 6
+        return passes * inputs["step"].computed_tokens * int(self.model.num_parameters(exclude_embeddings=True))
 
 
 def _reference_of(model: Any, fresh: bool, precompute: bool) -> nn.Module | None:
@@ -416,7 +402,7 @@ def pad_id_of(model: Any, tokenizer: Any) -> int:
     return eos if pad is None else pad
 
 
-def _aux_coef(model: Any, args: GroupDPOConfig) -> float:
+def aux_coef_of(model: Any, args: GroupDPOConfig) -> float:
     text_config, coef = model.config.get_text_config(), args.router_aux_loss_coef
     if not hasattr(text_config, "output_router_logits"):
         if coef:

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..data.batches import TokenGroup, collate, tokenize_groups
 from ..data.formats import Report
 from ..data.rules import merge_prompts, read_groups
-from ..models.layouts import why_not_packed, why_not_padded
+from ..models.layouts import why_not_left_padded, why_not_packed, why_not_padded, why_not_shared
+from ..models.shared_prompt import shared_prompt_limit
 from ..preference.losses import LOSSES
 from ..preference.objective import Objective
 from .config import GroupDPOConfig
@@ -50,6 +51,10 @@ class Collator:
     max_tokens: int | None
     max_sequences: int | None
     pad_id: int
+    share_prompt: bool = False
+    prompts_together: bool = True
+    pad_responses: bool = True
+    longest_shared: int | None = None  # a step with a longer sequence does not share; None sets no limit
 
     def fitting(self, *models: Any) -> Collator:
         """This collator, or, with a warning, one with a layout in which these models (or None) keep sequences apart."""
@@ -64,12 +69,42 @@ class Collator:
             found = replace(found, max_sequences=1)
         return found
 
+    def sharing(self, args: GroupDPOConfig, aux: bool, *models: Any) -> Collator:
+        """This collator, or one whose prompts run once, where args.share_prompt asks for it and these models (or None)
+        can. aux: whether a router's auxiliary loss counts positions.
+
+        Raises ValueError with the reason where it is True, and warns of the reason where it is "auto".
+        """
+        asked = args.share_prompt
+        if not asked or (asked == "auto" and (aux or args.strategy == "one_pass")):
+            return self
+        reentrant = args.gradient_checkpointing and args.reentrant
+        why = "reentrant checkpoints give their inputs alone a gradient: take use_reentrant=False" if reentrant else ""
+        present = [model for model in models if model is not None]
+        why = why or next(filter(None, (why_not_shared(model, 0) for model in present)), "")
+        if why and asked is True:
+            raise ValueError(f"share_prompt must be 'auto' or False here: {why}; got True")
+        if why:
+            warnings.warn(f"a prompt runs again for each of its responses: {why}", stacklevel=3)
+            return self
+        limits = [limit for limit in map(shared_prompt_limit, present) if limit is not None]
+        return replace(
+            self,
+            share_prompt=True,
+            prompts_together=not aux and not any(map(why_not_left_padded, present)),
+            pad_responses=not aux,  # the loss counts positions, padding too
+            longest_shared=min(limits, default=None),
+        )
+
     def __call__(self, items: Sequence[tuple[TokenGroup, Tensor | None]]) -> dict[str, Any]:
         groups, known = [group for group, _ in items], [ref for _, ref in items if ref is not None]
-        limits: dict[str, Any] = {"max_tokens": self.max_tokens, "max_sequences": self.max_sequences}
+        fits = self.longest_shared is None or all(group.longest <= self.longest_shared for group in groups)
+        options: dict[str, Any] = {"max_tokens": self.max_tokens, "max_sequences": self.max_sequences}
+        for name in ("pad_id", "prompts_together", "pad_responses"):
+            options[name] = getattr(self, name)
         return {
             "rows": torch.tensor([group.row for group in groups]),
-            "step": collate(groups, self.layout, **limits, pad_id=self.pad_id),
+            "step": collate(groups, self.layout, **options, share_prompt=self.share_prompt and fits),
             "num_tokens": sum(len(g.prompt) * len(g.responses) + sum(map(len, g.responses)) for g in groups),
             **({"ref_logps": torch.cat(known)} if known else {}),
         }

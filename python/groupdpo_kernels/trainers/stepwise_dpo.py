@@ -24,6 +24,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ from transformers import set_seed
 from ..data.batches import TokenGroup
 from ..data.formats import Report
 from ..models.adapters import adapter_configs, delete_adapter, let_adapter_train
-from ..models.api import attach
 from ..models.limits import position_limit, token_limit
+from ..preference.group_backward import forward_parts
 from ..preference.objective import Objective
 from ..preference.segments import seq_logps
 from ..stepwise.stages import run_stages
 from .config import GroupDPOConfig
-from .group_dpo import GroupDPOTrainer, pad_id_of
+from .forward import StepForward
+from .group_dpo import GroupDPOTrainer, aux_coef_of, pad_id_of
 from .reference import check_adapter, check_no_earlier_reference
 from .rows import Collator, tokenised
 
@@ -140,16 +142,13 @@ class StepwiseDPO:
         tokens: Any = self.args.micro_batch_tokens
         if tokens == "auto":  # the limit is of a step with gradients: a forward of one sequence fits
             tokens = max(len(group.prompt) + max(map(len, group.responses)) for group in groups)
-        collator = Collator(
-            self.args.layout, tokens, self.args.micro_batch_sequences, pad_id_of(model, self.processing_class)
-        )
-        step = collator.fitting(model)([(group, None) for group in groups])["step"].to(self.args.device)
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=bool(self.args.bf16)):
-            scored = [
-                (mb.live(attach(model)(mb.input_ids, mb.targets, **mb.inputs)), mb.cu_seqlens)
-                for mb in step.micro_batches
-            ]
-        return torch.cat([seq_logps(*each) for each in scored])
+        args = self.args
+        collator = Collator(args.layout, tokens, args.micro_batch_sequences, pad_id_of(model, self.processing_class))
+        collator = collator.fitting(model).sharing(args, bool(aux_coef_of(model, args)), model)
+        step = collator([(group, None) for group in groups])["step"].to(args.device)
+        autocast = partial(torch.autocast, args.device.type, torch.bfloat16, enabled=bool(args.bf16))
+        token_logps, cu_seqlens, _ = forward_parts(step.parts, StepForward(model, autocast))
+        return seq_logps(token_logps, cu_seqlens)
 
     def _train(self, model: Any, part: Any, ref_logps: Tensor, stage: int) -> None:
         args = copy.copy(self.args)
