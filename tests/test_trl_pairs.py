@@ -11,12 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 import trl
 from datasets import Dataset
 from tiny_models import make
 from tiny_trl import COMMON, PAIRS, check_same, llama, lora, run, steps, trainable
 
 from groupdpo_kernels import AdaBalance, Objective
+from groupdpo_kernels.models.paired_prompts import PairedPrompts
 from groupdpo_kernels.preference.losses import LOSSES
 from groupdpo_kernels.trainers import DPOTrainer, GroupDPOConfig, StepwiseDPO
 
@@ -376,3 +378,73 @@ def test_unknown_versions_are_refused(make_trainer: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(trl, "__version__", version)
     with pytest.raises(RuntimeError, match=f"DPOTrainer knows TRL 1.16 and later, before 2.0; installed is {version}"):
         make_trainer()
+
+
+# ------------------------------------------------------------------------------------------------ prompts that run once
+
+LONG = "Answer in one short sentence, as if to a child who has just learned to read. "
+
+
+def with_long_prompts(rows: Any) -> Any:
+    """The same pairs after prompts of different lengths, so that sharing saves tokens."""
+    return rows.map(lambda row, i: {**row, "prompt": LONG * (1 + i % 2) + row["prompt"]}, with_indices=True)
+
+
+def counted(trainer: Any) -> tuple[Any, int]:
+    """A run of the trainer, and the number of positions that its model and reference have embedded."""
+    seen: list[int] = []
+
+    def note(module: Any, args: Any) -> None:
+        if isinstance(module, torch.nn.Embedding) and args[0].shape[1] > 14:  # a probe has 14 tokens at most
+            seen.append(args[0].numel())
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        return run(trainer), sum(seen)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": False}], ids=str
+)
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+def test_a_prompt_runs_once_for_a_pair(make_trainer: Any, options: dict[str, Any], with_lora: bool) -> None:
+    more: dict[str, Any] = {"train_dataset": with_long_prompts(PAIRS)} | ({"peft_config": lora()} if with_lora else {})
+    shared, fewer = counted(make_trainer(options=options, **more))
+    whole, all_of_them = counted(make_trainer(options=options, share_prompt=False, **more))
+    assert check_same(shared, whole) >= METRICS and shared[0].share_prompt and not whole[0].share_prompt
+    assert fewer < 0.75 * all_of_them
+
+
+def test_pairs_that_cannot_share_run_as_they_are(make_trainer: Any, config: Any, bpe: Any) -> None:
+    recurrent = transformers.MambaConfig(vocab_size=len(bpe), hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.warns(UserWarning, match="a prompt runs again for each of its responses: MambaForCausalLM"):
+        trainer = make_trainer(model=transformers.MambaForCausalLM(recurrent))
+    assert not trainer.share_prompt
+    with pytest.raises(ValueError, match=r"share_prompt must be 'auto' or False here: MambaForCausalLM.*; got True"):
+        make_trainer(model=transformers.MambaForCausalLM(recurrent), share_prompt=True)
+    with pytest.raises(ValueError, match="share_prompt must be 'auto', True or False; got 'yes'"):
+        make_trainer(share_prompt="yes")
+    checkpoints = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="share_prompt must be 'auto' or False here: reentrant checkpoints"):
+        make_trainer(options=checkpoints, share_prompt=True)
+    assert not make_trainer(options=checkpoints).share_prompt
+
+
+@pytest.mark.parametrize("change", ["token", "length", "padding", "nothing to save"])
+def test_prompts_that_differ_are_not_shared(change: str) -> None:
+    ids = torch.randint(3, 90, (2, 24)).repeat(2, 1)
+    ids[2:, 16:] = torch.randint(3, 90, (2, 8))
+    mask, targets = torch.ones_like(ids), torch.full_like(ids, -100)
+    targets[:, 15:-1] = ids[:, 16:]
+    assert PairedPrompts.of(ids, targets, mask) is not None
+    if change == "token":
+        ids[2, 3] += 1
+    elif change == "length":
+        targets[3, 15] = -100
+    elif change == "padding":
+        mask[1, 0] = 0
+    else:
+        targets[:, :15] = ids[:, 1:16]
+    assert PairedPrompts.of(ids, targets, mask) is None

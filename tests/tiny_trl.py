@@ -69,7 +69,8 @@ def steps(trainer: Any) -> list[dict[str, float]]:
 
 def check_same(ours: Any, theirs: Any, *, weights: float = 1e-5, logs: float = 1e-5, but: str = "-") -> set[str]:
     """The runs of two trainers: the same weights, relative to how far they moved, and the same numbers in every step
-    where both log them, but for names that begin with `but` and for computed_tokens, which padding and shared prompts change. Returns the names of what was compared."""
+    where both log them, but for names that begin with `but` and for computed_tokens, which padding and shared prompts
+    change. Returns the names of what was compared."""
     (a, start, found), (b, also, expected) = ours, theirs
     moved = (expected - start).norm()
     assert torch.equal(start, also) and moved > 1e-3 * start.norm()

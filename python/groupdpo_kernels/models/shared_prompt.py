@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from .head_call import swapped
 
+REENTRANT = "reentrant checkpoints give their inputs alone a gradient: take use_reentrant=False"
 Prefix = Sequence[Tensor | None]  # keys and values (B, heads, P, width) of each layer, in turn; None where it has none
 
 
@@ -77,7 +78,7 @@ def why_not_cached(bare: Any, longest: int | None = None) -> str:
     for layer in flagged:
         function = getattr(layer, "_gradient_checkpointing_func", None)
         if isinstance(function, functools.partial) and function.keywords.get("use_reentrant"):
-            return "reentrant checkpoints give their inputs alone a gradient: take use_reentrant=False"
+            return REENTRANT
     return ""
 
 

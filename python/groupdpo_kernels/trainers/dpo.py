@@ -22,8 +22,9 @@ overridden; the version is checked). The cost is TRL's, without its (B, L) stati
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,10 @@ from ..data.batches import tokenizer_of
 from ..installed import installed_trl
 from ..models.adapters import active_adapters, adapter_configs, delete_adapter, is_peft_model, let_adapter_train
 from ..models.api import attach
+from ..models.layouts import why_not_left_padded, why_not_shared
 from ..models.one_column import NOT_OF_THE_MODEL, completion_targets
+from ..models.paired_prompts import PairedPrompts
+from ..models.shared_prompt import REENTRANT
 from ..preference.groups import PreferenceGroups
 from ..preference.losses import LOSSES
 from ..preference.objective import Objective, preference_loss
@@ -63,6 +67,9 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
     Args:
         objective: any `Objective` of a pairwise loss, or of a callable (scores (2B,), groups) -> (B,), whose scores
             hold the chosen and the rejected response of each pair side by side.
+        share_prompt: whether the prompt of a pair runs once for both, as in GroupDPOConfig. A batch whose pairs have
+            prompts that differ, or with images, runs unshared; with FSDP, DeepSpeed or a router's auxiliary loss "auto"
+            does not share, and True raises ValueError.
 
     Raises ValueError or TypeError, naming argument, expectation and value: for a group-wise loss; an option of
     LOSS_OPTIONS that differs from TRL's default and from the objective; `ref_model`, `precompute_ref_log_probs` or
@@ -80,10 +87,11 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         args: Any = None,
         *,
         objective: Objective = Objective(),  # noqa: B008  frozen
+        share_prompt: bool | str = "auto",
         **named: Any,
     ) -> None:
         installed_trl("DPOTrainer", SUPPORTED)
-        known = [*inspect.signature(trl.DPOTrainer).parameters, "objective"]
+        known = [*inspect.signature(trl.DPOTrainer).parameters, "objective", "share_prompt"]
         check_names("DPOTrainer", named, known)
         check_order("DPOTrainer", ref_model)
         args = trl.DPOConfig() if args is None else args
@@ -112,13 +120,16 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
                 "model must have an adapter named 'default', which TRL's DPOTrainer looks for, where the objective has"
                 f" no reference; got {', '.join(adapter_configs(model))}; GroupDPOTrainer takes any name"
             )
-        self._own_ref_adapter = False
+        if share_prompt not in ("auto", True, False):
+            raise ValueError(f"share_prompt must be 'auto', True or False; got {share_prompt!r}")
+        self._own_ref_adapter, self._share_prompt = False, share_prompt
         # TRL builds no reference model where it expects log-probabilities with the data.
         args.precompute_ref_log_probs = precompute or not objective.needs_reference
         try:
             super().__init__(model, ref_model, args, **named)
         finally:
             args.precompute_ref_log_probs = precompute
+        _ = self.share_prompt  # where it is refused, the error comes before training
         self.precompute_ref_logps = precompute
         self.beta = objective.beta
         if is_peft and self.ref_model is None:
@@ -127,6 +138,38 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
             elif objective.needs_reference and not precompute:
                 check_adapter_alone_trains(self.model)
                 self._make_own_ref_adapter()
+
+    @functools.cached_property
+    def share_prompt(self) -> bool:
+        """Whether the prompt of a pair runs once: what was asked for, or for "auto" whether the models can. It is first
+        read where TRL scores the reference, within __init__ or after.
+
+        A reason against it is an error where it was asked for, and else a warning where a model is the reason.
+        """
+        asked = self._share_prompt
+        here = {"FSDP": self.is_fsdp_enabled, "DeepSpeed": self.is_deepspeed_enabled}
+        here["a router's auxiliary loss, which would count a prompt once"] = self.aux_loss_enabled
+        why = next((f"it does not go with {what}" for what, on in here.items() if on), "")
+        options = self.args.gradient_checkpointing_kwargs
+        if self.args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
+            why = why or REENTRANT
+        of_model = ""
+        for model in (self.model, self.ref_model) if asked and not why else ():
+            if model is not None and not of_model:
+                of_model = why_not_shared(model) or why_not_left_padded(model)
+        if asked is True and (why or of_model):
+            raise ValueError(f"share_prompt must be 'auto' or False here: {why or of_model}; got True")
+        if of_model:
+            warnings.warn(f"a prompt runs again for each of its responses: {of_model}", stacklevel=2)
+        return bool(asked) and not why and not of_model
+
+    def _logps(self, model: Any, input_ids: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor | None:
+        """(2B, L) log-probabilities of pairs whose prompts run once; None where they do not."""
+        if not self.share_prompt or inputs.keys() - {"attention_mask", "use_cache", "return_dict"}:
+            return None
+        paired = PairedPrompts.of(input_ids, targets, inputs.get("attention_mask"))
+        no_sync = getattr(model, "no_sync", None) if torch.is_grad_enabled() else None
+        return None if paired is None else paired.logps(model, no_sync=no_sync)
 
     def _make_own_ref_adapter(self) -> None:
         """Makes "ref" a full copy of the active adapter, once: afterwards the active one moves. TRL instead copies the
@@ -165,13 +208,24 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(chosen, rejected), (B,) float32 each: TRL's own method, with tokens scored by `model_logps`."""
-        return super().compute_ref_log_probs(_scored_here(model), inputs)
+
+        def score(input_ids: Tensor, labels: Tensor, fused_lm_head: bool, **more: Any) -> SimpleNamespace:
+            targets = completion_targets(input_ids, (labels != -100).long())
+            token_logps = self._logps(model, input_ids, targets, more)
+            if token_logps is None:
+                token_logps = attach(model)(input_ids, targets, **more)
+            return SimpleNamespace(log_probs=token_logps[:, :-1])
+
+        return super().compute_ref_log_probs(score, inputs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         targets = completion_targets(inputs["input_ids"], inputs["completion_mask"])
         forward = {k: v for k, v in inputs.items() if k not in NOT_OF_THE_MODEL}
         options = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        token_logps, outputs = attach(model).with_outputs(forward.pop("input_ids"), targets, **forward, **options)
+        input_ids = forward.pop("input_ids")
+        token_logps, outputs = self._logps(model, input_ids, targets, forward), None
+        if token_logps is None:
+            token_logps, outputs = attach(model).with_outputs(input_ids, targets, **forward, **options)
         # TRL's batch holds all chosen, then all rejected; a group holds a chosen one and its rejected one in turn.
         B = len(targets) // 2
         order = torch.arange(2 * B, device=targets.device).view(2, B).T.flatten()
@@ -186,7 +240,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         result = preference_loss(token_logps[order][live], cu_seqlens, groups, self.objective, self._reference(inputs))
         loss, values = result.loss, preference_metrics(result, groups, self.objective, lengths)
         del values["positive_mass"]  # for a pair it repeats the margin
-        if self.aux_loss_enabled:
+        if self.aux_loss_enabled and outputs is not None:
             loss, values["aux_loss"] = loss + self.router_aux_loss_coef * outputs.aux_loss, outputs.aux_loss
         mode = "train" if self.model.training else "eval"
         record(self._metrics[mode], values, self.accelerator.gather)
@@ -197,7 +251,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         if not return_outputs:
             return loss
         with torch.no_grad():  # as in TRL, for the user's compute_metrics
-            return loss, model(input_ids=inputs["input_ids"], use_cache=False, **forward)
+            return loss, model(input_ids=input_ids, use_cache=False, **forward)
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
         """Adds the metrics under this data's own prefix: `eval_a_rewards/margins` for eval_dataset {"a": rows}."""
@@ -214,16 +268,6 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         else:
             sides = self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
         return torch.stack(sides, 1).flatten()
-
-
-def _scored_here(model: Any) -> Callable[..., SimpleNamespace]:
-    """A function that TRL calls as the model for log-probabilities, and that gives those of `model_logps`."""
-
-    def score(input_ids: Tensor, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> SimpleNamespace:
-        token_logps = attach(model)(input_ids, completion_targets(input_ids, (labels != -100).long()), **inputs)
-        return SimpleNamespace(log_probs=token_logps[:, :-1])
-
-    return score
 
 
 def _check_objective(objective: Objective) -> None:

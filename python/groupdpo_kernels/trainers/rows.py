@@ -18,7 +18,7 @@ from ..data.batches import TokenGroup, collate, tokenize_groups
 from ..data.formats import Report
 from ..data.rules import merge_prompts, read_groups
 from ..models.layouts import why_not_left_padded, why_not_packed, why_not_padded, why_not_shared
-from ..models.shared_prompt import shared_prompt_limit
+from ..models.shared_prompt import REENTRANT, shared_prompt_limit
 from ..preference.losses import LOSSES
 from ..preference.objective import Objective
 from .config import GroupDPOConfig
@@ -79,7 +79,7 @@ class Collator:
         if not asked or (asked == "auto" and (aux or args.strategy == "one_pass")):
             return self
         reentrant = args.gradient_checkpointing and args.reentrant
-        why = "reentrant checkpoints give their inputs alone a gradient: take use_reentrant=False" if reentrant else ""
+        why = REENTRANT if reentrant else ""
         present = [model for model in models if model is not None]
         why = why or next(filter(None, (why_not_shared(model, 0) for model in present)), "")
         if why and asked is True:
