@@ -189,7 +189,7 @@ def _parts(micro_batches: Iterable[Any], forward: Any) -> Iterator[tuple[SharedP
             got = getattr(forward, "__name__", type(forward).__name__)
             raise TypeError(f"forward must have the methods prefix and rows for a SharedPrompt; got {got}")
         if not part.micro_batches:
-            raise ValueError("micro_batches of a SharedPrompt must hold at least one; got none")
+            raise ValueError("micro_batches must hold at least one for each SharedPrompt; got none")
         yield part, last
 
 
