@@ -76,7 +76,7 @@ def _find() -> Swap:
         batch: dict[str, Tensor],  # input_ids and labels (2B, L), chosen half first, and what the model takes
         is_ref_model: bool = False,
     ) -> dict[str, Tensor]:
-        inputs = {**batch}
+        inputs: dict[str, Any] = {**batch}
         targets = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
         token_logps = attach(model)(inputs.pop("input_ids"), targets, **inputs, return_dict=True)
         logps, lengths = sequence_logps(token_logps, targets, None if is_ref_model else self.ld_alpha)

@@ -221,7 +221,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         targets = completion_targets(inputs["input_ids"], inputs["completion_mask"])
         forward = {k: v for k, v in inputs.items() if k not in NOT_OF_THE_MODEL}
-        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        options: dict[str, Any] = {"output_router_logits": True} if self.aux_loss_enabled else {}
         input_ids = forward.pop("input_ids")
         token_logps, outputs = self._logps(model, input_ids, targets, forward), None
         if token_logps is None:

@@ -64,7 +64,7 @@ class StepForward:
         if not self.aux_coef:
             return token_logps, mb.cu_seqlens
         auxiliary = self._weighted(outputs, mb.input_ids)
-        if len(states) < len(prefix) and self._begins:
+        if len(states) < len(prefix) and self._begins and prefix[-1] is not None:
             auxiliary = auxiliary + prefix[-1]
         self._begins = False
         if graph:
