@@ -362,9 +362,10 @@ class PreferenceBatch:
 
     @property
     def computed_tokens(self) -> int:
-        """The number of positions that a forward of all parts computes, padding included."""
+        """The number of positions that a forward of all parts computes, with padding, without empty micro-batches."""
         prompts = [part.prompt for part in self.parts if isinstance(part, SharedPrompt)]
-        return sum(x.input_ids.numel() for x in (*prompts, *self.micro_batches))
+        rows = [mb for mb in self.micro_batches if len(mb.live_index)]
+        return sum(x.input_ids.numel() for x in (*prompts, *rows))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         def move(part: Any) -> Any:
@@ -435,6 +436,16 @@ def collate(
         PreferenceGroups.from_lists(groups[g].positive for g in places),
         torch.tensor([i for g in places for i in range(first[g], first[g + 1])]),
     )
+
+
+def empty_micro_batch(like: MicroBatch) -> MicroBatch:
+    """A micro-batch of two tokens that scores nothing, with the inputs that `like` has, on its device."""
+    ids = like.input_ids.new_ones(1, 2)
+    inputs = {
+        name: torch.arange(2, device=x.device)[None].to(x.dtype) if name == "position_ids" else x.new_ones(1, 2)
+        for name, x in like.inputs.items()
+    }
+    return MicroBatch(ids, torch.full_like(ids, -100), inputs, like.cu_seqlens[:1], like.live_index[:0])
 
 
 def micro_batches(

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from ..checks import one_of
 from ..preference.group_backward import STRATEGIES
+from .engines import check_engine_options
 from .misplaced import check_names
 
 
@@ -108,6 +109,7 @@ class GroupDPOConfig(TrainingArguments):
             if hasattr(self, new) and getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
+        check_engine_options(self)
         if self.strategy == "one_pass" and self.gradient_checkpointing and self.reentrant:
             raise ValueError(
                 "gradient_checkpointing_kwargs must leave use_reentrant False for strategy 'one_pass', which takes the"

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import tokenizer_of
+from ..distributed import DDP, kind_of
 from ..installed import installed_trl
 from ..models.adapters import active_adapters, adapter_configs, delete_adapter, is_peft_model, let_adapter_train
 from ..models.api import attach
@@ -168,7 +169,7 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         if not self.share_prompt or inputs.keys() - {"attention_mask", "use_cache", "return_dict"}:
             return None
         paired = PairedPrompts.of(input_ids, targets, inputs.get("attention_mask"))
-        no_sync = getattr(model, "no_sync", None) if torch.is_grad_enabled() else None
+        no_sync = model.no_sync if kind_of(model) == DDP and torch.is_grad_enabled() else None
         return None if paired is None else paired.logps(model, no_sync=no_sync)
 
     def _make_own_ref_adapter(self) -> None:

@@ -63,7 +63,7 @@ class StepForward:
         self.seen[graph].append(seq_logps(token_logps.detach(), mb.cu_seqlens))
         if not self.aux_coef:
             return token_logps, mb.cu_seqlens
-        auxiliary = self._weighted(outputs, mb.input_ids)
+        auxiliary = self._weighted(outputs, mb.input_ids) * bool(len(mb.live_index))
         if len(states) < len(prefix) and self._begins and prefix[-1] is not None:
             auxiliary = auxiliary + prefix[-1]
         self._begins = False

@@ -12,9 +12,10 @@ The base is transformers.Trainer, so that this works without TRL. Little of TRL'
 pairs, patches the forward of the model and refuses adapters on its head.
 
 The trainer never downloads, and never holds a second model beside an adapter or precomputed references. It takes text
-alone, no images. It needs one device, or DistributedDataParallel. "two_pass" costs one more forward without the head
-(preference/group_backward.py); the token ids of the data are in memory, and precomputed references take 4 bytes a
-response on disk, in output_dir/ref_logps. The source is GroupDPO (arXiv 2604.15602); see also docs/math.md.
+alone, no images. It runs on one device, under DistributedDataParallel, FSDP2 and DeepSpeed (engines.py). "two_pass"
+costs one more forward without the head (preference/group_backward.py); the token ids of the data are in memory, and
+precomputed references take 4 bytes a response on disk, in output_dir/ref_logps. The source is GroupDPO (arXiv
+2604.15602); see also docs/math.md.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from transformers import Trainer, set_seed
 
 from ..data.batches import PreferenceBatch, TokenGroup, tokenizer_of
 from ..data.formats import Report
+from ..distributed import DDP, kind_of
 from ..memory.worker import out_of_memory
 from ..models.adapters import active_adapters, has_adapter, is_peft_model, let_adapter_train, save_adapter
 from ..models.api import checkpoint_layers
@@ -43,6 +45,7 @@ from ..preference.objective import Objective, PreferenceLoss, preference_loss
 from ..preference.segments import seq_logps
 from ..stepwise.stages import reference_logps
 from .config import GroupDPOConfig
+from .engines import as_many_micro_batches, check_engine, engine_asked, prepared_reference
 from .fit_check import advice, check_group_fits, memory_of, micro_batch_tokens_of, strategy_that_fits
 from .forward import StepForward
 from .metrics import means_of, preference_metrics, record
@@ -96,7 +99,8 @@ class GroupDPOTrainer(Trainer):
     Raises ValueError or TypeError, naming argument, expectation and value, for: a reference that is not read or that
     would change in training, rows of unknown columns or without a usable group, a response longer than
     micro_batch_tokens, with "coupled" a group whose graph alone takes more memory than there is, a pairwise loss on
-    larger groups, DeepSpeed, FSDP, several GPUs in one process, a model that is split over ranks or wrapped already.
+    larger groups, version 1 of FSDP, options that an engine cannot do, several GPUs in one process, a model that is
+    split over ranks or wrapped already.
     """
 
     model: Any
@@ -157,7 +161,9 @@ class GroupDPOTrainer(Trainer):
         self.share_prompt = collator.share_prompt
         most: Any = args.micro_batch_tokens
         self.strategy = args.strategy
-        if most == "auto" or args.strategy in ("auto", "coupled"):
+        if engine_asked(args) and self.strategy == "auto":
+            self.strategy = "two_pass"  # the planner sizes a whole model
+        elif most == "auto" or args.strategy in ("auto", "coupled"):
             if args.gradient_checkpointing:
                 checkpoint_layers(model, args.gradient_checkpointing_kwargs)
             memory, autocast = memory_of(model, args.device), bool(args.bf16 or args.fp16)
@@ -179,14 +185,11 @@ class GroupDPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or args.n_gpu > 1:
-            kinds = {"DeepSpeed": self.is_deepspeed_enabled, "FSDP": self.is_fsdp_enabled, "DataParallel": True}
-            got = next(kind for kind, on in kinds.items() if on)
-            raise ValueError(f"GroupDPOTrainer runs on one device or under DistributedDataParallel; got {got}")
+        check_engine(self)
         self.data_collator = self.data_collator.fitting(model, ref_model)
         self.ref_model = ref_model
         if ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
+            self.ref_model = prepared_reference(self, ref_model)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._total_train_tokens = self._total_computed_tokens = 0
         if args.precompute_ref_log_probs:
@@ -277,6 +280,13 @@ class GroupDPOTrainer(Trainer):
         why = advice(bare, inputs["step"], self.strategy, autocast, device, self.optimizer)
         raise type(ran_out)(f"{ran_out}\n{why}") from ran_out
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Moves the step to the device; where an engine shards the model, ranks get equally many micro-batches."""
+        inputs = super()._prepare_inputs(inputs)
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not inputs.get("agreed"):
+            inputs = {**inputs, "step": as_many_micro_batches(inputs["step"]), "agreed": True}
+        return inputs
+
     def _training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         if self.strategy == "coupled":
             return super().training_step(model, inputs, num_items_in_batch)
@@ -285,7 +295,10 @@ class GroupDPOTrainer(Trainer):
             self.optimizer.train()  # type: ignore[union-attr]
         inputs = self._prepare_inputs(inputs)
         step, ref_logps = inputs["step"], self._reference(inputs)
-        forward = self._forward(model, step, bare=self.accelerator.unwrap_model(model))
+        engine = model if self.is_deepspeed_enabled else None
+        if engine is not None:
+            engine.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
+        forward = self._forward(model, step, bare=engine or self.accelerator.unwrap_model(model))
         two_pass = self.strategy == "two_pass"
         result = group_backward(
             step.parts,
@@ -299,6 +312,8 @@ class GroupDPOTrainer(Trainer):
             parameters=None if two_pass else [p for p in model.parameters() if p.requires_grad],
             model=model,
         )
+        if engine is not None and self.accelerator.sync_gradients:
+            engine.step()  # accelerate calls it in its own backward
         more = {"pass_drift": forward.drift()} if two_pass else {}
         return self._logged(inputs, result, forward.auxiliary, more) / self.current_gradient_accumulation_steps
 
@@ -314,7 +329,7 @@ class GroupDPOTrainer(Trainer):
         step, ref_logps = inputs["step"], self._reference(inputs)
         # One backward follows all forwards. Under DistributedDataParallel a forward outside no_sync takes part in a
         # collective, and ranks differ in their number of forwards, so that only the last one does.
-        no_sync = getattr(model, "no_sync", None)
+        no_sync = model.no_sync if kind_of(model) == DDP else None
         token_logps, cu_seqlens, auxiliary = forward_parts(step.parts, self._forward(model, step), no_sync=no_sync)
         result = preference_loss(token_logps, cu_seqlens, step.groups, self.objective, ref_logps)
         return self._logged(inputs, result, auxiliary, {})

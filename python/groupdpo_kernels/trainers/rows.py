@@ -22,6 +22,7 @@ from ..models.shared_prompt import REENTRANT, shared_prompt_limit
 from ..preference.losses import LOSSES
 from ..preference.objective import Objective
 from .config import GroupDPOConfig
+from .engines import engine_asked
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Collator:
         Raises ValueError with the reason where it is True, and warns of the reason where it is "auto".
         """
         asked = args.share_prompt
-        if not asked or (asked == "auto" and (aux or args.strategy == "one_pass")):
+        if not asked or (asked == "auto" and (aux or args.strategy == "one_pass" or engine_asked(args))):
             return self
         reentrant = args.gradient_checkpointing and args.reentrant
         why = REENTRANT if reentrant else ""
