@@ -217,6 +217,12 @@ def test_no_file_grows_without_bound() -> None:
     assert paths and not long
 
 
+def test_no_file_holds_both_sides_of_a_merge() -> None:
+    folders = ("python", "kernels", "csrc", "bench", "tests", "examples", "docs")
+    paths = [path for folder in folders for pattern in (*SOURCES, "*.md") for path in (ROOT / folder).rglob(pattern)]
+    assert paths and not [path for path in paths if re.search(r"^(<{7}|>{7}) ", path.read_text(), re.MULTILINE)]
+
+
 def test_importing_needs_torch_alone() -> None:
     """With triton, transformers, peft and numpy out of reach, the package imports and computes."""
     program = """

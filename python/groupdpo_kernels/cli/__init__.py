@@ -2,15 +2,9 @@
 
 app.py       the list of commands, and how errors are printed
 check.py     what runs on this machine;  inspection.py: its tables;  selftest.py: numbers against float64
-<<<<<<< HEAD
-logps.py     log-probabilities of responses in a file;  scoring.py: windows, a file that a kill does no harm
-train.py     preference training from a file or flags;  training.py: the run, its folder, its report; curves.py
-loading.py   models, tokenizers and rows from disk;  console.py: packages that are missing, the progress bar
-=======
 logps.py     log-probabilities of responses in a file;  scoring.py: windows, and a file that survives a kill
 train.py     preference training from a file or flags;  training.py: the run, its folder, its report;  curves.py
 memory.py    profile, plan and report;  loading.py: models, tokenizers and rows from disk;  console.py: progress bar
->>>>>>> english
 """
 
 from __future__ import annotations

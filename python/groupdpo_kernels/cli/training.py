@@ -6,13 +6,8 @@
     output_dir/model/            the trained model (or adapter) and its tokenizer
     output_dir/report.json, curves.png
 
-<<<<<<< HEAD
-The steps are those of `trainers.GroupDPOTrainer`, which is a transformers.Trainer and needs no TRL: a loop of
-our own would have to write its checkpoints, schedules, adapters and mixed precision again.
-=======
 The steps are those of `trainers.GroupDPOTrainer`, a transformers.Trainer, whose checkpoints, schedules, adapters and
 mixed precision another loop would have to repeat.
->>>>>>> english
 
 A run never trains on other data, settings or weights than those that the folder was begun with, or shows a half-written
 model under its name. It needs one process a folder. The cost is the trainer's, and a hash of weights and data.

@@ -1,21 +1,12 @@
 """Preference rows as they are published become a prompt and its responses, which are on two sides or have scores.
 
-<<<<<<< HEAD
-`FORMATS` is the only list of formats: a row is recognised by its columns. Texts only; rules.py makes
-groups of them, batches.py tokens and tensors. What any of the three drops is counted in a `Report`.
-
-Never: guesses at columns, repairs a text, or drops anything silently: what does not fit is a `BadRow` with its reason.
-Precondition: a response is one message of an assistant, as text, with its reasoning or without (no images, no tool
-calls).
-Cost: tens of microseconds a row.
-=======
 `FORMATS` is the only list of formats: a row is recognised by its columns. This module handles texts; rules.py makes
 groups of them, batches.py tokens and tensors. What any of the three drops is counted in a `Report`.
 
 It never guesses at columns, repairs a text, or drops anything silently: what does not fit is a `BadRow` with a reason.
-It needs responses that are one message of an assistant, as text (no images, no tool calls).
+It needs responses that are one message of an assistant, as text, with its reasoning or without (no images, no tool
+calls).
 The cost is tens of microseconds a row.
->>>>>>> english
 """
 
 from __future__ import annotations
