@@ -1,6 +1,6 @@
 """The command line, `groupdpo-kernels`. Importing it needs torch alone; running it needs the extra [cli].
 
-app.py       the list of commands, and how errors are printed
+app.py       the list of commands, and how errors are printed;  options.py: options from the fields of dataclasses
 check.py     what runs on this machine;  inspection.py: its tables;  selftest.py: numbers against float64
 logps.py     log-probabilities of responses in a file;  scoring.py: windows, and a file that survives a kill
 train.py     preference training from a file or flags;  training.py: the run, its folder, its report;  curves.py

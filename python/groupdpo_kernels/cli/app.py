@@ -1,7 +1,7 @@
 """The list of commands, and how errors are printed.
 
-A command is a function, whose parameters typer reads, and a line in `COMMANDS`. Heavy imports belong in its body, so
-that `--help` does not wait for them.
+A command is a function, whose parameters typer reads (options.py makes those of a dataclass), and a line in `COMMANDS`.
+Heavy imports belong in its body, so that `--help` does not wait for them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .. import __version__
 from .check import check
 from .logps import logps
 from .memory import plan, profile, report
+from .options import with_options
 from .train import train
 
 COMMANDS: tuple[Callable[..., Any], ...] = (check, logps, train, profile, plan, report)
@@ -66,4 +67,4 @@ def options(
 
 
 for command in COMMANDS:
-    app.command()(command)
+    app.command()(with_options(command))

@@ -13,30 +13,22 @@ import typer
 from rich.console import Console
 
 from .console import needs
+from .options import options_of
 
 SETTINGS = ("full", "checkpointing", "lora")
 
-# Options that profile and plan share.
-_MODEL = typer.Option("tiny", help="A built-in name (a wrong one lists them), a config.json, or a name on the hub.")
+# Of profile and plan.
 _STRATEGIES = typer.Option(None, help="Any of coupled_logits, coupled, two_pass, one_pass, pairs (default: all).")
-_TOKENS = typer.Option(256, help="Tokens of a response with its prompt.")
-_MICRO_BATCH = typer.Option(2, help="Sequences in a micro-batch of two_pass.")
-_POSITIVES = typer.Option(None, help="How many responses of a group are preferred. Default: half of an even group.")
-_OPTIMIZER = typer.Option("adamw", help="Optimizer of the step: adamw, adamw_foreach or sgd.")
 
 
 def profile(
-    model: str = _MODEL,
+    workload: dict[str, Any] = options_of(
+        "memory.workload.Workload", but=("strategy", "group", "lora_rank", "checkpointing")
+    ),
     groups: str = typer.Option("2,4,8,16", help="Group sizes: even ones, or any with --positives."),
-    positives: int | None = _POSITIVES,
     strategies: str | None = _STRATEGIES,
     settings: str = typer.Option("full,lora", help=f"What to train: any of {', '.join(SETTINGS)}."),
-    tokens: int = _TOKENS,
-    micro_batch: int = _MICRO_BATCH,
-    dtype: str = typer.Option("float32", help="Data type of the parameters: float32, bfloat16, float16."),
-    optimizer: str = _OPTIMIZER,
     lora_rank: int | None = typer.Option(None, help="LoRA rank of the setting lora (default 16)."),
-    layers: int | None = typer.Option(None, help="A number of layers in place of the model's own."),
     device: str | None = typer.Option(None, help="Device to measure: cpu or cuda (default: cuda if there is one)."),
     limit_mib: int | None = typer.Option(None, help="MiB that a step may take; more counts as out of memory."),
     kinds: str = typer.Option("memory,time", help="What to measure: memory, time or both."),
@@ -55,10 +47,7 @@ def profile(
     from ..memory.workload import Workload, sweep
 
     sizes = numbers("groups", groups)
-    base = Workload(
-        model=model, tokens=tokens, micro_batch=micro_batch, dtype=dtype, optimizer=optimizer, layers=layers,
-        group=max(sizes, default=8), positives=positives,
-    )  # fmt: skip
+    base = Workload(**workload, group=max(sizes, default=8))
     changes: dict[str, dict[str, Any]] = {
         "full": {},
         "checkpointing": {"checkpointing": True},
@@ -96,29 +85,18 @@ def profile(
 
 
 def plan(
-    model: str = _MODEL,
+    workload: dict[str, Any] = options_of(
+        "memory.workload.Workload", but=("strategy", "group"), tokens=1024, dtype="bfloat16", checkpointing=True
+    ),
     groups: str = typer.Option("2,8,32,128", help="Group sizes: even ones, or any with --positives."),
-    positives: int | None = _POSITIVES,
     memory: float = typer.Option(80.0, help="Memory of a GPU, in GB (10^9 bytes)."),
     strategies: str | None = _STRATEGIES,
-    tokens: int = typer.Option(1024, help="Tokens of a response with its prompt."),
-    micro_batch: int = _MICRO_BATCH,
-    dtype: str = typer.Option("bfloat16", help="Data type of the parameters: float32, bfloat16, float16."),
-    autocast: bool = typer.Option(False, help="Whether the forward computes in bfloat16, whatever the parameters are."),
-    optimizer: str = _OPTIMIZER,
-    lora_rank: int = typer.Option(0, help="LoRA rank; 0 trains all weights."),
-    checkpointing: bool = typer.Option(
-        True, "--checkpointing/--no-checkpointing", help="Whether layers are computed again in the backward."
-    ),
-    ranks: int = typer.Option(1, help="Number of GPUs over which FSDP shards the model."),
-    reference: bool = typer.Option(False, help="Whether the GPU also holds a frozen copy of the model."),
-    headroom: float = typer.Option(0.05, help="Share of the memory that must stay free."),
-    device: str = typer.Option("cuda", help="Kind of device that is planned for: cuda or cpu."),
+    hardware: dict[str, Any] = options_of("memory.planner.Hardware", but=("memory",)),
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
     """Predict which group sizes fit a GPU that need not be here, and what takes the most memory."""
     needs("plan", "transformers")
-    if lora_rank:
+    if workload["lora_rank"]:
         needs("plan --lora-rank", "peft")
     from ..memory.planner import Hardware, plan_table
     from ..memory.planner import plan as predict
@@ -127,20 +105,18 @@ def plan(
     if not memory > 0:
         raise ValueError(f"memory must be positive; got {memory}")
     sizes = numbers("groups", groups)
-    base = Workload(
-        model=model, tokens=tokens, micro_batch=micro_batch, dtype=dtype, autocast=autocast, optimizer=optimizer,
-        lora_rank=lora_rank, checkpointing=checkpointing, group=max(sizes, default=8), positives=positives,
-    )  # fmt: skip
-    hardware = Hardware(round(memory * 1e9), ranks, headroom, device, reference)
+    base = Workload(**workload, group=max(sizes, default=8))
+    devices = Hardware(round(memory * 1e9), **hardware)
     some = None if strategies is None else words("strategies", strategies)
     processes = os.cpu_count() or 1
     with Console(stderr=True).status("planning: a minute") as status:
-        rows = predict(base, sizes, hardware, some, lambda name: status.update(f"planning: {name} is done"), processes)
+        rows = predict(base, sizes, devices, some, lambda name: status.update(f"planning: {name} is done"), processes)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    each = f" of each of {ranks} GPUs" if ranks > 1 else ""
-    typer.echo(f"{model}, {base.setting}, {tokens} tokens a response, {dtype}: GiB{each}; in brackets: does not fit\n")
+    each = f" of each of {devices.ranks} GPUs" if devices.ranks > 1 else ""
+    what = f"{base.model}, {base.setting}, {base.tokens} tokens a response, {base.dtype}"
+    typer.echo(f"{what}: GiB{each}; in brackets: does not fit\n")
     typer.echo(plan_table(rows))
 
 

@@ -44,13 +44,16 @@ class ScoringOptions:
     """Options that decide the lines that are written.
 
     Args:
-        max_length: the most tokens of a prompt with its response. None sets no limit.
-        too_long: "skip" writes a line with the reason instead; "truncate_prompt" cuts the left of the prompt.
+        max_length: the most tokens of a prompt with its response; no limit by default.
+        too_long: what to do with longer ones: skip, which writes the reason, or truncate_prompt, which cuts the left of
+            the prompt.
         max_tokens: the most tokens of a micro-batch, padding included; a longer response has its own.
-        window: the number of responses that are sorted and written together, which is what a kill can cost.
-        token_logps: whether the log-probability of each token is written, too.
-        chat: as in `data.tokenize_groups`. add_eos: whether plain text ends with the tokenizer's eos.
-        on_bad: "error" refuses a row without the structure of its format; "drop" writes a line with the reason.
+        window: how many responses are sorted by length and written together, which is what a kill can cost.
+        token_logps: whether to write the log-probability of each token, too.
+        chat: whether to take text prompts as a user's turn, or else conversations of one turn as plain text; by default
+            each stays as it is.
+        add_eos: whether plain text ends with the tokenizer's end-of-text token.
+        on_bad: what to do with a row without the structure of its format: error, or drop, which writes the reason.
     """
 
     max_length: int | None = None

@@ -52,10 +52,13 @@ class TrainSettings:
     """The settings of a run. A file has these names at its top, and the last three as tables.
 
     Args:
-        model: a folder, a hub name, or a config.json, whose weights are then drawn at random.
-        data: a JSONL file in a format of `data.FORMATS`. eval_data: another one, held out.
-        tokenizer: a folder or a hub name. None takes the model's.
-        device: auto, cpu or cuda. dtype: the dtype of the weights.
+        model: the model's folder or hub name, or a config.json, whose weights are then drawn at random.
+        data: JSONL file of preferences to train on, in a format of `data.FORMATS`: pairs, sets, ratings, ranks.
+        output_dir: folder of the run; a run that it holds is resumed.
+        eval_data: JSONL file of held-out preferences, for evaluation.
+        tokenizer: the tokenizer's folder or hub name; the model's by default.
+        device: device that trains: auto, cpu or cuda.
+        dtype: data type of the weights: float32, bfloat16, float16, or auto (as saved).
         objective: the fields of `Objective`, with those of `AdaBalance` (or true) as balance. An option that the loss
             does not use is refused.
         lora: the fields of peft.LoraConfig; target_modules is "all-linear" by default. None trains all weights.

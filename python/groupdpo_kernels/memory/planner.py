@@ -47,9 +47,9 @@ class Hardware:
 
     Args:
         memory: bytes of one device.
-        ranks: the number of ranks of FSDP; 1 means no FSDP.
-        headroom: the share of memory that the plan leaves free.
-        device: "cuda" or "cpu": the ops' workspace is that of this device.
+        ranks: number of devices over which FSDP shards the model; 1 means no FSDP.
+        headroom: share of the memory that must stay free.
+        device: kind of device that is planned for, cuda or cpu, because the ops' workspace depends on it.
         reference: whether the device also holds a frozen copy of the model.
     """
 

@@ -132,18 +132,18 @@ class Workload:
     """The training step that is measured or predicted.
 
     Args:
-        model: a name of MODELS, a config.json or a folder that holds one, or a name that transformers finds.
+        model: a built-in name (a wrong one lists them), a config.json or a folder that holds one, or a name on the Hub.
         strategy: one of STRATEGIES, which the module's docstring explains.
         group: number of responses in the step's one group: even, or any number with `positives`.
-        positives: how many of them are preferred. None means half.
+        positives: how many responses of the group are preferred; half of an even group by default.
         tokens: tokens of a response with its prompt.
         micro_batch: sequences of a micro-batch of two_pass.
-        dtype: dtype of the parameters, and so of gradients and of the optimizer's state.
-        autocast: whether the forward computes in bfloat16.
-        optimizer: one of OPTIMIZERS; "adamw" is the fused one.
+        dtype: dtype of the parameters, and so of gradients and of the optimizer's state: float32, bfloat16 or float16.
+        autocast: whether the forward computes in bfloat16, whatever the parameters are.
+        optimizer: optimizer of the step: adamw (the fused one), adamw_foreach or sgd.
         lora_rank: rank of an adapter on all linear layers but the head, which alone trains; 0 trains all weights.
-        checkpointing: whether the layers' activations are checkpointed.
-        workspace_bytes: as in `linear_logps`.
+        checkpointing: whether the layers' activations are computed again in the backward.
+        workspace_bytes: bytes that an op of the head may take for blocks of logits, as in `linear_logps`.
         layers: a number of layers in place of the model's own.
     """
 

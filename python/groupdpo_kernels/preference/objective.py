@@ -71,11 +71,12 @@ class Objective:
     line refuses it.
 
     Args:
-        loss: a name in `LOSSES`, or a callable (scores (S,), groups) -> (G,).
+        loss: name of the loss in `LOSSES`: sigmoid (DPO), mpo, all_pairs, simpo, and others. In Python it may also be a
+            callable (scores (S,), groups) -> (G,).
         beta: scale of the scores; in orpo the weight of the odds-ratio term.
-        average: whether scores are per token. None takes the loss's own convention (simpo, ipo: True).
-        reference_free: whether scores leave the reference out. None takes the loss's own (simpo, cpo, orpo: True).
-        nll_weight: adds nll_weight * mean over positives of -s_i / n_i, with any loss.
+        average: whether scores are per token; by default as the loss has it (simpo, ipo: True).
+        reference_free: whether scores leave the reference out; by default as the loss has it (simpo, cpo, orpo: True).
+        nll_weight: weight of the positives' negative log-likelihood, the mean of -s_i / n_i, in addition to any loss.
         label_smoothing: probability that a label is wrong (sigmoid, robust, exo_pair; exo_pair needs more than 0).
         gamma: target margin (simpo only).
         alpha: reward added for each token of a response (rdpo only).

@@ -19,26 +19,38 @@ from .misplaced import check_names
 
 @dataclass
 class GroupDPOConfig(TrainingArguments):
-    """Options of `GroupDPOTrainer`; batch sizes count groups. Where transformers and TRL differ, defaults are TRL's.
+    """Options of `GroupDPOTrainer`; batch sizes count groups. Where transformers and TRL differ, defaults are TRL's;
+    bf16 is on unless fp16 is. `GroupDPOTrainer.strategy` holds the strategy that "auto" chose.
 
     Args:
-        strategy: "auto", "two_pass", "one_pass" (few trainable parameters, micro-batches of one response) or "coupled".
-            "auto" is "coupled", the fastest, where the planner finds that the largest step fits in the memory that is
-            free at the start, else "two_pass"; `GroupDPOTrainer.strategy` holds the choice.
-        micro_batch_sequences, micro_batch_tokens: limits of a micro-batch, padding included; None sets no limit. With
-            "auto" and "two_pass" micro_batch_tokens may be "auto": as many as the planner fits in that memory.
-        layout: "padded", or "packed" for models that keep sequences apart by their position_ids; for others the
-            trainer takes "padded", after a warning that says why.
+        learning_rate: the peak learning rate.
+        logging_steps: number of steps between two rows of the log.
+        gradient_checkpointing: whether the layers' activations are computed again in the backward.
+        bf16: whether the forward computes in bfloat16.
+        strategy: how a step runs: auto, two_pass, one_pass (few trainable parameters, micro-batches of one response) or
+            coupled. auto is coupled, the fastest, where the planner finds that the largest step fits in the memory that
+            is free at the start, else two_pass.
+        micro_batch_sequences: the most responses of a micro-batch. None sets no limit.
+        micro_batch_tokens: the most tokens of a micro-batch, padding included; no limit by default. With the strategies
+            auto and two_pass it may be auto: as many as the planner fits in the memory that is free.
+        layout: layout of a micro-batch: padded, or packed for models that keep sequences apart by their position_ids;
+            for others the trainer takes padded, after a warning that says why.
         share_prompt: whether the prompt of a group runs once for all its responses: the same gradient from fewer
-            tokens. "auto" does so where the model can, but for "one_pass", which would keep a gradient of the prompt's
-            keys and values for each response, and for an auxiliary loss, which counts such a prompt once. True raises
-            ValueError where the model cannot. Responses are then padded, whatever the layout; dropout draws once for a
-            prompt.
-        format, rule: as in `data.read_groups`. merge_prompts: whether rows of one prompt become one group.
-        max_length, too_long, chat, template_options, on_bad: as in `data.tokenize_groups`.
+            tokens. auto does so where the model can, but for one_pass, which would keep a gradient of the prompt's keys
+            and values for each response, and for an auxiliary loss, which counts such a prompt once. True is refused
+            where the model cannot. Responses are then padded, whatever the layout; dropout draws once for a prompt.
+        format: format of the rows, a name in `data.FORMATS`, or auto, which tells it by their columns.
+        rule: how ratings become preferred and rejected, a name in `data.RULES`.
+        merge_prompts: whether rows of one prompt become one group.
+        max_length: the most tokens of a prompt with its response. None sets no limit.
+        too_long: what to do with longer ones: drop, error, or truncate_prompt, which cuts the left of the prompt.
+        chat: whether to take text prompts as a user's turn, or else conversations of one turn as plain text; by default
+            each stays as it is.
+        template_options: arguments of the chat template, as a dict or JSON of one.
+        on_bad: what to do with a row that cannot be used: drop (it is counted), or error.
         precompute_ref_log_probs: whether the reference scores the data once, before training, and keeps this on disk.
         disable_dropout: whether to set the probability of every nn.Dropout to 0.
-        router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts. None takes the model config's.
+        router_aux_loss_coef: weight of the auxiliary loss of a mixture of experts; the model config's by default.
 
     Raises ValueError for another strategy or layout, a limit below 1, and for what a strategy cannot do; TypeError for
     an option that belongs to Objective or to the trainer, or that does not exist.
