@@ -1,25 +1,107 @@
-"""Options of the command line that would do nothing are refused; what it shows fits a terminal."""
+"""Options of the command line are the fields of its dataclasses; those that would do nothing are refused; what it shows
+fits a terminal.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import inspect
 import io
 import json
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import typer
 from rich.console import Console
-from tiny_cli import refused
+from tiny_cli import invoke, refused
 from typer.testing import CliRunner
 
 from groupdpo_kernels import Objective
-from groupdpo_kernels.cli.app import app
+from groupdpo_kernels.cli.app import COMMANDS, app
 from groupdpo_kernels.cli.console import bar
+from groupdpo_kernels.cli.options import TYPES, Options, options_of, with_options
 from groupdpo_kernels.cli.training import make_objective
 from groupdpo_kernels.trainers import GroupDPOConfig
+
+# Fields that a command decides itself, or asks for in another form.
+DECIDED = {
+    "profile": {"strategy", "group", "lora_rank", "checkpointing"},
+    "plan": {"strategy", "group", "memory"},
+}
+
+
+def fields_read(command: Any) -> dict[str, tuple[inspect.Parameter, Any]]:
+    """{field: (the parameter that was read for it, the field that Python has)} of a command's dataclasses."""
+    found = {}
+    for options in [p.default for p in inspect.signature(command).parameters.values()]:
+        if isinstance(options, Options):
+            module, _, name = options.where.rpartition(".")
+            kind = getattr(importlib.import_module(f"groupdpo_kernels.{module}"), name)
+            own = {f.name: f for f in dataclasses.fields(kind) if f.name in inspect.get_annotations(kind)}
+            read = {parameter.name: (parameter, own[parameter.name]) for parameter in options.parameters}
+            plain = {f.name for f in own.values() if set(str(f.type).split(" | ")) & set(TYPES)}
+            assert plain - DECIDED.get(command.__name__, set()) == set(read)
+            found |= read
+    return found
+
+
+def test_every_field_is_an_option() -> None:
+    """All fields of a plain type, with their types and defaults, though their classes are read and not imported."""
+    other = {"plan": {"tokens": 1024, "dtype": "bfloat16", "checkpointing": True}}
+    counts = {}
+    for command in COMMANDS:
+        fields = fields_read(command)
+        counts[command.__name__] = len(fields)
+        for name, (parameter, field) in fields.items():
+            allowed = str(field.type).split(" | ")
+            taken = get_args(parameter.annotation) or (parameter.annotation,)
+            assert taken[0].__name__ in allowed
+            default = other.get(command.__name__, {}).get(name, field.default)
+            if command.__name__ == "train":
+                assert parameter.default.default is None and type(None) in taken
+            else:
+                assert parameter.default.default == default and type(parameter.default.default) is type(default)
+                assert ("None" in allowed) == (type(None) in taken)
+    assert counts["logps"] >= 8 and counts["train"] >= 35 and counts["profile"] >= 9 and counts["plan"] >= 15
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_every_option_has_a_help_line(command: Any) -> None:
+    """A sentence that begins with a capital and ends with a full stop, shown as it stands."""
+    group: Any = typer.main.get_command(app)
+    shown = " ".join(invoke(command.__name__, "--help").output.replace("│", " ").split())
+    for parameter in group.commands[command.__name__].params:
+        assert parameter.help and parameter.help[0].isupper() and parameter.help.rstrip(")")[-1] == ".", parameter.name
+        assert all(word in shown for word in parameter.help.split()), parameter.name
+
+
+def test_options_reach_their_command() -> None:
+    taken: list[Any] = []
+
+    def command(
+        training: dict[str, Any] = options_of("trainers.config.GroupDPOConfig", unset=True),
+        load: dict[str, Any] = options_of("memory.workload.Workload", but=("strategy",), tokens=7),
+        more: int = typer.Option(1),
+    ) -> None:
+        taken.append((training, load, more))
+
+    small = typer.Typer()
+    small.command()(with_options(command))
+    for given, wanted in {"512": 512, "auto": "auto"}.items():
+        arguments = ["--micro-batch-tokens", given, "--layers", "3", "--no-chat", "--more", "2"]
+        done = CliRunner().invoke(small, arguments)
+        assert done.exit_code == 0, done.output
+        training, load, more = taken.pop()
+        found = {name: value for name, value in training.items() if value is not None}
+        assert repr(found) == repr({"micro_batch_tokens": wanted, "chat": False}) and more == 2
+        assert [load[name] for name in ("layers", "tokens", "model", "workspace_bytes")] == [3, 7, "tiny", 2**28]
+    wrong = CliRunner().invoke(small, ["--layers", "three"])
+    assert wrong.exit_code == 2 and "Invalid value for '--layers'" in wrong.output and not taken
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import re
 import shlex
@@ -209,7 +209,12 @@ def test_lists_are_complete() -> None:
 def test_every_option_of_the_command_line_is_in_the_reference() -> None:
     from groupdpo_kernels.cli.app import COMMANDS
 
-    page = text_of("reference/command-line.md")
+    spec: Any = importlib.util.spec_from_file_location("options_of_the_docs", DOCS / "options.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = hook.on_page_markdown(text_of("reference/command-line.md"))
+    assert "{{" not in page and "| *rows* | required | JSONL file of prompts" in page
+    assert "| `--eos`, `--no-eos` | `--eos` | Whether plain text ends" in page
     for command in COMMANDS:
         section = page.split(f"## {command.__name__}\n")[1].split("\n## ")[0]
         missing = {name for name in options_of(command.__name__) - {"--help"} if f"`{name}`" not in section}
