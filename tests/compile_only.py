@@ -4,13 +4,14 @@ The launchers themselves run, on meta tensors of real sizes, under a driver that
 architecture; where Triton would launch, it only compiles. So signatures, constants and specialisations are those of a
 real launch, and a change in a launcher cannot leave this file behind. `python tests/compile_only.py` compiles all rows
 and prints registers, spilled bytes and shared memory; test_compile_only.py holds the budgets. Never runs a kernel.
+All is read from what was compiled, not from the assembler's log, so that what Triton's cache holds is not built again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import io
+import hashlib
 import multiprocessing
 import os
 import re
@@ -105,26 +106,24 @@ def all_rows() -> list[Row]:
 @contextlib.contextmanager
 def as_on(
     architecture: str, build: bool = True, kernels: Sequence[str] | None = None
-) -> Iterator[list[tuple[str, Any, str]]]:
+) -> Iterator[list[tuple[str, Any]]]:
     """Within it a launch compiles for `architecture` and stops there; with `kernels`, of these alone. Yields the
-    growing list of compilations: the kernel's name, what was compiled, the assembler's log. Without `build` only the
-    specialisation's key is made.
+    growing list of compilations: the kernel's name, what was compiled. Without `build` only the specialisation's key is
+    made.
     """
-    from triton import knobs
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     from groupdpo_kernels.kernels import launch
 
-    compilations: list[tuple[str, Any, str]] = []
+    compilations: list[tuple[str, Any]] = []
     compile_kernel, run = JITFunction._do_compile, JITFunction.run
     functions = set()
 
     def do_compile(self: Any, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()) as log:
-            kernel = compile_kernel(self, key, signature, device, *rest) if build else key
+        kernel = compile_kernel(self, key, signature, device, *rest) if build else key
         self.device_caches[device][0][key] = kernel
-        compilations.append((self.fn.__name__, kernel, log.getvalue()))
+        compilations.append((self.fn.__name__, kernel))
         return kernel
 
     def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -137,14 +136,12 @@ def as_on(
 
     properties = types.SimpleNamespace(multi_processor_count=132)
     with (
-        knobs.nvidia.scope(),
         mock.patch.object(driver, "_active", Driver(architecture)),
         mock.patch.object(JITFunction, "run", warm_up),
         mock.patch.object(JITFunction, "_do_compile", do_compile),
         mock.patch.object(launch, "architecture", lambda device: architecture),
         mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties),
     ):
-        knobs.nvidia.dump_ptxas_log = True
         try:
             yield compilations
         finally:
@@ -183,8 +180,7 @@ def compile_row(row: Row) -> list[Compiled]:
     """Compile every kernel that the launchers launch for a row."""
     from triton import knobs
 
-    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.compilation.scope():
-        knobs.cache.dir = folder  # a cached kernel has no assembler log
+    with knobs.compilation.scope():
         knobs.compilation.disable_line_info = True
         with as_on(row.architecture, kernels=SPARSE_KERNELS if row.sparse else None) as compilations:
             launch_all(row)
@@ -248,7 +244,7 @@ def shared_memory(architecture: str, case: Case) -> dict[str, int]:
             linear_logps_jacobian(*head, targets, *options)
             linear_logps_backward(*head, targets, lse, *rowwise, *options, needs)
     found: dict[str, int] = {}
-    for name, kernel, _ in compilations:
+    for name, kernel in compilations:
         found[name] = max(found.get(name, 0), kernel.metadata.shared)
     return found
 
@@ -260,17 +256,27 @@ def number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def describe(row: Row, name: str, kernel: Any, log: str) -> Compiled:
+def describe(row: Row, name: str, kernel: Any) -> Compiled:
     shared = kernel.metadata.shared
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
-        registers, spilled = (number(rf"\.{field}:\s+(\d+)", text) for field in ("vgpr_count", "vgpr_spill_count"))
-        return Compiled(row, name, registers, 4 * spilled, shared, {"MFMA": text.count("v_mfma")})
-    registers, spills = number(r"Used (\d+) registers", log), number(r"(\d+) bytes spill stores", log)
+        used, spilled = (number(rf"\.{field}:\s+(\d+)", text) for field in ("vgpr_count", "vgpr_spill_count"))
+        return Compiled(row, name, used, 4 * spilled, shared, {"MFMA": text.count("v_mfma")})
     names = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS")
-    sass = machine_code(kernel)
-    counts = {op: sass.count(f" {op}") for op in names}
-    return Compiled(row, name, registers, spills, shared, {op: n for op, n in counts.items() if n}, tma_stores(kernel))
+    counts = {op: machine_code(kernel).count(f" {op}") for op in names}
+    instructions = {op: n for op, n in counts.items() if n}
+    return Compiled(row, name, registers(kernel), spills(kernel), shared, instructions, tma_stores(kernel))
+
+
+def registers(kernel: Any) -> int:
+    """Registers of a thread."""
+    return number(rf"Function {kernel.metadata.name}:\s+REG:(\d+)", machine_code(kernel))
+
+
+def spills(kernel: Any) -> int:
+    """Bytes that the stores of a thread to local memory write, each counted once, as the assembler counts them."""
+    stores = re.findall(r"\bSTL(?:\.(64|128))?\s", machine_code(kernel))
+    return sum(int(bits or 32) // 8 for bits in stores)
 
 
 def tma_stores(kernel: Any) -> int:
@@ -279,19 +285,28 @@ def tma_stores(kernel: Any) -> int:
 
 
 def machine_code(kernel: Any) -> str:
-    """SASS, by the disassembler that comes with Triton."""
+    """Use of resources and SASS, by the tools that come with Triton."""
     return _disassembled(kernel.asm["cubin"])
 
 
-@functools.lru_cache(maxsize=1)  # a kernel is read for its instructions and for its stores
+@functools.lru_cache(maxsize=1)  # a kernel is read for its registers, its instructions and its stores
 def _disassembled(cubin: bytes) -> str:
+    """Kept in Triton's cache, because it takes as long as the compilation of a small kernel."""
     import triton
+    from triton.runtime.cache import get_cache_manager
 
-    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([nvdisasm, "-c", "-ndf", file.name], capture_output=True, text=True, check=True).stdout
+    cache = get_cache_manager(hashlib.sha256(triton.__version__.encode() + cubin).hexdigest())
+    found = cache.get_file("disassembled")
+    if found is None:
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(cubin)
+            file.flush()
+            commands = [tools / "cuobjdump", "-res-usage"], [tools / "nvdisasm", "-c", "-ndf"]
+            run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+            text = "".join(run([*command, file.name]).stdout for command in commands)
+        found = cache.put(text, "disassembled", binary=False)
+    return Path(found).read_text()
 
 
 def worst(kernels: Sequence[Compiled]) -> list[Compiled]:

@@ -23,7 +23,10 @@ from compile_only import (
     as_on,
     compile_rows,
     launch_all,
+    number,
+    registers,
     shared_memory,
+    spills,
     tma_stores,
     worst,
 )
@@ -65,9 +68,9 @@ def compiled() -> dict[Row, dict[str, Compiled]]:
 def test_kernels_build_within_their_budgets(row: Row, compiled: dict[Row, dict[str, Compiled]]) -> None:
     assert sorted(compiled[row]) == sorted(SPARSE_KERNELS if row.sparse else KERNELS)
     for name, kernel in compiled[row].items():
-        registers, spills, shared = BUDGETS[VERSION][str(row)].get(name, (192, 0, 4096))
-        assert kernel.registers <= registers, kernel
-        assert kernel.spills <= spills, kernel
+        most, spilled, shared = BUDGETS[VERSION][str(row)].get(name, (192, 0, 4096))
+        assert kernel.registers <= most, kernel
+        assert kernel.spills <= spilled, kernel
         assert kernel.shared <= min(shared, SHARED_LIMIT[row.architecture]), kernel
 
 
@@ -92,12 +95,34 @@ def copy_kernel(source, target):
     target.store([0, 0], source.load([0, 0]))
 
 
-def test_a_store_through_a_tensor_descriptor_would_be_seen(tmp_path: Path) -> None:
-    with knobs.cache.scope(), as_on("sm_90") as compilations:
-        knobs.cache.dir = str(tmp_path)  # a cached kernel has no assembler log
+def test_a_store_through_a_tensor_descriptor_would_be_seen() -> None:
+    with as_on("sm_90") as compilations:
         block = TensorDescriptor.from_tensor(torch.empty(64, 64, dtype=torch.bfloat16, device="meta"), [64, 64])
         copy_kernel[(1,)](block, block)
     assert tma_stores(compilations[0][1]) > 0
+
+
+@triton.jit
+def product_kernel(source, target):
+    x = source.load([0, 0])
+    target.store([0, 0], triton.language.dot(x, x).to(x.dtype))
+
+
+@pytest.mark.parametrize(("architecture", "maxnreg"), [("sm_80", 40), ("sm_90", 64), ("sm_100", 255)])
+def test_registers_and_spills_are_the_assemblers(
+    architecture: str, maxnreg: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What is read from a kernel is what the assembler's log says of it, whether it spills or not."""
+    with knobs.cache.scope(), knobs.nvidia.scope(), as_on(architecture) as compilations:
+        knobs.cache.dir = str(tmp_path)  # a cached kernel is not assembled
+        knobs.nvidia.dump_ptxas_log = True
+        block = TensorDescriptor.from_tensor(torch.empty(64, 64, dtype=torch.bfloat16, device="meta"), [64, 64])
+        product_kernel[(1,)](block, block, maxnreg=maxnreg)
+    log = capfd.readouterr().out
+    kernel = compilations[0][1]
+    assert registers(kernel) == number(r"Used (\d+) registers", log) <= maxnreg
+    assert spills(kernel) == number(r"(\d+) bytes spill stores", log)
+    assert (spills(kernel) > 0) == (architecture == "sm_80")
 
 
 RANKS = [
@@ -136,7 +161,7 @@ def test_every_row_has_a_budget() -> None:
 def test_no_spills_where_it_is_trained() -> None:
     for version, budgets in BUDGETS.items():
         for row in ("sm_90 bf16 plain", "sm_90 bf16 plain sparse"):
-            assert all(spills == 0 for _, spills, _ in budgets[row].values()), version
+            assert all(spilled == 0 for _, spilled, _ in budgets[row].values()), version
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])

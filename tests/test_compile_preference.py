@@ -5,7 +5,6 @@ everything in registers, and fit beside anything else."""
 from __future__ import annotations
 
 import os
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -47,8 +46,6 @@ def launches(architecture: str) -> list[Launch]:
 
 def compile_launches(architecture: str) -> list[tuple[Launch, Compiled]]:
     """In a process where Triton has not been told to interpret."""
-    from triton import knobs
-
     from groupdpo_kernels.kernels.preference_weights import preference_weights_backward, preference_weights_forward
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -57,21 +54,19 @@ def compile_launches(architecture: str) -> list[tuple[Launch, Compiled]]:
     found = []
     T, S = 2**20, 4096
     row = Row(architecture, "fp32")
-    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
-        for i, launch in enumerate(launches(architecture)):
-            knobs.cache.dir = f"{folder}/{i}"  # a cached kernel has no assembler log
-            references = {None: None, "sequences": meta(S), "tokens": meta(T)}
-            offsets = [meta(S + 1, dtype=launch.offsets), meta(S // launch.max_group + 1, dtype=launch.offsets)]
-            positive = meta(S, dtype=torch.bool)
-            options: tuple[Any, ...] = (0.1, False, launch.reference is not None, 1.0, 0.1, 0.5, 0.01, 0.05)
-            balance = (2.0 if launch.balance else 0.0, False, True)
-            with as_on(architecture) as compilations:
-                *_, coefficients = preference_weights_forward(
-                    meta(T), references[launch.reference], *offsets, positive, launch.loss, *options, *balance,
-                    launch.max_group,
-                )  # fmt: skip
-                preference_weights_backward(meta(), coefficients, offsets[0], T)
-            found += [(launch, describe(row, *compilation)) for compilation in compilations]
+    for launch in launches(architecture):
+        references = {None: None, "sequences": meta(S), "tokens": meta(T)}
+        offsets = [meta(S + 1, dtype=launch.offsets), meta(S // launch.max_group + 1, dtype=launch.offsets)]
+        positive = meta(S, dtype=torch.bool)
+        options: tuple[Any, ...] = (0.1, False, launch.reference is not None, 1.0, 0.1, 0.5, 0.01, 0.05)
+        balance = (2.0 if launch.balance else 0.0, False, True)
+        with as_on(architecture) as compilations:
+            *_, coefficients = preference_weights_forward(
+                meta(T), references[launch.reference], *offsets, positive, launch.loss, *options, *balance,
+                launch.max_group,
+            )  # fmt: skip
+            preference_weights_backward(meta(), coefficients, offsets[0], T)
+        found += [(launch, describe(row, *compilation)) for compilation in compilations]
     return found
 
 
