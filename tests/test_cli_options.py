@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from groupdpo_kernels import Objective
 from groupdpo_kernels.cli.app import COMMANDS, app
 from groupdpo_kernels.cli.console import bar
-from groupdpo_kernels.cli.options import TYPES, Options, options_of, with_options
+from groupdpo_kernels.cli.options import TYPES, Options, choice_of, options_of, with_options
 from groupdpo_kernels.cli.training import make_objective
 from groupdpo_kernels.trainers import GroupDPOConfig
 
@@ -44,7 +44,9 @@ def fields_read(command: Any) -> dict[str, tuple[inspect.Parameter, Any]]:
             kind = getattr(importlib.import_module(f"groupdpo_kernels.{module}"), name)
             own = {f.name: f for f in dataclasses.fields(kind) if f.name in inspect.get_annotations(kind)}
             read = {parameter.name: (parameter, own[parameter.name]) for parameter in options.parameters}
-            plain = {f.name for f in own.values() if set(str(f.type).split(" | ")) & set(TYPES)}
+            plain = {
+                f.name for f in own.values() if set(str(f.type).split(" | ")) & set(TYPES) or "Literal[" in str(f.type)
+            }
             assert plain - DECIDED.get(command.__name__, set()) == set(read)
             found |= read
     return found
@@ -58,7 +60,7 @@ def test_every_field_is_an_option() -> None:
         fields = fields_read(command)
         counts[command.__name__] = len(fields)
         for name, (parameter, field) in fields.items():
-            allowed = str(field.type).split(" | ")
+            allowed = ["str"] if "Literal[" in str(field.type) else str(field.type).split(" | ")
             taken = get_args(parameter.annotation) or (parameter.annotation,)
             assert taken[0].__name__ in allowed
             default = other.get(command.__name__, {}).get(name, field.default)
@@ -187,3 +189,10 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.returncode == 0 and found.stdout, found.stderr
+
+
+def test_a_choice_is_one_of_its_values() -> None:
+    for given, value in {"auto": "auto", "True": True, "false": False}.items():
+        assert choice_of(["auto", True, False])(given) == value
+    with pytest.raises(typer.BadParameter, match=r"'perhaps' is not one of auto, true, false"):
+        choice_of(["auto", True, False])("perhaps")

@@ -136,3 +136,25 @@ def test_two_ranks_are_one_process_with_the_whole_batch(ranks: Any, name: str, t
             for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "num_tokens"):
                 assert row[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-5), key
     assert torch.equal(trainable(whole), expected)
+
+
+@pytest.mark.parametrize(
+    "engine, option, message",
+    [
+        ("fsdp", {"strategy": "one_pass"}, r"strategy must be 'two_pass' or 'coupled' under FSDP: .*; got 'one_pass'"),
+        ("zero3", {"strategy": "one_pass"}, "strategy must be 'two_pass' or 'coupled' under DeepSpeed"),
+        ("zero2", {"micro_batch_tokens": "auto", "strategy": "two_pass"}, "micro_batch_tokens must be a number"),
+        ("fsdp", {"precompute_ref_log_probs": True}, "precompute_ref_log_probs must be False, with an adapter or ref_"),
+        ("fsdp", {"share_prompt": True}, "share_prompt must be 'auto' or False under FSDP: .*; got True"),
+        ("zero1", {"fp16": True}, "fp16 must be False, with bf16 under DeepSpeed: .*; got True"),
+    ],
+    ids=str,
+)
+def test_what_an_engine_cannot_do_is_refused(
+    engine: str, option: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is built: the engine is asked for by `accelerate launch`."""
+    name = "FSDP" if engine == "fsdp" else "DEEPSPEED"
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=message):
+        GroupDPOConfig(**COMMON | {"output_dir": str(tmp_path), "gradient_checkpointing": False} | option)

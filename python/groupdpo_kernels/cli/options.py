@@ -41,7 +41,8 @@ def options_of(
 ) -> Any:
     """The default of a command's parameter that takes a dict of the values of a dataclass's fields.
 
-    A field whose type is none of `TYPES`, alone or with others or None, is no option.
+    A field whose type is a Literal is a choice. One whose type is none of `TYPES`, alone or with others or None, is no
+    option.
 
     Args:
         where: the module below the package, and the class in it, with a dot between.
@@ -62,8 +63,10 @@ def options_of(
     for field in cls.body:
         if not isinstance(field, ast.AnnAssign) or (name := ast.unparse(field.target)) in but:
             continue
-        allowed = ast.unparse(field.annotation).split(" | ")
-        kind: Any = next((kind for word, kind in TYPES.items() if word in allowed), None)
+        annotation = ast.unparse(field.annotation)
+        allowed = annotation.split(" | ")
+        choices = ast.literal_eval(annotation.removeprefix("Literal")) if annotation.startswith("Literal[") else None
+        kind: Any = str if choices else next((kind for word, kind in TYPES.items() if word in allowed), None)
         if kind is None:
             continue
         default = ... if field.value is None else eval(ast.unparse(field.value), {"__builtins__": {}})
@@ -76,10 +79,22 @@ def options_of(
             None if unset else default,
             *(flags or {}).get(name, "").split(),
             help=text[:1].upper() + text[1:],
-            parser=number_or_text if {"int", "str"} <= set(allowed) else None,
+            parser=choice_of(choices) if choices else number_or_text if {"int", "str"} <= set(allowed) else None,
         )
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind))
     return Options(where, parameters)
+
+
+def choice_of(values: list[Any]) -> Callable[[Any], Any]:
+    """A parser of one of these values, which are text, True and False."""
+    by_text = {str(value).lower(): value for value in values}
+
+    def parse(given: Any) -> Any:
+        if str(given).lower() not in by_text:
+            raise typer.BadParameter(f"{given!r} is not one of {', '.join(by_text)}")
+        return by_text[str(given).lower()]
+
+    return parse
 
 
 def number_or_text(given: str) -> int | str:

@@ -30,11 +30,14 @@ from torch import Tensor
 
 from .. import __version__
 from ..checks import one_of
-from ..data.batches import TokenGroup, micro_batches, tokenize_groups, tokenizer_of
+from ..data.batches import PreferenceBatch, TokenGroup, collate, micro_batches, tokenize_groups, tokenizer_of
 from ..data.formats import BadRow, Group, Prompt, Report, read_responses
-from ..models.api import attach
-from ..models.layouts import why_not_padded
+from ..models.api import SharedPromptForward
+from ..models.layouts import why_not_left_padded, why_not_padded, why_not_shared
 from ..models.limits import position_limit, token_limit
+from ..models.shared_prompt import shared_prompt_limit
+from ..preference.group_backward import forward_parts
+from ..preference.groups import PreferenceGroups
 from ..stepwise.store import description, digest, file_digest, tensor_digests, write_json
 from .loading import jsonl, tokenizer_digest
 
@@ -53,6 +56,7 @@ class ScoringOptions:
         chat: whether to take text prompts as a user's turn, or else conversations of one turn as plain text; by default
             each stays as it is.
         add_eos: whether plain text ends with the tokenizer's end-of-text token.
+        share_prompt: whether the prompt of several responses of a window runs once, where the model can.
         on_bad: what to do with a row without the structure of its format: error, or drop, which writes the reason.
     """
 
@@ -63,6 +67,7 @@ class ScoringOptions:
     token_logps: bool = False
     chat: bool | None = None
     add_eos: bool = True
+    share_prompt: bool = True
     on_bad: str = "error"
 
     def __post_init__(self) -> None:
@@ -189,8 +194,7 @@ def _score(model: Any, tokenizer: Any, window: list[Response], options: ScoringO
     )
     known = (group for group in found if _has_embeddings(group, token_limit(model), reasons))
     longest_first = sorted(known, key=lambda group: -_length(group))
-    values = _token_logps(model, longest_first, options.max_tokens)
-    by_place = {group.row: logps for group, logps in zip(longest_first, values)}
+    by_place = _token_logps(model, longest_first, options)
     return [_line(response, by_place.get(at), reasons.by_row, at, options) for at, response in enumerate(window)]
 
 
@@ -208,20 +212,52 @@ def _length(group: TokenGroup) -> int:
 
 
 @torch.no_grad()
-def _token_logps(model: Any, groups: list[TokenGroup], max_tokens: int) -> Iterator[Tensor]:  # (n,) float32 each
-    """Yields the token log-probabilities of each response, on the CPU, a micro-batch at a time."""
-    device, score = next(model.parameters()).device, attach(model)
+def _token_logps(model: Any, groups: list[TokenGroup], options: ScoringOptions) -> dict[int, Tensor]:
+    """The token log-probabilities (n,) of each response, on the CPU, by its group's row."""
+    together: dict[tuple[int, ...], list[TokenGroup]] = {}
+    why = why_not_shared(model, 0) if options.share_prompt else ""
+    if why:
+        warnings.warn(f"a prompt runs again for each of its responses: {why}", stacklevel=2)
+    longest = min(options.max_tokens, shared_prompt_limit(model) or options.max_tokens)
+    for group in groups if options.share_prompt and not why else ():
+        if group.longest <= longest:
+            together.setdefault(tuple(group.prompt.tolist()), []).append(group)
+    several = [same for same in together.values() if len(same) > 1 and len(same[0].prompt) > 1]
+    shared = {group.row for same in several for group in same}
+    alone = [group for group in groups if group.row not in shared]
+    forward, device = SharedPromptForward(model), next(model.parameters()).device
+    found: dict[int, Tensor] = {}
+    for parts, rows in ((_shared(model, several, options), several), (_apart(model, alone, options), [alone])):
+        order = [group.row for same in rows for group in same]
+        if parts:
+            moved = PreferenceBatch(parts, PreferenceGroups.pairs(1), torch.arange(2)).to(device).parts
+            logps, cu_seqlens, _ = forward_parts(moved, forward)
+            found |= zip(order, logps.cpu().split(cu_seqlens.diff().tolist()))
+    return found
+
+
+def _shared(model: Any, several: list[list[TokenGroup]], options: ScoringOptions) -> list[Any]:
+    """The parts of responses that share their prompts."""
+    sides = [[k > 0 for k in range(len(same))] for same in several]  # of no account
+    joined = [
+        TokenGroup(same[0].prompt, [group.responses[0] for group in same], side, same[0].row)
+        for same, side in zip(several, sides)
+    ]
+    together = not why_not_left_padded(model)
+    limits: dict[str, Any] = {"max_tokens": options.max_tokens, "prompts_together": together}
+    return collate(joined, **limits, share_prompt=True).parts if joined else []
+
+
+def _apart(model: Any, groups: list[TokenGroup], options: ScoringOptions) -> list[Any]:
+    """The micro-batches of whole sequences."""
     sequences = [(group.prompt, group.responses[0]) for group in groups]
     if not sequences:
-        return
-    apart = None
+        return []
+    most = None
     if why := why_not_padded(model):
         warnings.warn(f"each response is scored by itself, without padding: {why}", stacklevel=2)
-        apart = 1
-    for mb in micro_batches(sequences, max_tokens=max_tokens, max_sequences=apart):
-        moved = mb.to(device)
-        live = moved.live(score(moved.input_ids, moved.targets, **moved.inputs))
-        yield from live.cpu().split(mb.cu_seqlens.diff().tolist())
+        most = 1
+    return [*micro_batches(sequences, max_tokens=options.max_tokens, max_sequences=most)]
 
 
 def _line(
