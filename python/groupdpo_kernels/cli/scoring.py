@@ -35,7 +35,7 @@ from ..data.formats import BadRow, Group, Prompt, Report, read_responses
 from ..models.api import SharedPromptForward
 from ..models.layouts import why_not_left_padded, why_not_padded, why_not_shared
 from ..models.limits import position_limit, token_limit
-from ..models.shared_prompt import shared_prompt_limit
+from ..models.shared_prompt import rotary_limit
 from ..preference.group_backward import forward_parts
 from ..preference.groups import PreferenceGroups
 from ..stepwise.store import description, digest, file_digest, tensor_digests, write_json
@@ -218,7 +218,7 @@ def _token_logps(model: Any, groups: list[TokenGroup], options: ScoringOptions) 
     why = why_not_shared(model, 0) if options.share_prompt else ""
     if why:
         warnings.warn(f"a prompt runs again for each of its responses: {why}", stacklevel=2)
-    longest = min(options.max_tokens, shared_prompt_limit(model) or options.max_tokens)
+    longest = min(options.max_tokens, rotary_limit(model) or options.max_tokens)
     for group in groups if options.share_prompt and not why else ():
         if group.longest <= longest:
             together.setdefault(tuple(group.prompt.tolist()), []).append(group)

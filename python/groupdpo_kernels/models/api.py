@@ -32,7 +32,16 @@ from .head_call import HeadCall, LogitMap, ScoreOptions, Tie, leaf_of, logps_in_
 from .layouts import check_packed, why_not_shared
 from .limits import check_inputs
 from .probe import Probe, eager, head_of, logits_of, unwrap, without_cache
-from .shared_prompt import Prefix, cache_kept, cache_name, prefix_cache, rows_cache, without_positions
+from .shared_prompt import (
+    Prefix,
+    cache_kept,
+    cache_name,
+    check_positions,
+    check_used,
+    prefix_cache,
+    rows_cache,
+    without_positions,
+)
 
 
 def model_logps(
@@ -185,9 +194,16 @@ class AttachedModel:
         prompt_of = inputs.pop("prompt_of", None)
         if not prefix:
             return self._run(input_ids, targets, inputs)
-        if inputs.get("position_ids") is None:
+        positions = inputs.get("position_ids")
+        if positions is None:
             raise ValueError("position_ids must be given with a prefix; got None")
-        return self._with_cache(rows_cache(prefix, prompt_of), input_ids, targets, inputs)
+        if why := why_not_shared(self.model, 0):
+            raise ValueError(f"prefix must be empty for a model that cannot share a prompt; {why}")
+        check_positions(unwrap(self.model), positions)
+        cache = rows_cache(prefix, prompt_of)
+        found = self._with_cache(cache, input_ids, targets, inputs)
+        check_used(cache)
+        return found
 
     def prefix(
         self,
@@ -209,7 +225,7 @@ class AttachedModel:
         cache = prefix_cache()
         targets = torch.full_like(input_ids, self.options.ignore_index)
         outputs = self._with_cache(cache, input_ids, targets, inputs).outputs
-        return cache.tensors, outputs
+        return cache.take(), outputs
 
     def _with_cache(
         self,

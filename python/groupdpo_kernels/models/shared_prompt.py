@@ -53,11 +53,6 @@ def cache_name(bare: Any) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
-def shared_prompt_limit(model: nn.Module) -> int | None:
-    """The most tokens of a prompt with a response for which its prompt may be shared; None where there is no limit."""
-    return min((limit for limit in map(_rotary_limit, model.modules()) if limit is not None), default=None)
-
-
 def why_not_cached(bare: Any, longest: int | None = None) -> str:
     """Why the model's keys and values cannot be handed over, as far as its modules show it; empty if nothing does.
 
@@ -69,7 +64,7 @@ def why_not_cached(bare: Any, longest: int | None = None) -> str:
         return f"the forward of {name} takes no cache"
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} has an encoder"
-    limit = shared_prompt_limit(bare)
+    limit = rotary_limit(bare)
     if limit is not None and (longest is None or longest > limit):
         return f"rotary embeddings of {name} depend on the length of a sequence beyond {limit} tokens"
     flagged = _checkpointing(bare)
@@ -82,20 +77,20 @@ def why_not_cached(bare: Any, longest: int | None = None) -> str:
     return ""
 
 
-def _rotary_limit(module: Any) -> int | None:
-    """The length from which on the module rotates all positions of a sequence by its length; None where it never does.
+def rotary_limit(bare: Any) -> int | None:
+    """The length beyond which the model rotates all positions of a sequence by its length; None where it never does.
 
     A prompt alone would be rotated as a shorter sequence than with its responses.
     """
-    kinds = getattr(module, "rope_type", None)
-    by_kind = kinds if isinstance(kinds, dict) else {None: kinds}
-    limits = []
-    for part, kind in by_kind.items():
-        if isinstance(kind, str) and "dynamic" in kind:
-            limits.append(int(module.original_max_seq_len))
-        elif kind == "longrope":
-            parameters = module.config.rope_parameters
-            limits.append((parameters if part is None else parameters[part])["original_max_position_embeddings"])
+    limits: list[int] = []
+    for module in bare.modules():
+        kinds = getattr(module, "rope_type", None)
+        for part, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+            if isinstance(kind, str) and "dynamic" in kind:
+                limits.append(int(module.original_max_seq_len))
+            elif kind == "longrope":
+                parameters = module.config.rope_parameters
+                limits.append((parameters if part is None else parameters[part])["original_max_position_embeddings"])
     return min(limits, default=None)
 
 
@@ -118,46 +113,88 @@ def _classes() -> tuple[type, type]:
     from transformers.cache_utils import Cache, DynamicLayer
 
     class PromptLayer(DynamicLayer):
-        """Keeps what it is given the first time or, made with keys and values, puts those in front of what it is given.
+        """Keeps what it is given until that is taken or, made for rows, puts a prompt's in front of what it is given.
 
         Either way its length stays what it was before the forward, so that a checkpointed layer, which runs again in
         the backward, finds it as it was.
         """
 
-        def __init__(self, keys: Tensor | None = None, values: Tensor | None = None, prompt_of: Tensor | None = None):
+        def __init__(self, for_rows: bool = False, pair: Prefix = (None, None), prompt_of: Tensor | None = None):
             super().__init__()
-            self.given, self.prompt_of = keys is not None, prompt_of
-            self.keys, self.values = keys, values
-            self.is_initialized = self.given
+            self.for_rows, self.prompt_of = for_rows, prompt_of
+            self.keys, self.values = pair
+            self.is_initialized = for_rows
+            self.used = self.taken = False
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            if self.given:
+            self.used = True
+            if self.for_rows:
                 return self._continued(self.keys, key_states), self._continued(self.values, value_states)
-            if self.keys is None:
+            if self.keys is None and not self.taken:
                 self.keys, self.values = key_states, value_states
             return key_states, value_states
 
-        def _continued(self, prompt: Tensor, states: Tensor) -> Tensor:
+        def take(self) -> tuple[Tensor | None, Tensor | None]:
+            pair, self.keys, self.values, self.taken = (self.keys, self.values), None, None, True
+            return pair
+
+        def _continued(self, prompt: Tensor | None, states: Tensor) -> Tensor:
+            if prompt is None:
+                return states
             if self.prompt_of is not None:
                 prompt = prompt.index_select(0, self.prompt_of)
-            return torch.cat([prompt.expand(len(states), *prompt.shape[1:]), states], -2)
+            B, *heads, _, width = states.shape
+            if (*prompt.shape[1:-2], prompt.shape[-1]) != (*heads, width):
+                wanted, got = ["B", *heads, "P", width], tuple(prompt.shape)
+                raise ValueError(f"prefix must be of this model, keys and values of shape {wanted}; got {got}")
+            if prompt.shape[0] not in (1, B):
+                raise ValueError(f"prompt_of must name one prompt for each of the {B} rows; got {prompt.shape[0]}")
+            return torch.cat([prompt.expand(states.shape[0], *prompt.shape[1:]), states], -2)
 
         def get_seq_length(self, *args: Any) -> int:
-            return self.keys.shape[-2] if self.given else 0
+            return self.keys.shape[-2] if self.for_rows and self.keys is not None else 0
 
     class PromptCache(Cache):
         def __init__(self, prefix: Prefix | None = None, prompt_of: Tensor | None = None) -> None:
+            self.for_rows = prefix is not None
             if prefix is None:
                 super().__init__(layer_class_to_replicate=PromptLayer)
             else:
                 pairs = zip(prefix[::2], prefix[1::2])
-                super().__init__(layers=[PromptLayer(keys, values, prompt_of) for keys, values in pairs])
+                super().__init__(layers=[PromptLayer(True, pair, prompt_of) for pair in pairs])
 
-        @property
-        def tensors(self) -> tuple[Tensor | None, ...]:
-            return tuple(x for layer in self.layers for x in (layer.keys, layer.values))
+        def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            if self.for_rows and layer_idx >= len(self.layers):
+                raise ValueError(_wrong_layers(self))
+            return super().update(keys, values, layer_idx, *args, **kwargs)
+
+        def take(self) -> tuple[Tensor | None, ...]:
+            """The keys and values of all layers. The cache forgets them: checkpoints in their graph hold the cache."""
+            return tuple(x for layer in self.layers for x in layer.take())
 
     return PromptLayer, PromptCache
+
+
+def check_used(cache: Any) -> None:
+    """ValueError where a forward left keys and values of a prefix aside: the prefix is of a deeper model."""
+    if not all(layer.used for layer in cache.layers):
+        raise ValueError(_wrong_layers(cache))
+
+
+def _wrong_layers(cache: Any) -> str:
+    return (
+        f"prefix must be of this model, which keeps keys and values of other layers; got those of {len(cache.layers)}"
+    )
+
+
+def check_positions(bare: Any, positions: Tensor) -> None:
+    """ValueError for positions from which on the model would have rotated the prompt in another way."""
+    limit = rotary_limit(bare)
+    if limit is not None and positions.numel() and (last := int(positions.max())) >= limit:
+        raise ValueError(
+            f"position_ids must be below {limit} with a prefix, since rotary embeddings of {type(bare).__name__} depend"
+            f" on the length of a longer sequence; got {last}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- checkpointing
@@ -174,10 +211,9 @@ def cache_kept(bare: nn.Module) -> Iterator[None]:
         return
     with contextlib.ExitStack() as stack:
         for layer in _outermost(bare, flagged):
-            forward = functools.partial(
-                _checkpointed, layer, layer.forward, [m for m in layer.modules() if m in flagged]
-            )
-            stack.enter_context(swapped(layer, forward))
+            inner = [m for m in layer.modules() if m in flagged]
+            real: list[Any] = []
+            real.append(stack.enter_context(swapped(layer, functools.partial(_checkpointed, layer, real, inner))))
         with _unflagged(flagged):
             yield
 
@@ -195,20 +231,21 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _outermost(bare: nn.Module, flagged: set[nn.Module]) -> list[nn.Module]:
     """The flagged layers that do not lie within another one."""
-    found: dict[str, nn.Module] = {}
-    for name, module in bare.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if module in flagged and _is_layer(module) and not inside:
-            found[name] = module
-    return [*found.values()]
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in bare.modules():  # a layer comes before what lies within it
+        if module in flagged and _is_layer(module) and module not in inside:
+            found.append(module)
+            inside.update(module.modules())
+    return found
 
 
-def _checkpointed(layer: Any, forward: Any, flagged: list[nn.Module], *args: Any, **kwargs: Any) -> Any:
-    """Runs the layer's own forward under its own checkpoint function."""
+def _checkpointed(layer: Any, real: list[Any], flagged: list[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """Runs the layer's own forward, the one item of `real`, under its own checkpoint function."""
 
     def run(*args: Any) -> Any:
         with _unflagged(flagged):  # also when it runs again, in the backward
-            return forward(*args, **kwargs)
+            return real[0](*args, **kwargs)
 
     return layer._gradient_checkpointing_func(run, *args)
 

@@ -18,7 +18,7 @@ from ..data.batches import TokenGroup, collate, tokenize_groups
 from ..data.formats import Report
 from ..data.rules import merge_prompts, read_groups
 from ..models.layouts import why_not_left_padded, why_not_packed, why_not_padded, why_not_shared
-from ..models.shared_prompt import REENTRANT, shared_prompt_limit
+from ..models.shared_prompt import REENTRANT, rotary_limit
 from ..preference.losses import LOSSES
 from ..preference.objective import Objective
 from .config import GroupDPOConfig
@@ -88,7 +88,7 @@ class Collator:
         if why:
             warnings.warn(f"a prompt runs again for each of its responses: {why}", stacklevel=3)
             return self
-        limits = [limit for limit in map(shared_prompt_limit, present) if limit is not None]
+        limits = [limit for limit in map(rotary_limit, present) if limit is not None]
         return replace(
             self,
             share_prompt=True,
