@@ -205,16 +205,13 @@ def cache_kept(bare: nn.Module) -> Iterator[None]:
     """A context for one forward, in which layers that checkpoint keep the cache: transformers would drop it there,
     since a cache that grows would grow again in the backward. These do not grow.
     """
-    flagged = _checkpointing(bare)
-    if not (flagged and bare.training and torch.is_grad_enabled()):
-        yield
-        return
+    flagged = _checkpointing(bare) if bare.training else set()
     with contextlib.ExitStack() as stack:
-        for layer in _outermost(bare, flagged):
+        for layer in _outermost(bare, flagged) if torch.is_grad_enabled() else ():
             inner = [m for m in layer.modules() if m in flagged]
             real: list[Any] = []
             real.append(stack.enter_context(swapped(layer, functools.partial(_checkpointed, layer, real, inner))))
-        with _unflagged(flagged):
+        with _unflagged(flagged):  # without gradients too: GPT-2 and others drop the cache even there
             yield
 
 
