@@ -85,8 +85,8 @@ def trace(workload: Workload, model: nn.Module, device: str | None) -> dict[str,
     step.group_of(2, 1)
     vocabulary = int(step.model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
     assume_logit_map(step.model, LogitMap(vocabulary))
-    tracker = MemoryTracker(vocabulary, batch_of(workload), workload.tokens, device, fake=True)
-    follow_layers(layers_of(step.model), tracker.begin)
+    tracker = tracker_of(workload, vocabulary, device, fake=True)
+    follow_layers(layers_of(step.model), tracker)
     with mode, tracker, nothing_kept() if device == "cuda" else contextlib.nullcontext():
         return track(step, tracker)
 
@@ -96,6 +96,7 @@ def track(step: TrainingStep, tracker: MemoryTracker) -> dict[str, Peak]:
     tracker.follow(step.model)
     if step.workload.lora_rank:
         tracker.gradient_shapes = {p.shape for p in step.trainable}
+    step.note = lambda name: tracker.begin(name) if "backward" in name else tracker.begin_forward(name)
     step.make_state()
     state = [x for values in step.optimizer.state.values() for x in values.values() if isinstance(x, Tensor)]
     tracker.adopt(state, "optimizer")
@@ -110,10 +111,11 @@ def track(step: TrainingStep, tracker: MemoryTracker) -> dict[str, Peak]:
     return tracker.peaks
 
 
-def batch_of(workload: Workload) -> int:
-    """The number of sequences in a batch of the step."""
+def tracker_of(workload: Workload, vocabulary: int, device: str | None, *, fake: bool) -> MemoryTracker:
+    """A tracker that knows the sizes of the step's batches."""
     sizes = {"two_pass": min(workload.micro_batch, workload.group), "one_pass": 1, "pairs": 2}
-    return sizes.get(workload.strategy, workload.group)
+    lengths = (workload.response,) if workload.share_prompt else (workload.response, workload.tokens)
+    return MemoryTracker(vocabulary, sizes.get(workload.strategy, workload.group), lengths, device, fake=fake)
 
 
 def layers_of(model: Any) -> nn.ModuleList:

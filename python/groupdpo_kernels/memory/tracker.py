@@ -49,15 +49,18 @@ class MemoryTracker(TorchDispatchMode):
 
     Args:
         vocabulary: V. A tensor with this last dimension counts as logits.
-        batch, tokens: sequences of a batch and tokens of a sequence: batches of any size get one name for a shape.
+        batch, lengths: sequences of a batch and numbers of tokens of each: batches of any size get one name for a shape.
         device: "cpu" or "cuda", whose ops' workspace is added. None adds none, for workspace that is measured.
         fake: whether tensors are fake, so that the tracker must answer reads of values.
     """
 
-    def __init__(self, vocabulary: int, batch: int, tokens: int, device: str | None, *, fake: bool) -> None:
+    def __init__(
+        self, vocabulary: int, batch: int, lengths: Iterable[int], device: str | None, *, fake: bool
+    ) -> None:
         super().__init__()
         self.vocabulary, self.device, self.fake = vocabulary, device, fake
-        self.names = {batch: "b", batch * tokens: f"{tokens} b"}
+        self.names = {batch: "b"} | {batch * n: f"{n} b" for n in lengths}
+        self.of_prompt = False  # whether the forward that runs is a shared prompt's
         self.live = 0
         self.parts: defaultdict[Part, int] = defaultdict(int)
         self.peaks: dict[str, Peak] = {}
@@ -77,6 +80,11 @@ class MemoryTracker(TorchDispatchMode):
         """
         self.steps = 0 if name == "head" else None
         self._enter(name)
+
+    def begin_forward(self, name: str) -> None:
+        """Begins the part before the first layer of a forward: "prompt", of a shared prompt, or "sequences"."""
+        self.of_prompt = name == "prompt"
+        self.begin(name)
 
     def _enter(self, name: str) -> None:
         self.now = self.peaks.setdefault(name, Peak())
@@ -210,30 +218,31 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return model
 
 
-def follow_layers(layers: nn.ModuleList, begin: Callable[[str], None]) -> None:
+def follow_layers(layers: nn.ModuleList, tracker: MemoryTracker) -> None:
     """Begins a part of the step at each layer's forward and backward, and at what lies between layers.
 
-    A part's name counts layers from the nearer end, so that models of n and of n + 1 layers have the same parts. A
-    layer that is computed again in the backward belongs to the backward.
+    A part's name counts layers from the nearer end, so that models of n and of n + 1 layers have the same parts, and
+    keeps a shared prompt apart, whose size is not that of a batch. A layer that is computed again in the backward
+    belongs to the backward.
     """
     n = len(layers)
 
-    def name_of(i: int) -> str:
-        return f"layer {i}" if i < n - i else f"layer {i - n}"
+    def name_of(what: str, i: int) -> str:
+        return f"{'prompt ' if tracker.of_prompt else ''}{what} layer {i if i < n - i else i - n}"
 
     def hook(i: int, layer: nn.Module) -> None:
         def before(module: nn.Module, args: Any) -> None:
             if torch._C._current_graph_task_id() == -1:
-                begin(f"forward {name_of(i)}")
+                tracker.begin(name_of("forward", i))
 
         def after(module: nn.Module, args: Any, out: Any) -> None:
             if torch._C._current_graph_task_id() != -1:
                 return
             if i == n - 1:
-                begin("head")
-            hidden = out[0] if isinstance(out, tuple) else out
+                tracker.begin("prompt head" if tracker.of_prompt else "head")
+            hidden, name = out[0] if isinstance(out, tuple) else out, name_of("backward", i)
             if hidden.requires_grad:
-                hidden.register_hook(lambda g: begin(f"backward {name_of(i)}"))
+                hidden.register_hook(lambda g: tracker.begin(name))
 
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
-from .planner import batch_of, layers_of, track
+from .planner import layers_of, track, tracker_of
 from .rss import forget_peak, limit_memory, resident, return_freed_memory
-from .tracker import MemoryTracker, Peak, follow_layers
+from .tracker import Peak, follow_layers
 from .workload import TrainingStep, Workload, config_of, workload_of
 
 Row = dict[str, Any]
@@ -61,7 +61,11 @@ def measure_memory(workload: Workload, device: torch.device, limit: int | None) 
 
 def _warm_up(workload: Workload, device: torch.device) -> None:
     """Loads libraries and starts threads, with a tiny model."""
-    step = TrainingStep(replace(workload, model="tiny", layers=1, tokens=8, group=2, autocast=False), device)
+    small = replace(
+        workload, model="tiny", layers=1, tokens=8, prompt=min(workload.prompt, 4), group=2, positives=None, prompts=1,
+        autocast=False,
+    )  # fmt: skip
+    step = TrainingStep(small, device)
     for _ in range(2):
         step.run()
     # Threads start with the first GEMM that is large enough for them.
@@ -127,9 +131,8 @@ def _breakdown(step: TrainingStep, peak: int) -> Row:
     """The bytes by category of one more step, under the tracker. What was measured beyond its count is "not tracked":
     the workspace of ops and of libraries, and what an allocator holds."""
     vocabulary = int(step.model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
-    load = step.workload
-    tracker = MemoryTracker(vocabulary, batch_of(load), load.tokens, step.device.type, fake=False)
-    follow_layers(layers_of(step.model), tracker.begin)
+    tracker = tracker_of(step.workload, vocabulary, step.device.type, fake=False)
+    follow_layers(layers_of(step.model), tracker)
     with tracker:
         peaks = track(step, tracker)
     found: Peak = max(peaks.values(), key=lambda part: part.total)

@@ -1,14 +1,18 @@
 """Workload describes a training step to measure or to predict, and TrainingStep runs it.
 
 A step is that of a trainer: forward and backward of one group of responses, then the optimizer. The responses are
-random tokens, all of one length, all scored, half of them preferred unless `positives` says otherwise: the most work
-that a head can have, without padding.
+random tokens, all of one length, half of them preferred unless `positives` says otherwise, without padding. All tokens
+are scored, which is the most work that a head can have, unless `prompt` says how many of them are the group's prompt.
 
     coupled_logits   the group in one batch, its logits, log_softmax and gather; all graphs kept until the loss
     coupled          the group in one batch through model_logps, without logits
     two_pass         group_backward, in micro-batches
     one_pass         group_backward without the second forward, a response at a time; needs an adapter
     pairs            the group flattened: each positive with each negative, pair by pair, gradients accumulated
+
+With `share_prompt` the prompt runs once, as in `data.collate(share_prompt=True)`: its last token begins each response,
+and the rest is the prefix of all. Two strategies have no such form: coupled_logits, which stands for code without this
+package, and pairs, whose passes could share the prompt of one pair alone.
 
 The same code runs on real tensors (sweep.py) and on fake ones (planner.py). Weights are random, because neither memory
 nor time depends on them. It never downloads, unless `model` is a name on the Hub, whose config transformers fetches.
@@ -28,12 +32,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.api import checkpoint_layers, model_logps
-from ..preference.group_backward import group_backward
+from ..models.api import attach, checkpoint_layers
+from ..models.shared_prompt import Prefix
+from ..preference.group_backward import SharedPrompt, forward_parts, group_backward
 from ..preference.groups import PreferenceGroups
 from ..preference.objective import Objective, preference_loss
 
 STRATEGIES = ("coupled_logits", "coupled", "two_pass", "one_pass", "pairs")
+SHARING = ("coupled", "two_pass", "one_pass")  # strategies that can run a prompt once
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, fused=True),
     "adamw_foreach": lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, foreach=True),
@@ -137,6 +143,10 @@ class Workload:
         group: number of responses in the step's one group: even, or any number with `positives`.
         positives: how many responses of the group are preferred; half of an even group by default.
         tokens: tokens of a response with its prompt.
+        prompt: how many of them are the prompt, which all responses begin with and of which no token is scored. 0 means
+            that they have nothing in common, and that all of their tokens are scored.
+        share_prompt: whether the prompt runs once for all responses; one of SHARING strategies, and at least 2 tokens.
+        prompts: number of prompts of a coupled step that stands for several groups: responses take them in turn.
         micro_batch: sequences of a micro-batch of two_pass.
         dtype: dtype of the parameters, and so of gradients and of the optimizer's state: float32, bfloat16 or float16.
         autocast: whether the forward computes in bfloat16, whatever the parameters are.
@@ -160,13 +170,17 @@ class Workload:
     workspace_bytes: int = 2**28
     layers: int | None = None
     positives: int | None = None
+    prompt: int = 0
+    share_prompt: bool = False
+    prompts: int = 1
 
     def __post_init__(self) -> None:
         for name, allowed in {"strategy": STRATEGIES, "dtype": DTYPES, "optimizer": tuple(OPTIMIZERS)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name in ("group", "tokens", "micro_batch", "lora_rank", "workspace_bytes", "layers", "positives"):
-            value, least = getattr(self, name), 0 if name == "lora_rank" else 1
+        counts = ("group", "tokens", "micro_batch", "workspace_bytes", "layers", "positives", "prompts")
+        for name in (*counts, "lora_rank", "prompt"):
+            value, least = getattr(self, name), 0 if name in ("lora_rank", "prompt") else 1
             if name in ("layers", "positives") and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
@@ -183,6 +197,21 @@ class Workload:
             )
         if self.tokens < 2:
             raise ValueError(f"tokens must be at least 2; got {self.tokens}")
+        if self.prompt >= self.tokens:
+            raise ValueError(
+                f"prompt must be less than tokens, which has a response too; got {self.prompt} of {self.tokens}"
+            )
+        if self.share_prompt and self.prompt < 2:
+            raise ValueError(
+                f"prompt must be at least 2 with share_prompt, for its last token is not shared; got {self.prompt}"
+            )
+        if self.share_prompt and self.strategy not in SHARING:
+            raise ValueError(f"strategy must be one of {', '.join(SHARING)} with share_prompt; got {self.strategy!r}")
+        if self.prompts > 1 and not (self.share_prompt and self.strategy == "coupled" and self.prompts <= self.group):
+            raise ValueError(
+                "prompts must be 1, or at most group with strategy 'coupled' and share_prompt; got"
+                f" {self.prompts} with {self.strategy!r}"
+            )
         if self.strategy == "one_pass" and not self.lora_rank:
             raise ValueError("lora_rank must be positive for one_pass, which keeps a gradient for each response; got 0")
         if not isinstance(self.model, str) or not self.model:
@@ -199,11 +228,31 @@ class Workload:
         return self.num_positives * (self.group - self.num_positives)
 
     @property
+    def response(self) -> int:
+        """The number of tokens of a response, which the head scores."""
+        return self.tokens - self.prompt
+
+    @property
+    def prefix(self) -> int:
+        """The number of tokens that run once for all responses: a shared prompt without its last one, or 0."""
+        return self.prompt - 1 if self.share_prompt else 0
+
+    @property
+    def computed_tokens(self) -> int:
+        """The number of tokens that one forward of the step's sequences computes."""
+        sequences = 2 * self.num_pairs if self.strategy == "pairs" else self.group
+        row = self.response if self.share_prompt else self.tokens
+        return self.prompts * self.prefix + sequences * row
+
+    @property
     def setting(self) -> str:
-        """A text: what trains, whether activations are checkpointed, how many responses are positive if not half."""
+        """A text: what trains, whether activations are checkpointed, how many responses are positive if not half, what
+        prompt they have."""
         what = f"LoRA rank {self.lora_rank}" if self.lora_rank else "full fine-tuning"
         what += ", checkpointing" if self.checkpointing else ""
-        return what if self.positives is None else f"{what}, {self.positives} positive"
+        what += "" if self.positives is None else f", {self.positives} positive"
+        shared = " shared" if self.share_prompt else ""
+        return f"{what}, prompt of {self.prompt}{shared}" if self.prompt else what
 
 
 def workload_of(values: dict[str, Any]) -> Workload:
@@ -301,6 +350,8 @@ class TrainingStep:
         vocab = int(config.get_text_config().vocab_size)
         self._groups: dict[tuple[int, int], tuple[PreferenceGroups, Tensor]] = {}
         self.pool = torch.randint(0, vocab, (64, workload.tokens), generator=generator)  # responses, taken in turn
+        # Called with the part that begins: "prompt" or "sequences" before a forward, "prompt backward" before that.
+        self.note: Callable[[str], None] = lambda name: None
 
     def make_state(self) -> None:
         """Makes the optimizer's state, as its first step would, with gradients of zero."""
@@ -317,8 +368,12 @@ class TrainingStep:
             self._groups[size, positives] = made.to(self.device), torch.zeros(size, device=self.device)
         return self._groups[size, positives]
 
-    def batch(self, group: int) -> Tensor:  # (group, tokens) int64
-        return self.pool[torch.arange(group) % len(self.pool)].to(self.device)
+    def batch(self, workload: Workload) -> Tensor:  # (group, L) int64
+        """The sequences of a group: whole ones or, after a shared prefix, what is left of them."""
+        rows = torch.arange(workload.group)
+        ids = self.pool[rows % len(self.pool)]
+        ids[:, : workload.prompt] = self.pool[rows % workload.prompts, : workload.prompt]
+        return ids[:, workload.prefix :].to(self.device)
 
     def run(self, workload: Workload | None = None, mark: Callable[[str], None] | None = None) -> None:
         """Runs one step, of `workload`'s group and strategy if given. `mark` is called with the part that begins."""
@@ -339,33 +394,68 @@ class TrainingStep:
 
     def forward_backward(self, workload: Workload) -> None:
         """Accumulates the gradients of the group's mean loss into .grad."""
-        G, L = workload.group, workload.tokens
-        ids, P = self.batch(G), workload.num_positives
+        G, P = workload.group, workload.num_positives
+        ids = self.batch(workload)
         groups, ref_logps = self.group_of(G, P)
-
-        def forward(batch: Tensor) -> tuple[Tensor, Tensor]:  # (b, L) -> (b L,), (b + 1,)
-            cu_seqlens = torch.arange(0, len(batch) * L + 1, L, device=self.device)
-            return self.token_logps(batch, workload).flatten(), cu_seqlens
-
-        if workload.strategy in ("coupled", "coupled_logits"):
-            preference_loss(*forward(ids), groups, GROUP_OBJECTIVE, ref_logps).loss.backward()
-        elif workload.strategy == "pairs":
+        forward = _Forward(self, workload)
+        if workload.strategy == "pairs":
             pair, two = self.group_of(2, 1)
             for i in range(P):
                 for j in range(P, G):
-                    loss = preference_loss(*forward(ids[[i, j]]), pair, PAIR_OBJECTIVE, two).loss
+                    loss = preference_loss(*forward.rows(ids[[i, j]]), pair, PAIR_OBJECTIVE, two).loss
                     (loss / workload.num_pairs).backward()
+            return
+        sizes = {"two_pass": workload.micro_batch, "one_pass": 1}
+        parts: list[Any] = [*ids.split(sizes.get(workload.strategy, G))]
+        if workload.share_prompt:
+            prompts = self.pool[: workload.prompts, : workload.prefix].to(self.device)
+            parts = [SharedPrompt(prompts, parts)]
+        if workload.strategy in sizes:
+            group_backward(parts, forward, groups, GROUP_OBJECTIVE, ref_logps, strategy=workload.strategy)
         else:
-            size = 1 if workload.strategy == "one_pass" else workload.micro_batch
-            strategy = workload.strategy
-            group_backward(ids.split(size), forward, groups, GROUP_OBJECTIVE, ref_logps, strategy=strategy)
+            token_logps, cu_seqlens, _ = forward_parts(parts, forward)
+            preference_loss(token_logps, cu_seqlens, groups, GROUP_OBJECTIVE, ref_logps).loss.backward()
 
-    def token_logps(self, ids: Tensor, workload: Workload) -> Tensor:  # (b, L) -> (b, L) float32
-        targets = ids.roll(-1, 1)
-        if workload.strategy != "coupled_logits":
-            return model_logps(self.model, ids, targets, workspace_bytes=workload.workspace_bytes)
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        return torch.log_softmax(logits.float(), -1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+class _Forward:
+    """The SharedForward of a workload. Micro-batches are ids (b, L) as TrainingStep.batch gives them."""
+
+    def __init__(self, step: TrainingStep, workload: Workload) -> None:
+        self.step, self.workload = step, workload
+        self.score = attach(step.model, workspace_bytes=workload.workspace_bytes)
+
+    def prefix(self, prompts: Tensor) -> Prefix:  # (B, P)
+        self.step.note("prompt")
+        inputs = {"position_ids": torch.arange(prompts.shape[1], device=prompts.device).expand(prompts.shape)}
+        if self.workload.prompts > 1:
+            inputs["attention_mask"] = torch.ones_like(prompts)
+        found = self.score.prefix(prompts, **inputs)
+        for x in found[-2:]:
+            if x is not None and x.requires_grad:
+                x.register_hook(lambda g: self.step.note("prompt backward"))
+        return found
+
+    def rows(self, ids: Tensor, prefix: Prefix = ()) -> tuple[Tensor, Tensor]:  # (b, L) -> (t,), (b + 1,)
+        self.step.note("sequences")
+        b, n = len(ids), self.workload.response
+        cu_seqlens = torch.arange(0, b * n + 1, n, device=ids.device)
+        if not self.workload.prompt:
+            return self.token_logps(ids, ids.roll(-1, 1)).flatten(), cu_seqlens
+        if not prefix:
+            targets = ids.roll(-1, 1)
+            targets[:, : -1 - n] = targets[:, -1] = -100
+            return self.token_logps(ids, targets)[:, -1 - n : -1].flatten(), cu_seqlens
+        inputs = {"position_ids": torch.arange(n, device=ids.device).add(self.workload.prefix).expand(b, n)}
+        if self.workload.prompts > 1:
+            inputs["attention_mask"] = ids.new_ones(b, self.workload.prefix + n)
+            inputs["prompt_of"] = torch.arange(b, device=ids.device) % self.workload.prompts
+        return self.score(ids[:, :-1], ids[:, 1:], prefix=prefix, **inputs).flatten(), cu_seqlens
+
+    def token_logps(self, ids: Tensor, targets: Tensor) -> Tensor:  # (b, L) -> (b, L) float32
+        if self.workload.strategy != "coupled_logits":
+            return self.score(ids, targets)
+        logits = self.step.model(input_ids=ids, use_cache=False).logits
+        return torch.log_softmax(logits.float(), -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
 
 
 def sweep(
