@@ -8,16 +8,24 @@ The module never allocates or measures. It needs torch alone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 BLOCK_ROWS, BLOCK_COLUMNS = 1024, 2048  # the most tokens and vocabulary entries of a block of logits on a CPU
 
 
-def workspace_of(op: str, args: Any, device: str) -> int:
-    """Bytes that a call of one of this package's ops takes, by the op's name and arguments; 0 for other ops."""
+class Workspace(NamedTuple):
+    """Bytes that an op takes: a block of logits, which is bounded, and what grows with the tokens."""
+
+    block: int = 0
+    wide: int = 0
+    most: int = 0  # what the block would be with any number of tokens
+
+
+def workspace_of(op: str, args: Any, device: str) -> Workspace:
+    """The workspace of a call of one of this package's ops, by the op's name and arguments; none for other ops."""
     name = op.replace("keeping_", "")
     if not name.startswith("linear_logps"):
-        return 0
+        return Workspace()
     hidden, weight = args[0], args[1]
     T, D = hidden.numel() // hidden.shape[-1], hidden.shape[-1]
     needs = next((x for x in args if isinstance(x, list)), [])
@@ -28,22 +36,26 @@ def workspace_of(op: str, args: Any, device: str) -> int:
 
 def head_workspace(
     op: str, T: int, D: int, V: int, itemsize: int, workspace_bytes: int, device: str, trains: bool
-) -> int:
-    """Bytes that an op takes on "cpu" or "cuda". `trains` says whether the weight gets a gradient.
+) -> Workspace:
+    """The workspace of an op on "cpu" or "cuda". `trains` says whether the weight gets a gradient.
 
     A forward holds a block of partial sums (cuda) or of logits (cpu). The other ops hold a block of logits and, where
     hidden is not float32, its gradient in float32, which alone may exceed workspace_bytes.
     """
     if op not in ("linear_logps_forward", "linear_logps_backward", "linear_logps_jacobian"):
-        return 0
-    narrow = itemsize < 4
-    wide = 0 if op == "linear_logps_forward" else 4 * T * D * (narrow or op == "linear_logps_jacobian")
-    if device == "cpu":  # a block of logits in float32, and one in bfloat16
-        rows, columns = min(T, BLOCK_ROWS), min(V, BLOCK_COLUMNS)
-        block = 4 * rows * columns * (2 if narrow and op != "linear_logps_forward" else 1)
-        block += 4 * columns * D if trains and narrow else 0
-    elif op == "linear_logps_forward":
-        block = 8 * T * -(-V // 128)
-    else:
-        block = min(T * V * itemsize, workspace_bytes // 2) + workspace_bytes // 4
-    return min(block, workspace_bytes) + wide
+        return Workspace()
+    forward, narrow = op == "linear_logps_forward", itemsize < 4
+
+    def block(T: int) -> int:
+        if device == "cpu":  # a block of logits in float32, and one in bfloat16
+            rows, columns = min(T, BLOCK_ROWS), min(V, BLOCK_COLUMNS)
+            size = 4 * rows * columns * (2 if narrow and not forward else 1)
+            size += 4 * columns * D if trains and narrow else 0
+        elif forward:
+            size = 8 * T * -(-V // 128)
+        else:
+            size = min(T * V * itemsize, workspace_bytes // 2) + workspace_bytes // 4
+        return min(size, workspace_bytes)
+
+    wide = 0 if forward else 4 * T * D * (narrow or op == "linear_logps_jacobian")
+    return Workspace(block(T), wide, block(2**62))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..lm_head.logit_cache import nothing_kept
 from ..models.api import assume_logit_map
 from ..models.head_call import LogitMap
-from .tracker import MemoryTracker, Part, Peak, fake_copy, follow_layers
+from .tracker import BLOCK, MemoryTracker, Part, Peak, fake_copy, follow_layers
 from .workload import STRATEGIES, TrainingStep, Workload, build_model, config_of, take_layers
 
 GiB = 2**30
@@ -147,19 +146,19 @@ def skeleton(model: nn.Module, layers: Sequence[int] | None = None) -> nn.Module
 # -------------------------------------------------------------------------------------------------------- extrapolation
 
 
-def depths_of(config: Any) -> tuple[list[int], list[tuple[list[int], int]]]:
+def depths_of(config: Any, last: int = 1) -> tuple[list[int], list[tuple[list[int], int]]]:
     """Few layers that stand for all: (their numbers, [(these and one more of a kind, how many more there are)]).
 
     Layers are of one kind, or of several where the config says so (sliding and full attention). The numbers hold the
-    first layer, the last, and one of each kind between them.
+    first layer, the `last` ones, and one of each kind between them.
     """
     n = int(config.num_hidden_layers)
     kinds = list(getattr(config, "layer_types", None) or ["layer"] * n)
-    numbers = {kind: [i for i in range(1, n - 1) if kinds[i] == kind] for kind in dict.fromkeys(kinds)}
+    numbers = {kind: [i for i in range(1, n - last) if kinds[i] == kind] for kind in dict.fromkeys(kinds)}
     inner = {kind: some for kind, some in numbers.items() if some}
-    if n <= 2 + 2 * len(inner):
+    if n <= 1 + last + 2 * len(inner):
         return list(range(n)), []
-    base = [0, *sorted(some[0] for some in inner.values()), n - 1]
+    base = [0, *sorted(some[0] for some in inner.values()), *range(n - last, n)]
     more = [(sorted([*base, some[1]]), len(some) - 1) for some in inner.values() if len(some) > 1]
     return base, more
 
@@ -183,8 +182,12 @@ class Prediction:
         self.make = make or (lambda layers: build_model(workload, torch.device("meta"), layers))
         self.config = config_of(workload) if config is None else config
         self._traced: dict[int, dict[str, Peak]] = {}
-        size = workload.micro_batch
-        self.bases = {"two_pass": (2 * size, 4 * size), "pairs": (4, 4)}.get(workload.strategy, (2, 4))
+        if workload.share_prompt and hardware.ranks > 1:
+            raise ValueError(
+                f"ranks must be 1 with share_prompt, which FSDP does not allow in group_backward; got {hardware.ranks}"
+            )
+        size, least = workload.micro_batch, workload.prompts + workload.prompts % 2
+        self.bases = {"two_pass": (2 * size, 4 * size), "pairs": (4, 4)}.get(workload.strategy, (least, 2 * least))
 
     def at(self, group: int) -> Peak:
         """The step's peak at this group size, and what is alive then."""
@@ -194,6 +197,9 @@ class Prediction:
     def parts_at(self, group: int) -> dict[str, Peak]:
         """{part of the step: its peak} at this group size."""
         low, high = self.bases
+        if self.workload.share_prompt and self.workload.strategy == "two_pass":
+            # The last micro-batch, whose backward runs with that of the prompt, is as small as in the whole group.
+            low, high = (size + group % self.workload.micro_batch for size in (low, high))
         if group <= high:
             parts = self._deep(group)
         elif low == high:
@@ -209,6 +215,8 @@ class Prediction:
         if self.at(least).total > self.hardware.usable:
             return 0
         low, high = 0, max(0, (MOST_RESPONSES - least) // step)
+        if self.at(least + step * high).total <= self.hardware.usable:
+            return least + step * high
         while low < high:
             middle = (low + high + 1) // 2
             fits = self.at(least + step * middle).total <= self.hardware.usable
@@ -218,9 +226,9 @@ class Prediction:
     def _deep(self, group: int) -> dict[str, Peak]:
         if group not in self._traced:
             # The number of positives changes no tensor's size, so groups that stand for others may be smaller than it.
-            positives = None if group % 2 == 0 else self.workload.positives
-            workload = replace(self.workload, group=group, positives=positives)
-            few, more = depths_of(self.config)
+            workload = replace(self.workload, group=group, positives=1 if group % 2 else None)
+            # A shared prompt's backward begins within its last layer, at keys and values: the one before is its first.
+            few, more = depths_of(self.config, 2 if workload.share_prompt else 1)
             base = self._trace(workload, few)
             found = base
             for layers, times in more:
@@ -267,7 +275,10 @@ def _sum(start: dict[str, Peak], low: dict[str, Peak], high: dict[str, Peak], ti
         x, a, b = (peaks[name].parts for peaks in (start, low, high))
         sizes = {part: x.get(part, 0) + times * (b.get(part, 0) - a.get(part, 0)) for part in (x | a | b)}
         parts = {part: round(size) for part, size in sizes.items() if abs(size) >= 0.5}
-        found[name] = Peak(sum(parts.values()), parts)
+        most = max(peaks[name].most_block for peaks in (start, low, high))
+        if BLOCK in parts:
+            parts[BLOCK] = min(parts[BLOCK], most)
+        found[name] = Peak(sum(parts.values()), parts, most)
     return found
 
 
@@ -353,19 +364,39 @@ def largest_micro_batch(
     autocast: bool = False,
     device: str = "cuda",
     optimizer: str = "adamw",
+    prompt: int = 0,
+    share_prompt: bool = False,
 ) -> tuple[int, int]:
     """(sequences of `tokens` tokens that a micro-batch of two passes may hold within `memory` bytes, bytes of one).
 
     `model` is the one that trains, adapter and checkpointing included, and is not changed. 0 means that none fits.
+    `prompt` and `share_prompt` are those of a Workload: a shared prompt takes memory beside the micro-batch.
     """
-    base = Workload(tokens=tokens, autocast=autocast, optimizer=optimizer, lora_rank=_adapted(model), micro_batch=1)
+    base = Workload(
+        tokens=tokens, autocast=autocast, optimizer=optimizer, lora_rank=_adapted(model), micro_batch=1,
+        prompt=prompt, share_prompt=share_prompt,
+    )  # fmt: skip
 
-    def peak(size: int) -> int:
+    def peaks(size: int) -> dict[str, Peak]:
         load = replace(base, micro_batch=size, group=2 * size)
-        return _prediction_of(model, load, memory, device).at(2 * size).total
+        return _prediction_of(model, load, memory, device).parts_at(2 * size)
 
-    one = peak(1)
-    return (0 if one > memory else 1 + math.floor((memory - one) / max(1, peak(2) - one))), one
+    one, two = peaks(1), peaks(2)
+
+    def fits(size: int) -> bool:
+        # Each part is linear in the size. Their maximum is not: one that grows may be below another at first.
+        return max(peak.total for peak in _sum(one, one, two, size - 1).values()) <= memory
+
+    most = max(peak.total for peak in one.values())
+    if most > memory:
+        return 0, most
+    low, high = 1, 2
+    while high < memory and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low, most
 
 
 def step_peak(
@@ -377,11 +408,18 @@ def step_peak(
     autocast: bool = False,
     device: str = "cuda",
     optimizer: str = "adamw",
+    prompt: int = 0,
+    share_prompt: bool = False,
+    prompts: int = 1,
 ) -> int:
-    """Bytes of a step that keeps the graph of a whole group: `responses`, an even number, of `tokens` tokens each."""
+    """Bytes of a step that keeps the graph of all of its `responses`, at least two, of `tokens` tokens each.
+
+    `prompt`, `share_prompt` and `prompts` are those of a Workload.
+    """
     load = Workload(
         strategy="coupled", group=responses, tokens=tokens, autocast=autocast, optimizer=optimizer,
-        lora_rank=_adapted(model),
+        lora_rank=_adapted(model), positives=1 if responses % 2 else None, prompt=prompt, share_prompt=share_prompt,
+        prompts=prompts,
     )  # fmt: skip
     return _prediction_of(model, load, memory, device).at(responses).total
 

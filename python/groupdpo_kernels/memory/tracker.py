@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..lm_head.workspace import workspace_of
+from ..lm_head.workspace import Workspace, workspace_of
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "head workspace", "logits")
 _DEVICE, _META = torch.ops.prim.device.default, torch.device("meta")
 Part = tuple[str, str]  # (category, a text: the op that made it, its shape and dtype)
+BLOCK: Part = ("head workspace", "blocks inside our ops")
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Peak:
 
     total: int = 0
     parts: dict[Part, int] = field(default_factory=dict)  # bytes
+    most_block: int = 0  # what BLOCK would be with more tokens
 
     def by_category(self) -> dict[str, int]:
         sums = dict.fromkeys(CATEGORIES, 0)
@@ -54,9 +56,7 @@ class MemoryTracker(TorchDispatchMode):
         fake: whether tensors are fake, so that the tracker must answer reads of values.
     """
 
-    def __init__(
-        self, vocabulary: int, batch: int, lengths: Iterable[int], device: str | None, *, fake: bool
-    ) -> None:
+    def __init__(self, vocabulary: int, batch: int, lengths: Iterable[int], device: str | None, *, fake: bool) -> None:
         super().__init__()
         self.vocabulary, self.device, self.fake = vocabulary, device, fake
         self.names = {batch: "b"} | {batch * n: f"{n} b" for n in lengths}
@@ -88,7 +88,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _enter(self, name: str) -> None:
         self.now = self.peaks.setdefault(name, Peak())
-        self._look(0)
+        self._look()
 
     def adopt(self, tensors: Iterator[Tensor] | list[Tensor], category: str) -> None:
         """Counts these tensors under a category, also if they were counted under another one."""
@@ -159,15 +159,15 @@ class MemoryTracker(TorchDispatchMode):
     def _count(self, part: Part, size: int) -> None:
         self.parts[part] += size
         self.live += size
-        self._look(0)
+        self._look()
 
-    def _look(self, workspace: int) -> None:
+    def _look(self, workspace: Workspace = Workspace()) -> None:  # noqa: B008  it is immutable
         """Records the peak of this part if more is alive now than before."""
-        if self.live + workspace > self.now.total:
-            self.now.total = self.live + workspace
-            self.now.parts = {part: size for part, size in self.parts.items() if size}
-            if workspace:
-                self.now.parts["head workspace", "inside our ops"] = workspace
+        total = self.live + workspace.block + workspace.wide
+        if total > self.now.total:
+            self.now.total, self.now.most_block = total, workspace.most
+            more = {BLOCK: workspace.block, ("head workspace", "gradients inside our ops"): workspace.wide}
+            self.now.parts = {part: size for part, size in [*self.parts.items(), *more.items()] if size}
 
     def _release(self, key: int) -> None:
         part, size = self.storages.pop(key)
@@ -194,8 +194,8 @@ def _run_fake(func: Any, args: Any, kwargs: Any) -> Any:
     read = func in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
     if not read and not func._schema.is_mutable:
         made = func(*args, **kwargs)
-        # Masks of (L, L) are not read, and real ones would take the time that fake tensors save.
-        if any(x.numel() > 2**16 or (x.is_floating_point() and not tensors) for x in _tensors((made,))):
+        # Masks of (L, L) are not read, and large ones would take the time that fake tensors save.
+        if any(x.numel() > 2**22 or (x.is_floating_point() and not tensors) for x in _tensors((made,))):
             return made
     with unset_fake_temporarily():
         return func(*args, **kwargs)

@@ -371,9 +371,9 @@ class TrainingStep:
     def batch(self, workload: Workload) -> Tensor:  # (group, L) int64
         """The sequences of a group: whole ones or, after a shared prefix, what is left of them."""
         rows = torch.arange(workload.group)
-        ids = self.pool[rows % len(self.pool)]
-        ids[:, : workload.prompt] = self.pool[rows % workload.prompts, : workload.prompt]
-        return ids[:, workload.prefix :].to(self.device)
+        prompts = self.pool[rows % workload.prompts, workload.prefix : workload.prompt]
+        responses = self.pool[rows % len(self.pool), workload.prompt :]
+        return torch.cat([prompts, responses], 1).to(self.device)
 
     def run(self, workload: Workload | None = None, mark: Callable[[str], None] | None = None) -> None:
         """Runs one step, of `workload`'s group and strategy if given. `mark` is called with the part that begins."""
@@ -439,17 +439,20 @@ class _Forward:
         self.step.note("sequences")
         b, n = len(ids), self.workload.response
         cu_seqlens = torch.arange(0, b * n + 1, n, device=ids.device)
+        if prefix:
+            inputs = {"position_ids": torch.arange(n, device=ids.device).add(self.workload.prefix).expand(b, n)}
+            if self.workload.prompts > 1:
+                inputs["attention_mask"] = ids.new_ones(b, self.workload.prefix + n)
+                inputs["prompt_of"] = torch.arange(b, device=ids.device) % self.workload.prompts
+            rows, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+            return self.score(rows, targets, prefix=prefix, **inputs).flatten(), cu_seqlens
+        targets = ids.roll(-1, 1)
         if not self.workload.prompt:
-            return self.token_logps(ids, ids.roll(-1, 1)).flatten(), cu_seqlens
-        if not prefix:
-            targets = ids.roll(-1, 1)
-            targets[:, : -1 - n] = targets[:, -1] = -100
-            return self.token_logps(ids, targets)[:, -1 - n : -1].flatten(), cu_seqlens
-        inputs = {"position_ids": torch.arange(n, device=ids.device).add(self.workload.prefix).expand(b, n)}
-        if self.workload.prompts > 1:
-            inputs["attention_mask"] = ids.new_ones(b, self.workload.prefix + n)
-            inputs["prompt_of"] = torch.arange(b, device=ids.device) % self.workload.prompts
-        return self.score(ids[:, :-1], ids[:, 1:], prefix=prefix, **inputs).flatten(), cu_seqlens
+            return self.token_logps(ids, targets).flatten(), cu_seqlens
+        targets[:, : -1 - n] = -100
+        targets[:, -1] = -100
+        live = (targets != -100).reshape(-1).nonzero()[:, 0]
+        return self.token_logps(ids, targets).reshape(-1)[live], cu_seqlens
 
     def token_logps(self, ids: Tensor, targets: Tensor) -> Tensor:  # (b, L) -> (b, L) float32
         if self.workload.strategy != "coupled_logits":
