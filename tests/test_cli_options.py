@@ -30,8 +30,8 @@ from groupdpo_kernels.trainers import GroupDPOConfig
 
 # Fields that a command decides itself, or asks for in another form.
 DECIDED = {
-    "profile": {"strategy", "group", "lora_rank", "checkpointing"},
-    "plan": {"strategy", "group", "memory"},
+    "profile": {"strategy", "group", "lora_rank", "checkpointing", "prompts"},
+    "plan": {"strategy", "group", "prompts", "memory"},
 }
 
 

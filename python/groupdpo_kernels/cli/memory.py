@@ -23,7 +23,7 @@ _STRATEGIES = typer.Option(None, help="Any of coupled_logits, coupled, two_pass,
 
 def profile(
     workload: dict[str, Any] = options_of(
-        "memory.workload.Workload", but=("strategy", "group", "lora_rank", "checkpointing")
+        "memory.workload.Workload", but=("strategy", "group", "lora_rank", "checkpointing", "prompts")
     ),
     groups: str = typer.Option("2,4,8,16", help="Group sizes: even ones, or any with --positives."),
     strategies: str | None = _STRATEGIES,
@@ -86,7 +86,11 @@ def profile(
 
 def plan(
     workload: dict[str, Any] = options_of(
-        "memory.workload.Workload", but=("strategy", "group"), tokens=1024, dtype="bfloat16", checkpointing=True
+        "memory.workload.Workload",
+        but=("strategy", "group", "prompts"),
+        tokens=1024,
+        dtype="bfloat16",
+        checkpointing=True,
     ),
     groups: str = typer.Option("2,8,32,128", help="Group sizes: even ones, or any with --positives."),
     memory: float = typer.Option(80.0, help="Memory of a GPU, in GB (10^9 bytes)."),
@@ -98,7 +102,7 @@ def plan(
     needs("plan", "transformers")
     if workload["lora_rank"]:
         needs("plan --lora-rank", "peft")
-    from ..memory.planner import Hardware, plan_table
+    from ..memory.planner import Hardware, plan_table, savings_text
     from ..memory.planner import plan as predict
     from ..memory.workload import Workload
 
@@ -118,6 +122,8 @@ def plan(
     what = f"{base.model}, {base.setting}, {base.tokens} tokens a response, {base.dtype}"
     typer.echo(f"{what}: GiB{each}; in brackets: does not fit\n")
     typer.echo(plan_table(rows))
+    if base.share_prompt:
+        typer.echo(f"\n{savings_text(rows[0])}")
 
 
 def report(

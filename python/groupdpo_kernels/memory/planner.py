@@ -33,7 +33,7 @@ from ..lm_head.logit_cache import nothing_kept
 from ..models.api import assume_logit_map
 from ..models.head_call import LogitMap
 from .tracker import BLOCK, MemoryTracker, Part, Peak, fake_copy, follow_layers
-from .workload import STRATEGIES, TrainingStep, Workload, build_model, config_of, take_layers
+from .workload import STRATEGIES, TrainingStep, Workload, build_model, config_of, strategies_of, take_layers
 
 GiB = 2**30
 MOST_RESPONSES = 4096  # no plan looks for larger groups
@@ -300,7 +300,7 @@ def plan(
 
     Raises ValueError for what a Workload refuses and for a model without a config, before anything long runs.
     """
-    names = [s for s in STRATEGIES if base.lora_rank or s != "one_pass"] if strategies is None else list(strategies)
+    names = strategies_of(base) if strategies is None else list(strategies)
     loads = [replace(base, strategy=name, group=group) for name in names for group in groups]
     if not loads:
         raise ValueError("groups and strategies must not be empty; got none")
@@ -331,6 +331,7 @@ def plan_row(workload: Workload, groups: Sequence[int], hardware: Hardware) -> d
     prediction = Prediction(workload, hardware)
     peaks = {group: prediction.at(group) for group in groups}
     largest = prediction.largest_group()
+    loads = [replace(workload, group=group) for group in groups]
     (category, what), size = max(peaks[max(groups)].parts.items(), key=lambda item: item[1])
     return {
         "strategy": workload.strategy,
@@ -339,7 +340,18 @@ def plan_row(workload: Workload, groups: Sequence[int], hardware: Hardware) -> d
         "largest_group": largest,
         "limit": {"category": category, "tensor": what, "bytes": size},
         "usable": hardware.usable,
+        "computed_tokens": {w.group: w.computed_tokens for w in loads},
+        "unshared_tokens": {w.group: replace(w, share_prompt=False, prompts=1).computed_tokens for w in loads},
     }
+
+
+def savings_text(row: dict[str, Any]) -> str:
+    """A text: how many tokens a forward computes at each group size, and how many without a shared prompt."""
+    whole = row["unshared_tokens"]
+    found = [
+        f"{n:,} instead of {whole[g]:,} at G = {g} ({n / whole[g]:.2f})" for g, n in row["computed_tokens"].items()
+    ]
+    return f"The prompt runs once. Tokens that a forward computes: {', '.join(found)}"
 
 
 def plan_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,8 @@ class MemoryTracker(TorchDispatchMode):
 
     Args:
         vocabulary: V. A tensor with this last dimension counts as logits.
-        batch, lengths: sequences of a batch and numbers of tokens of each: batches of any size get one name for a shape.
+        batch, lengths: sequences of a batch, and numbers of tokens of each: batches of any size get one name for a
+            shape.
         device: "cpu" or "cuda", whose ops' workspace is added. None adds none, for workspace that is measured.
         fake: whether tensors are fake, so that the tracker must answer reads of values.
     """

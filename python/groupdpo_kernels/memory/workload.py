@@ -143,9 +143,10 @@ class Workload:
         group: number of responses in the step's one group: even, or any number with `positives`.
         positives: how many responses of the group are preferred; half of an even group by default.
         tokens: tokens of a response with its prompt.
-        prompt: how many of them are the prompt, which all responses begin with and of which no token is scored. 0 means
-            that they have nothing in common, and that all of their tokens are scored.
-        share_prompt: whether the prompt runs once for all responses; one of SHARING strategies, and at least 2 tokens.
+        prompt: how many of these tokens are the prompt, which all responses begin with and of which none is scored; 0
+            means that responses have nothing in common, and that all of their tokens are scored.
+        share_prompt: whether the prompt, of two tokens at least, runs once for all responses; not with pairs and
+            coupled_logits.
         prompts: number of prompts of a coupled step that stands for several groups: responses take them in turn.
         micro_batch: sequences of a micro-batch of two_pass.
         dtype: dtype of the parameters, and so of gradients and of the optimizer's state: float32, bfloat16 or float16.
@@ -461,10 +462,15 @@ class _Forward:
         return torch.log_softmax(logits.float(), -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
 
 
+def strategies_of(base: Workload) -> list[str]:
+    """The strategies that the workload's setting allows: one_pass needs an adapter, and some cannot share a prompt."""
+    return [s for s in STRATEGIES if (base.lora_rank or s != "one_pass") and (not base.share_prompt or s in SHARING)]
+
+
 def sweep(
     base: Workload, groups: Sequence[int], strategies: Sequence[str] | None = None, most_pairs: int = 64
 ) -> list[Workload]:
     """Workloads of these strategies, or of all that apply, at every size; `pairs` stops at `most_pairs` pairs."""
-    names = [s for s in strategies or STRATEGIES if base.lora_rank or s != "one_pass"]
+    names = [s for s in strategies or strategies_of(base) if base.lora_rank or s != "one_pass"]
     loads = [replace(base, group=group, strategy=name) for group in groups for name in names]
     return [load for load in loads if load.strategy != "pairs" or load.num_pairs <= most_pairs]
