@@ -184,7 +184,7 @@ class Prediction:
         self._traced: dict[int, dict[str, Peak]] = {}
         if workload.share_prompt and hardware.ranks > 1:
             raise ValueError(
-                f"ranks must be 1 with share_prompt, which FSDP does not allow in group_backward; got {hardware.ranks}"
+                f"ranks must be 1 with share_prompt, for no prompt is shared under FSDP; got {hardware.ranks}"
             )
         size, least = workload.micro_batch, workload.prompts + workload.prompts % 2
         self.bases = {"two_pass": (2 * size, 4 * size), "pairs": (4, 4)}.get(workload.strategy, (least, 2 * least))
