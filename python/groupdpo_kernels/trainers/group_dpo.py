@@ -170,11 +170,13 @@ class GroupDPOTrainer(Trainer):
             if args.strategy == "auto":
                 self.strategy = self._choice(model, ref_model, train.groups, autocast, memory)
             if args.strategy == "coupled":
-                check_group_fits(model, train.groups, args.device, autocast, memory)
+                check_group_fits(model, train.groups, args.device, autocast, memory, share_prompt=self.share_prompt)
             if most == "auto":
                 most = None  # the whole graph fits
                 if self.strategy == "two_pass":
-                    most = micro_batch_tokens_of(model, ref_model, train.groups, args.device, autocast, memory)
+                    most = micro_batch_tokens_of(
+                        model, ref_model, train.groups, args.device, autocast, memory, share_prompt=self.share_prompt
+                    )
         super().__init__(
             model=model,
             args=args,
@@ -200,7 +202,9 @@ class GroupDPOTrainer(Trainer):
         """The strategy that "auto" takes. It is the same on all ranks, each of which sees its own device's memory."""
         args = self.config
         size, device = args.per_device_train_batch_size, args.device
-        chosen, why = strategy_that_fits(model, ref_model, groups, size, device, autocast, memory)
+        chosen, why = strategy_that_fits(
+            model, ref_model, groups, size, device, autocast, memory, share_prompt=self.share_prompt
+        )
         if args.world_size > 1:
             fits = torch.tensor(int(chosen == "coupled"), device=device)
             torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)
@@ -277,7 +281,9 @@ class GroupDPOTrainer(Trainer):
         traceback.clear_frames(ran_out.__traceback__)  # frees what the step held, before its memory is counted
         bare, device = self.accelerator.unwrap_model(model), self.args.device
         autocast = bool(self.args.bf16 or self.args.fp16)
-        why = advice(bare, inputs["step"], self.strategy, autocast, device, self.optimizer)
+        why = advice(
+            bare, inputs["step"], self.strategy, autocast, device, self.optimizer, share_prompt=self.share_prompt
+        )
         raise type(ran_out)(f"{ran_out}\n{why}") from ran_out
 
     def _prepare_inputs(self, inputs: Any) -> Any:
