@@ -71,6 +71,7 @@ class Ranks:
         self.process_group, self.count, self.strategy = process_group, count, strategy
         self.one_pass, self.own_sync = one_pass, own_sync
         self.wrappers: list[nn.Module] = []
+        self.again = False  # whether pass 2 has begun
         self.error: Exception | None = None  # raised within a forward, where the caller's code may have caught it
         self._known = process_group is not None  # whether it is known which ranks must agree
         self._own = self._most = 0
@@ -181,7 +182,6 @@ class Ranks:
             yield
             return
         first: list[nn.Module] = []
-        late = torch.is_grad_enabled() and not self.one_pass
 
         def look(module: nn.Module, args: Any) -> None:
             if self.error is not None:
@@ -193,7 +193,7 @@ class Ranks:
                 self._add(first[0], module)
                 if self.wrappers:
                     hook.remove()
-                    if late and not self._only_ddp:
+                    if self.again and not self._only_ddp:
                         raise ValueError("model must be given where pass 1 does not run the wrapper that pass 2 runs")
                     if not self._met:
                         self.meet()

@@ -408,7 +408,8 @@ def collate(
         pad_id: the token id of the padding, which is masked and never scored.
         share_prompt: whether the responses of a group share their prompt, for a model that can
             (`models.why_not_shared`); forward is then a SharedForward, for example `models.SharedPromptForward`.
-            Responses are padded, whatever the layout. A prompt of one token or of one response is not shared.
+            Responses are padded, whatever the layout. A prompt is shared where that saves an eighth of the group's
+            tokens, since it costs a further backward and attention in two parts.
         prompts_together: whether several small groups may share one forward of their prompts, padded on the left
             (`models.why_not_left_padded`), where all of their responses fit in one micro-batch.
         pad_responses: whether responses of different lengths that share a prompt may be in one micro-batch. False is
@@ -510,13 +511,19 @@ def _runs(
     run: list[TokenGroup] = []
     shared = False
     for group in groups:
-        shares = share_prompt and len(group.prompt) > 1 and len(group.responses) > 1
+        shares = share_prompt and _saves(group)
         joins = shares == shared and (not shares or (prompts_together and _run_together([*run, group], limits)))
         if run and not joins:
             yield shared, run
             run = []
         run, shared = [*run, group], shares
     yield shared, run
+
+
+def _saves(group: TokenGroup) -> bool:
+    """Whether sharing its prompt saves the group an eighth of its tokens: about where it breaks even."""
+    saved = (len(group.prompt) - 1) * (len(group.responses) - 1)
+    return 8 * saved >= sum(len(group.prompt) + len(response) for response in group.responses)
 
 
 def _run_together(groups: list[TokenGroup], limits: _Limits) -> bool:

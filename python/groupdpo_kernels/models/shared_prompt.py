@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from .head_call import swapped
+from .prompt_attention import mark, two_parts
 
 REENTRANT = "reentrant checkpoints give their inputs alone a gradient: take use_reentrant=False"
 Prefix = Sequence[Tensor | None]  # keys and values (B, heads, P, width) of each layer, in turn; None where it has none
@@ -129,7 +130,10 @@ def _classes() -> tuple[type, type]:
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             self.used = True
             if self.for_rows:
-                return self._continued(self.keys, key_states), self._continued(self.values, value_states)
+                keys, values = self._continued(self.keys, key_states), self._continued(self.values, value_states)
+                if self.keys is not None and self.prompt_of is None:
+                    mark(keys, values, (key_states, value_states), (self.keys, self.values))
+                return keys, values
             if self.keys is None and not self.taken:
                 self.keys, self.values = key_states, value_states
             return key_states, value_states
@@ -211,7 +215,7 @@ def cache_kept(bare: nn.Module) -> Iterator[None]:
             inner = [m for m in layer.modules() if m in flagged]
             real: list[Any] = []
             real.append(stack.enter_context(swapped(layer, functools.partial(_checkpointed, layer, real, inner))))
-        with _unflagged(flagged):  # without gradients too: GPT-2 and others drop the cache even there
+        with _unflagged(flagged), two_parts():  # without gradients too: GPT-2 and others drop the cache even there
             yield
 
 
@@ -241,7 +245,7 @@ def _checkpointed(layer: Any, real: list[Any], flagged: list[nn.Module], *args: 
     """Runs the layer's own forward, the one item of `real`, under its own checkpoint function."""
 
     def run(*args: Any) -> Any:
-        with _unflagged(flagged):  # also when it runs again, in the backward
+        with _unflagged(flagged), two_parts():  # also when it runs again, in the backward
             return real[0](*args, **kwargs)
 
     return layer._gradient_checkpointing_func(run, *args)

@@ -12,9 +12,10 @@ sum_i c_i s_i, and a sum splits over micro-batches anywhere.
 
 Sequences that begin with the same prompt may share it. A SharedPrompt holds the prompt and the micro-batches of its
 sequences; forward is then an object with two methods, prefix(prompt) and rows(micro_batch, prefix). The prompt runs
-forward once for all of its micro-batches. They add their gradients at leaves of the prefix's tensors (keys and values),
-and one backward takes the sum through the prompt, together with that of the last micro-batch. Only one prompt's graph
-is alive at a time, but for one_pass, which keeps all until the loss is known.
+forward once for all of its micro-batches: in two_pass once a pass, or once in all if the step has nothing else. They
+add their gradients at leaves of the prefix's tensors (keys and values), and one backward takes the sum through the
+prompt, together with that of the last micro-batch. Only one prompt's graph is alive at a time, but for one_pass, which
+keeps all until the loss is known.
 
 Both give the gradient of the whole group, dropout included: two_pass saves the random state of each micro-batch and
 replays it. Gradients are of first order only. distributed.py describes several processes.
@@ -326,13 +327,14 @@ def _two_pass(step: _Step) -> PreferenceLoss:
     first = _FirstPass(step)
     with step.ranks.failing_together():
         with torch.no_grad():
-            for part, _ in step.parts():
-                first.run(part)
+            for part, last in step.parts():
+                first.run(part, alone=last and not first.runs)
             after = RandomState()
             for _ in range(step.ranks.missing):
                 step.run(first.smallest, len(first.runs))
         result, gradients = step.loss(first.runs)
     second = _SecondPass(step, first, gradients)
+    step.ranks.again = True
     try:
         for part, last in step.parts():
             second.run(part, last)
@@ -353,7 +355,10 @@ def _two_pass(step: _Step) -> PreferenceLoss:
 
 
 class _FirstPass:
-    """Runs every micro-batch without a graph, and keeps what the second pass needs to repeat it."""
+    """Runs every micro-batch without a graph, and keeps what the second pass needs to repeat it.
+
+    A prompt that is the only one runs once for both passes: the second would have its graph alive all the time anyway.
+    """
 
     def __init__(self, step: _Step) -> None:
         self.step = step
@@ -362,10 +367,15 @@ class _FirstPass:
         self.states: list[RandomState] = []  # before each micro-batch
         self.prompt_states: list[RandomState] = []  # before each part
         self.smallest: Any = None  # the micro-batch of the fewest tokens
+        self.prefix: _Prefix | None = None  # of the only prompt, with its graph
+        self.with_graph = torch.is_grad_enabled()
 
-    def run(self, part: SharedPrompt) -> None:
+    def run(self, part: SharedPrompt, alone: bool) -> None:
         self.prompt_states.append(RandomState())
-        prefix = self.step.prefix(part.prompt, len(self.runs))
+        if alone and part.prompt is not None:
+            with torch.set_grad_enabled(self.with_graph):
+                self.prefix = self.step.prefix_with_graph(part.prompt, 0)
+        prefix = self.prefix.detached if self.prefix else self.step.prefix(part.prompt, len(self.runs))
         for micro_batch in part.micro_batches:
             self.states.append(RandomState())
             self.tapes.append(LseTape())
@@ -391,7 +401,7 @@ class _SecondPass:
             raise ValueError(f"{_AGAIN}; there were {len(first.runs)}, and then more")
         first.prompt_states[self.parts].restore()
         self.parts += 1
-        prefix = step.prefix_with_graph(part.prompt, len(self.seq_logps))
+        prefix = first.prefix or step.prefix_with_graph(part.prompt, len(self.seq_logps))
         for micro_batch, ends in _marking_last(part.micro_batches):
             at = len(self.seq_logps)
             if at == len(first.runs):
