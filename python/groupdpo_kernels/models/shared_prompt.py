@@ -167,14 +167,15 @@ def _classes() -> tuple[type, type]:
                 pairs = zip(prefix[::2], prefix[1::2])
                 super().__init__(layers=[PromptLayer(True, pair, prompt_of) for pair in pairs])
 
-        def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             if self.for_rows and layer_idx >= len(self.layers):
                 raise ValueError(_wrong_layers(self))
-            return super().update(keys, values, layer_idx, *args, **kwargs)
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
         def take(self) -> tuple[Tensor | None, ...]:
             """The keys and values of all layers. The cache forgets them: checkpoints in their graph hold the cache."""
-            return tuple(x for layer in self.layers for x in layer.take())
+            layers: Any = self.layers
+            return tuple(x for layer in layers for x in layer.take())
 
     return PromptLayer, PromptCache
 

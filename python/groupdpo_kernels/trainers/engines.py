@@ -68,14 +68,14 @@ def prepared_reference(trainer: Any, ref_model: nn.Module) -> Any:
     """The reference model under the trainer's engine, in evaluation mode."""
     accelerator = trainer.accelerator
     if trainer.is_fsdp_enabled:
-        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # type: ignore[import-untyped]
 
         return fsdp2_prepare_model(accelerator, ref_model).eval()
     if trainer.is_deepspeed_enabled:
         config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
         if config["zero_optimization"]["stage"] != 3:
             return ref_model.to(accelerator.device).eval()
-        import deepspeed
+        import deepspeed  # type: ignore[import-untyped]
 
         for name in ("optimizer", "scheduler"):  # nothing trains here
             config.pop(name, None)
