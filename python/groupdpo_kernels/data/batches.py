@@ -47,6 +47,13 @@ class TokenGroup(NamedTuple):
         """Number of tokens of the prompt with its longest response."""
         return len(self.prompt) + max(map(len, self.responses))
 
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether its responses share their prompt where `collate` is asked for that: if it saves an eighth of their
+        tokens, which is about where it breaks even."""
+        saved = (len(self.prompt) - 1) * (len(self.responses) - 1)
+        return 8 * saved >= sum(len(self.prompt) + len(response) for response in self.responses)
+
 
 def tokenize_groups(
     groups: Iterable[Group],
@@ -511,19 +518,13 @@ def _runs(
     run: list[TokenGroup] = []
     shared = False
     for group in groups:
-        shares = share_prompt and _saves(group)
+        shares = share_prompt and group.shares_prompt
         joins = shares == shared and (not shares or (prompts_together and _run_together([*run, group], limits)))
         if run and not joins:
             yield shared, run
             run = []
         run, shared = [*run, group], shares
     yield shared, run
-
-
-def _saves(group: TokenGroup) -> bool:
-    """Whether sharing its prompt saves the group an eighth of its tokens: about where it breaks even."""
-    saved = (len(group.prompt) - 1) * (len(group.responses) - 1)
-    return 8 * saved >= sum(len(group.prompt) + len(response) for response in group.responses)
 
 
 def _run_together(groups: list[TokenGroup], limits: _Limits) -> bool:

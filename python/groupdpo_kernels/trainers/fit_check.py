@@ -109,7 +109,7 @@ def _tokens_of(group: TokenGroup) -> int:
 
 def _shared_prompt_of(group: TokenGroup) -> int:
     """Tokens of the prompt that `collate` lets the group's responses share; 0 where it does not."""
-    return len(group.prompt) if len(group.prompt) > 1 and len(group.responses) > 1 else 0
+    return len(group.prompt) if group.shares_prompt else 0
 
 
 def _weight_of(group: TokenGroup, share_prompt: bool) -> float:
