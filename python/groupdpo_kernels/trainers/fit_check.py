@@ -35,6 +35,17 @@ def memory_of(model: nn.Module, device: torch.device, optimizer: Any = None) -> 
     return int(SHARE * free) + sum(x.nbytes for x in own if isinstance(x, Tensor) and x.device.type == device.type)
 
 
+def _asked(planner: Any, *arguments: Any, **named: Any) -> Any:
+    """What the planner answers. ValueError for a model whose forward depends on values, as that of some experts does."""
+    try:
+        return planner(*arguments, **named)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            "model must be one that the planner can trace without values, for 'auto' to size its step; got"
+            f" {type(error).__name__}: {error}"
+        ) from error
+
+
 def micro_batch_tokens_of(
     model: nn.Module,
     ref_model: Any,
@@ -56,8 +67,15 @@ def micro_batch_tokens_of(
     memory = max(1, memory - _still_to_move(ref_model, device))
     found = []
     for prompt, tokens in dict.fromkeys((_shared_prompt_of(g) if share_prompt else 0, g.longest) for g in chosen):
-        size, one = largest_micro_batch(
-            model, tokens, memory, autocast=autocast, device=device.type, prompt=prompt, share_prompt=prompt > 0
+        size, one = _asked(
+            largest_micro_batch,
+            model,
+            tokens,
+            memory,
+            autocast=autocast,
+            device=device.type,
+            prompt=prompt,
+            share_prompt=prompt > 0,
         )
         if not size:
             raise ValueError(
@@ -172,7 +190,8 @@ def _peak_of(
     bound = 256 * step.responses * step.tokens * width + adamw
     if known and width and bound < memory:
         return bound, True
-    peak = step_peak(
+    peak = _asked(
+        step_peak,
         model, step.responses, step.tokens, memory, autocast=autocast, device=device.type, optimizer=optimizer,
         prompt=step.prompt, share_prompt=step.prompt > 0, prompts=step.prompts,
     )  # fmt: skip
@@ -199,7 +218,8 @@ def check_group_fits(
         peak, bound = _peak_of(model, step, autocast, device, memory, "sgd")
         if bound or SHARE * peak <= memory:
             return
-        size, one = largest_micro_batch(
+        size, one = _asked(
+            largest_micro_batch,
             model, step.tokens, memory, autocast=autocast, device=device.type, prompt=step.prompt,
             share_prompt=step.prompt > 0,
         )  # fmt: skip
@@ -230,7 +250,8 @@ def explain_out_of_memory(
     tokens, after = prompt + length, " after a prompt of that length" if prefix else ""
     if prefix:
         asked += f" after a prompt of {prompt}" if several == 1 else f" after {several} prompts of up to {prompt}"
-    size, one = largest_micro_batch(
+    size, one = _asked(
+            largest_micro_batch,
         model, tokens, total, autocast=autocast, device=next(model.parameters()).device.type, prompt=prompt,
         share_prompt=prompt > 0,
     )  # fmt: skip
