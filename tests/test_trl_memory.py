@@ -33,7 +33,7 @@ def test_auto_takes_the_largest_micro_batch_that_fits(make_trainer: Any, monkeyp
     model = llama()
     _, one = largest_micro_batch(model, 17, 2**40, device="cpu")
     monkeypatch.setattr(group_dpo, "memory_of", lambda model, device: one + 2**20)
-    trainer = make_trainer(micro_batch_tokens="auto")
+    trainer = make_trainer(micro_batch_tokens="auto", share_prompt=False)
     tokens, L = trainer.data_collator.max_tokens, longest(trainer)
     assert tokens % L == 0 and tokens // L == largest_micro_batch(model, L, one + 2**20, device="cpu")[0] >= 1
     run(trainer)

@@ -36,7 +36,7 @@ def memory_of(model: nn.Module, device: torch.device, optimizer: Any = None) -> 
 
 
 def _asked(planner: Any, *arguments: Any, **named: Any) -> Any:
-    """What the planner answers. ValueError for a model whose forward depends on values, as that of some experts does."""
+    """What the planner answers. ValueError for a model whose forward depends on values, as some experts' does."""
     try:
         return planner(*arguments, **named)
     except (RuntimeError, NotImplementedError) as error:
