@@ -47,7 +47,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trainers",
     },
     "__init__": {"reference", "lm_head", "preference", "models"},
-    "bench": {"__init__", "reference", "testing", "kernels", "lm_head", "memory", "trainers", "integrations"},
+    "bench": {
+        "__init__",
+        "reference",
+        "testing",
+        "kernels",
+        "lm_head",
+        "models",
+        "data",
+        "memory",
+        "trainers",
+        "integrations",
+    },
     "examples": {"__init__", "data", "memory", "stepwise", "trainers"},
 }
 SHARED_KERNEL_MODULES = {"launch", "gemm", "row_limited_gemm", "compaction", "tile", "pair_losses"}
