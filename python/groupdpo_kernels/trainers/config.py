@@ -6,6 +6,7 @@ It never accepts an option that would do nothing. It needs transformers.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,21 +85,8 @@ class GroupDPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
-        one_of("strategy", self.strategy, ("auto", *STRATEGIES, "coupled"))
+        check_step_options(self, ("auto", *STRATEGIES, "coupled"), sized=("auto", "two_pass"))
         one_of("layout", self.layout, ("padded", "packed"))
-        if self.share_prompt not in ("auto", True, False):
-            raise ValueError(f"share_prompt must be 'auto', True or False; got {self.share_prompt!r}")
-        if isinstance(self.micro_batch_tokens, str) and self.micro_batch_tokens.isdecimal():  # from a command line
-            self.micro_batch_tokens = int(self.micro_batch_tokens)
-        for name in ("micro_batch_sequences", "micro_batch_tokens"):
-            value = getattr(self, name)
-            if value == "auto" and name == "micro_batch_tokens" and self.strategy in ("auto", "two_pass"):
-                continue
-            if isinstance(value, str):
-                asked = "an int or None, or for auto and two_pass micro_batch_tokens may be 'auto'"
-                raise ValueError(f"{name} must be {asked}; got {value!r} with strategy {self.strategy!r}")
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
         one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
         for name, nothing in {"label_smoothing_factor": 0.0, "include_for_metrics": []}.items():
             if (found := getattr(self, name)) != nothing:
@@ -122,17 +110,39 @@ class GroupDPOConfig(TrainingArguments):
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
         check_engine_options(self)
-        if self.strategy == "one_pass" and self.gradient_checkpointing and self.reentrant:
+        if self.strategy == "one_pass" and self.gradient_checkpointing and is_reentrant(self):
             raise ValueError(
                 "gradient_checkpointing_kwargs must leave use_reentrant False for strategy 'one_pass', which takes the"
                 " gradient of each response by itself; got use_reentrant=True"
             )
 
-    @property
-    def reentrant(self) -> bool:
-        """Whether gradient checkpointing, where it is on, is of the reentrant kind."""
-        options = self.gradient_checkpointing_kwargs
-        return isinstance(options, dict) and bool(options.get("use_reentrant"))
+
+def check_step_options(args: Any, strategies: Collection[str], sized: Collection[str] = ()) -> None:
+    """ValueError for a strategy that is not one of these, and for the options of micro-batches and shared prompts.
+
+    sized: the strategies with which micro_batch_tokens may be auto.
+    """
+    one_of("strategy", args.strategy, strategies)
+    if args.share_prompt not in ("auto", True, False):
+        raise ValueError(f"share_prompt must be 'auto', True or False; got {args.share_prompt!r}")
+    if isinstance(args.micro_batch_tokens, str) and args.micro_batch_tokens.isdecimal():  # from a command line
+        args.micro_batch_tokens = int(args.micro_batch_tokens)
+    for name in ("micro_batch_sequences", "micro_batch_tokens"):
+        value = getattr(args, name)
+        if value == "auto" and name == "micro_batch_tokens" and args.strategy in sized:
+            continue
+        if isinstance(value, str):
+            asked = f"an int or None, or for {' and '.join(sized)} micro_batch_tokens may be 'auto'"
+            asked = asked if sized else "an int or None"
+            raise ValueError(f"{name} must be {asked}; got {value!r} with strategy {args.strategy!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def is_reentrant(args: TrainingArguments) -> bool:
+    """Whether gradient checkpointing, where it is on, is of the reentrant kind."""
+    options = args.gradient_checkpointing_kwargs
+    return isinstance(options, dict) and bool(options.get("use_reentrant"))
 
 
 def check_not_compiled(args: TrainingArguments) -> None:

@@ -33,42 +33,35 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
-from ..data.batches import PreferenceBatch, TokenGroup, tokenizer_of
+from ..data.batches import TokenGroup, tokenizer_of
 from ..data.formats import Report
-from ..distributed import DDP, kind_of
 from ..memory.worker import out_of_memory
-from ..models.adapters import active_adapters, has_adapter, is_peft_model, let_adapter_train, save_adapter
+from ..models.adapters import has_adapter, let_adapter_train
 from ..models.api import checkpoint_layers
 from ..models.limits import position_limit, token_limit
-from ..preference.group_backward import forward_parts, group_backward
-from ..preference.objective import Objective, PreferenceLoss, preference_loss
-from ..preference.segments import seq_logps
+from ..preference.objective import Objective, PreferenceLoss
 from ..stepwise.stages import reference_logps
-from .config import GroupDPOConfig
+from .config import GroupDPOConfig, is_reentrant
 from .engines import as_many_micro_batches, check_engine, engine_asked, prepared_reference
 from .fit_check import advice, check_group_fits, memory_of, micro_batch_tokens_of, strategy_that_fits
-from .forward import StepForward
-from .metrics import means_of, preference_metrics, record
+from .metrics import means_of
 from .misplaced import check_names, check_order
 from .reference import (
-    add_reference_adapter,
-    as_reference,
     check_adapter,
     check_adapter_alone_trains,
-    check_no_earlier_reference,
     check_on_one_device,
-    frozen_copy,
+    reference_of,
     take_off_forwards_of,
 )
 from .rows import Collator, GroupRows, tokenised
+from .steps import GROUP_OBJECTIVE, GroupSteps
 
 logger = logging.getLogger(__name__)
 
-GROUP_OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
 _NO_REFERENCE = "ref_model must be given to evaluate: ref_logps are those of train_dataset; got ref_logps"
 
 
-class GroupDPOTrainer(Trainer):
+class GroupDPOTrainer(GroupSteps, Trainer):
     """A transformers.Trainer on groups of responses, by default with Objective("mpo", beta=2.0, average=True,
     nll_weight=1.0). The module's docstring describes a step.
 
@@ -143,12 +136,12 @@ class GroupDPOTrainer(Trainer):
 
             model = get_peft_model(model, peft_config)
         let_adapter_train(model)
-        if has_adapter(model) and args.gradient_checkpointing and args.reentrant:
+        if has_adapter(model) and args.gradient_checkpointing and is_reentrant(args):
             model.enable_input_require_grads()  # a checkpoint runs again only if an input requires grad
         self.aux_coef = aux_coef_of(model, args)
         self._given = ref_logps is not None
         if ref_model is None and objective.needs_reference and not self._given:
-            ref_model = _reference_of(model, peft_config is not None, args.precompute_ref_log_probs)
+            ref_model = reference_of(model, peft_config is not None, args.precompute_ref_log_probs)
         elif ref_model is not None:
             take_off_forwards_of(model, ref_model)
         for each in (model, ref_model) if args.disable_dropout else ():
@@ -243,12 +236,6 @@ class GroupDPOTrainer(Trainer):
         """Log-probabilities of the responses under the reference. The signature is that of `stepwise`'s `score`."""
         return self._scores(self.data_collator([(group, None) for group in groups])["step"].to(self.args.device))
 
-    @torch.no_grad()
-    def _scores(self, step: PreferenceBatch) -> Tensor:  # (S,) float32
-        with as_reference(self.accelerator.unwrap_model(self.model), self.ref_model) as reference:
-            token_logps, cu_seqlens, _ = forward_parts(step.parts, StepForward(reference, self.accelerator.autocast))
-        return seq_logps(token_logps, cu_seqlens)
-
     def evaluate(self, eval_dataset: Any = None, *more: Any, **named: Any) -> dict[str, float]:
         """Evaluates as transformers.Trainer does; `eval_dataset` may be rows, as in __init__."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
@@ -258,10 +245,6 @@ class GroupDPOTrainer(Trainer):
         return super().evaluate(eval_dataset, *more, **named)
 
     # -------------------------------------------------------------------------------------------------------- the steps
-
-    def _forward(self, model: Any, step: PreferenceBatch, bare: Any = None) -> StepForward:
-        autocast, tokens = self.accelerator.autocast, step.computed_tokens
-        return StepForward(model, autocast, bare=bare, aux_coef=self.aux_coef, tokens=tokens)
 
     def _reference(self, inputs: dict[str, Any]) -> Tensor | None:  # (S,)
         if not self.objective.needs_reference or "ref_logps" in inputs:
@@ -296,62 +279,25 @@ class GroupDPOTrainer(Trainer):
     def _training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:
         if self.strategy == "coupled":
             return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
-        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have it
-            self.optimizer.train()  # type: ignore[union-attr]
+        self._to_training(model)
         inputs = self._prepare_inputs(inputs)
-        step, ref_logps = inputs["step"], self._reference(inputs)
-        engine = model if self.is_deepspeed_enabled else None
-        if engine is not None:
-            engine.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
-        forward = self._forward(model, step, bare=engine or self.accelerator.unwrap_model(model))
-        two_pass = self.strategy == "two_pass"
-        result = group_backward(
-            step.parts,
-            forward,
-            step.groups,
-            self.objective,
-            ref_logps,
-            strategy=self.strategy,
-            scale=self._scale(),
-            # two_pass gets None, because a backward that is told its leaves finds none inside a reentrant checkpoint.
-            parameters=None if two_pass else [p for p in model.parameters() if p.requires_grad],
-            model=model,
-        )
-        if engine is not None and self.accelerator.sync_gradients:
-            engine.step()  # accelerate calls it in its own backward
-        more = {"pass_drift": forward.drift()} if two_pass else {}
+        result, forward = self._by_parts(model, inputs["step"], self._reference(inputs))
+        more = {"pass_drift": forward.drift()} if self.strategy == "two_pass" else {}
         return self._logged(inputs, result, forward.auxiliary, more) / self.current_gradient_accumulation_steps
-
-    def _scale(self) -> float | Tensor:
-        """The factor on the gradient: 1 / accumulation steps, times the scale of fp16's gradient scaler."""
-        share, scaler = 1 / self.current_gradient_accumulation_steps, self.accelerator.scaler
-        return share if scaler is None else scaler.scale(torch.tensor(share, device=self.accelerator.device))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:  # () differentiable
         """The loss of a step with its whole graph, for evaluation and for strategy "coupled"."""
-        step, ref_logps = inputs["step"], self._reference(inputs)
-        # One backward follows all forwards. Under DistributedDataParallel a forward outside no_sync takes part in a
-        # collective, and ranks differ in their number of forwards, so that only the last one does.
-        no_sync = model.no_sync if kind_of(model) == DDP else None
-        token_logps, cu_seqlens, auxiliary = forward_parts(step.parts, self._forward(model, step), no_sync=no_sync)
-        result = preference_loss(token_logps, cu_seqlens, step.groups, self.objective, ref_logps)
+        result, auxiliary = self._whole(model, inputs["step"], self._reference(inputs))
         return self._logged(inputs, result, auxiliary, {})
 
     def _logged(
         self, inputs: dict[str, Any], result: PreferenceLoss, parts: list[Tensor], more: dict[str, Tensor]
     ) -> Tensor:  # ()
         """The loss with its auxiliary part, after its metrics are recorded for the log."""
-        mode, loss = "train" if self.model.training else "eval", result.loss
-        step = inputs["step"]
-        lengths = torch.cat([mb.cu_seqlens.diff() for mb in step.micro_batches])
-        values = {**preference_metrics(result, step.groups, self.objective, lengths), **more}
-        if parts:
-            auxiliary = torch.stack(parts).sum()
-            loss, values["aux_loss"] = loss + auxiliary.to(loss), auxiliary / self.aux_coef
-        record(self._metrics[mode], values, self.accelerator.gather)
+        mode, step = "train" if self.model.training else "eval", inputs["step"]
+        loss = self._measured(step, result, parts, more)
         if mode == "train":
             tokens = torch.tensor(inputs["num_tokens"], device=self.accelerator.device)
             self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
@@ -379,37 +325,10 @@ class GroupDPOTrainer(Trainer):
             logs.update(means_of(self._metrics["train"]))
         super().log(logs, *more, **named)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Saves as transformers does, but writes an adapter inside a transformers model here, for any PEFT version."""
-        model = self.accelerator.unwrap_model(self.model)
-        if is_peft_model(model) or not has_adapter(model):
-            super()._save(output_dir, state_dict)
-            return
-        folder = str(self.args.output_dir if output_dir is None else output_dir)
-        save_adapter(model, folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        torch.save(self.args, Path(folder) / "training_args.bin")
-
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """FLOP of a step: 2 a parameter and position in each forward, and 4 in the backward."""
         passes = 8 if self.strategy == "two_pass" else 6
         return passes * inputs["step"].computed_tokens * int(self.model.num_parameters(exclude_embeddings=True))
-
-
-def _reference_of(model: Any, fresh: bool, precompute: bool) -> nn.Module | None:
-    """A copy of the model, or None where the model itself can be the reference: before it trains, without its adapter,
-    or with its adapter "ref". With several active adapters, no single one tells policy and reference apart."""
-    if not has_adapter(model):
-        return None if precompute else frozen_copy(model)
-    if len(active_adapters(model)) > 1:
-        return frozen_copy(model)
-    if not precompute:
-        check_adapter_alone_trains(model)
-    if not fresh:
-        check_no_earlier_reference(model)
-        add_reference_adapter(model)
-    return None
 
 
 def pad_id_of(model: Any, tokenizer: Any) -> int:

@@ -81,8 +81,19 @@ def record(
     into: dict[str, list[float]],
     values: dict[str, Tensor],  # () each
     gather: Callable[[Tensor], Tensor],
+    weight: float | None = None,
 ) -> None:
-    """Appends the mean over ranks of each value; waits for the device once."""
+    """Appends the mean over ranks of each value; waits for the device once.
+
+    weight: the weight of this rank's values in the mean, the same kind of number on all ranks; without one all weigh
+    the same. Where no rank has any, nothing is appended.
+    """
     local = torch.stack([value.detach().float() for value in values.values()])
-    for name, value in zip(values, gather(local[None]).mean(0).tolist()):
+    if weight is None:
+        means = gather(local[None]).mean(0).tolist()
+    else:
+        own = torch.where(torch.tensor(weight > 0, device=local.device), weight * local, 0)
+        *sums, total = gather(torch.cat([own, own.new_tensor([weight])])[None]).sum(0).tolist()
+        means = [each / total for each in sums] if total else []
+    for name, value in zip(values, means):
         into[name].append(value)

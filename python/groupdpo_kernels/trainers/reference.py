@@ -134,6 +134,21 @@ def copy_to_reference_adapter(model: Any) -> None:
             parameter.data.copy_(parameters[source].data)
 
 
+def reference_of(model: Any, fresh: bool, precompute: bool) -> nn.Module | None:
+    """A frozen copy of the model, or None where the model itself can be the reference: before it trains, without its
+    adapter, or with its adapter "ref". With several active adapters, no single one tells policy and reference apart."""
+    if not has_adapter(model):
+        return None if precompute else frozen_copy(model)
+    if len(active_adapters(model)) > 1:
+        return frozen_copy(model)
+    if not precompute:
+        check_adapter_alone_trains(model)
+    if not fresh:
+        check_no_earlier_reference(model)
+        add_reference_adapter(model)
+    return None
+
+
 @contextlib.contextmanager
 def as_reference(
     model: Any,

@@ -21,7 +21,7 @@ from ..models.layouts import why_not_left_padded, why_not_packed, why_not_padded
 from ..models.shared_prompt import REENTRANT, rotary_limit
 from ..preference.losses import LOSSES
 from ..preference.objective import Objective
-from .config import GroupDPOConfig
+from .config import GroupDPOConfig, is_reentrant
 from .engines import engine_asked
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Collator:
             found = replace(found, max_sequences=1)
         return found
 
-    def sharing(self, args: GroupDPOConfig, aux: bool, *models: Any) -> Collator:
+    def sharing(self, args: Any, aux: bool, *models: Any) -> Collator:
         """This collator, or one whose prompts run once, where args.share_prompt asks for it and these models (or None)
         can. aux: whether a router's auxiliary loss counts positions.
 
@@ -79,7 +79,7 @@ class Collator:
         asked = args.share_prompt
         if not asked or (asked == "auto" and (aux or args.strategy == "one_pass" or engine_asked(args))):
             return self
-        reentrant = args.gradient_checkpointing and args.reentrant
+        reentrant = args.gradient_checkpointing and is_reentrant(args)
         why = REENTRANT if reentrant else ""
         present = [model for model in models if model is not None]
         why = why or next(filter(None, (why_not_shared(model, 0) for model in present)), "")
