@@ -27,6 +27,30 @@ LOSS_OPTIONS: dict[str, str | None] = {
     "f_alpha_divergence_coef": None,
     "use_weighting": None,
 }
+# Options of TRL's GRPOConfig that would do nothing in OnlineGroupDPOTrainer, each with the reason.
+_ADVANTAGE = "there are no advantages: the rule makes preferred and rejected completions of the rewards"
+_RATIO = "there is no ratio to an older policy, and so nothing to clip"
+_ENTROPY = "the loss has no term for the entropy"
+_ENGINE = "DeepSpeed does not run here"
+_SYNC = "ref_sync_steps says when the reference becomes the policy"
+GRPO_OPTIONS: dict[str, str] = {
+    "loss_type": "Objective(...) says the loss",
+    "beta": "Objective(beta=...) says it",
+    **dict.fromkeys(("scale_rewards", "multi_objective_aggregation"), _ADVANTAGE),
+    **dict.fromkeys(("epsilon", "epsilon_high", "delta", "importance_sampling_level"), _RATIO),
+    **dict.fromkeys(("off_policy_mask_threshold", "use_bias_correction_kl"), _RATIO),
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), "Objective(...) says the loss"),
+    **dict.fromkeys((f"vespo_{x}_{side}" for x in ("k", "lambda") for side in ("pos", "neg")), _RATIO),
+    **dict.fromkeys((f"vllm_importance_sampling_{x}" for x in ("correction", "mode", "clip_max", "clip_min")), _RATIO),
+    "vllm_importance_sampling_cap": _RATIO,
+    **dict.fromkeys(("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"), _ENTROPY),
+    **dict.fromkeys((f"entropy_{x}" for x in ("coef_min", "coef_max", "coef_delta", "target")), _ENTROPY),
+    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _SYNC),
+    "max_tool_calling_iterations": "completions call no tools here",
+    "log_multimodal": "completions are of text alone here",
+    "ds3_gather_for_generation": _ENGINE,
+    "cast_lm_head_to_fp32": "log-probabilities are computed in float32 already",
+}
 _OF_OBJECTIVE = {field.name: field.name for field in dataclasses.fields(Objective)} | LOSS_OPTIONS
 _OF_TRAINERS = (
     *("model", "ref_model", "train_dataset", "eval_dataset", "processing_class", "objective", "ref_logps"),
