@@ -103,11 +103,7 @@ class GroupDPOConfig(TrainingArguments):
         if self.torch_empty_cache_steps is not None and self.strategy != "coupled":
             got = self.torch_empty_cache_steps
             raise ValueError(f"torch_empty_cache_steps must be None for strategy {self.strategy!r}; got {got}")
-        # transformers has new names for these options, and warns at the old ones.
-        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-            new = old.replace("gradient", "activation")
-            if hasattr(self, new) and getattr(self, new) is None:
-                setattr(self, new, getattr(self, old))
+        take_new_names(self)
         super().__post_init__()
         check_engine_options(self)
         if self.strategy == "one_pass" and self.gradient_checkpointing and is_reentrant(self):
@@ -137,6 +133,14 @@ def check_step_options(args: Any, strategies: Collection[str], sized: Collection
             raise ValueError(f"{name} must be {asked}; got {value!r} with strategy {args.strategy!r}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def take_new_names(args: TrainingArguments) -> None:
+    """Gives options of gradient checkpointing the new names that transformers has for them; it warns at the old."""
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        if hasattr(args, new) and getattr(args, new) is None:
+            setattr(args, new, getattr(args, old))
 
 
 def is_reentrant(args: TrainingArguments) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ..checks import one_of
 from ..data.rules import RULES, Rule
 from ..installed import installed_trl
-from .config import check_not_compiled, check_step_options
+from .config import check_not_compiled, check_step_options, take_new_names
 from .dpo import SUPPORTED
 from .engines import engine_asked
 from .misplaced import GRPO_OPTIONS, check_names
@@ -73,6 +73,7 @@ class OnlineGroupDPOConfig(trl.GRPOConfig):  # type: ignore[name-defined]
         for field in dataclasses.fields(self):
             _check_default(field, getattr(self, field.name))
         check_not_compiled(self)
+        take_new_names(self)
         super().__post_init__()
         if (engine := engine_asked(self)) is not None:
             raise ValueError(

@@ -58,7 +58,7 @@ trl = installed_trl("OnlineGroupDPOTrainer", SUPPORTED)
 _REFERENCE_FILE = "reference.pt"  # in a checkpoint, where the reference has moved
 
 
-class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-defined,misc]
+class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-defined]
     """`trl.GRPOTrainer` with another loss, by default Objective("mpo", beta=2.0, average=True, nll_weight=1.0). All
     arguments but these are TRL's.
 
@@ -80,6 +80,12 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
     than two completions. It warns where no group of the first generation has two sides.
     """
 
+    reward_funcs: list[Any]
+    _step: int
+    _current_train_step_time: float
+    _buffered_inputs: list[dict[str, Any]] | None
+    _rewards: Tensor  # (N,) of this rank, of the last generation; NaN without a score
+    _all_rewards: Tensor  # (R * N,) of all ranks
     loss_is_scaled_for_ga = False  # compute_loss is a mean over groups: Trainer divides by the accumulation steps
 
     def __init__(
@@ -123,7 +129,6 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
         self.share_prompt = collator.share_prompt
         self._collate = collator.fitting(self.model, ref_model)
         self.ref_model = None if ref_model is None else prepared_reference(self, ref_model)
-        self._rewards: Tensor | None = None  # (N,) of this rank, of the last generation
         self._seen_any = False  # whether a generation has been scored
 
     # --------------------------------------------------------------------------------------------- completions to steps
@@ -146,8 +151,7 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
         scored = self._generate_and_score_completions(prompts)
         if scored.get("tool_mask") is not None:
             raise ValueError("rollout_func must return no env_mask: every token of a completion is scored; got one")
-        tokens = [scored[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
-        drawn = draw_groups(*tokens, self._rewards, G, self.rule)  # type: ignore[arg-type]
+        drawn = draw_groups(scored, self._rewards, G, self.rule)
         check_pairs(drawn.groups, self.objective)
         parts = slices(drawn.groups, n)
         counts = self._count(drawn, [len(part) for part in parts], mode)
@@ -326,9 +330,8 @@ def _check_arguments(model: Any, args: Any, objective: Any, ref_model: Any, name
     if ref_model is not None and not objective.needs_reference:
         got = type(ref_model).__name__
         raise ValueError(f"ref_model must be None, for {objective.loss!r} has no reference; got a {got}")
-    if args.ref_sync_steps is not None and not objective.needs_reference:
-        got = args.ref_sync_steps
-        raise ValueError(f"ref_sync_steps must be None, for {objective.loss!r} has no reference; got {got}")
+    if (every := args.ref_sync_steps) is not None and not objective.needs_reference:
+        raise ValueError(f"ref_sync_steps must be None, for {objective.loss!r} has no reference; got {every}")
     for name in ("tools", "environment_factory"):
         if named.get(name):
             raise ValueError(f"{name} must be None: completions call no tools here; got {named[name]!r:.60}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,21 +28,23 @@ class Drawn(NamedTuple):
 
 
 def draw_groups(
-    prompt_ids: Tensor,  # (N, P) integer, padded on the left
-    prompt_mask: Tensor,  # (N, P) integer
-    completion_ids: Tensor,  # (N, C) integer, padded on the right
-    completion_mask: Tensor,  # (N, C) integer; all zero for a completion to leave out
+    scored: Mapping[str, Any],
     rewards: Tensor,  # (N,) floating; NaN for a completion without a score
     G: int,
     rule: Rule,
 ) -> Drawn:
     """Groups of G rows in turn, as the rule sorts them; rows without tokens or without a score are left out before.
 
+    scored: prompt_ids and prompt_mask (N, P), padded on the left, completion_ids and completion_mask (N, C), padded on
+    the right, as TRL has them; the mask is all zero for a completion that is to be left out.
+
     Raises ValueError where the G rows of a group differ in their prompt, and for a rule that returns something else
     than pairs (index, positive) of different indices of the scores.
     """
-    prompts = [ids[live.bool()].int().cpu() for ids, live in zip(prompt_ids, prompt_mask)]
-    texts = [ids[live.bool()].int().cpu() for ids, live in zip(completion_ids, completion_mask)]
+    prompts, texts = (
+        [ids[live.bool()].int().cpu() for ids, live in zip(scored[f"{part}_ids"], scored[f"{part}_mask"])]
+        for part in ("prompt", "completion")
+    )
     scores = rewards.double().tolist()
     groups = []
     for g in range(len(prompts) // G):
@@ -58,7 +60,7 @@ def draw_groups(
         sides = [side for _, side in picked]
         if any(sides) and not all(sides):
             groups.append(TokenGroup(prompt, [texts[kept[i]] for i, _ in picked], sides, g))
-    spare = TokenGroup(prompts[0], [*completion_ids[:2, :1].int().cpu()], [True, False], 0)
+    spare = TokenGroup(prompts[0], [*scored["completion_ids"][:2, :1].int().cpu()], [True, False], 0)
     return Drawn(groups, len(prompts) // G, spare)
 
 

@@ -1,0 +1,329 @@
+"""`OnlineGroupDPOTrainer`: TRL generates, rewards make groups, and each step is that of a plain loop on them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import socket
+import warnings
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from tiny_models import BASE
+from tiny_online import ONLINE, Gradients, Rewards, far, groups_of, loaded, plain_gradient, run_as_rank
+from tiny_trl import PROMPTS, llama, lora, steps, trainable
+
+from groupdpo_kernels import AdaBalance, Objective
+from groupdpo_kernels.data import top_k
+from groupdpo_kernels.trainers import OnlineGroupDPOConfig, OnlineGroupDPOTrainer
+from groupdpo_kernels.trainers.online_groups import slices, weights
+
+MPO = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
+DATA = Dataset.from_dict({"prompt": PROMPTS})
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, bpe: Any) -> Any:
+    def make_one(options: dict[str, Any] | None = None, **named: Any) -> Any:
+        config = OnlineGroupDPOConfig(**{**ONLINE, "output_dir": str(tmp_path / "run"), **(options or {})})
+        named = {"model": llama(), "reward_funcs": Rewards(), "train_dataset": DATA, "processing_class": bpe, **named}
+        return OnlineGroupDPOTrainer(args=config, **named)
+
+    return make_one
+
+
+class Recording(OnlineGroupDPOTrainer):
+    """Notes the prompt and the completions of each step's groups, as token ids."""
+
+    def _by_parts(self, model: Any, step: Any, *more: Any) -> Any:
+        noted = []
+        for mb in step.micro_batches:
+            targets = mb.targets.reshape(-1)[mb.live_index]
+            noted += [x.tolist() for x in targets.tensor_split(mb.cu_seqlens[1:-1].long())]
+        found = [[], *([] for _ in range(step.groups.num_groups - 1))]
+        for g, ids in zip(step.groups.ids.tolist(), noted):
+            found[g].append(ids)
+        self.__dict__.setdefault("steps", []).append(found)
+        return super()._by_parts(model, step, *more)
+
+
+# ---------------------------------------------------------------------------------------------------- the plain loop
+
+
+@pytest.mark.parametrize(
+    "objective, options",
+    [
+        (MPO, {}),
+        (MPO, {"strategy": "coupled", "share_prompt": False}),
+        (Objective("sigmoid", beta=0.5, balance=AdaBalance()), {"rule": top_k(1, 1), "micro_batch_sequences": 1}),
+        (Objective("plackett_luce", beta=0.5), {"rule": "ranks", "micro_batch_tokens": 40}),
+        (Objective("simpo", beta=2.0, gamma=0.3), {"rule": top_k(1, 1), "gradient_checkpointing": True}),
+    ],
+    ids=["mpo", "coupled", "adadpo", "plackett_luce", "simpo"],
+)
+def test_a_step_is_that_of_a_plain_loop(
+    make_trainer: Any, bpe: Any, objective: Objective, options: dict[str, Any]
+) -> None:
+    """Both steps: the reference is the model as it was given, while the policy moves."""
+    rewards, gradients = Rewards(), Gradients()
+    trainer = make_trainer(options, reward_funcs=rewards, callbacks=[gradients], objective=objective)
+    trainer.train()
+    assert len(gradients.seen) == len(rewards.calls) == 2
+    reference = llama() if objective.needs_reference else None
+    assert (trainer.ref_model is None) == (reference is None)
+    for found, state, noted in zip(gradients.seen, gradients.states, rewards.calls):
+        groups = groups_of(noted, 4, options.get("rule", "best_vs_rest"))
+        assert groups
+        expected = plain_gradient(loaded(state), groups, bpe, objective, reference)
+        assert far(found, expected) < 1e-6
+    logged = steps(trainer)
+    names = {
+        "loss",
+        "reward",
+        "rewards/first_token/mean",
+        "rewards/margins",
+        "completions/mean_length",
+        "positive_mass",
+    }
+    names |= {"balance_weight"} if objective.balance else set()
+    assert all(names <= row.keys() and ("pass_drift" in row) != (trainer.strategy == "coupled") for row in logged)
+
+
+def test_micro_batches_and_shared_prompts_change_nothing(make_trainer: Any) -> None:
+    """Nor does rounding: 1e-6 of the weights' change, over two steps."""
+    start, ends = trainable(make_trainer()), []
+    for options in ({"micro_batch_sequences": None}, {"micro_batch_sequences": 1, "share_prompt": False}):
+        trainer = make_trainer(options)
+        assert trainer.share_prompt == (trainer.args.share_prompt == "auto")
+        trainer.train()
+        ends.append(trainable(trainer))
+    assert (ends[0] - ends[1]).norm() < 1e-5 * (ends[0] - start).norm()
+
+
+# ---------------------------------------------------------------------------------------------- generations and slices
+
+
+def test_groups_stay_whole(make_trainer: Any, bpe: Any, tmp_path: Path) -> None:
+    """Two slices of a generation, each used twice, two to an optimizer step; groups are shuffled, not completions."""
+    options = {"steps_per_generation": 2, "num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    rewards, gradients = Rewards(), Gradients()
+    config = OnlineGroupDPOConfig(output_dir=str(tmp_path / "run"), **ONLINE | options)
+    trainer = Recording(llama(), rewards, config, train_dataset=DATA, processing_class=bpe, callbacks=[gradients])
+    trainer.train()
+    assert [len(call) for call in rewards.calls] == [16, 16] and len(trainer.steps) == 8
+    orders = []
+    for k, noted in enumerate(rewards.calls):
+        groups = [completions for _, completions, _ in groups_of(noted, 4)]
+        first, again = trainer.steps[4 * k : 4 * k + 2], trainer.steps[4 * k + 2 : 4 * k + 4]
+        assert first == again and [len(step) for step in first] == [len(groups) // 2, len(groups) - len(groups) // 2]
+        orders.append([groups.index(group) for step in first for group in step])
+        assert sorted(orders[-1]) == [*range(len(groups))]
+    assert any(order != sorted(order) for order in orders)
+    # An optimizer step is the mean over the four groups of its two slices.
+    expected = plain_gradient(loaded(gradients.states[1]), groups_of(rewards.calls[0], 4), bpe, MPO, llama())
+    assert far(gradients.seen[1], expected) < 1e-6
+
+
+@pytest.mark.parametrize("strategy", ["two_pass", "coupled"])
+def test_groups_without_two_sides_are_dropped(make_trainer: Any, bpe: Any, strategy: str) -> None:
+    """Three of four: one slice has a group, the other none; the gradient is that of the one group."""
+    rewards, gradients = Rewards(*PROMPTS[1:]), Gradients()
+    options = {"gradient_accumulation_steps": 2, "max_steps": 1, "strategy": strategy}
+    trainer = make_trainer(options, reward_funcs=rewards, callbacks=[gradients])
+    trainer.train()
+    groups = groups_of(rewards.calls[0], 4)
+    assert len(groups) == 1
+    assert far(gradients.seen[0], plain_gradient(llama(), groups, bpe, MPO, llama())) < 1e-6
+    (row,) = steps(trainer)
+    assert row["groups/dropped"] == 0.75 and row["groups/positives"] + row["groups/negatives"] == 4
+    assert row["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_weights_of_slices() -> None:
+    """With every group's own loss in place of the mean, ranks and slices together give each group one share."""
+    counts = torch.tensor([[2, 1, 0, 3], [1, 1, 0, 0]])
+    for accumulation, together in ((4, 4), (8, 4), (2, 2), (1, 1), (3, 1)):
+        of = [weights(counts, rank, accumulation) for rank in range(2)]
+        for start in range(0, 4, together):
+            kept = counts[:, start : start + together]
+            for rank in range(2):
+                for i in range(together):
+                    share = of[rank][start + i] / max(1, int(kept[rank, i])) / 2 / together
+                    expected = 1 / int(kept.sum()) if kept[rank, i] else 0
+                    assert share == pytest.approx(expected)
+    groups: Any = list(range(7))
+    torch.manual_seed(0)
+    parts = slices(groups, 3)
+    assert [len(part) for part in parts] == [2, 2, 3] and sorted(chain(*parts)) == groups != [*chain(*parts)]
+
+
+def test_a_step_without_groups_changes_nothing(make_trainer: Any) -> None:
+    for strategy in ("two_pass", "coupled"):
+        rewards = Rewards(*PROMPTS)
+        with pytest.warns(UserWarning, match="no group of the first generation .* 'best_vs_rest', .* 8 rewards .* 1$"):
+            trainer = make_trainer({"strategy": strategy}, reward_funcs=rewards)
+            start = trainable(trainer)
+            trainer.train()
+        assert torch.equal(trainable(trainer), start) and len(rewards.calls) == 2
+        for row in steps(trainer):
+            assert row["loss"] == row["grad_norm"] == 0 and row["groups/dropped"] == 1 and row["reward"] == 1
+            assert "rewards/margins" not in row and "groups/positives" not in row
+
+
+def test_what_is_not_scored_or_is_cut_off_is_left_out(make_trainer: Any, bpe: Any) -> None:
+    """None from each function, and completions that reach the limit where mask_truncated_completions asks for it."""
+    rewards, gradients = Rewards(), Gradients()
+
+    def unsure(prompts: list[str], completion_ids: list[list[int]], **named: Any) -> list[float | None]:
+        found = rewards(prompts, completion_ids)
+        return [None if i % 4 == 1 else value for i, value in enumerate(found)]
+
+    async def none_at_all(completions: list[str], **named: Any) -> list[None]:
+        return [None] * len(completions)
+
+    model = llama()
+    ends = range(2, 20)
+    model.generation_config.eos_token_id = [*ends]
+    options = {"mask_truncated_completions": True, "max_steps": 2, "reward_weights": [2.0, 5.0]}
+    options |= {
+        "learning_rate": 0.0,
+        "max_completion_length": 24,
+        "num_generations": 8,
+        "per_device_train_batch_size": 16,
+    }
+    named = {"model": model, "reward_funcs": [unsure, none_at_all], "callbacks": [gradients]}
+    make_trainer(options, **named).train()
+    ended = 0
+    for found, noted in zip(gradients.seen, rewards.calls):
+        kept = [row for i, row in enumerate(noted) if i % 4 != 1 and row[1][-1] in ends]
+        ended += len(kept)
+        groups = []
+        for prompt in dict.fromkeys(p for p, _, _ in kept):
+            rows = [row for row in kept if row[0] == prompt]
+            groups += groups_of(rows, len(rows))
+        if groups:
+            assert far(found, plain_gradient(llama(), groups, bpe, MPO, llama())) < 1e-6
+    assert 4 < ended < 20
+
+
+# ------------------------------------------------------------------------------------------------------- the reference
+
+
+def test_an_adapter_is_its_own_reference(make_trainer: Any, bpe: Any) -> None:
+    """A new one: the model without it. One that is there: a copy of it. Or a model that is given."""
+    torch.manual_seed(3)
+    there = peft.get_peft_model(llama(), lora(init_lora_weights=False))
+    cases = {"new": {"peft_config": lora()}, "there": {"model": copy.deepcopy(there)}}
+    cases["given"] = {"model": copy.deepcopy(there), "ref_model": llama()}
+    for name, named in cases.items():
+        rewards, gradients = Rewards(), Gradients()
+        trainer = make_trainer(
+            {"max_steps": 2, "learning_rate": 1.0}, reward_funcs=rewards, callbacks=[gradients], **named
+        )
+        reference = copy.deepcopy(there) if name == "there" else llama()
+        assert (trainer.ref_model is None) == (name != "given")
+        trainer.train()
+        policy = copy.deepcopy(there) if name != "new" else peft.get_peft_model(llama(), lora())
+        for found, state, noted in zip(gradients.seen, gradients.states, rewards.calls, strict=True):
+            policy.load_state_dict({key: x for key, x in state.items() if ".ref." not in key})
+            assert far(found, plain_gradient(policy, groups_of(noted, 4), bpe, MPO, reference)) < 2e-6, name
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+def test_the_reference_follows_the_policy(make_trainer: Any, with_lora: bool) -> None:
+    """Every step: rewards are 0 at each. Every other: at the first, the third, ..."""
+    for every, fresh in ((None, {1}), (1, {1, 2, 3, 4}), (2, {1, 3})):
+        more = {"peft_config": lora(init_lora_weights=False)} if with_lora else {}
+        if with_lora and every is None:
+            continue  # the base model, which this adapter is far from
+        trainer = make_trainer({"max_steps": 4, "ref_sync_steps": every, "learning_rate": 0.5}, **more)
+        trainer.train()
+        same = {row["step"] for row in steps(trainer) if abs(row["rewards/chosen"]) < 1e-5}
+        assert same == fresh
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+def test_a_run_goes_on_where_it_was(make_trainer: Any, with_lora: bool) -> None:
+    """From step 3, where the reference is the policy after step 2."""
+    ends = []
+    for resume in (None, True):
+        more = {"peft_config": lora()} if with_lora else {}
+        options = {"max_steps": 5, "ref_sync_steps": 2, "save_strategy": "steps", "save_steps": 3, "rule": top_k(1)}
+        options |= {"learning_rate": 0.2}
+        more["train_dataset"] = Dataset.from_dict({"prompt": PROMPTS * 3})  # one epoch: its order begins anew on resume
+        trainer = make_trainer(options, **more)
+        assert trainer.args.to_dict()["rule"] == "top_k.<locals>.rule"
+        trainer.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-3") if resume else None)
+        assert callable(trainer.args.rule)
+        ends.append((trainable(trainer), steps(trainer)[-1]))
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=0, atol=0)
+    assert (
+        ends[0][1] == ends[1][1]
+        and ends[0][1]["step"] == 5
+        and ends[0][1]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    )
+
+
+# ----------------------------------------------------------------------------------------- ranks, backends, evaluation
+
+
+def test_two_ranks_take_the_mean_over_the_groups_of_both(bpe: Any, tmp_path: Path) -> None:
+    """DistributedDataParallel; groups live whole on one rank, and one rank has none of the step that another has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_as_rank, (port, str(tmp_path)), 2)
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for strategy in ("two_pass", "coupled"):
+        (kind, calls, seen, states, rows), (_, others, also, _, _) = (rank[strategy] for rank in both)
+        assert kind == "DistributedDataParallel" and all(map(torch.equal, seen, also))
+        counts = [[len(groups_of(call, 4)) for call in rank] for rank in (calls, others)]
+        assert [[len(call) for call in rank] for rank in (calls, others)] == [[8, 8], [8, 8]]
+        assert counts == [[2, 1], [0, 1]]
+        for k, (found, state) in enumerate(zip(seen, states, strict=True)):
+            groups = groups_of(calls[k], 4) + groups_of(others[k], 4)
+            assert far(found, plain_gradient(loaded(state), groups, bpe, MPO, llama())) < 1e-6
+            assert rows[k]["groups/dropped"] == 0.5
+
+
+def test_continuous_batching_generates_too(make_trainer: Any, bpe: Any) -> None:
+    rewards, gradients = Rewards(), Gradients()
+    options = {"use_transformers_continuous_batching": True, "max_steps": 1}
+    options["transformers_continuous_batching_config"] = {"num_blocks": 64, "max_batch_tokens": 64}
+    make_trainer(options, reward_funcs=rewards, callbacks=[gradients]).train()
+    expected = plain_gradient(llama(), groups_of(rewards.calls[0], 4), bpe, MPO, llama())
+    assert far(gradients.seen[0], expected) < 1e-6
+
+
+def test_a_reward_model_and_the_log_of_completions(make_trainer: Any, bpe: Any) -> None:
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(**BASE | {"num_labels": 1, "name_or_path": "tiny-judge"})
+    judge = transformers.LlamaForSequenceClassification(config).eval()
+    options = {"log_completions": True, "max_steps": 1}
+    trainer = make_trainer(options, reward_funcs=[judge, Rewards()], reward_processing_classes=[bpe, None])
+    trainer.train()
+    (row,) = steps(trainer)
+    assert {"rewards/tiny-judge/mean", "rewards/first_token/mean"} <= row.keys() and row["groups/dropped"] == 0
+    assert list((Path(trainer.args.output_dir) / "completions").glob("*.parquet"))
+
+
+def test_evaluation(make_trainer: Any) -> None:
+    options = {"per_device_eval_batch_size": 6, "num_generations_eval": 3, "max_steps": 1, "learning_rate": 0.0}
+    trainer = make_trainer(options, eval_dataset=DATA, reward_funcs=Rewards(PROMPTS[0]))
+    found = trainer.evaluate()
+    assert found["eval_groups/dropped"] >= 0.25 and found["eval_groups/positives"] >= 1
+    assert found["eval_loss"] > 0 and found["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert {"eval_reward", "eval_positive_mass"} <= found.keys() and found == {**found}
+    trainer.train()
+    again = trainer.evaluate()
+    assert again["eval_loss"] > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nothing = make_trainer(options, eval_dataset=DATA, reward_funcs=Rewards(*PROMPTS)).evaluate()
+    assert math.isnan(nothing["eval_loss"]) and nothing["eval_groups/dropped"] == 1
