@@ -14,14 +14,16 @@ import peft
 import pytest
 import torch
 import transformers
+import trl
 from datasets import Dataset
-from tiny_models import BASE
+from tiny_models import BASE, make
 from tiny_online import ONLINE, Gradients, Rewards, far, groups_of, loaded, plain_gradient, run_as_rank
 from tiny_trl import PROMPTS, llama, lora, steps, trainable
 
 from groupdpo_kernels import AdaBalance, Objective
 from groupdpo_kernels.data import top_k
 from groupdpo_kernels.trainers import OnlineGroupDPOConfig, OnlineGroupDPOTrainer
+from groupdpo_kernels.trainers.misplaced import GRPO_OPTIONS
 from groupdpo_kernels.trainers.online_groups import slices, weights
 
 MPO = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
@@ -327,3 +329,159 @@ def test_evaluation(make_trainer: Any) -> None:
         warnings.simplefilter("ignore")
         nothing = make_trainer(options, eval_dataset=DATA, reward_funcs=Rewards(*PROMPTS)).evaluate()
     assert math.isnan(nothing["eval_loss"]) and nothing["eval_groups/dropped"] == 1
+
+
+# --------------------------------------------------------------------------------------------------- what it refuses
+
+
+def returning(value: Any) -> Any:
+    def rewards(completions: list[str], **named: Any) -> Any:
+        return value(len(completions)) if callable(value) else value
+
+    return rewards
+
+
+@pytest.mark.parametrize(
+    "function, kind, says",
+    [
+        (returning([1.0]), ValueError, "reward function 'rewards' must return 8 rewards, one a completion; got 1"),
+        (returning(1.0), TypeError, "reward function 'rewards' must return a list of 8 numbers; got a float"),
+        (returning(lambda n: ["good"] * n), TypeError, "a number or None for each of 8 completions; got 'good'"),
+        (returning(lambda n: [math.nan] * n), ValueError, "finite numbers, or None .* got nan for number 0"),
+        (returning(lambda n: [0.0] * (n - 1) + [-math.inf]), ValueError, "got -inf for number 7"),
+        (returning(lambda n: [1e39] * n), ValueError, "'rewards' must return finite numbers; got an infinite one"),
+        (returning(lambda n: [None] * n), ValueError, "reward_funcs must score .* None for all 8 from rewards"),
+    ],
+)
+def test_rewards_that_are_none(make_trainer: Any, function: Any, kind: type[Exception], says: str) -> None:
+    async def later(**named: Any) -> Any:
+        return function(**named)
+
+    later.__name__ = "rewards"
+    for each in (function, later):
+        with pytest.raises(kind, match=says):
+            make_trainer(reward_funcs=each).train()
+
+
+def test_a_reward_model_that_gives_nan(make_trainer: Any, bpe: Any) -> None:
+    judge = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**BASE | {"num_labels": 1})).eval()
+    judge.config._name_or_path = "judge"
+    with torch.no_grad():
+        judge.score.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="'judge' must return finite numbers; got NaN from the model"):
+        make_trainer(reward_funcs=judge, reward_processing_classes=[bpe]).train()
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"rule": "best"}, "rule must be one of best_vs_rest, .*got 'best'"),
+        ({"strategy": "one_pass"}, "strategy must be one of two_pass, coupled; got 'one_pass'"),
+        ({"micro_batch_tokens": "auto"}, "micro_batch_tokens must be an int or None; got 'auto'"),
+        ({"micro_batch_sequences": 0}, "micro_batch_sequences must be at least 1; got 0"),
+        ({"share_prompt": 2}, "share_prompt must be 'auto', True or False; got 2"),
+        ({"ref_sync_steps": 0}, "ref_sync_steps must be at least 1, or None; got 0"),
+        ({"num_generations": 1}, "num_generations must be at least 2, .*; got 1"),
+        ({"num_generations_eval": 1}, "num_generations_eval must be at least 2, .*; got 1"),
+        ({"per_device_train_batch_size": 6}, "multiple of num_generations = 4, .* micro_batch_sequences; got 6"),
+        ({"loss_type": "grpo"}, "loss_type of GRPOConfig must stay 'dapo', because Objective.* says .*; got 'grpo'"),
+        ({"beta": 0.1}, r"beta of GRPOConfig must stay 0.0, because Objective\(beta=...\) says it; got 0.1"),
+        ({"scale_rewards": "batch"}, "scale_rewards of GRPOConfig must stay 'group', .*; got 'batch'"),
+        ({"scale_rewards": False}, "scale_rewards of GRPOConfig must stay 'group', .*; got False"),
+        ({"epsilon_high": 0.28}, "epsilon_high of GRPOConfig must stay None, .* nothing to clip; got 0.28"),
+        ({"sync_ref_model": True}, "sync_ref_model of GRPOConfig must stay False, .*ref_sync_steps says .*; got True"),
+        ({"torch_compile": True}, "torch_compile must be False"),
+        ({"fsdp": "full_shard"}, "OnlineGroupDPOTrainer must run on one device .* got FSDP"),
+    ],
+)
+def test_options_that_are_refused(make_trainer: Any, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make_trainer(options)
+
+
+def test_every_option_of_grpo_is_known_or_used() -> None:
+    """GRPO_OPTIONS names options of the installed version; its own defaults pass, in either way of writing them."""
+    fields = OnlineGroupDPOConfig.__dataclass_fields__
+    assert not GRPO_OPTIONS.keys() - fields.keys()
+    OnlineGroupDPOConfig("out", use_cpu=True, bf16=False, scale_rewards=True)
+
+
+def test_names_that_are_misplaced(make_trainer: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"label_smoothing must be given to Objective.*Objective\(label_smoothing=0.1\)"
+    ):
+        OnlineGroupDPOConfig("out", label_smoothing=0.1)
+    with pytest.raises(TypeError, match="has no option 'micro_batch_sequence': did you mean micro_batch_sequences"):
+        OnlineGroupDPOConfig("out", micro_batch_sequence=1)
+    with pytest.raises(TypeError, match="tokenizer must be given to OnlineGroupDPOTrainer as processing_class="):
+        make_trainer(tokenizer=1)
+
+
+SIMPO = Objective("simpo", beta=2.0)
+
+
+@pytest.mark.parametrize(
+    "named, says",
+    [
+        ({"args": 3}, "args must be an OnlineGroupDPOConfig; got int"),
+        ({"model": 3}, "model must be a model, or its name; got 3"),
+        ({"objective": "mpo"}, "objective must be an Objective; got 'mpo'"),
+        ({"ref_model": "a/name"}, "ref_model must be a model or None; got a str"),
+        (
+            {"ref_model": llama(), "objective": SIMPO},
+            "ref_model must be None, for 'simpo' has no reference; got a Llama",
+        ),
+        ({"tools": [print]}, "tools must be None: completions call no tools here; got"),
+        (
+            {"train_dataset": Dataset.from_dict({"prompt": ["a"], "image": [1]})},
+            "no column 'image': groups are of text",
+        ),
+        ({"eval_dataset": DATA}, "per_device_eval_batch_size must be a multiple of num_generations_eval = 4.*got 6"),
+        (
+            {"peft_config": peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")},
+            "peft_config must be of",
+        ),
+    ],
+)
+def test_arguments_that_are_refused(tmp_path: Path, bpe: Any, named: dict[str, Any], says: str) -> None:
+    config = OnlineGroupDPOConfig(output_dir=str(tmp_path), **ONLINE | {"per_device_eval_batch_size": 6})
+    named = {"model": llama(), "args": config, "train_dataset": DATA, "processing_class": bpe, **named}
+    with pytest.raises((ValueError, TypeError), match=says):
+        OnlineGroupDPOTrainer(reward_funcs=Rewards(), **named)
+
+
+def test_references_that_are_refused(make_trainer: Any) -> None:
+    model = llama()
+    with pytest.raises(ValueError, match="ref_model must be another object than model"):
+        make_trainer(model=model, ref_model=model)
+    with pytest.raises(ValueError, match="ref_sync_steps must be None, for 'simpo' has no reference; got 2"):
+        make_trainer({"ref_sync_steps": 2}, objective=SIMPO)
+    with pytest.raises(ValueError, match=r"ref_model must have the parameters of model .* got other model.layers.1"):
+        make_trainer({"ref_sync_steps": 2}, ref_model=make("llama", num_hidden_layers=1))
+    left = peft.get_peft_model(llama(), lora())
+    left.add_adapter("ref", lora())
+    with pytest.raises(ValueError, match="ref_model must be given for a model with an adapter named 'ref'"):
+        make_trainer(model=left)
+    with pytest.raises(ValueError, match=r"ref_model must be given, .*weights outside the adapter train"):
+        make_trainer(model=make("phi"), peft_config=lora(bias="all"))
+
+
+def test_rules_that_do_not_fit(make_trainer: Any) -> None:
+    with pytest.raises(ValueError, match=r"rule must keep two completions .*'sigmoid', as data.top_k\(1, 1\).* got 4"):
+        make_trainer(objective=Objective("sigmoid")).train()
+    with pytest.raises(ValueError, match=r"rule must return different indices of 4 scores, .* got \[0, 4\]"):
+        make_trainer({"rule": lambda scores: [(0, True), (4, False)]}).train()
+
+
+def test_a_batch_that_splits_groups(make_trainer: Any) -> None:
+    trainer = make_trainer({"per_device_eval_batch_size": 6})
+    with pytest.raises(ValueError, match="a rank's batch must hold whole groups of 4 completions, .* got 6 rows"):
+        trainer.evaluate(DATA)
+
+
+def test_another_trl(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl, "__version__", "1.15.3")
+    with pytest.raises(
+        RuntimeError, match=r"OnlineGroupDPOTrainer knows TRL 1.16 and later, before 2.0; installed is 1"
+    ):
+        make_trainer()

@@ -42,7 +42,7 @@ from .group_dpo import pad_id_of
 from .metrics import means_of
 from .misplaced import check_names
 from .online_config import OnlineGroupDPOConfig, name_of_rule, rule_of
-from .online_groups import Drawn, check_pairs, checked_reward, draw_groups, slices, weights
+from .online_groups import Drawn, check_pairs, check_whole, checked_reward, draw_groups, slices, weights
 from .reference import (
     check_adapter,
     check_on_one_device,
@@ -148,6 +148,7 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
             raise ValueError(f"the dataset must have no column {image.pop()!r}: groups are of text alone; got one")
         mode = "train" if self.model.training else "eval"
         G = self.num_generations if mode == "train" else self.num_generations_eval
+        check_whole(prompts, G)
         scored = self._generate_and_score_completions(prompts)
         if scored.get("tool_mask") is not None:
             raise ValueError("rollout_func must return no env_mask: every token of a completion is scored; got one")

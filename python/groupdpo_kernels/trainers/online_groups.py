@@ -38,8 +38,8 @@ def draw_groups(
     scored: prompt_ids and prompt_mask (N, P), padded on the left, completion_ids and completion_mask (N, C), padded on
     the right, as TRL has them; the mask is all zero for a completion that is to be left out.
 
-    Raises ValueError where the G rows of a group differ in their prompt, and for a rule that returns something else
-    than pairs (index, positive) of different indices of the scores.
+    Raises ValueError for a rule that returns something else than pairs (index, positive) of different indices of the
+    scores.
     """
     prompts, texts = (
         [ids[live.bool()].int().cpu() for ids, live in zip(scored[f"{part}_ids"], scored[f"{part}_mask"])]
@@ -49,19 +49,25 @@ def draw_groups(
     groups = []
     for g in range(len(prompts) // G):
         rows = range(g * G, g * G + G)
-        prompt = prompts[rows[0]]
-        if not all(torch.equal(prompt, prompts[i]) for i in rows):
-            raise ValueError(
-                f"a rank's batch must hold whole groups of {G} completions, one prompt after the other; got another"
-                f" prompt within group {g}: the batch size of a rank must be a multiple of {G}, split_batches False"
-            )
         kept = [i for i in rows if len(texts[i]) and not math.isnan(scores[i])]
         picked = _picked(rule, [scores[i] for i in kept])
         sides = [side for _, side in picked]
         if any(sides) and not all(sides):
-            groups.append(TokenGroup(prompt, [texts[kept[i]] for i, _ in picked], sides, g))
+            groups.append(TokenGroup(prompts[g * G], [texts[kept[i]] for i, _ in picked], sides, g))
     spare = TokenGroup(prompts[0], [*scored["completion_ids"][:2, :1].int().cpu()], [True, False], 0)
     return Drawn(groups, len(prompts) // G, spare)
+
+
+def check_whole(prompts: Sequence[Mapping[str, Any]], G: int) -> None:
+    """ValueError unless these rows are whole groups: G times one prompt, then G times the next."""
+    firsts = [prompts[i - i % G].get("prompt") for i in range(len(prompts))]
+    apart = next((i for i, row in enumerate(prompts) if row.get("prompt") != firsts[i]), None)
+    if apart is not None or len(prompts) % G:
+        got = f"{len(prompts)} rows" if apart is None else f"another prompt in row {apart}"
+        raise ValueError(
+            f"a rank's batch must hold whole groups of {G} completions, one prompt after the other: its size must be a"
+            f" multiple of {G}, and split_batches False; got {got}"
+        )
 
 
 def _picked(rule: Rule, scores: list[float]) -> list[tuple[int, bool]]:
@@ -70,9 +76,7 @@ def _picked(rule: Rule, scores: list[float]) -> list[tuple[int, bool]]:
     picked = [(i, bool(side)) for i, side in rule(scores)]
     at = [i for i, _ in picked]
     if len({*at}) < len(at) or not {*at} <= {*range(len(scores))}:
-        raise ValueError(
-            f"rule must return different indices of its {len(scores)} scores, each with its side; got {at}"
-        )
+        raise ValueError(f"rule must return different indices of {len(scores)} scores, each with its side; got {at}")
     return picked
 
 
