@@ -46,6 +46,19 @@ def test_plain_pytorch(example: Any, capsys: pytest.CaptureFixture[str]) -> None
     assert "step  0: loss 3." in capsys.readouterr().out
 
 
+def test_online_plain(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    means = example("online_plain").main(steps=30)
+    assert len(means) == 30 and sum(means[-5:]) / 5 > 0.25 + sum(means[:5]) / 5
+    assert "step  0: mean reward 0.365, 4 of 4 groups have two sides" in capsys.readouterr().out
+
+
+def test_online_plain_takes_a_saved_model(example: Any, tmp_path: Path) -> None:
+    task = example("trl_task")
+    task.make_model().save_pretrained(tmp_path)
+    task.make_tokenizer().save_pretrained(tmp_path)
+    assert len(example("online_plain").main(steps=2, name=str(tmp_path))) == 2
+
+
 def test_the_task_is_what_it_says(example: Any) -> None:
     task = example("trl_task")
     training, held_out = task.make_groups()

@@ -378,6 +378,7 @@ def test_a_reward_model_that_gives_nan(make_trainer: Any, bpe: Any) -> None:
         ({"rule": "best"}, "rule must be one of best_vs_rest, .*got 'best'"),
         ({"strategy": "one_pass"}, "strategy must be one of two_pass, coupled; got 'one_pass'"),
         ({"micro_batch_tokens": "auto"}, "micro_batch_tokens must be an int or None; got 'auto'"),
+        ({"micro_batch_tokens": 8}, "micro_batch_tokens must be at least 9, max_completion_length and a prompt; got 8"),
         ({"micro_batch_sequences": 0}, "micro_batch_sequences must be at least 1; got 0"),
         ({"share_prompt": 2}, "share_prompt must be 'auto', True or False; got 2"),
         ({"ref_sync_steps": 0}, "ref_sync_steps must be at least 1, or None; got 0"),
@@ -473,9 +474,14 @@ def test_rules_that_do_not_fit(make_trainer: Any) -> None:
         make_trainer({"rule": lambda scores: [(0, True), (4, False)]}).train()
 
 
+def test_a_completion_longer_than_a_micro_batch(make_trainer: Any) -> None:
+    with pytest.raises(ValueError, match=r"micro_batch_tokens must be at least 1\d, for a prompt .*; got 9"):
+        make_trainer({"micro_batch_tokens": 9}).train()
+
+
 def test_a_batch_that_splits_groups(make_trainer: Any) -> None:
     trainer = make_trainer({"per_device_eval_batch_size": 6})
-    with pytest.raises(ValueError, match="a rank's batch must hold whole groups of 4 completions, .* got 6 rows"):
+    with pytest.raises(ValueError, match=r"a rank's batch must hold whole groups of 4 completions, .* got 6 rows"):
         trainer.evaluate(DATA)
 
 

@@ -70,6 +70,11 @@ class OnlineGroupDPOConfig(trl.GRPOConfig):  # type: ignore[name-defined]
                 f"per_device_train_batch_size must be a multiple of num_generations = {G}, so that groups stay whole;"
                 f" memory does not depend on it, but on micro_batch_sequences; got {B}"
             )
+        most, C = self.micro_batch_tokens, self.max_completion_length
+        if most is not None and C is not None and most <= C:
+            raise ValueError(
+                f"micro_batch_tokens must be at least {C + 1}, max_completion_length and a prompt; got {most}"
+            )
         for field in dataclasses.fields(self):
             _check_default(field, getattr(self, field.name))
         check_not_compiled(self)

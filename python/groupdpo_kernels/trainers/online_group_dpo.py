@@ -154,6 +154,11 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
             raise ValueError("rollout_func must return no env_mask: every token of a completion is scored; got one")
         drawn = draw_groups(scored, self._rewards, G, self.rule)
         check_pairs(drawn.groups, self.objective)
+        longest = max((group.longest for group in drawn.groups), default=0)
+        if (most := self.args.micro_batch_tokens) is not None and longest > most:
+            raise ValueError(
+                f"micro_batch_tokens must be at least {longest}, for a prompt and its completion; got {most}"
+            )
         parts = slices(drawn.groups, n)
         counts = self._count(drawn, [len(part) for part in parts], mode)
         accumulation = self.args.gradient_accumulation_steps if mode == "train" else 1
