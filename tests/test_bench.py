@@ -1,6 +1,8 @@
 """The benchmark: it runs, its gate tells wrong from right, its memory figures are true, a killed run keeps its rows."""
 
+import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-from bench import launches, memory, preference, scaling, trl_steps  # noqa: E402
+from bench import launches, memory, preference, scaling, shared_prompt, shared_prompt_pictures, trl_steps  # noqa: E402
 from bench import run as bench_run  # noqa: E402
 from bench.measure import Differentiated, Gate, draw  # noqa: E402
 from bench.peers import PEERS, Unavailable, load_peer, maker  # noqa: E402
@@ -111,6 +113,73 @@ def test_a_step_that_fails_is_a_row():
     assert run["status"] == "failed" and "no such model" in run["why"]
     rows = [{"row": "pairs", "implementation": "trl"} | run]
     assert f"| pairs | trl | {run['why']} | | |" in trl_steps.table(["pairs"], setting, rows)
+
+
+def test_quick_run_of_a_shared_prompt(tmp_path, command):
+    """Every row but memory; and its pictures."""
+    path = tmp_path / "shared.json"
+    names = ["long", "short", "trl", "scoring"]
+    printed = command(shared_prompt, "--quick", "--rows", *names, "--json", path)
+    run = load(path)
+    assert run["complete"] and run["commit"] and run["versions"]["transformers"]
+    rows = {row["row"]: row for row in run["rows"]}
+    assert [*rows] == names
+    for name, row in rows.items():
+        assert row["status"] == "ok" and row["rounds"] == 2 and row["error"] <= row["error_budget"] == 1e-4
+        assert row["ratio"]["median"] > 0 and row["shared"] == (name != "short")
+        assert f"| {name}" in printed and row["weights"] == "random weights"
+    assert rows["trl"]["sizes"] == {"unshared": 3, "shared": 2}
+    assert "not shared, since that saves too little" in printed
+    command(shared_prompt_pictures, path, "--out", tmp_path / "pictures", "--theme", "dark")
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"shared_prompt.png", "shared_prompt_tokens.png"}
+
+
+def test_the_gate_of_a_shared_prompt(monkeypatch):
+    """No figure where a gradient or a log-probability is wrong, missing or not a number."""
+    right = {"values": torch.tensor([-970.0, -971.0]), "weight": torch.randn(3, 4)}
+    assert shared_prompt.gap(right, right) == 0
+    for name, wrong in right.items():
+        assert shared_prompt.gap(right | {name: wrong * (1 + 3e-4)}, right) > shared_prompt.ALLOWED
+        assert shared_prompt.gap(right | {name: wrong * torch.nan}, right) == float("inf")
+    assert shared_prompt.gap({"values": right["values"]}, right) == float("inf")
+    monkeypatch.setattr(shared_prompt, "ALLOWED", 0.0)
+    case = shared_prompt.tiny(next(case for case in shared_prompt.CASES if case.name == "long"))
+    report = shared_prompt.Report({}, None)
+    shared_prompt.measure(case, argparse.Namespace(smollm2=None, rounds=1, threads=1), report)
+    (row,) = report.rows
+    assert row["status"] == "red" and "ratio" not in row and "differ by" in shared_prompt.table(report.rows)
+
+
+def test_memory_of_a_shared_prompt():
+    """In this process: the figures that a fresh one prints."""
+    case = shared_prompt.tiny(next(case for case in shared_prompt.CASES if case.kind == "memory"))
+    few, many = (shared_prompt.memory_here(replace(case, P=256, G=G)) for G in (2, 16))
+    assert 0 < few["allocator_extra_mib"] <= many["allocator_extra_mib"] < 1.1 * few["allocator_extra_mib"]
+
+
+def test_an_interrupted_run_prints_its_rows(tmp_path):
+    path = tmp_path / "shared.json"
+    script = ["bench/shared_prompt.py", "--quick", "--rows", "long", "scoring", "--rounds", "1000000"]
+    process = subprocess.Popen(
+        [sys.executable, *script, "--json", path],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not (path.exists() and (rows := load(path)["rows"]) and rows[0]["status"] == "ok"):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130 and "| long | tiny, V = 500 |" in printed
+    run = load(path)
+    assert not run["complete"] and run["rows"][0]["ratio"]["median"] > 0
 
 
 def test_launch_shapes_are_all_different_and_want_a_gpu(monkeypatch, capsys):
