@@ -43,6 +43,13 @@ def test_plan() -> None:
     assert f"({row['peaks']['8'] / 2**30:.1f})" in said and "full fine-tuning, checkpointing" in said
 
 
+def test_plan_of_a_shared_prompt() -> None:
+    asked = ("--groups", "2,8", "--tokens", "96", "--prompt", "64", "--share-prompt", "--strategies", "coupled")
+    said = invoke("plan", *asked, "--device", "cpu").stdout
+    assert "full fine-tuning, checkpointing, prompt of 64 shared, 96 tokens a response" in said
+    assert "a forward computes: 127 instead of 192 at G = 2 (0.66), 319 instead of 768 at G = 8 (0.42)" in said
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -53,6 +60,9 @@ def test_plan() -> None:
         (("profile", "--settings", "full", "--strategies", "one_pass"), "workloads must hold at least one; got none"),
         (("plan", "--memory", "0"), "memory must be positive; got 0.0"),
         (("plan", "--strategies", "magic"), "strategy must be one of"),
+        (("plan", "--share-prompt"), "prompt must be at least 2 with share_prompt"),
+        (("plan", "--prompt", "9", "--share-prompt", "--strategies", "pairs"), "strategy must be one of coupled,"),
+        (("profile", "--prompt", "256"), "prompt must be less than tokens, which has a response too; got 256 of 256"),
         (("plan", "--ranks", "0"), "ranks must be an int of at least 1; got 0"),
         (("report", "none.jsonl"), "figures must be a file of profile or of bench/run.py; got none.jsonl"),
     ],

@@ -17,7 +17,6 @@ from groupdpo_kernels.lm_head.workspace import head_workspace
 from groupdpo_kernels.memory.planner import (
     Hardware,
     Prediction,
-    batch_of,
     largest_micro_batch,
     layers_of,
     plan,
@@ -25,9 +24,10 @@ from groupdpo_kernels.memory.planner import (
     skeleton,
     trace,
     track,
+    tracker_of,
 )
 from groupdpo_kernels.memory.sweep import Worker
-from groupdpo_kernels.memory.tracker import MemoryTracker, Peak, follow_layers
+from groupdpo_kernels.memory.tracker import Peak, follow_layers
 from groupdpo_kernels.memory.workload import MODELS, TrainingStep, Workload, build_model, config_of
 
 META = torch.device("meta")
@@ -40,10 +40,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one_pass": {"strategy": "one_pass", "lora_rank": 4},
     "checkpointing": {"strategy": "two_pass", "checkpointing": True},
     "autocast": {"strategy": "two_pass", "autocast": True, "optimizer": "adamw_foreach"},
+    "prompt": {"strategy": "coupled", "prompt": 20},
+    "shared": {"strategy": "two_pass", "prompt": 20, "share_prompt": True, "checkpointing": True},
+    "shared_one_pass": {"strategy": "one_pass", "prompt": 20, "share_prompt": True, "lora_rank": 4},
+    "shared_prompts": {"strategy": "coupled", "prompt": 20, "share_prompt": True, "prompts": 2},
 }
 
 
-class Shared(Prediction):
+class Remembered(Prediction):
     """A prediction that traces nothing that another one in this file has traced: of the same steps it has the same."""
 
     known: ClassVar[dict[tuple[Workload, tuple[int, ...], str], dict[str, Peak]]] = {}
@@ -64,14 +68,16 @@ def _largest(peaks: dict[str, Peak]) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("name", ["coupled_logits", "pairs", "one_pass", "checkpointing", "autocast"])
+@pytest.mark.parametrize(
+    "name", ["coupled_logits", "pairs", "one_pass", "checkpointing", "autocast", "prompt", "shared_prompts"]
+)
 def test_fake_step_takes_the_bytes_of_a_real_one(name: str) -> None:
     workload = replace(SMALL, **SETTINGS[name])
     step = TrainingStep(workload)
     step.run()
     vocabulary = int(config_of(workload).vocab_size)
-    tracker = MemoryTracker(vocabulary, batch_of(workload), workload.tokens, "cpu", fake=False)
-    follow_layers(layers_of(step.model), tracker.begin)
+    tracker = tracker_of(workload, vocabulary, "cpu", fake=False)
+    follow_layers(layers_of(step.model), tracker)
     with tracker:
         real = track(step, tracker)
     fake = trace(workload, build_model(workload, META), "cpu")
@@ -85,7 +91,7 @@ def test_fake_step_takes_the_bytes_of_a_real_one(name: str) -> None:
 def test_extrapolation_is_exact(name: str) -> None:
     workload = replace(SMALL, layers=5, micro_batch=1, **SETTINGS[name])
     group = 6
-    found = Shared(workload, Hardware(device="cpu")).at(group)
+    found = Remembered(workload, Hardware(device="cpu")).at(group)
     whole = trace(replace(workload, group=group), build_model(workload, META), "cpu")
     most = max(whole.values(), key=lambda peak: peak.total)
     # Pairs: the ids of the group, 8 bytes a token, are not extrapolated.
@@ -121,11 +127,69 @@ def worker() -> Iterator[Worker]:
     worker.stop()
 
 
-@pytest.mark.parametrize("name", ["coupled_logits", "two_pass"])
+def test_layers_of_a_shared_prompt_stand_for_all() -> None:
+    """Its backward begins within the last layer."""
+    workload = replace(SMALL, layers=6, group=2, micro_batch=1, **SETTINGS["shared"])
+    found = Remembered(workload, Hardware(device="cpu")).at(2)
+    whole = trace(workload, build_model(workload, META), "cpu")
+    most = max(whole.values(), key=lambda peak: peak.total)
+    assert found.total == most.total and found.by_category() == most.by_category()
+
+
+def test_groups_of_a_shared_prompt_stand_for_all() -> None:
+    """The peak is flat. The last micro-batch, whose backward runs with the prompt's, is as small as in the group."""
+    workload = replace(SMALL, layers=1, micro_batch=2, positives=1, **SETTINGS["shared"] | {"prompt": 8})
+    prediction = Remembered(replace(workload, tokens=256), Hardware(device="cpu"))
+    whole = trace(replace(prediction.workload, group=11), build_model(workload, META), "cpu")
+    assert prediction.at(11).total == max(peak.total for peak in whole.values()) < prediction.at(12).total
+    assert prediction.at(64).total <= 1.02 * prediction.at(4).total
+
+
+@pytest.mark.parametrize("name", ["shared_prompts", "shared_one_pass"])
+def test_groups_stand_for_all_where_graphs_of_prompts_stay(name: str) -> None:
+    """The rows of the coupled step grow beyond a block of logits, which then grows no more."""
+    workload = replace(SMALL, layers=1, tokens=276, **SETTINGS[name])
+    found = Remembered(workload, Hardware(device="cpu")).at(6)
+    whole = trace(replace(workload, group=6), build_model(workload, META), "cpu")
+    most = max(whole.values(), key=lambda peak: peak.total)
+    assert found.total == most.total and found.by_category() == most.by_category()
+
+
+@pytest.mark.parametrize("name", ["two_pass", "one_pass", "coupled", "checkpointing"])
+def test_a_shared_prompt_trains_what_whole_sequences_train(name: str) -> None:
+    gradients = []
+    for share in (False, True):
+        settings = SETTINGS[name] | {"prompt": 20, "share_prompt": share, "optimizer": "sgd"}
+        step = TrainingStep(replace(SMALL, layers=2, micro_batch=3, **settings))
+        step.forward_backward(step.workload)
+        gradients.append([p.grad for p in step.trainable])
+    for shared, whole in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(shared, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_tokens_that_a_forward_computes() -> None:
+    shared = replace(SMALL, group=8, prompt=20, share_prompt=True)
+    assert shared.computed_tokens == 19 + 8 * 12 and replace(shared, share_prompt=False).computed_tokens == 8 * 32
+    assert replace(shared, strategy="coupled", prompts=3).computed_tokens == 3 * 19 + 8 * 12
+    assert replace(SMALL, group=8, strategy="pairs", prompt=20).computed_tokens == 16 * 2 * 32
+    assert shared.setting == "full fine-tuning, prompt of 20 shared"
+    assert replace(shared, share_prompt=False, positives=3).setting == "full fine-tuning, 3 positive, prompt of 20"
+
+
+def test_many_tokens_in_a_batch() -> None:
+    """Their ids are read, whatever their number."""
+    workload = Workload(tokens=40000, group=2, layers=1, strategy="coupled", optimizer="sgd")
+    peaks = trace(workload, build_model(workload, META), "cuda")
+    assert max(peak.total for peak in peaks.values()) > 2 * 40000 * 256 * 4
+
+
+@pytest.mark.parametrize("name", ["coupled_logits", "two_pass", "shared"])
 def test_prediction_is_within_five_per_cent_of_the_process(name: str, worker: Worker) -> None:
     """The resident high-water mark of a fresh process, which the worker forks for each request: of a step that is large
     beside what a process takes besides."""
     workload = replace(Workload(tokens=512, group=4, micro_batch=4), **SETTINGS[name])
+    if workload.prompt:
+        workload = replace(workload, tokens=640, prompt=512, micro_batch=2, checkpointing=False)
     (row,) = worker.ask({"kind": "memory", "workloads": [asdict(workload)], "device": "cpu", "limit": None})
     assert row["status"] == "ok", row
     predicted = Prediction(workload, Hardware(device="cpu")).at(workload.group)
@@ -160,19 +224,19 @@ def test_plan_of_a_large_model() -> None:
 def test_largest_group_fits_and_the_next_does_not() -> None:
     workload = replace(SMALL, strategy="coupled", layers=5, micro_batch=1)
     hardware = Hardware(24 * 10**7, headroom=0.0, device="cpu")
-    prediction = Shared(workload, hardware)
+    prediction = Remembered(workload, hardware)
     largest = prediction.largest_group()
     assert 2 <= largest < 4096
     assert prediction.at(largest).total <= hardware.memory < prediction.at(largest + 2).total
-    assert Shared(workload, replace(hardware, memory=10**6)).largest_group() == 0
+    assert Remembered(workload, replace(hardware, memory=10**6)).largest_group() == 0
 
 
 def test_ranks_split_what_they_hold_and_a_reference_adds() -> None:
     workload = replace(SMALL, layers=5)
-    one, four = (Shared(workload, Hardware(ranks=n)).parts_at(4)["optimizer"] for n in (1, 4))
+    one, four = (Remembered(workload, Hardware(ranks=n)).parts_at(4)["optimizer"] for n in (1, 4))
     for category in ("parameters", "gradients", "optimizer"):
         assert four.by_category()[category] == pytest.approx(one.by_category()[category] / 4, rel=1e-3)
-    both = Shared(workload, Hardware(reference=True)).parts_at(4)["optimizer"].by_category()["parameters"]
+    both = Remembered(workload, Hardware(reference=True)).parts_at(4)["optimizer"].by_category()["parameters"]
     assert both == pytest.approx(2 * one.by_category()["parameters"], rel=1e-3)
 
 
@@ -211,6 +275,16 @@ def test_head_workspace_stays_in_its_budget() -> None:
         ({"strategy": "one_pass"}, "lora_rank must be positive for one_pass"),
         ({"model": ""}, "model must be a name or a path"),
         ({"micro_batch": 1.5}, "micro_batch must be an int"),
+        ({"prompt": -1}, "prompt must be at least 0; got -1"),
+        ({"prompt": 256}, "prompt must be less than tokens, which has a response too; got 256 of 256"),
+        ({"share_prompt": True}, "prompt must be at least 2 with share_prompt, .*; got 0"),
+        ({"prompt": 1, "share_prompt": True}, "prompt must be at least 2 with share_prompt, .*; got 1"),
+        (
+            {"strategy": "pairs", "prompt": 9, "share_prompt": True},
+            "strategy must be one of coupled, two_pass, one_pass with share_prompt; got 'pairs'",
+        ),
+        ({"prompt": 9, "share_prompt": True, "prompts": 2}, "prompts must be 1, or .*; got 2 with 'two_pass'"),
+        ({"prompts": 0}, "prompts must be at least 1; got 0"),
     ],
 )
 def test_wrong_workloads(change: dict[str, Any], message: str) -> None:
@@ -233,6 +307,8 @@ def test_wrong_hardware_and_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         plan(Workload(model=str(tmp_path)), [2], Hardware())
     with pytest.raises(ValueError, match="must not be empty"):
         plan(Workload(), [], Hardware())
+    with pytest.raises(ValueError, match=r"ranks must be 1 with share_prompt, .*; got 2"):
+        plan(Workload(prompt=9, share_prompt=True), [2], Hardware(ranks=2))
 
 
 @pytest.mark.parametrize("strategy", ["coupled", "two_pass", "pairs"])
@@ -240,7 +316,7 @@ def test_wrong_hardware_and_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_groups_with_any_number_of_positives(strategy: str, positives: int, group: int) -> None:
     """Odd groups, and few layers and small groups for all: the same bytes as the whole step has."""
     workload = replace(SMALL, layers=5, micro_batch=1, strategy=strategy, group=group, positives=positives)
-    found = Shared(workload, Hardware(device="cpu")).at(group)
+    found = Remembered(workload, Hardware(device="cpu")).at(group)
     whole = trace(workload, build_model(workload, META), "cpu")
     most = max(peak.total for peak in whole.values())
     assert abs(found.total - most) <= (8 * 32 * group if strategy == "pairs" else 0)  # the ids of a group
@@ -258,7 +334,7 @@ def test_a_step_has_its_positives() -> None:
     assert row["peaks"][3] < row["peaks"][4] < row["peaks"][7]
     hardware = Hardware(row["peaks"][7], headroom=0.0, device="cpu")
     one_positive = replace(SMALL, group=3, positives=1, layers=1, strategy="coupled")
-    assert Shared(one_positive, hardware).largest_group() == 7  # odd: the next does not fit
+    assert Remembered(one_positive, hardware).largest_group() == 7  # odd: the next does not fit
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,21 @@ def test_roofline_of_the_benchmark(tmp_path: Path) -> None:
     assert "unavailable" in page.read_text() and (tmp_path / "roofline.png").exists()
 
 
+def test_a_shared_prompt_is_a_setting_of_its_own(measured: Path) -> None:
+    """In tables and curves; its sweep leaves out strategies that cannot share, and its steps are timed."""
+    rows = read_figures(measured)[1]
+    shared = [row | {"workload": row["workload"] | {"prompt": 32, "share_prompt": True}} for row in rows]
+    shared = [row for row in shared if row["workload"]["strategy"] == "two_pass"]
+    assert "**full fine-tuning, prompt of 32 shared**" in table([*rows, *shared])
+    assert list(curves([*rows, *shared], "time")) == ["full fine-tuning", "full fine-tuning, prompt of 32 shared"]
+    base = replace(SMALL, tokens=8, prompt=4, share_prompt=True)
+    loads = sweep(base, [2])
+    assert [load.strategy for load in loads] == ["coupled", "two_pass"]
+    assert [load.strategy for load in sweep(replace(base, lora_rank=1), [2])] == ["coupled", "two_pass", "one_pass"]
+    timed = measure_time(loads, torch.device("cpu"), seconds=0, rounds=3)
+    assert [row["status"] for row in timed] == ["ok", "ok"] and timed[1]["ratio"]["median"] > 0
+
+
 def test_times_are_interleaved_and_a_failure_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = [replace(SMALL, tokens=8, group=2, strategy=name) for name in ("coupled", "two_pass")]
     rows = measure_time(loads, torch.device("cpu"), seconds=0, rounds=5)

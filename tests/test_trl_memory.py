@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import make
 from tiny_trl import COMMON, GROUPS, check_same, llama, run
 
-from groupdpo_kernels.data import TokenGroup
-from groupdpo_kernels.memory.planner import largest_micro_batch, step_peak
+from groupdpo_kernels.data import TokenGroup, collate
+from groupdpo_kernels.memory.planner import largest_micro_batch, skeleton, step_peak, trace
+from groupdpo_kernels.memory.workload import Workload
 from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer, fit_check, group_dpo
 
 
@@ -73,14 +76,15 @@ def test_a_group_that_cannot_fit_is_refused_before_training(make_trainer: Any, m
     """The graph of the largest group alone, at the mean length of its responses: just enough passes, less does not."""
     rows = make_trainer(strategy="coupled").train_dataset.groups
     largest = max(rows, key=lambda group: len(group.responses) * len(group.prompt) + sum(map(len, group.responses)))
-    tokens = len(largest.prompt) + sum(map(len, largest.responses)) // len(largest.responses)
-    need = step_peak(llama(), len(largest.responses) // 2 * 2, tokens, 2**40, device="cpu", optimizer="sgd")
+    step = fit_check._Step.of([largest], False)
+    assert step == (4, len(largest.prompt) + -(-sum(map(len, largest.responses)) // 4), 0, 1)
+    need = step_peak(llama(), step.responses, step.tokens, 2**40, device="cpu", optimizer="sgd")
     most = math.ceil(fit_check.SHARE * need)
     monkeypatch.setattr(group_dpo, "memory_of", lambda model, device: most)
     make_trainer(strategy="coupled")
     monkeypatch.setattr(group_dpo, "memory_of", lambda model, device: most - 1)
     make_trainer(strategy="two_pass")
-    said = rf"row {largest.row} of train_dataset has 4 responses of some {tokens} tokens, .*'two_pass'.*; got 'coupled'"
+    said = rf"row {largest.row} of train_dataset has 4 responses of some {step.tokens} tokens, .*'two_pass'.*'coupled'"
     with pytest.raises(ValueError, match=said):
         make_trainer(strategy="coupled")
 
@@ -93,9 +97,10 @@ def test_auto_is_coupled_where_the_graph_of_the_largest_step_fits(
     assert chosen.strategy == "coupled"
     two = sorted(chosen.train_dataset.groups, key=fit_check._tokens_of)[-2:]
     responses, tokens = sum(len(g.responses) for g in two), sum(map(fit_check._tokens_of, two))
-    assert fit_check._shape_of(two) == (responses + responses % 2, -(-tokens // responses))
-    peak = step_peak(llama(), *fit_check._shape_of(two), 2**40, device="cpu")
-    assert peak < 256 * responses * tokens * 2 * 32 + 16 * chosen.model.num_parameters()  # what it asked no planner for
+    step = fit_check._Step.of(two, False)
+    assert step == (responses, -(-tokens // responses), 0, 1)
+    peak = step_peak(llama(), step.responses, step.tokens, 2**40, device="cpu")
+    assert peak < 256 * tokens * 2 * 32 + 16 * chosen.model.num_parameters()  # what it asked no planner for
     expected = run(chosen)
     for more, strategy in ((1, "coupled"), (0, "two_pass")):
         monkeypatch.setattr(group_dpo, "memory_of", lambda model, device, n=peak + more: n)
@@ -115,6 +120,60 @@ def test_auto_of_models_that_the_bound_does_not_know(attention: str) -> None:
     del model.model.layers
     strategy, why = fit_check.strategy_that_fits(*args, torch.device("cpu"), False, 1000)
     assert strategy == "two_pass" and "is not known: model must have a decoder with layers" in why
+
+
+def group_of(prompt: int, *responses: int) -> TokenGroup:
+    ids = torch.arange(max(prompt, *responses), dtype=torch.int32)
+    return TokenGroup(ids[:prompt], [ids[:n] for n in responses], [i == 0 for i in range(len(responses))], 0)
+
+
+SHARING = [group_of(60, *[10] * 8), group_of(20, 30, 40, 20), group_of(50, *[4] * 20), group_of(1, 5, 6)]
+CPU = torch.device("cpu")
+
+
+def test_a_step_that_shares_prompts_is_sized_by_what_runs() -> None:
+    """Each prompt once, and each response with the keys and values of its own."""
+    step = fit_check._Step.of(SHARING[:2], True)
+    assert step == (11, 50 + 16, 50, 2)  # means over responses: of 540 tokens of prompts and of 170 of their own
+    assert str(step) == "11 responses of some 16 tokens after 2 shared prompts of some 50"
+    assert fit_check._Step.of(SHARING[3:], True) == fit_check._Step.of(SHARING[3:], False)  # a prompt of one token
+    model = make("llama", max_position_embeddings=512)
+    shared, bound = fit_check._peak_of(model, step, False, CPU, 1, "adamw")
+    whole, _ = fit_check._peak_of(model, step._replace(prompt=0, prompts=1), False, CPU, 1, "adamw")
+    assert not bound and shared < 0.7 * whole
+    for more, strategy in ((1, "coupled"), (0, "two_pass")):
+        memory = shared + more
+        found, why = fit_check.strategy_that_fits(model, None, SHARING[:2], 2, CPU, False, memory, share_prompt=True)
+        assert found == strategy and str(step) in why
+    with pytest.raises(ValueError, match=r"has 20 responses of some 4 tokens after a shared prompt of 50, whose graph"):
+        fit_check.check_group_fits(model, SHARING, CPU, False, 10**6, share_prompt=True)
+
+
+def test_auto_counts_the_prompt_that_a_micro_batch_shares() -> None:
+    """Micro-batches that hold many copies of a prompt fit too, and no longer one does."""
+    model, memory = make("llama", max_position_embeddings=512), 14 * 2**17
+    most = fit_check.micro_batch_tokens_of(model, None, SHARING, CPU, False, memory, share_prompt=True)
+    (part,) = collate(SHARING[2:3], max_tokens=most, share_prompt=True).parts
+    rows, n = part.micro_batches[0].input_ids.shape
+    assert most == 49 + rows * n and 1 < rows < 20
+
+    def peak(size: int) -> int:
+        load = Workload(tokens=50 + n, prompt=50, share_prompt=True, micro_batch=size, group=2 * size)
+        return max(part.total for part in trace(load, skeleton(model), "cpu").values())
+
+    assert peak(rows) <= memory < peak(rows + 1)
+
+
+def test_advice_for_shared_prompts() -> None:
+    model = make("llama", max_position_embeddings=512)
+    step = collate(SHARING[:1], max_sequences=5, share_prompt=True)
+    said = fit_check.advice(model, step, "two_pass", False, CPU, None, share_prompt=True)
+    assert "the largest of its 2 micro-batches is 5 x 10 tokens after a prompt of 60. Two passes fit" in said
+    size, tokens = (int(x) for x in re.findall(r"fit (\d+) x 10 tokens after .*micro_batch_tokens=(\d+)", said)[0])
+    assert tokens == 59 + 10 * size
+    together = collate([SHARING[0], SHARING[2]], share_prompt=True).parts
+    none = fit_check.explain_out_of_memory(model, together, 28, "coupled", False, 1000)
+    assert "is 28 x 10 tokens after 2 prompts of up to 60. Two passes with one sequence of 70 tokens take" in none
 
 
 def test_advice_never_hides_the_error(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
