@@ -239,15 +239,12 @@ def test_an_adapter_is_its_own_reference(make_trainer: Any, bpe: Any) -> None:
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
 def test_the_reference_follows_the_policy(make_trainer: Any, with_lora: bool) -> None:
-    """Every step: rewards are 0 at each. Every other: at the first, the third, ..."""
-    for every, fresh in ((None, {1}), (1, {1, 2, 3, 4}), (2, {1, 3})):
+    """After every step: rewards are 0 at each. After every other: at the first and the third."""
+    for every, fresh in ((1, [1, 2, 3]), (2, [1, 3])):
         more = {"peft_config": lora(init_lora_weights=False)} if with_lora else {}
-        if with_lora and every is None:
-            continue  # the base model, which this adapter is far from
-        trainer = make_trainer({"max_steps": 4, "ref_sync_steps": every, "learning_rate": 0.5}, **more)
+        trainer = make_trainer({"max_steps": 3, "ref_sync_steps": every, "learning_rate": 0.5}, **more)
         trainer.train()
-        same = {row["step"] for row in steps(trainer) if abs(row["rewards/chosen"]) < 1e-5}
-        assert same == fresh
+        assert [row["step"] for row in steps(trainer) if abs(row["rewards/chosen"]) < 1e-5] == fresh
 
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
@@ -358,7 +355,7 @@ def test_rewards_that_are_none(make_trainer: Any, function: Any, kind: type[Exce
         return function(**named)
 
     later.__name__ = "rewards"
-    for each in (function, later):
+    for each in (function, later) if kind is TypeError else (function,):
         with pytest.raises(kind, match=says):
             make_trainer(reward_funcs=each).train()
 
