@@ -6,6 +6,7 @@ import copy
 import math
 import socket
 import warnings
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -186,8 +187,9 @@ def test_what_is_not_scored_or_is_cut_off_is_left_out(make_trainer: Any, bpe: An
         found = rewards(prompts, completion_ids)
         return [None if i % 4 == 1 else value for i, value in enumerate(found)]
 
-    async def none_at_all(completions: list[str], **named: Any) -> list[None]:
-        return [None] * len(completions)
+    class NoneAtAll:
+        async def __call__(self, completions: list[str], **named: Any) -> list[None]:
+            return [None] * len(completions)
 
     model = llama()
     ends = range(2, 20)
@@ -199,7 +201,7 @@ def test_what_is_not_scored_or_is_cut_off_is_left_out(make_trainer: Any, bpe: An
         "num_generations": 8,
         "per_device_train_batch_size": 16,
     }
-    named = {"model": model, "reward_funcs": [unsure, none_at_all], "callbacks": [gradients]}
+    named = {"model": model, "reward_funcs": [partial(unsure), NoneAtAll()], "callbacks": [gradients]}
     make_trainer(options, **named).train()
     ended = 0
     for found, noted in zip(gradients.seen, rewards.calls):

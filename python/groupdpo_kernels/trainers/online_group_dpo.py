@@ -21,6 +21,7 @@ GroupDPO (arXiv 2604.15602); docs/math.md has the formulas.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import time
@@ -316,10 +317,9 @@ class _SyncReference(TrainerCallback):
 
 
 def _is_async(function: Any) -> bool:
-    bare = function
-    while hasattr(bare, "func"):  # functools.partial
-        bare = bare.func
-    return inspect.iscoroutinefunction(bare) or inspect.iscoroutinefunction(getattr(bare, "__call__", None))  # noqa: B004
+    while isinstance(function, functools.partial):
+        function = function.func
+    return any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
 
 
 def _check_arguments(model: Any, args: Any, objective: Any, ref_model: Any, named: dict[str, Any]) -> None:
