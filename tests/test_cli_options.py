@@ -87,7 +87,7 @@ def test_options_reach_their_command() -> None:
 
     def command(
         training: dict[str, Any] = options_of("trainers.config.GroupDPOConfig", unset=True),
-        load: dict[str, Any] = options_of("memory.workload.Workload", but=("strategy",), tokens=7),
+        load: dict[str, Any] = options_of("memory.workload.Workload", but=("strategy", "share_prompt"), tokens=7),
         more: int = typer.Option(1),
     ) -> None:
         taken.append((training, load, more))

@@ -5,7 +5,7 @@ deep model is not run in full: a step of n equal layers has parts (a layer's for
 optimizer), the peak of each is linear in n and in the size of a batch, and the peak of the step is the largest of them.
 So few layers of each kind and two group sizes give all others, exactly (layers of one kind must be alike: a model whose
 config does not name its kinds has one). Small models, and groups no larger than those that were run, are run as they
-are.
+are. A prompt that runs once is the same in all groups, so its parts of the step are kept apart from those of batches.
 
 Rules, not the tracker, give the workspace of this package's ops (`lm_head.workspace`) and FSDP, as FSDP2 does it by
 layer: parameters, gradients and the optimizer's state are split over the ranks; the embedding and the head are whole
