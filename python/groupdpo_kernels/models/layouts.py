@@ -151,7 +151,7 @@ class _Scores:
         tensors = cache.take()
         if not tensors or any(x is None for x in tensors):
             kept = sum(x is not None for x in tensors[::2])
-            raise ValueError(f"only {kept} of its layers keep keys and values")
+            raise ValueError(f"{kept} and no more of its layers keep keys and values")
         place = None if prompt_of is None else prompt_of.to(self.device)
         return self(rows, **{"use_cache": True, name: rows_cache(tensors, place)})
 
