@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from prompt_groups import InFloat64, check_same, coupled, groups_of, run
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from prompt_groups import MPO, InFloat64, check_same, coupled, groups_of, ref_logps, run
 from test_model_layouts import LAYOUTS, build
 from tiny_models import ARCHITECTURES, BASE, GPT2, VOCAB, check_budget, make, spread
 from torch import Tensor, nn
 
-from groupdpo_kernels import model_logps
+from groupdpo_kernels import group_backward, model_logps
 from groupdpo_kernels.data import collate
-from groupdpo_kernels.models import attach, why_not_left_padded, why_not_shared
+from groupdpo_kernels.memory.tracker import MemoryTracker
+from groupdpo_kernels.models import SharedPromptForward, attach, why_not_left_padded, why_not_shared
 
 HEADS = BASE | {"head_dim": 8}
 WINDOW = {"sliding_window": 4}
@@ -203,3 +206,237 @@ def test_those_that_cannot_share_say_why(name: str) -> None:
     pair = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ValueError, match="prefix must be empty for a model that cannot share a prompt; "):
         model_logps(model, ids, ids, prefix=(pair, pair), position_ids=ids)
+
+
+# ----------------------------------------------------------------------------------------------- shapes and attentions
+
+SHAPES = {
+    "a prompt of two tokens": [(2, [3, 2])],
+    "responses of one token": [(9, [1, 1, 1])],
+    "prompts that run together": [(7, [3, 1]), (6, [4, 2]), (8, [1, 5])],
+    "some that share nothing": [(1, [2, 2]), (9, [5, 3, 7]), (1, [3, 3]), (1, [1, 2]), (4, [2, 1])],
+    "the last position": [(40, [24, 3, 24, 1])],
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["gpt2", "gemma3 with a short window"])
+def test_shapes(name: str, shape: str, rows: int) -> None:
+    """GPT-2 has 64 positions, and gives an error beyond them."""
+    wide, forward = in_float64(model_of(name))
+    groups = groups_of(*SHAPES[shape])
+    step = collate(groups, max_sequences=rows, share_prompt=True)
+    assert all(len(mb.input_ids) <= rows for mb in step.micro_batches)
+    check_same(coupled(wide, step, forward), coupled(wide, collate(groups), forward))
+
+
+def test_the_example_of_the_module() -> None:
+    """One response, without a loss of groups; the gradient goes through the prefix itself."""
+    model = make("phi").double().eval()
+    ids = torch.randint(10, 400, (1, 12))
+    targets = ids.roll(-1, 1)
+    targets[:, :6], targets[:, -1] = -100, -100
+    whole = model_logps(model, ids, targets)[:, 6:]
+    rows, positions = ids[:, 6:], torch.arange(6, 12)[None]
+    found = model_logps(model, rows, targets[:, 6:], prefix=attach(model).prefix(ids[:, :6]), position_ids=positions)
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=0)
+    parameters = [*model.parameters()]
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), parameters) for x in (found, whole))):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "llama4", "deepseek_v3", "gemma3 with a short window", "opt"])
+def test_eager_attention(name: str) -> None:
+    """Most models take sdpa by default, so that the tests above have it; gpt_oss, gemma2 and bloom know eager alone."""
+    model = model_of(name)
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    assert not why_not_shared(model) and not why_not_left_padded(model)
+    wide, forward = in_float64(model)
+    step = collate(GROUPS, max_sequences=4, share_prompt=True)
+    check_same(coupled(wide, step, forward), coupled(wide, collate(GROUPS), forward))
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_that_depend_on_the_length(kind: str) -> None:
+    """Beyond 16 tokens, the prompt alone would be rotated as a shorter sequence than with a response."""
+    if kind == "longrope":
+        config: Any = transformers.Phi3Config(
+            **BASE | {"original_max_position_embeddings": 16, "rope_parameters": LONG}
+        )
+        model = spread(transformers.Phi3ForCausalLM(config)).eval()
+    else:
+        rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+        model = make("llama", max_position_embeddings=16, rope_parameters=rope).eval()
+    assert not why_not_shared(model, 16)
+    beyond = f"rotary embeddings of {type(model).__name__} depend on the length of a sequence beyond 16 tokens"
+    assert why_not_shared(model, 17) == beyond == why_not_shared(model)
+    wide, forward = in_float64(model)
+    groups = groups_of((12, [2, 4, 1]))
+    check_same(coupled(wide, collate(groups, share_prompt=True), forward), coupled(wide, collate(groups), forward))
+    ids, positions = torch.arange(20, 24)[None], torch.arange(13, 17)[None]
+    prefix = attach(model).prefix(torch.arange(20, 33)[None])
+    message = f"position_ids must be below 16 with a prefix, since .* {type(model).__name__} depend .*; got 16"
+    with pytest.raises(ValueError, match=message):
+        model_logps(model, ids, ids, prefix=prefix, position_ids=positions)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpointing
+
+
+def checkpointed(model: nn.Module, reentrant: bool = False) -> nn.Module:
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return model.train()
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    return {n: (m.training, vars(m).get("gradient_checkpointing"), *vars(m)) for n, m in model.named_modules()}
+
+
+SMALL = groups_of((12, [2, 6, 1]), (1, [3, 2]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma4"])
+def test_checkpoints_change_no_bit(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """GPT-2 and Bloom drop a cache by their flag, whether gradients are on or not; Gemma 4 has layers that read keys of
+    other layers. Dropout is drawn again as it was."""
+    model = model_of(name).train()
+    for m in model.modules():
+        for attribute in ("p", "attention_dropout", "hidden_dropout"):
+            if isinstance(getattr(m, attribute, None), float):
+                setattr(m, attribute, 0.2)
+    assert not why_not_shared(model)
+    step = collate(SMALL, max_sequences=2, share_prompt=True)
+    attach(model).prefix(torch.arange(20, 24)[None])  # probed
+    first = next(m for n, m in model.named_modules() if n.endswith(("0.input_layernorm", "0.ln_1")))
+    calls: list[int] = []
+    first.register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.manual_seed(0)
+    expected, plainly = run(model, step), len(calls)
+    before = state_of(checkpointed(model))
+    assert not why_not_shared(model)
+    torch.manual_seed(0)
+    found, again = run(model, step), len(calls) - plainly
+    assert again == 3 * plainly // 2 == 12  # without a graph, with one, and in the backward: a prompt, 3 micro-batches
+    assert state_of(model) == before
+    assert torch.equal(found[0], expected[0]) and found[1].keys() == expected[1].keys()
+    assert all(torch.equal(found[1][n], expected[1][n]) for n in expected[1])
+    assert "incompatible" not in caplog.text
+
+
+def test_an_error_leaves_the_model_as_it_was() -> None:
+    model = checkpointed(make("llama"))
+    attach(model).prefix(torch.arange(20, 24)[None])
+    before = state_of(model)
+
+    def fails(*_: Any) -> None:
+        raise KeyError("out of memory, say")
+
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(fails)
+    for grad in (True, False):
+        with pytest.raises(KeyError), torch.set_grad_enabled(grad):
+            attach(model).prefix(torch.arange(20, 24)[None])
+    hook.remove()
+    assert state_of(model) == before
+
+
+def test_a_dropped_prefix_is_freed() -> None:
+    """Checkpoints in its graph hold the cache that it came from, which must not hold it."""
+    model = checkpointed(make("llama"))
+    prefix = attach(model).prefix(torch.arange(20, 24)[None])
+    kept = [weakref.ref(x) for x in prefix if x is not None]
+    del prefix
+    assert len(kept) == 4 and all(x() is None for x in kept)
+
+
+def test_checkpoints_inside_hooks_of_accelerate() -> None:
+    model = make("gpt2")
+    step = collate(SMALL, max_sequences=2, share_prompt=True)
+    expected = run(model, step)
+    for layer in checkpointed(model).transformer.h:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    check_same(run(model, step), expected, rtol=1e-6)
+
+
+def test_checkpoints_that_cannot_keep_a_cache() -> None:
+    model = checkpointed(make("llama"), reentrant=True)
+    assert "take use_reentrant=False" in why_not_shared(model)
+    with pytest.raises(ValueError, match="model must be one that can share a prompt; reentrant checkpoints give"):
+        attach(model).prefix(torch.arange(20, 24)[None])
+    assert not why_not_shared(checkpointed(model))
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = False
+    assert why_not_shared(model) == "LlamaForCausalLM checkpoints its layers in a way of its own"
+
+
+@pytest.mark.parametrize(("checkpoints", "part"), [(False, False), (True, False), (True, True)])
+def test_peak_memory(checkpoints: bool, part: bool) -> None:
+    """At most that of whole sequences, and the keys and values of the prompt and their gradients; flat in the group."""
+    model = make("llama", max_position_embeddings=128)
+    if checkpoints:
+        checkpointed(model)
+    P, options = 120, {"parameters": [*model.model.layers[1].parameters()]} if part else {}
+    keys_and_values = 2 * 2 * 2 * 8 * (P - 1) * 4
+
+    def peak(G: int, share: bool) -> int:
+        step = collate(groups_of((P, [2] * G)), max_sequences=4, share_prompt=share)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        tracker = MemoryTracker(VOCAB, -1, -1, "cpu", fake=False)
+        tracker.adopt([x for p in model.parameters() for x in (p, p.grad)], "parameters")
+        with tracker:
+            before = tracker.live
+            group_backward(step.parts, SharedPromptForward(model), step.groups, MPO, ref_logps(step), **options)
+        return max(found.total for found in tracker.peaks.values()) - before
+
+    peak(4, True)  # what is measured and remembered
+    eight = peak(8, True)
+    assert eight <= peak(8, False) + 2 * keys_and_values
+    assert peak(64, True) <= 1.02 * eight
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_layers_compiled_by_themselves(checkpoints: bool) -> None:
+    model = make("gpt2", n_layer=1).double().eval()
+    step = collate(SMALL, share_prompt=True)
+    expected = coupled(model, step)
+    if checkpoints:
+        checkpointed(model)
+    torch._dynamo.reset()
+    for layer in model.transformer.h:
+        layer.compile(backend="eager")
+    check_same(coupled(model, step), expected)
+    assert torch._dynamo.utils.counters["frames"]["ok"]
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position_ids": None}, "position_ids must be given with a prefix; got None"),
+        ({"prefix": [0]}, r"prefix must be of this model, which keeps keys and values of other layers; got those of 1"),
+        ({"prefix": [0, 1, 0]}, "prefix must be of this model, which keeps .* of other layers; got those of 3"),
+        ({"prefix": [0, 2]}, r"prefix must be of this model, keys and values of shape \['B', 2, 'P', 8\]; got \(1, 4"),
+        ({"prompts": 2}, "prompt_of must name one prompt for each of the 3 rows; got 2"),
+        ({"prompt_of": torch.tensor([0, 0])}, "prompt_of must name one prompt for each of the 3 rows; got 2"),
+    ],
+)
+def test_bad_prefixes(change: dict[str, Any], message: str) -> None:
+    model = make("llama").eval()
+    ids, positions = torch.arange(20, 26).reshape(3, 2), torch.tensor([[4, 5]] * 3)
+    options = {"prompts": 1, "prefix": [0, 1], "position_ids": positions} | change
+    prompts = options.pop("prompts")
+    kinds = [torch.zeros(prompts, heads, 4, 8) for heads in (2, 2, 4)]
+    options["prefix"] = [x for at in options["prefix"] for x in (kinds[at], kinds[at])]
+    with pytest.raises(ValueError, match=message):
+        model_logps(model, ids, ids, **options)
+
+
+def test_an_empty_prefix_is_none() -> None:
+    model = make("recurrent_gemma").eval()  # it cannot have another
+    ids = torch.arange(20, 26).reshape(3, 2)
+    assert torch.equal(model_logps(model, ids, ids, prefix=()), model_logps(model, ids, ids))

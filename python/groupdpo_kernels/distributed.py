@@ -63,18 +63,28 @@ def reshard(model: nn.Module) -> None:
 class Ranks:
     """The other ranks, as one call of group_backward sees them.
 
-    count: a function that gives the number of this rank's micro-batches. strategy: its index among the strategies of
-    group_backward. own_sync: whether the caller's own no_sync decides which backward synchronises.
+    count, shares: functions that give the number of this rank's micro-batches, and whether some share a prompt.
+    strategy: its index among the strategies of group_backward. own_sync: whether the caller's own no_sync decides which
+    backward synchronises.
     """
 
-    def __init__(self, process_group: Any, count: Callable[[], int], strategy: int, one_pass: bool, own_sync: bool):
-        self.process_group, self.count, self.strategy = process_group, count, strategy
+    def __init__(
+        self,
+        process_group: Any,
+        count: Callable[[], int],
+        shares: Callable[[], bool],
+        strategy: int,
+        one_pass: bool,
+        own_sync: bool,
+    ) -> None:
+        self.process_group, self.count, self.shares, self.strategy = process_group, count, shares, strategy
         self.one_pass, self.own_sync = one_pass, own_sync
         self.wrappers: list[nn.Module] = []
         self.again = False  # whether pass 2 has begun
         self.error: Exception | None = None  # raised within a forward, where the caller's code may have caught it
         self._known = process_group is not None  # whether it is known which ranks must agree
         self._own = self._most = 0
+        self._shares: bool | None = None  # None until a wrapper is known under which it matters
         self._met = self._last = self._in_forward = False
         self._open: contextlib.ExitStack | None = None  # contexts of the micro-batch that runs
 
@@ -87,19 +97,22 @@ class Ranks:
         self.meet(error)
 
     def meet(self, error: Exception | None = None) -> None:
-        """Raises on every rank if one brings an error, if their strategies differ, or if one has no micro-batch."""
+        """Raises on every rank if one brings an error, if their strategies differ, if one has no micro-batch, or if one
+        shares prompts where each forward is a collective call."""
         if not self._known:
             if error is not None:
                 raise error
             return
-        if not self._met and error is None:
+        if error is None:
             try:
-                self._own = self.count()
+                self._own = self._own if self._met else self.count()
+                if self._shares is None and self._sharded is not None:
+                    self._shares = self.shares()
             except Exception as raised:  # the caller's iterable may raise anything, and the other ranks must know
                 error = raised
         self._met = True
-        own = [self._own, -self._own, int(error is not None), self.strategy, -self.strategy]
-        most, least, failed, high, low = self._maximum(own)
+        own = [self._own, -self._own, int(error is not None), self.strategy, -self.strategy, int(bool(self._shares))]
+        most, least, failed, high, low, shares = self._maximum(own)
         if error is not None:
             raise error
         if failed:
@@ -109,6 +122,8 @@ class Ranks:
             )
         if high != -low:
             raise ValueError("strategy must be the same on every rank; got different ones")
+        if shares:  # the forward of a prompt would be one more collective call, which other ranks do not make
+            raise ValueError(f"micro_batches must not share a prompt under {self._sharded}; got a SharedPrompt")
         if least == 0:
             raise ValueError(
                 f"micro_batches must hold at least one on every rank; got from 0 to {most}, {self._own} here"
@@ -146,11 +161,10 @@ class Ranks:
     def _only_ddp(self) -> bool:
         return bool(self.wrappers) and all(kind_of(w) == DDP for w in self.wrappers)
 
-    def check_shared_prompt(self) -> None:
-        """ValueError where a wrapper's collectives would have to count a prompt's forward as a micro-batch."""
-        if self.wrappers and not self._only_ddp:
-            got = next(kind for kind in map(kind_of, self.wrappers) if kind != DDP)
-            raise ValueError(f"micro_batches must not share a prompt under {got}; got a SharedPrompt")
+    @property
+    def _sharded(self) -> str | None:
+        """The kind of a wrapper whose forwards are collective calls; None where there is none."""
+        return next((kind for kind in map(kind_of, self.wrappers) if kind != DDP), None)
 
     @property
     def missing(self) -> int:
@@ -195,7 +209,7 @@ class Ranks:
                     hook.remove()
                     if self.again and not self._only_ddp:
                         raise ValueError("model must be given where pass 1 does not run the wrapper that pass 2 runs")
-                    if not self._met:
+                    if not self._met or (self._shares is None and self._sharded is not None):
                         self.meet()
                     for wrapper in self.wrappers:
                         self._enter(wrapper)

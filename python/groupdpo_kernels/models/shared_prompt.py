@@ -25,6 +25,7 @@ import contextlib
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -78,21 +79,27 @@ def why_not_cached(bare: Any, longest: int | None = None) -> str:
     return ""
 
 
+_rotary_limits: weakref.WeakKeyDictionary[Any, int | None] = weakref.WeakKeyDictionary()
+
+
 def rotary_limit(bare: Any) -> int | None:
     """The length beyond which the model rotates all positions of a sequence by its length; None where it never does.
 
     A prompt alone would be rotated as a shorter sequence than with its responses.
     """
-    limits: list[int] = []
-    for module in bare.modules():
-        kinds = getattr(module, "rope_type", None)
-        for part, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
-            if isinstance(kind, str) and "dynamic" in kind:
-                limits.append(int(module.original_max_seq_len))
-            elif kind == "longrope":
-                parameters = module.config.rope_parameters
-                limits.append((parameters if part is None else parameters[part])["original_max_position_embeddings"])
-    return min(limits, default=None)
+    if bare not in _rotary_limits:
+        _rotary_limits[bare] = min((limit for module in bare.modules() for limit in _limits_of(module)), default=None)
+    return _rotary_limits[bare]
+
+
+def _limits_of(module: Any) -> Iterator[int]:
+    kinds = getattr(module, "rope_type", None)
+    for part, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+        if isinstance(kind, str) and "dynamic" in kind:
+            yield int(module.original_max_seq_len)
+        elif kind == "longrope":
+            parameters = module.config.rope_parameters
+            yield (parameters if part is None else parameters[part])["original_max_position_embeddings"]
 
 
 def prefix_cache() -> Any:

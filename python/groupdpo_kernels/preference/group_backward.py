@@ -124,7 +124,14 @@ def group_backward(
     """
     names = list(STRATEGIES)
     at = names.index(strategy) if strategy in names else -1
-    ranks = Ranks(process_group, lambda: _count(micro_batches), at, strategy == "one_pass", no_sync is not None)
+    ranks = Ranks(
+        process_group,
+        lambda: _count(micro_batches),
+        lambda: any(isinstance(item, SharedPrompt) and item.prompt is not None for item in micro_batches),
+        at,
+        strategy == "one_pass",
+        no_sync is not None,
+    )
     wrong: Exception | None = None
     leaves = None if parameters is None else [p for p in parameters if p.requires_grad]
     try:
@@ -244,9 +251,8 @@ class _Prefix:
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self.tensors = tensors
-        self.roots = [x for x in tensors if x is not None and x.requires_grad]
-        copies = {x: x.detach().requires_grad_() for x in self.roots}
-        self.leaves = [*copies.values()]
+        copies = {x: x.detach().requires_grad_() for x in tensors if x is not None and x.requires_grad}
+        self.roots, self.leaves = [*copies], [*copies.values()]
         self.detached = [None if x is None else copies.get(x, x) for x in tensors]
 
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
@@ -282,7 +288,6 @@ class _Step:
             return ()
         with self.ranks.watching() if at == 0 else contextlib.nullcontext():
             tensors = self.ranks.call(self.forward.prefix, prompt)
-        self.ranks.check_shared_prompt()
         return _checked_prefix(tensors)
 
     def prefix_with_graph(self, prompt: Any, at: int) -> _Prefix:
