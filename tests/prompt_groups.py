@@ -10,10 +10,9 @@ from tiny_models import VOCAB
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from groupdpo_kernels import Objective, PreferenceLoss, group_backward, preference_loss
+from groupdpo_kernels import Objective, PreferenceLoss, forward_parts, group_backward, preference_loss
 from groupdpo_kernels.data.batches import PreferenceBatch, TokenGroup
 from groupdpo_kernels.models import SharedPromptForward
-from groupdpo_kernels.preference.group_backward import forward_parts
 
 MPO = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
 
