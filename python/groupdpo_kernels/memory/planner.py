@@ -95,7 +95,7 @@ def track(step: TrainingStep, tracker: MemoryTracker) -> dict[str, Peak]:
     tracker.follow(step.model)
     if step.workload.lora_rank:
         tracker.gradient_shapes = {p.shape for p in step.trainable}
-    step.note = lambda name: tracker.begin(name) if "backward" in name else tracker.begin_forward(name)
+    step.begin = tracker.begin
     step.make_state()
     state = [x for values in step.optimizer.state.values() for x in values.values() if isinstance(x, Tensor)]
     tracker.adopt(state, "optimizer")
@@ -394,21 +394,27 @@ def largest_micro_batch(
         return _prediction_of(model, load, memory, device).parts_at(2 * size)
 
     one, two = peaks(1), peaks(2)
+    alone = max(peak.total for peak in one.values())
+    lines = []  # of each part: what grows with the size, and by how much; the block of logits, and up to what
+    for name in one.keys() & two.keys():
+        x, y = one[name], two[name]
+        block, more = x.parts.get(BLOCK, 0), y.parts.get(BLOCK, 0) - x.parts.get(BLOCK, 0)
+        lines.append((x.total - block, y.total - x.total - more, block, more, max(x.most_block, y.most_block)))
 
     def fits(size: int) -> bool:
         # Each part is linear in the size. Their maximum is not: one that grows may be below another at first.
-        return max(peak.total for peak in _sum(one, one, two, size - 1).values()) <= memory
+        n = size - 1
+        return all(rest + n * slope + min(block + n * more, top) <= memory for rest, slope, block, more, top in lines)
 
-    most = max(peak.total for peak in one.values())
-    if most > memory:
-        return 0, most
+    if alone > memory:
+        return 0, alone
     low, high = 1, 2
     while high < memory and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low, most
+    return low, alone
 
 
 def step_peak(

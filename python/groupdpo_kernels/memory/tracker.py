@@ -77,15 +77,12 @@ class MemoryTracker(TorchDispatchMode):
         """Counts what follows for this part, which may begin many times and has one peak.
 
         Each operation of the part "head" is a part by itself: its peaks must be linear in the tokens, and the larger of
-        two linear peaks is not.
+        two linear peaks is not. "prompt" and "sequences" begin a forward, that of a shared prompt and any other.
         """
+        if name in ("prompt", "sequences"):
+            self.of_prompt = name == "prompt"
         self.steps = 0 if name == "head" else None
         self._enter(name)
-
-    def begin_forward(self, name: str) -> None:
-        """Begins the part before the first layer of a forward: "prompt", of a shared prompt, or "sequences"."""
-        self.of_prompt = name == "prompt"
-        self.begin(name)
 
     def _enter(self, name: str) -> None:
         self.now = self.peaks.setdefault(name, Peak())

@@ -351,8 +351,8 @@ class TrainingStep:
         vocab = int(config.get_text_config().vocab_size)
         self._groups: dict[tuple[int, int], tuple[PreferenceGroups, Tensor]] = {}
         self.pool = torch.randint(0, vocab, (64, workload.tokens), generator=generator)  # responses, taken in turn
-        # Called with the part that begins: "prompt" or "sequences" before a forward, "prompt backward" before that.
-        self.note: Callable[[str], None] = lambda name: None
+        # Called with the part that begins: the forward of a "prompt" or of "sequences", or a "prompt backward".
+        self.begin: Callable[[str], None] = lambda name: None
 
     def make_state(self) -> None:
         """Makes the optimizer's state, as its first step would, with gradients of zero."""
@@ -372,7 +372,7 @@ class TrainingStep:
     def batch(self, workload: Workload) -> Tensor:  # (group, L) int64
         """The sequences of a group: whole ones or, after a shared prefix, what is left of them."""
         rows = torch.arange(workload.group)
-        prompts = self.pool[rows % workload.prompts, workload.prefix : workload.prompt]
+        prompts = self.pool[rows % workload.prompts % len(self.pool), workload.prefix : workload.prompt]
         responses = self.pool[rows % len(self.pool), workload.prompt :]
         return torch.cat([prompts, responses], 1).to(self.device)
 
@@ -409,7 +409,7 @@ class TrainingStep:
         sizes = {"two_pass": workload.micro_batch, "one_pass": 1}
         parts: list[Any] = [*ids.split(sizes.get(workload.strategy, G))]
         if workload.share_prompt:
-            prompts = self.pool[: workload.prompts, : workload.prefix].to(self.device)
+            prompts = self.pool[torch.arange(workload.prompts) % len(self.pool), : workload.prefix].to(self.device)
             parts = [SharedPrompt(prompts, parts)]
         if workload.strategy in sizes:
             group_backward(parts, forward, groups, GROUP_OBJECTIVE, ref_logps, strategy=workload.strategy)
@@ -426,18 +426,18 @@ class _Forward:
         self.score = attach(step.model, workspace_bytes=workload.workspace_bytes)
 
     def prefix(self, prompts: Tensor) -> Prefix:  # (B, P)
-        self.step.note("prompt")
+        self.step.begin("prompt")
         inputs = {"position_ids": torch.arange(prompts.shape[1], device=prompts.device).expand(prompts.shape)}
         if self.workload.prompts > 1:
             inputs["attention_mask"] = torch.ones_like(prompts)
         found = self.score.prefix(prompts, **inputs)
         for x in found[-2:]:
             if x is not None and x.requires_grad:
-                x.register_hook(lambda g: self.step.note("prompt backward"))
+                x.register_hook(lambda g: self.step.begin("prompt backward"))
         return found
 
     def rows(self, ids: Tensor, prefix: Prefix = ()) -> tuple[Tensor, Tensor]:  # (b, L) -> (t,), (b + 1,)
-        self.step.note("sequences")
+        self.step.begin("sequences")
         b, n = len(ids), self.workload.response
         cu_seqlens = torch.arange(0, b * n + 1, n, device=ids.device)
         if prefix:
