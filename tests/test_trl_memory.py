@@ -167,16 +167,18 @@ def test_auto_counts_the_prompt_that_a_micro_batch_shares() -> None:
     assert peak(rows) <= memory < peak(rows + 1)
 
 
-def test_advice_for_shared_prompts() -> None:
+def test_advice_for_shared_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llama", max_position_embeddings=512)
-    step = collate(SHARING[:1], max_sequences=5, share_prompt=True)
-    said = fit_check.advice(model, step, "two_pass", False, CPU, None, share_prompt=True)
-    assert "the largest of its 2 micro-batches is 5 x 10 tokens after a prompt of 60. Two passes fit" in said
+    alone = collate(SHARING[:1], max_sequences=5, share_prompt=True)
+    monkeypatch.setattr(fit_check, "memory_of", lambda *_: 1000)
+    none = fit_check.advice(model, alone, "two_pass", False, CPU, None, share_prompt=True)
+    assert "the largest of its 2 micro-batches is 5 x 10 tokens after a prompt of 60. Two passes with one" in none
+    monkeypatch.setattr(fit_check, "memory_of", lambda *_: 2**30)
+    together = collate([SHARING[0], SHARING[2]], share_prompt=True)
+    said = fit_check.advice(model, together, "coupled", False, CPU, None, share_prompt=True)
+    assert "micro-batches is 28 x 10 tokens after 2 prompts of up to 60. Two passes fit" in said
     size, tokens = (int(x) for x in re.findall(r"fit (\d+) x 10 tokens after .*micro_batch_tokens=(\d+)", said)[0])
     assert tokens == 59 + 10 * size
-    together = collate([SHARING[0], SHARING[2]], share_prompt=True).parts
-    none = fit_check.explain_out_of_memory(model, together, 28, "coupled", False, 1000)
-    assert "is 28 x 10 tokens after 2 prompts of up to 60. Two passes with one sequence of 70 tokens take" in none
 
 
 def test_advice_never_hides_the_error(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
