@@ -59,7 +59,7 @@ class Forward:
     def prefix(self, prompt: Any) -> tuple[Tensor, ...]:  # keys and values of the prompt without its last token
         return self.model(prompt.input_ids)[1]
 
-    def rows(self, mb: Any, prefix: tuple[Tensor, ...] = ()) -> tuple[Tensor, Tensor]:
+    def rows(self, mb: Any, prefix: Any = ()) -> tuple[Tensor, Tensor]:
         hidden, _ = self.model(mb.input_ids, prefix)
         return mb.live(linear_logps(hidden, self.model.head.weight, mb.targets)), mb.cu_seqlens
 
@@ -77,7 +77,10 @@ def main() -> tuple[float, int, int]:
         ref_logps = torch.full((step.groups.num_sequences,), -80.0, dtype=torch.float64)
         model.zero_grad()
         loss = group_backward(step.parts, Forward(model), step.groups, objective, ref_logps).loss
-        found[share] = step.computed_tokens, torch.cat([p.grad.flatten() for p in model.parameters()])
+        found[share] = (
+            step.computed_tokens,
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+        )
         print(f"{'shared' if share else 'whole sequences':15}: loss {loss:.6f}, {step.computed_tokens} tokens computed")
     (whole_tokens, whole), (tokens, shared) = found[False], found[True]
     apart = float((shared - whole).abs().max() / whole.abs().max())

@@ -233,7 +233,7 @@ def test_any_tensors_are_a_prefix(give: Callable[[Tensor], Any], strategy: str) 
         (TOY, lambda x: x, {}, r"forward.prefix must give a tuple of tensors or None; got Tensor"),
         (TOY, lambda x: None, {}, r"forward.prefix must give a tuple of tensors or None; got NoneType"),
         (TOY, lambda x: (x, 3), {}, r"forward.prefix must give a tuple of tensors or None; got tuple"),
-        ([SharedPrompt(torch.tensor([0]), [])], None, {}, "micro_batches of a SharedPrompt must hold at least one"),
+        ([SharedPrompt(torch.tensor([0]), [])], None, {}, "micro_batches must hold at least one for each SharedPrompt"),
         (TOY, lambda x: (x,), {"strategy": "one_pass", "gradient_bytes": 100}, "32 bytes for the prompts they share"),
         (TOY[:1], lambda x: (x,), {}, "micro_batches must hold the 7 sequences of groups; these 2 hold 3"),
     ],

@@ -384,7 +384,7 @@ def test_peak_memory(checkpoints: bool, part: bool) -> None:
         step = collate(groups_of((P, [2] * G)), max_sequences=4, share_prompt=share)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        tracker = MemoryTracker(VOCAB, -1, -1, "cpu", fake=False)
+        tracker = MemoryTracker(VOCAB, -1, (), "cpu", fake=False)
         tracker.adopt([x for p in model.parameters() for x in (p, p.grad)], "parameters")
         with tracker:
             before = tracker.live
