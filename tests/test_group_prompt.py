@@ -15,7 +15,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from prompt_groups import MPO, InFloat64, check_same, coupled, gradients_of, groups_of, ref_logps, run
+from prompt_groups import (
+    MPO,
+    Float64Throughout,
+    InFloat64,
+    check_same,
+    coupled,
+    gradients_of,
+    groups_of,
+    ref_logps,
+    run,
+)
 from tiny_models import check_budget, make
 from torch import Tensor, nn
 
@@ -145,22 +155,24 @@ def test_gradients_accumulate() -> None:
 # --------------------------------------------------------------------------------------------------------- other states
 
 
-class WithRouterLoss(InFloat64):
+class WithRouterLoss(SharedPromptForward):
     """The auxiliary loss of the experts, of prompts and responses each. That of a prompt is one more tensor of its
     prefix, and the first of its micro-batches adds it."""
 
     def prefix(self, prompts: Any) -> Any:
-        tensors, outputs = self.score.prefix_with_outputs(
-            prompts.input_ids, output_router_logits=True, **prompts.inputs
-        )
+        with Float64Throughout():
+            tensors, outputs = self.score.prefix_with_outputs(
+                prompts.input_ids, output_router_logits=True, **prompts.inputs
+            )
         self.first = True
         return (*tensors, outputs.aux_loss)
 
     def rows(self, mb: Any, prefix: Any = ()) -> Any:
         *tensors, of_prompt = prefix or (None,)
-        token_logps, outputs = self.score.with_outputs(
-            mb.input_ids, mb.targets, prefix=tensors, output_router_logits=True, **mb.inputs
-        )
+        with Float64Throughout():
+            token_logps, outputs = self.score.with_outputs(
+                mb.input_ids, mb.targets, prefix=tensors, output_router_logits=True, **mb.inputs
+            )
         more = of_prompt if of_prompt is not None and self.first else 0.0
         self.first = False
         return mb.live(token_logps), mb.cu_seqlens, outputs.aux_loss + more
@@ -168,13 +180,14 @@ class WithRouterLoss(InFloat64):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_auxiliary_loss_of_experts(strategy: str) -> None:
-    model = make("mixtral")
-    step = collate(GROUPS, max_sequences=3, share_prompt=True, prompts_together=False)
+    model = make("mixtral").double()
+    attach(model).prefix(torch.arange(20, 24)[None])  # probed
+    step = collate(GROUPS, max_sequences=4, share_prompt=True, prompts_together=False)
     forward = WithRouterLoss(model)
     expected = coupled(model, step, forward)
     gate = "model.layers.0.mlp.gate.weight"
-    assert (expected[1][gate] - coupled(model, step)[1][gate]).abs().max() > 1e-4  # it matters
-    check_same(run(model, step, forward, strategy=strategy), expected, rtol=1e-5)
+    assert (expected[1][gate] - coupled(model, step, InFloat64(model))[1][gate]).abs().max() > 1e-4  # it matters
+    check_same(run(model, step, forward, strategy=strategy), expected)
 
 
 class Toy:

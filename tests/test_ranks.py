@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import itertools
 import os
 import shutil
 import sys
@@ -24,6 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from prompt_groups import groups_of, ref_logps
 from tiny_models import batch, eager_logps, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +34,17 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from groupdpo_kernels import Objective, PreferenceGroups, group_backward, model_logps, preference_loss
+from groupdpo_kernels import (
+    Objective,
+    PreferenceGroups,
+    SharedPrompt,
+    SharedPromptForward,
+    forward_parts,
+    group_backward,
+    model_logps,
+    preference_loss,
+)
+from groupdpo_kernels.data import collate
 from groupdpo_kernels.trainers.reference import as_reference, check_on_one_device, frozen_copy
 
 WORLD, STEPS, LR = 2, 3, 0.05
@@ -139,6 +151,32 @@ def ddp_one_pass(rank: int) -> None:
     same_as_one_process(rank, (2, 3), DistributedDataParallel, strategy="one_pass")
 
 
+def ddp_shared_prompt(rank: int) -> None:
+    """Of the two groups each rank has, some share their prompt, and numbers of responses differ."""
+    shapes = [[(9, [5, 3, 7]), (1, [2, 2])], [(1, [3, 1]), (6, [4, 2, 3, 1, 2])]]
+    for strategy, find_unused in itertools.product(("two_pass", "one_pass"), (False, True)):
+        single, reductions = make("gpt2").double(), []
+        wrapped = DistributedDataParallel(copy.deepcopy(single), find_unused_parameters=find_unused, bucket_cap_mb=100)
+        wrapped.register_comm_hook(reductions, lambda seen, bucket: counted_mean(seen, bucket))  # reads annotations
+        step = collate(groups_of(*shapes[rank], seed=rank), max_sequences=2, share_prompt=True)
+        forward = SharedPromptForward(wrapped)
+        group_backward(step.parts, forward, step.groups, OBJECTIVE, ref_logps(step), strategy=strategy)
+        assert len(reductions) == 1
+        for other in range(WORLD):
+            step = collate(groups_of(*shapes[other], seed=other))
+            logps, offsets, _ = forward_parts(step.parts, SharedPromptForward(single))
+            (preference_loss(logps, offsets, step.groups, OBJECTIVE, ref_logps(step)).loss / WORLD).backward()
+        largest = max(float(p.grad.abs().max()) for p in single.parameters())
+        for found, expected in zip(wrapped.parameters(), single.parameters()):
+            torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-10 * largest)
+
+
+def counted_mean(reductions: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    reductions.append(bucket.index())
+    future = dist.all_reduce(bucket.buffer() / WORLD, async_op=True).get_future()
+    return future.then(lambda f: f.value()[0])
+
+
 def fsdp2_counts_differ(rank: int) -> None:
     same_as_one_process(rank, (1, 3), units)
 
@@ -214,6 +252,21 @@ def one_pass_is_refused_under_fsdp(rank: int) -> None:
             raises("strategy must be 'two_pass' under F", model, *data_of(rank, 2, 0), strategy="one_pass", **options)
     sharded = units(make("llama", num_hidden_layers=1))
     raises("parameters must be None", sharded, *data_of(rank, 2, 0), parameters=[*sharded.parameters()])
+
+
+def shared_prompts_are_refused_under_fsdp(rank: int) -> None:
+    """On every rank, also if one alone has them, and before anything runs; however the wrapper becomes known."""
+    shapes = [(9, [5, 3])] if rank == 0 else [(1, [2, 4])]
+    step = collate(groups_of(*shapes), share_prompt=True)
+    assert isinstance(step.parts[0], SharedPrompt) == (rank == 0)
+    arguments = step.groups, OBJECTIVE, ref_logps(step)
+    for wrap, name in ((units, "FSDP2"), (fsdp1, "FullyShardedDataParallel")):
+        wrapped = wrap(make("llama", num_hidden_layers=1))
+        message = f"micro_batches must not share a prompt under {name}; got a SharedPrompt"
+        for options in ({}, {"model": wrapped}, {"process_group": dist.group.WORLD}):
+            with pytest.raises(ValueError, match=f"^{message}"):
+                group_backward(step.parts, SharedPromptForward(wrapped), *arguments, **options)
+        assert all(p.grad is None for p in wrapped.parameters())
 
 
 def an_error_of_one_rank_is_one_of_all(rank: int) -> None:
@@ -401,12 +454,14 @@ CASES: list[Callable[[int], None]] = [
     ddp_counts_differ,
     ddp_model_given,
     ddp_one_pass,
+    ddp_shared_prompt,
     fsdp2_counts_differ,
     fsdp1_counts_differ,
     reference_by_disable_adapter,
     reference_by_the_models_own_logits,
     reference_of_the_trainers,
     one_pass_is_refused_under_fsdp,
+    shared_prompts_are_refused_under_fsdp,
     an_error_of_one_rank_is_one_of_all,
     a_bare_model_waits_for_nobody,
     a_micro_batch_without_live_tokens,

@@ -206,11 +206,11 @@ class Ranks:
             try:
                 self._add(first[0], module)
                 if self.wrappers:
-                    hook.remove()
                     if self.again and not self._only_ddp:
                         raise ValueError("model must be given where pass 1 does not run the wrapper that pass 2 runs")
                     if not self._met or (self._shares is None and self._sharded is not None):
                         self.meet()
+                    hook.remove()  # after an error it stays, and raises it wherever a forward is tried again
                     for wrapper in self.wrappers:
                         self._enter(wrapper)
             except Exception as error:
@@ -220,6 +220,9 @@ class Ranks:
         hook = nn.modules.module.register_module_forward_pre_hook(look)
         try:
             yield
+        except Exception:
+            if self.error is None:
+                raise
         finally:
             hook.remove()
         if self.error is not None:

@@ -110,8 +110,15 @@ def _remembered(model: nn.Module, layout: str, measure: Callable[[_Scores], str]
     key = layout, attention, parameter.device.type, parameter.dtype
     known = _known.setdefault(bare, {})
     if key not in known:
-        known[key] = measure(_Scores(model, bare))
+        try:
+            known[key] = measure(_Scores(model, bare))
+        except _NotMeasured as error:
+            return str(error)
     return known[key]
+
+
+class _NotMeasured(Exception):
+    """Whole sequences have failed, which says nothing about the model: memory may be short, or ranks out of step."""
 
 
 def _is_fake(x: Tensor) -> bool:
@@ -250,13 +257,14 @@ def _compare_shared(
     rows: Batch,  # the last five tokens of each
     prompt_of: Tensor | None,  # (b,) the prompt of each row
 ) -> str:
-    """Why rows after a prefix differ from whole sequences in their hidden states; empty if they do not."""
+    """Why rows after a prefix differ from whole sequences in their hidden states; empty if they do not. _NotMeasured
+    where whole sequences fail."""
     name = type(score.bare).__name__
     try:
         alone = [score({"input_ids": ids[None]})[0, -5:] for ids in whole]
         twice = [score({"input_ids": torch.stack([ids, ids])})[0, -5:] for ids in whole]
     except Exception as error:  # whatever a model raises on an input that it does not expect: images, two streams
-        return f"{name} takes no plain text: {type(error).__name__}: {error}"
+        raise _NotMeasured(f"{name} takes no plain text: {type(error).__name__}: {error}") from error
     try:
         found = score.continued(prefix, rows, prompt_of)
     except Exception as error:
