@@ -10,8 +10,8 @@ accuracy (of the pairs of a right and a wrong answer to a prompt, the share in w
 reward), the margin (the mean difference), and the log-probability of a token of a right answer; tokens a second,
 prompts included, through whole training steps. In the end: the accuracy when the same answers are scored under a
 prompt that has nothing to do with them, which must be chance; how many held-out prompts the model answers rightly by
-itself (greedy decoding, checked by adding up); and the peak memory of one step against the size of the group, by
-group_memory.py.
+itself (greedy decoding, checked by adding up); the peak memory of one step against the size of the group, by
+group_memory.py; and tokens a second with a shared prompt and without, by group_time.py.
 
 Ctrl-C ends it early and keeps what there is. Writes report.json and curves.png to --out. With no --quick and no --steps
 the exit status says whether the held-out reward accuracy of MPO + NLL has passed 0.95.
@@ -31,7 +31,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import group_memory  # type: ignore[import-not-found]  # beside this file, and so are the next three
+import group_memory  # type: ignore[import-not-found]  # beside this file, and so are the next four
+import group_time  # type: ignore[import-not-found]
 import torch
 import transformers
 from arithmetic_curves import draw  # type: ignore[import-not-found]
@@ -69,6 +70,7 @@ class Report:
     start: dict[str, float] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
+    tokens_per_second: list[dict[str, Any]] = field(default_factory=list)  # of a step, with a shared prompt and without
     seconds: float = 0.0
     interrupted: bool = False
 
@@ -101,6 +103,14 @@ def measure_memory(points: list[group_memory.Point], report: Report) -> None:
         if point.backward == "two_pass":
             coupled, two_pass = (at["peak_bytes"] / 2**20 for at in report.memory[-2:])
             show(f"{point.group:6d}{coupled:12.1f}{two_pass:12.1f}")
+
+
+def measure_time(sizes: list[group_time.Size], rounds: int, report: Report) -> None:
+    show(f"\ntokens a second of one step; a prompt of {sizes[0].prompt} tokens, {sizes[0].answer} an answer")
+    show(f"{'G':>6}{'whole sequences':>18}{'prompt shared':>16}{'times as fast':>16}")
+    for size, whole, shared in group_time.measure(sizes, rounds):
+        report.tokens_per_second.append({**asdict(size), "whole_sequences": whole, "shared_prompt": shared})
+        show(f"{size.group:6d}{whole:18,.0f}{shared:16,.0f}{shared / whole:16.1f}")
 
 
 def environment(model: LlamaForCausalLM) -> dict[str, Any]:
@@ -176,11 +186,13 @@ def main() -> int:
         **sizes,
     }
     report = Report(environment(model), options)
-    points = group_memory.points_of([2, 4] if arguments.quick else [2, 4, 8, 16])
+    sizes_of_group = [2, 4] if arguments.quick else [2, 4, 8, 16]
+    points = group_memory.points_of(sizes_of_group)
     began = time.perf_counter()
     try:
         run_all(arguments, steps, report, model)
         measure_memory([replace(p, layers=1) for p in points] if arguments.quick else points, report)
+        measure_time([group_time.Size(G) for G in sizes_of_group], 1 if arguments.quick else 3, report)
     except KeyboardInterrupt:
         report.interrupted = True
         show("interrupted; what there is so far is kept")

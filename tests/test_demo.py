@@ -22,7 +22,14 @@ def test_the_quick_demo_leaves_a_report_and_a_picture(tmp_path: Path) -> None:
     out = tmp_path / "some" / "where"
     run = subprocess.run([*DEMO, "--seed", "3", "--out", str(out)], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
-    for part in ("held-out accuracy", "tokens/s", "two passes", "own answers to held-out prompts", "shared start"):
+    for part in (
+        "held-out accuracy",
+        "tokens/s",
+        "two passes",
+        "prompt shared",
+        "own answers to held-out",
+        "shared start",
+    ):
         assert part in run.stdout
     assert "\r" not in run.stdout  # the progress line is for terminals
 
@@ -39,6 +46,9 @@ def test_the_quick_demo_leaves_a_report_and_a_picture(tmp_path: Path) -> None:
     peaks = {(at["backward"], at["group"]): at["peak_bytes"] for at in report["memory"]}
     assert peaks.keys() == {(backward, group) for backward in ("coupled", "two_pass") for group in (2, 4)}
     assert peaks["coupled", 4] > peaks["two_pass", 4] > 0
+    rates = report["tokens_per_second"]
+    assert [at["group"] for at in rates] == [2, 4]
+    assert all(min(at["whole_sequences"], at["shared_prompt"]) > 0 for at in rates)
     assert report["seconds"] > sum(sum(method["seconds"].values()) for method in report["runs"]) > 0
 
     picture = (out / "curves.png").read_bytes()
