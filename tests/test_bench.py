@@ -3,26 +3,25 @@
 import argparse
 import json
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import Script, forked, run_script
+
+from bench import launches, memory, preference, scaling, shared_prompt, shared_prompt_pictures, trl_steps
+from bench import run as bench_run
+from bench.measure import Differentiated, Gate, draw
+from bench.peers import PEERS, Unavailable, load_peer, maker
+from bench.report import directory, title
+from groupdpo_kernels import seq_logps
+from groupdpo_kernels.kernels.launch import TABLE
+from groupdpo_kernels.testing import Case
 
 ROOT = Path(__file__).resolve().parent.parent
-
-from bench import launches, memory, preference, scaling, shared_prompt, shared_prompt_pictures, trl_steps  # noqa: E402
-from bench import run as bench_run  # noqa: E402
-from bench.measure import Differentiated, Gate, draw  # noqa: E402
-from bench.peers import PEERS, Unavailable, load_peer, maker  # noqa: E402
-from bench.report import directory, title  # noqa: E402
-from groupdpo_kernels import seq_logps  # noqa: E402
-from groupdpo_kernels.kernels.launch import TABLE  # noqa: E402
-from groupdpo_kernels.testing import Case  # noqa: E402
-
 CPU = torch.device("cpu")
 CASE = Case("test", 48, 32, 300, "small", softcap=5.0)
 
@@ -36,7 +35,6 @@ def load(path):
 
 def quick(path, *more):
     return [
-        sys.executable,
         "bench/run.py",
         "--quick",
         "--device",
@@ -65,7 +63,7 @@ def command(monkeypatch, capsys):
 
 def test_quick_run(tmp_path):
     path = tmp_path / "run.json"
-    done = subprocess.run(quick(path), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_script(*quick(path), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     run = load(path)
     assert (
@@ -93,8 +91,8 @@ def test_quick_run(tmp_path):
     assert "| ours/reference |" in done.stdout
 
 
-def test_steps_of_trl_beside_ours(tmp_path, command):
-    """A row that runs and one that cannot: its reason is in the table, the other has its figures."""
+def test_steps_of_trl_beside_ours(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(trl_steps, "subprocess", SimpleNamespace(run=forked))
     path = tmp_path / "steps.json"
     size = ["--model", "tiny", "--tokens", "16", "--groups", "1", "--size", "3", "--pairs", "1", "--steps", "3"]
     more = ("--device", "cpu", "--rounds", "1", "--rows", "pairs", "--dtype", "float32", "--json", path)
@@ -107,7 +105,8 @@ def test_steps_of_trl_beside_ours(tmp_path, command):
     assert "| pairs | trl, accelerated |" in printed
 
 
-def test_a_step_that_fails_is_a_row():
+def test_a_step_that_fails_is_a_row(monkeypatch):
+    monkeypatch.setattr(trl_steps, "subprocess", SimpleNamespace(run=forked))
     setting = trl_steps.Setting("cpu", "no such model", 100, "float32", 16, 1, 2, 1, 3)
     run = trl_steps.measure("pairs", "trl", setting)
     assert run["status"] == "failed" and "no such model" in run["why"]
@@ -160,24 +159,10 @@ def test_memory_of_a_shared_prompt():
 def test_an_interrupted_run_prints_its_rows(tmp_path):
     path = tmp_path / "shared.json"
     script = ["bench/shared_prompt.py", "--quick", "--rows", "long", "scoring", "--rounds", "1000000"]
-    process = subprocess.Popen(
-        [sys.executable, *script, "--json", path],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 100
-        while not (path.exists() and (rows := load(path)["rows"]) and rows[0]["status"] == "ok"):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+    with Script(*script, "--json", path, cwd=ROOT) as process:
+        process.until(lambda: path.exists() and bool(rows := load(path)["rows"]) and rows[0]["status"] == "ok")
         process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130 and "| long | tiny, V = 500 |" in printed
+        assert process.wait(60) == 130 and "| long | tiny, V = 500 |" in process.stdout.read_text()
     run = load(path)
     assert not run["complete"] and run["rows"][0]["ratio"]["median"] > 0
 
@@ -195,8 +180,7 @@ def test_launch_shapes_are_all_different_and_want_a_gpu(monkeypatch, capsys):
 
 def test_quick_run_of_the_preference_weights(tmp_path):
     path = tmp_path / "some" / "where.json"
-    command = [sys.executable, "bench/preference.py", "--quick", "--device", "cpu", "--json", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_script("bench/preference.py", "--quick", "--device", "cpu", "--json", path, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     run = load(path)
     assert run["complete"] and run["command"].startswith("python bench/preference.py")
@@ -217,7 +201,7 @@ def test_quick_run_with_a_tolerance(tmp_path, command):
     """A row with a tolerance has a gate of its own, and says what its rows are like."""
     path = tmp_path / "run.json"
     more = ("--profile", "confident", "--grad-tol", "0.0078125", "--peers", "--modes", "trained", "--dtype", "bfloat16")
-    command(bench_run, *quick(path, *more)[2:])
+    command(bench_run, *quick(path, *more)[1:])
     _, exact, sparse, *_ = load(path)["rows"]
     assert sparse["implementation"] == "ours/reference grad_tol=0.0078125" and sparse["status"] == "ok"
     assert exact.keys() < sparse.keys() and 0 <= sparse["exact_rows"] <= 1 < sparse["candidates"]
@@ -247,15 +231,10 @@ def test_scaling(tmp_path):
 
 def test_killed_run_keeps_its_rows(tmp_path):
     path = tmp_path / "run.json"
-    process = subprocess.Popen(quick(path, "--rounds", "1000000"), cwd=ROOT, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 100
-        while not (path.exists() and load(path)["rows"][-1]["status"] == "ok"):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
+    with Script(*quick(path, "--rounds", "1000000"), cwd=ROOT) as process:
+        process.until(lambda: path.exists() and load(path)["rows"][-1]["status"] == "ok")
         process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     run = load(path)
     assert not run["complete"]
     assert [r["status"] for r in run["rows"]] == ["ok"] * 3
