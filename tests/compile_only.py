@@ -204,17 +204,30 @@ TILE_KERNELS = ("frozen_head_fwd_kernel", "linear_logps_bwd_kernel", "linear_log
 
 @contextlib.contextmanager
 def front_end_alone() -> Iterator[None]:
-    """Within it a compilation for NVIDIA ends where shared memory is laid out: no optimiser, no assembler."""
+    """Within it a compilation for NVIDIA ends where shared memory has been laid out: no code is made."""
     from triton.backends.nvidia import compiler
 
-    def make_ptx(self: Any, source: Any, metadata: dict[str, Any], *rest: Any) -> str:
-        metadata["name"] = "not assembled"
+    class LaidOut(Exception):
+        pass
+
+    make_llir = compiler.CUDABackend.make_llir
+
+    def stop(passes: Any, *_: Any) -> None:
+        raise LaidOut(passes)
+
+    def lay_out(self: Any, source: Any, metadata: dict[str, Any], *rest: Any) -> str:
+        try:
+            make_llir(self, source, metadata, *rest)
+        except LaidOut as laid_out:
+            laid_out.args[0].run(source, "make_llir")
+        metadata.update(shared=source.get_int_attr("ttg.shared"), name="not assembled")
         return ""
 
     with (
-        mock.patch.object(compiler.llvm, "optimize_module", lambda *_, **__: None),
-        mock.patch.object(compiler.CUDABackend, "make_ptx", make_ptx),
-        mock.patch.object(compiler.CUDABackend, "make_cubin", lambda *_, **__: b""),
+        mock.patch.object(compiler.nvidia.passes.ttgpuir, "add_to_llvmir", stop),
+        mock.patch.object(compiler.CUDABackend, "make_llir", lay_out),
+        mock.patch.object(compiler.CUDABackend, "make_ptx", lambda *_: ""),
+        mock.patch.object(compiler.CUDABackend, "make_cubin", lambda *_: b""),
     ):
         yield
 
