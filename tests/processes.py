@@ -42,7 +42,9 @@ def run_ranks(worker: Callable[..., None], *args: Any, ranks: int = 2, timeout: 
 
     Ranks that have not ended in time are killed, since a rank may wait for one that has failed.
     """
-    context = torch.multiprocessing.start_processes(worker, args, ranks, join=False, start_method="forkserver")
+    context = torch.multiprocessing.start_processes(
+        _run_rank, (worker, *args), ranks, join=False, start_method="forkserver"
+    )
     end = time.monotonic() + timeout
     try:
         while time.monotonic() < end:
@@ -54,6 +56,18 @@ def run_ranks(worker: Callable[..., None], *args: Any, ranks: int = 2, timeout: 
         for process in context.processes:
             process.kill()
     return f"not ended after {timeout} s"
+
+
+def _run_rank(rank: int, worker: Callable[..., None], *args: Any) -> None:
+    """Ends without taking the process group down, once all ranks are here.
+
+    In torch 2.13 that may hang. DistributedDataParallel holds the group. Where it goes last, its destructor waits for
+    gloo's threads with the interpreter's lock held, and they need the lock to free what Python has given them.
+    """
+    worker(rank, *args)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    os._exit(0)
 
 
 class Script:

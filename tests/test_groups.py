@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_ranks
 from torch import Tensor, nn
 
 from groupdpo_kernels import Objective, PreferenceGroups, group_backward, preference_loss
@@ -230,7 +231,6 @@ def data_parallel_rank(rank: int, folder: str) -> None:
         batches = data_of(rank)  # other data on each rank, and another number of micro-batches
         group_backward(batches, forward_of(ddp), FIVE, MPO, torch.zeros(5), strategy=strategy, no_sync=ddp.no_sync)
         torch.save((len(reductions), [p.grad for p in network.parameters()]), f"{folder}/{strategy}.{rank}")
-    torch.distributed.destroy_process_group()
 
 
 FIVE = PreferenceGroups.from_lists([[True, False, False, False, True]])
@@ -251,7 +251,7 @@ def forward_of(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 
 def test_data_parallel_synchronises_once(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(data_parallel_rank, (str(tmp_path),), nprocs=2)
+    assert not (failure := run_ranks(data_parallel_rank, str(tmp_path))), failure
     network = make_network()
     for rank in range(2):
         token_logps, cu_seqlens = forward_of(network)(torch.cat(data_of(rank)))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 from tiny_models import batch, eager_logps, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -218,18 +218,12 @@ def worker(rank: int, folder: str) -> None:
             report.write_text(traceback.format_exc())
             raise
         dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sharded")
-    context = mp.start_processes(worker, (str(path),), nprocs=WORLD, join=False, start_method="spawn")
-    try:
-        while not context.join(timeout=240):
-            pass
-    except (mp.ProcessRaisedException, mp.ProcessExitedException):
-        pass  # the reports say where
+    run_ranks(worker, str(path), ranks=WORLD)  # the reports say where one fails
     return path
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 from prompt_groups import groups_of, ref_logps
 from tiny_models import batch, eager_logps, make
 from torch import Tensor, nn
@@ -492,22 +492,12 @@ def worker(rank: int, folder: str) -> None:
             report.write_text(traceback.format_exc())
             raise
         dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
-    context = mp.start_processes(worker, (str(path),), nprocs=WORLD, join=False, start_method="spawn")
-    end = time.monotonic() + 400
-    try:
-        while time.monotonic() < end and not context.join(timeout=5):
-            pass
-    except (mp.ProcessRaisedException, mp.ProcessExitedException):
-        pass  # the reports say where
-    finally:
-        for process in context.processes:
-            process.kill()
+    run_ranks(worker, str(path), ranks=WORLD)  # the reports say where one fails
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import CONTEXT
 from tiny_models import batch, make
 from tiny_training import PARTS, B, Counting, L, Training, lora, run_as_rank, run_until_killed, run_with_others, stages
 from torch import Tensor, nn
@@ -37,10 +37,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------------------- resume
-
-
-CONTEXT = multiprocessing.get_context("forkserver")  # imports once; each child is a process of its own
-CONTEXT.set_forkserver_preload(["transformers.models.llama.modeling_llama", "groupdpo_kernels.stepwise.stages"])
 
 
 def in_process(target: Callable[..., None], *args: Any) -> Any:

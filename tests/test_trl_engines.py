@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_ranks
 from tiny_trl import COMMON, GROUPS, llama, lora, run, steps, trainable
 
 from groupdpo_kernels import Objective
@@ -93,7 +94,6 @@ def as_rank(rank: int, port: int, folder: str, names: list[str]) -> None:
         for state in (AcceleratorState, GradientState):
             state._reset_state()
         PartialState._shared_state.pop("distributed_type", None)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +109,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             names = [other for other, row in RUNS.items() if row[0][:4] == engine]
-            context = torch.multiprocessing.spawn(as_rank, (port, str(folder), names), 2, join=False)
-            try:
-                while not context.join(timeout=300):
-                    pass
-            except torch.multiprocessing.ProcessExitedException:
-                pass
+            run_ranks(as_rank, port, str(folder), names)
         paths = [folder / f"{name}.{rank}.pt" for rank in range(2)]
         found = [torch.load(path) if path.exists() else "did not run" for path in paths]
         assert not any(isinstance(each, str) for each in found), "\n".join(map(str, found))

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import trl
+from processes import run_ranks
 from tiny_models import make
 from tiny_trl import COMMON, GROUPS, PAIRS, check_same, llama, lora, run, run_as_rank, steps, trainable
 from transformers import HfArgumentParser
@@ -127,7 +128,7 @@ def test_two_ranks_are_one_of_twice_the_batch(make_trainer: Any, tmp_path: Path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_as_rank, (port, str(tmp_path)), 2)
+    assert not (failure := run_ranks(run_as_rank, port, str(tmp_path))), failure
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     trainer, start, expected = run(make_trainer({"micro_batch_sequences": 2}))
     for strategy in ("two_pass", "one_pass", "coupled", "auto"):

@@ -17,6 +17,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from processes import run_ranks
 from tiny_models import BASE, make
 from tiny_online import ONLINE, Gradients, Rewards, far, groups_of, loaded, plain_gradient, run_as_rank
 from tiny_trl import PROMPTS, llama, lora, steps, trainable
@@ -279,7 +280,7 @@ def test_two_ranks_take_the_mean_over_the_groups_of_both(bpe: Any, tmp_path: Pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_as_rank, (port, str(tmp_path)), 2)
+    assert not (failure := run_ranks(run_as_rank, port, str(tmp_path))), failure
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for strategy in ("two_pass", "coupled"):
         (kind, calls, seen, states, rows), (_, others, also, _, _) = (rank[strategy] for rank in both)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from processes import Script
 from tiny_models import make
 from tiny_tokenizers import byte_level_bpe
 from typer.testing import CliRunner
@@ -60,13 +60,7 @@ def refused(*arguments: Any) -> str:
 def run_until(ready: Callable[[], bool], *arguments: Any) -> None:
     """The console script in a process of its own, killed without warning as soon as it is `ready`."""
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same sums as in this process
-    process = subprocess.Popen([SCRIPT, *map(str, arguments)], env=os.environ | threads, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 300
-    while not ready():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError(f"never got there: {process.communicate()[1].decode()}")
-        time.sleep(0.0005)
-    process.kill()
-    assert process.wait() == -9, "it ended before it was killed"
-    process.communicate()
+    with Script(SCRIPT, *arguments, env=os.environ | threads) as process:
+        process.until(ready)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"

@@ -147,4 +147,3 @@ def run_as_rank(rank: int, port: int, folder: str) -> None:
         kind = type(trainer.model_wrapped).__name__
         found[strategy] = kind, rewards.calls, gradients.seen, gradients.states, rows
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()

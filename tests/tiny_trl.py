@@ -110,4 +110,3 @@ def run_as_rank(rank: int, port: int, folder: str) -> None:
         assert trainer.strategy == ("two_pass" if strategy == "auto" else strategy)
         found[strategy] = type(trainer.model_wrapped).__name__, weights, steps(trainer)
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
