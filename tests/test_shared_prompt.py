@@ -32,6 +32,7 @@ LLAMA4 = HEADS | EXPERTS | {"num_experts_per_tok": 1, "intermediate_size_mlp": 4
 LLAMA4 |= {"attention_chunk_size": 4, "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "moe_layers": [1, 3]}
 TWO_KINDS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 PER_LAYER = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
+WIDE = {"head_dim": 16, "global_head_dim": 16}
 GEMMA3N = HEADS | WINDOW | TWO_KINDS | PER_LAYER | {"intermediate_size": [48] * 4, "altup_num_inputs": 2}
 GEMMA3N |= {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "laurel_rank": 4}
 GPT_NEO = {"attention_types": [[["global", "local"], 1]], "window_size": 4, "num_layers": 2, "num_heads": 4}
@@ -72,7 +73,8 @@ MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "glm4": ("Glm4ForCausalLM", "Glm4Config", HEADS),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", HEADS | WINDOW | EXPERTS | {"num_local_experts": 4}),
     "gemma3n": ("Gemma3nForCausalLM", "Gemma3nTextConfig", GEMMA3N),
-    "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig", HEADS | WINDOW | TWO_KINDS | PER_LAYER),
+    # Heads of 8 amplify rounding twenty times, and by how much differs between processors.
+    "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig", HEADS | WINDOW | TWO_KINDS | PER_LAYER | WIDE),
 }
 
 
@@ -180,7 +182,8 @@ def test_it_rounds_as_whole_sequences_do(name: str) -> None:
     truth = coupled(wide, collate(GROUPS), forward)
     for dtype in (torch.bfloat16, torch.float32):
         model.to(dtype)
-        wholes = [run(model, collate(GROUPS, max_sequences=4)), coupled(model, collate(GROUPS))]
+        wholes = [run(model, collate(GROUPS, max_sequences=size)) for size in (1, 2, 4)]
+        wholes += [coupled(model, collate(GROUPS))]
         shared = run(model, collate(GROUPS, max_sequences=4, share_prompt=True))
         check_budget(shared, worst(wholes, truth), truth, torch.finfo(dtype).eps)
 

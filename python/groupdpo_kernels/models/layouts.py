@@ -263,6 +263,7 @@ def _compare_shared(
     try:
         alone = [score({"input_ids": ids[None]})[0, -5:] for ids in whole]
         twice = [score({"input_ids": torch.stack([ids, ids])})[0, -5:] for ids in whole]
+        longer = [score({"input_ids": torch.cat([ids, ids[:3]])[None]})[0, -8:-3] for ids in whole]
     except Exception as error:  # whatever a model raises on an input that it does not expect: images, two streams
         raise _NotMeasured(f"{name} takes no plain text: {type(error).__name__}: {error}") from error
     try:
@@ -270,9 +271,11 @@ def _compare_shared(
     except Exception as error:
         return f"{name} does not take the keys and values of a prompt: {type(error).__name__}: {error}"
     # A float64 model may round in float32 inside: rotary tables, ALiBi. Large weights amplify what is rounded.
-    scale = max(score.eps, torch.finfo(torch.float32).eps) * max(float(x.abs().max()) for x in alone)
-    noise = max(_distance(x, y) for x, y in zip(twice, alone, strict=True))
-    apart = max(_distance(x, y) for x, y in zip(found, alone, strict=True))
+    largest = max(float(x.abs().max()) for x in alone)
+    scale = max(score.eps, torch.finfo(torch.float32).eps) * largest
+    noise, after, apart = (max(map(_distance, some, alone)) for some in (twice, longer, found))
+    # Tokens that come later change what a model rounds, and nothing else unless it sees them: then by far more.
+    noise = max(noise, after) if after <= 1e-3 * largest else noise
     if not apart <= 16 * max(noise, scale):  # NaN counts as a difference
         return f"in {name} a response after its prompt's keys and values is {apart:.1e} off the whole sequence"
     return ""
