@@ -119,12 +119,12 @@ def draw_ratios(content: dict[str, Any], path: Path, theme: str = "light") -> Pa
             ends = {"ymin": y - 0.36, "ymax": y + 0.36, "color": colors["ink"], "linewidth": 2}
             target = axis.vlines(row["target"], **ends, label="target, at most")
         right = max(ratio, row["tokens"], row["target"] or 0)
-        text = f"{ratio:.2f}" + ("" if row["shared"] else " (too little to share: runs unshared)")
+        text = f"{ratio:.3f}" + ("" if row["shared"] else " (not shared)")
         style = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": colors["ink"]}
         axis.annotate(text, (right, y), (9, 0), **style)
     handles = [bar, tokens, *([target] if any(row["target"] is not None for row in rows) else [])]
     axis.set_yticks(range(len(rows)), [name_of(row) for row in rows], fontsize=9)
-    axis.set(xlim=(0, 1.3), ylim=(len(rows) - 0.4, -0.6), xlabel="1 is the same group with the prompt in every row")
+    axis.set(xlim=(0, 1.4), ylim=(len(rows) - 0.4, -0.6), xlabel="1 is the same group with the prompt in every row")
     axis.axvline(1, color=colors["faint"], linewidth=1, zorder=0)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, labelcolor=colors["ink"])
