@@ -5,22 +5,21 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import Script, run_script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-DEMO = [sys.executable, str(EXAMPLES / "group_arithmetic.py"), "--quick"]
+DEMO = [EXAMPLES / "group_arithmetic.py", "--quick"]
 
 
 def test_the_quick_demo_leaves_a_report_and_a_picture(tmp_path: Path) -> None:
     out = tmp_path / "some" / "where"
-    run = subprocess.run([*DEMO, "--seed", "3", "--out", str(out)], capture_output=True, text=True, timeout=240)
+    run = run_script(*DEMO, "--seed", 3, "--out", out)
     assert run.returncode == 0, run.stderr
     for part in (
         "held-out accuracy",
@@ -66,18 +65,12 @@ def check_run(run: dict[str, Any], start: dict[str, float]) -> None:
 
 
 def test_an_interrupt_keeps_what_there_is(tmp_path: Path) -> None:
-    run = subprocess.Popen(
-        [*DEMO, "--steps", "100000", "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert run.stdout is not None
-    for line in run.stdout:
-        if line.split()[:4] == ["MPO", "+", "NLL", "0"]:  # the row before the first step
-            break
-    time.sleep(0.5)
-    run.send_signal(signal.SIGINT)
-    stdout, stderr = run.communicate(timeout=60)
-    assert run.returncode == 130, stderr
-    assert "interrupted" in stdout and "Warning" not in stderr
+    with Script(*DEMO, "--steps", 100000, "--out", tmp_path) as run:
+        run.until(lambda: "\nMPO + NLL      0 " in run.stdout.read_text())  # the row before the first step
+        time.sleep(0.5)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130, run.stderr.read_text()
+        assert "interrupted" in run.stdout.read_text() and "Warning" not in run.stderr.read_text()
     report = json.loads((tmp_path / "report.json").read_text())
     (run_so_far,) = report["runs"]
     assert report["interrupted"] and run_so_far["curve"][0]["accuracy"] == 0.5

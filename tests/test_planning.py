@@ -89,8 +89,8 @@ def test_fake_step_takes_the_bytes_of_a_real_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["coupled", "two_pass", "one_pass", "pairs"])
 def test_extrapolation_is_exact(name: str) -> None:
-    workload = replace(SMALL, layers=5, micro_batch=1, **SETTINGS[name])
-    group = 6
+    workload = replace(SMALL, layers=5, micro_batch=1, positives=1, **SETTINGS[name])
+    group = 5  # more than the two sizes that stand for all
     found = Remembered(workload, Hardware(device="cpu")).at(group)
     whole = trace(replace(workload, group=group), build_model(workload, META), "cpu")
     most = max(whole.values(), key=lambda peak: peak.total)
@@ -317,7 +317,7 @@ def test_wrong_hardware_and_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("strategy", ["coupled", "two_pass", "pairs"])
-@pytest.mark.parametrize(("positives", "group"), [(1, 3), (1, 7), (2, 5)])
+@pytest.mark.parametrize(("positives", "group"), [(1, 3), (1, 6), (2, 5)])
 def test_groups_with_any_number_of_positives(strategy: str, positives: int, group: int) -> None:
     """Odd groups, and few layers and small groups for all: the same bytes as the whole step has."""
     workload = replace(SMALL, layers=5, micro_batch=1, strategy=strategy, group=group, positives=positives)

@@ -1,12 +1,11 @@
 """Profiles: the rows they draw are as peaked as they say, at any shape; the script that recorded them runs."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 
 from bench import recorded_rows
 from bench.recorded_rows import PROFILES, ROWS, Rows, describe_rows, draw_profile, load_rows
@@ -88,8 +87,7 @@ def test_data_file_is_small():
 
 def test_script_writes_rows(tmp_path):
     path = tmp_path / "rows.pt"
-    command = [sys.executable, "bench/train_rows.py", "--quick", "--out", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_script("bench/train_rows.py", "--quick", "--out", path, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     recorded = load_rows(path)
     assert recorded.V == 1024 and len(recorded.ids) == len(recorded.statistics) == 32 and "seed 0" in recorded.made_by

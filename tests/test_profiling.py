@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import Script
+from tiny_cli import SCRIPT
 
 from groupdpo_kernels.memory.report import curves, write_report
 from groupdpo_kernels.memory.sweep import Worker, profile, read_figures, table
@@ -89,22 +87,15 @@ def test_resume_measures_what_is_missing(measured: Path, tmp_path: Path, monkeyp
 
 
 def test_interruption_keeps_what_was_measured(tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).with_name("groupdpo-kernels")), "profile", "--out", str(tmp_path), "--device"]
     sizes = ",".join(map(str, range(2, 60, 2)))
-    command += ["cpu", "--layers", "1", "--tokens", "16", "--groups", sizes, "--kinds", "memory", "--settings", "full"]
+    options = ("--layers", 1, "--tokens", 16, "--groups", sizes, "--kinds", "memory", "--settings", "full")
     path = tmp_path / "measured.jsonl"
-    # A job in the background of a shell ignores the signal, and its children inherit that.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
-    try:
-        # It waits for the first figures, however long a busy machine takes for them, or for the end of the process.
-        while running.poll() is None and not (path.exists() and len(path.read_text().splitlines()) > 1):
-            time.sleep(0.1)
+    with Script(SCRIPT, "profile", "--out", tmp_path, "--device", "cpu", *options) as running:
+        running.until(lambda: path.exists() and len(path.read_text().splitlines()) > 1)  # the first figures are there
         running.send_signal(signal.SIGINT)
-        output, errors = running.communicate()
-    finally:
-        running.kill()
-    assert running.returncode == 130 and "--resume goes on" in errors, errors
+        assert running.wait() == 130
+        output, errors = running.stdout.read_text(), running.stderr.read_text()
+    assert "--resume goes on" in errors, errors
     assert read_figures(path)[1][0]["status"] == "ok" and "MiB" in output
     assert (tmp_path / "report.html").exists()
 
