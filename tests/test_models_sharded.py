@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +22,12 @@ from tiny_models import batch, eager_logps, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from groupdpo_kernels import attach, model_logps
+from groupdpo_kernels.memory.planner import Hardware, Prediction
+from groupdpo_kernels.memory.workload import TrainingStep, Workload, build_model
 
 WORLD = 2
 
@@ -188,27 +190,39 @@ def check(build: Callable[[], tuple[nn.Module, nn.Module]], rank: int) -> None:
         torch.testing.assert_close(model_logps(wrapped, **mine), expected[rows], rtol=1e-5, atol=2e-5)
 
 
-def tensor_parallel_head(rank: int) -> None:
-    """A vocabulary split over the ranks needs the whole logits, and says so."""
-    model, inputs = make("llama"), batch()
-    expected = eager_logps(model, **inputs)
-    split = ColwiseParallel(output_layouts=Replicate())
-    parallelize_module(model, init_device_mesh("cpu", (WORLD,)), {"lm_head": split})
-    with pytest.warns(UserWarning, match="split over devices"):
-        found = model_logps(model, **inputs)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
-    with pytest.raises(ValueError, match=r"split over devices.*strict=True forbids"):
-        model_logps(model, **inputs, strict=True)
+class Received(TorchDispatchMode):
+    """Counts the bytes that a rank receives from the others, as the planner names them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = {"weights": 0, "gradients": 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        gathers = {"c10d::_allgather_base_": ("weights", 0), "c10d::_reduce_scatter_base_": ("gradients", 1)}
+        if func._schema.name in gathers:
+            name, place = gathers[func._schema.name]
+            self.bytes[name] += args[place].nbytes * (WORLD - 1) // WORLD
+        return func(*args, **(kwargs or {}))
+
+
+def traffic_as_planned(rank: int) -> None:
+    for strategy in ("two_pass", "coupled", "pairs"):
+        load = Workload(strategy=strategy, group=4, tokens=8, layers=2, lora_rank=4 * (strategy == "pairs"))
+        step = TrainingStep(load, "cpu", shard(build_model(load, torch.device("cpu"))))
+        step.forward_backward(load)  # the first measures the model too
+        with Received() as received:
+            step.forward_backward(load)
+        assert received.bytes == Prediction(load, Hardware(ranks=WORLD)).traffic_at(4), strategy
 
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    for case in (*CASES, tensor_parallel_head):
+    for case in (*CASES, traffic_as_planned):
         report = Path(folder, f"{case.__name__}.{rank}")
         try:
-            if case is tensor_parallel_head:
+            if case is traffic_as_planned:
                 case(rank)
             else:
                 check(case, rank)
@@ -227,7 +241,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("case", [c.__name__ for c in (*CASES, tensor_parallel_head)])
+@pytest.mark.parametrize("case", [c.__name__ for c in (*CASES, traffic_as_planned)])
 def test_two_processes_give_the_gradients_of_one(case: str, folder: Path) -> None:
     for rank in range(WORLD):
         report = folder / f"{case}.{rank}"

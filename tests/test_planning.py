@@ -25,6 +25,7 @@ from groupdpo_kernels.memory.planner import (
     trace,
     track,
     tracker_of,
+    traffic_text,
 )
 from groupdpo_kernels.memory.sweep import Worker
 from groupdpo_kernels.memory.tracker import Peak, follow_layers
@@ -243,6 +244,10 @@ def test_ranks_split_what_they_hold_and_a_reference_adds() -> None:
         assert four.by_category()[category] == pytest.approx(one.by_category()[category] / 4, rel=1e-3)
     both = Remembered(workload, Hardware(reference=True)).parts_at(4)["optimizer"].by_category()["parameters"]
     assert both == pytest.approx(2 * one.by_category()["parameters"], rel=1e-3)
+    sent = {n: Remembered(workload, Hardware(ranks=n)).traffic_at(4)["gradients"] for n in (1, 2, 4)}
+    assert sent[1] == 0 < sent[2] and sent[4] == pytest.approx(1.5 * sent[2])
+    row = {"strategy": "two_pass", "traffic": {2: {}, 4: {"weights": 3 * 2**30, "gradients": 2**30}}}
+    assert traffic_text([row]) == "Each GPU receives in a step of G = 4: two_pass 4.0 GiB (1.0 of gradients)"
 
 
 def test_micro_batch_fits_and_one_more_does_not() -> None:

@@ -102,7 +102,7 @@ def plan(
     needs("plan", "transformers")
     if workload["lora_rank"]:
         needs("plan --lora-rank", "peft")
-    from ..memory.planner import Hardware, plan_table, savings_text
+    from ..memory.planner import Hardware, plan_table, savings_text, traffic_text
     from ..memory.planner import plan as predict
     from ..memory.workload import Workload
 
@@ -124,6 +124,8 @@ def plan(
     typer.echo(plan_table(rows))
     if base.share_prompt:
         typer.echo(f"\n{savings_text(rows[0])}")
+    if devices.ranks > 1:
+        typer.echo(f"\n{traffic_text(rows)}")
 
 
 def report(

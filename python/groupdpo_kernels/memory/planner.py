@@ -10,6 +10,7 @@ are. A prompt that runs once is the same in all groups, so its parts of the step
 Rules, not the tracker, give the workspace of this package's ops (`lm_head.workspace`) and FSDP, as FSDP2 does it by
 layer: parameters, gradients and the optimizer's state are split over the ranks; the embedding and the head are whole
 from the forward to the end of the backward, with their gradients, and so are two layers, with the gradient of one.
+What the ranks send each other follows from the same rules: each gathers the layers in every forward and every backward.
 `headroom` stands for what a framework takes besides tensors (about half a GiB of a GPU) and what an allocator loses to
 fragments. Masks of padded batches are not counted.
 The planner never downloads or allocates what it counts. It needs transformers, seconds a strategy, and some 100 MB.
@@ -239,6 +240,25 @@ class Prediction:
     def _trace(self, workload: Workload, layers: Sequence[int]) -> dict[str, Peak]:
         return trace(workload, self.make(layers), self.hardware.device)
 
+    def traffic_at(self, group: int) -> dict[str, int]:
+        """Bytes that each rank receives in a step at this group size under FSDP: weights, and sums of gradients.
+
+        A layer is gathered in each forward and again in each backward, and so are embedding and head, but once for
+        both; pass 2 of two passes finds the latter as pass 1 left them. Each backward reduces all gradients.
+        """
+        load, ranks = replace(self.workload, group=group), self.hardware.ranks
+        times = {"two_pass": -(-group // load.micro_batch), "one_pass": group, "pairs": load.num_pairs}.get(
+            load.strategy, 1
+        )
+        forwards = 2 * times if load.strategy == "two_pass" else times
+        root, layer, root_grad, layer_grad = self._sizes()
+        n = int(self.config.num_hidden_layers)
+        weights = (forwards + times) * n * layer + times * root
+        gradients = times * (n * layer_grad + root_grad)
+        return {
+            name: size * (ranks - 1) // ranks for name, size in {"weights": weights, "gradients": gradients}.items()
+        }
+
     # ------------------------------------------------------------------------------------------- what is not tracked
 
     def _sizes(self) -> tuple[int, int, int, int]:
@@ -342,6 +362,7 @@ def plan_row(workload: Workload, groups: Sequence[int], hardware: Hardware) -> d
         "usable": hardware.usable,
         "computed_tokens": {w.group: w.computed_tokens for w in loads},
         "unshared_tokens": {w.group: replace(w, share_prompt=False, prompts=1).computed_tokens for w in loads},
+        "traffic": {group: prediction.traffic_at(group) for group in groups} if hardware.ranks > 1 else {},
     }
 
 
@@ -352,6 +373,17 @@ def savings_text(row: dict[str, Any]) -> str:
         f"{n:,} instead of {whole[g]:,} at G = {g} ({n / whole[g]:.2f})" for g, n in row["computed_tokens"].items()
     ]
     return f"The prompt runs once. Tokens that a forward computes: {', '.join(found)}"
+
+
+def traffic_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A text: what each rank receives in a step of the largest group, weights and gradients together."""
+    found = []
+    for row in rows:
+        group, sizes = max(row["traffic"].items())
+        found.append(
+            f"{row['strategy']} {sum(sizes.values()) / GiB:.1f} GiB ({sizes['gradients'] / GiB:.1f} of gradients)"
+        )
+    return f"Each GPU receives in a step of G = {group}: {', '.join(found)}"
 
 
 def plan_table(rows: Sequence[dict[str, Any]]) -> str:
