@@ -30,7 +30,6 @@ from tiny_models import batch, eager_logps, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -326,36 +325,9 @@ def a_micro_batch_without_live_tokens(rank: int) -> None:
 # --------------------------------------------------------------------------------------------------- tensor parallelism
 
 
-def split_head(model: nn.Module, **options: Any) -> nn.Module:
-    plan = {"lm_head": ColwiseParallel(**options)}
+def split_head(model: nn.Module) -> nn.Module:
+    plan = {"lm_head": ColwiseParallel()}
     return parallelize_module(model, init_device_mesh("cpu", (WORLD,)), plan)
-
-
-def a_head_split_over_ranks(rank: int) -> None:
-    """A rank's piece of the vocabulary is no vocabulary; logits that know of their pieces are gathered."""
-    single, inputs = make("llama", num_hidden_layers=1), batch(B=2, L=9)
-    expected = eager_logps(single, **inputs)
-    expected.sum().backward()
-
-    local = split_head(copy.deepcopy(single), output_layouts=Shard(-1), use_local_output=True)
-    with pytest.warns(UserWarning, match="split over devices"), pytest.raises(ValueError, match=r"got 25[45] of 509"):
-        model_logps(local, **inputs)
-
-    known = split_head(copy.deepcopy(single), output_layouts=Shard(-1), use_local_output=False)
-    with pytest.warns(UserWarning, match="split over devices"):
-        found = model_logps(known, **inputs)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
-    found.sum().backward()
-    for (name, parameter), other in zip(single.named_parameters(), known.parameters()):
-        whole = other.grad.full_tensor() if hasattr(other.grad, "full_tensor") else other.grad
-        torch.testing.assert_close(whole, parameter.grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
-
-    by_hand = make("llama", num_hidden_layers=1, vocab_size=508)
-    rows = by_hand.lm_head.weight.detach()
-    by_hand.lm_head = nn.Linear(32, 254, bias=False)
-    by_hand.lm_head.weight.data.copy_(rows[254 * rank :][:254])
-    with pytest.raises(ValueError, match="got 254 of 508, the piece of one rank"):
-        model_logps(by_hand, **batch(B=2, L=9))
 
 
 def a_sharded_model_is_no_trainers(rank: int) -> None:
@@ -392,9 +364,8 @@ def a_model_sharded_by_transformers(rank: int) -> None:
             ):
                 with pytest.raises(ValueError, match=said):
                     trainer(model, args=arguments(**options), train_dataset=[], processing_class=byte_level_bpe())
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
-                found = model_logps(model, **inputs)
+            with torch.no_grad():
+                found = model_logps(model, **inputs, strict=True)
             torch.testing.assert_close(found, eager_logps(single, **inputs), rtol=1e-5, atol=2e-5)
     finally:
         dist.barrier()
@@ -465,7 +436,6 @@ CASES: list[Callable[[int], None]] = [
     an_error_of_one_rank_is_one_of_all,
     a_bare_model_waits_for_nobody,
     a_micro_batch_without_live_tokens,
-    a_head_split_over_ranks,
     a_sharded_model_is_no_trainers,
     a_model_sharded_by_transformers,
     zero_1,

@@ -67,10 +67,11 @@ def model_logps(
         token_logps = model_logps(model, input_ids, targets, attention_mask=attention_mask)
         chosen, rejected = token_logps.sum(1).chunk(2)
 
-    It takes what a trainer holds: a bare model, or one wrapped by DistributedDataParallel, FSDP or ZeRO-3; LoRA (on the
-    head too: exact, no merged copy), several adapters, `modules_to_save`, `disable_adapter()` for the reference;
-    quantised and custom heads; autocast; gradient checkpointing; images. The values are those of
-    `log_softmax(model(...).logits.float() / temperature)` at the targets, without the rounding of logits to bfloat16.
+    It takes what a trainer holds: a bare model, or one wrapped by DistributedDataParallel, FSDP or ZeRO-3, or split by
+    tensor parallelism (each rank computes its rows of the head); LoRA (on the head too: exact, no merged copy), several
+    adapters, `modules_to_save`, `disable_adapter()` for the reference; quantised and custom heads; autocast; gradient
+    checkpointing; images. The values are those of `log_softmax(model(...).logits.float() / temperature)` at the
+    targets, without the rounding of logits to bfloat16.
 
     Args:
         model: a causal LM with `get_output_embeddings()`. Give the wrapper that you train, so that its gradients are
@@ -89,8 +90,8 @@ def model_logps(
 
     Raises ValueError or TypeError for wrong targets, for `labels`; for more positions than a model with learned ones
     has, and, on the CPU, for ids without an embedding; for several sequences in a row of a model that mixes them; for
-    adapters with virtual tokens (prompt tuning); for a prefix of a model that cannot share one; for a head that gives
-    one rank's piece of the vocabulary (tensor parallelism); and, under `strict`, where real logits are needed.
+    adapters with virtual tokens (prompt tuning); for a prefix of a model that cannot share one; for a head that is not
+    linear and gives one rank's piece of the vocabulary; and, under `strict`, where real logits are needed.
     `attach(model).with_outputs(...)` gives the model's other outputs (the auxiliary loss of a mixture of experts).
     """
     options = ScoreOptions(ignore_index, temperature, grad_tol, workspace_bytes, impl, strict)

@@ -4,8 +4,9 @@
 before: whatever gathers a sharded weight (FSDP2, ZeRO-3, offloading hooks) does so around the replacement, and the
 result leaves through the module's output, where its gradient meets the same hooks.
 
-A linear head, and plain LoRA on it, go through `linear_logps`; any other head (quantised, DoRA, custom) is called
-itself, on chunks of rows whose logits are rebuilt in the backward. Rows whose target is ignored are left out.
+A linear head, and plain LoRA on it, go through `linear_logps`, with this rank's rows where tensor parallelism splits it
+(split_head.py); any other head (quantised, DoRA, custom) is called itself, on chunks of rows whose logits are rebuilt
+in the backward. Rows whose target is ignored are left out.
 It never reads a weight outside the call of the module that owns it, or stores (T, V) logits.
 It needs a head that scores each row by itself (probe.py checks). The cost is `linear_logps`, or the head twice, and
 `workspace_bytes` beyond the gradients. docs/math.md has the formulas.
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
+from ..distributed import is_dtensor
 from ..lm_head.api import linear_logps
+from .split_head import HeadPart, like, own_forward, part_of, whole, why_not_split
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class HeadCall:
     count: int = 0  # calls of the head
     reason: str = ""  # why the head gave real logits after all
     token_logps: Tensor = field(init=False)  # (B, L), once the model has run
+    split: bool = False  # whether the head is called with a DTensor
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -97,7 +101,7 @@ class HeadCall:
         if args or kwargs:
             self.reason = f"its output head takes more than the hidden states: {[*map(type, args), *kwargs]}"
         else:
-            self.reason = why_split(self.leaf, hidden)
+            self.reason = why_split(self.leaf, self.parts, hidden, self.logit_map.vocab)
         if self.reason or self.count > 1:
             return self.real(hidden, *args, **kwargs)
         total = self.targets.numel()
@@ -107,30 +111,38 @@ class HeadCall:
                 f" {tuple(self.targets.shape)} (leave logits_to_keep out; pad targets for virtual tokens)"
             )
         self.targets, self.rows = self.targets.to(hidden.device), self.rows.to(hidden.device)
-        token_logps = self._score(hidden)
+        token_logps = self._score(whole(hidden), hidden)
         if token_logps.numel() < total:
             token_logps = token_logps.new_zeros(total).index_copy(0, self.rows, token_logps)
         # A clone, since FSDP2's hooks would be lost if an operation in place hit a view.
         self.produced, self.logits_dtype = token_logps.reshape(*hidden.shape[:-1], 1).clone(), hidden.dtype
-        return self.produced
+        self.split = is_dtensor(hidden)
+        return like(self.produced, hidden)
 
     def _leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Takes the log-probabilities from the head's output and sends a placeholder of logits on through the model."""
         if self.reason or self.count != 1:
             return None
-        # Where FSDP2 casts to its output_dtype, its hooks are on the tensor before the cast, which has all digits.
-        whole = output if output.dtype == self.produced.dtype else self.produced
-        self.token_logps = whole.reshape(self.targets.shape)
-        placeholder = torch.zeros_like(output, dtype=self.logits_dtype)
-        return Tie.apply(placeholder, output) if output.requires_grad else placeholder
+        # Where FSDP2 casts to its output_dtype, its hooks are on the tensor before the cast, which has all digits. In
+        # tensor parallelism hooks lay the output out as they would logits, and a rank may be left with none of it.
+        split = self.split or is_dtensor(output)
+        kept = self.produced if split or output.dtype != self.produced.dtype else output
+        self.token_logps = kept.reshape(self.targets.shape)
+        path = output.to_local() if is_dtensor(output) else output  # type: ignore[attr-defined]
+        placeholder = torch.zeros_like(kept if split else path, dtype=self.logits_dtype)
+        return Tie.apply(placeholder, path) if path.requires_grad else placeholder
 
     def _live(self, x: Tensor) -> Tensor:
         """(B, L, n) -> (t, n): the rows whose target is not ignored."""
         x = x.reshape(-1, x.shape[-1])
         return x if self.rows.numel() == x.shape[0] else x.index_select(0, self.rows)
 
-    def _score(self, hidden: Tensor) -> Tensor:
-        """(t,) log-probabilities of the live rows."""
+    def _score(
+        self,
+        x: Tensor,  # (B, L, D)
+        hidden: Tensor,  # (B, L, D) x as the head was given it: perhaps a DTensor
+    ) -> Tensor:  # (t,)
+        """Log-probabilities of the live rows."""
         targets = self._live(self.targets.unsqueeze(-1))[:, 0].long()
         if self.parts is None:
             real = self.real  # the graph keeps logits_of, which must not hold self: self holds the graph
@@ -138,45 +150,55 @@ class HeadCall:
             def logits_of(x: Tensor) -> Tensor:
                 return real(x.unsqueeze(0))[0]  # a custom head may insist on three dimensions
 
-            return logps_in_chunks(logits_of, self._live(hidden), targets, self.logit_map, self.options)
-        base, adapters = self.parts
+            return logps_in_chunks(logits_of, self._live(x), targets, self.logit_map, self.options)
+        base, adapters, _ = self.parts
         if base is self.leaf:
-            return self._linear(targets, base.bias, self._live(hidden), base.weight)
-        calls: list[tuple[nn.Module, Tensor]] = [(base, self._live(hidden))]
-        x = hidden
+            part = part_of(base.weight, self.logit_map.vocab)
+            bias = None if base.bias is None else part.rows(base.bias)
+            return self._linear(part, targets, bias, self._live(x), base.weight)
+        calls: list[tuple[nn.Module, Tensor]] = [(base, like(self._live(x), hidden))]
         for a in adapters:
             x = a.cast(x)
             # Dropout draws for every position, as peft's does, so that the same random state drops the same entries.
             live = self._live(x) if a.dropout is None else self._live(a.dropout(x))
-            calls.append((a.up, a.down(live) * a.scaling))
+            calls.append((a.up, a.down(like(live, hidden)) * a.scaling))
+        return inside(calls, functools.partial(self._with_adapters, targets))
 
-        def compute(h: Tensor, *lows: Tensor) -> Tensor:
-            biases: list[Tensor] = [] if base.bias is None else [base.bias]
-            biases += [a.up.bias * a.scaling for a in adapters if a.up.bias is not None]
-            bias = sum(biases[1:], biases[0]).to(h.dtype) if biases else None
-            if not adapters:
-                return self._linear(targets, bias, h, base.weight)
-            # peft keeps float32 adapters over a bfloat16 head, and rounds the sum to bfloat16.
-            up = torch.cat([a.up.weight for a in adapters], 1).to(h.dtype)
-            return self._linear(targets, bias, h, base.weight, (torch.cat(lows, -1).to(h.dtype), up))
-
-        return inside(calls, compute)
+    def _with_adapters(
+        self,
+        targets: Tensor,  # (t,)
+        hidden: Tensor,  # (t, D)
+        *lows: Tensor,  # (t, R) for each adapter
+    ) -> Tensor:  # (t,)
+        """Runs within the calls of the base layer and of the adapters."""
+        assert self.parts is not None
+        base, adapters, takes_plain = self.parts
+        if why := why_not_split(base.weight, hidden, self.logit_map.vocab, takes_plain):
+            raise ValueError(f"the output head under adapters must be whole, or in rows of its vocabulary; {why}")
+        part, hidden = part_of(base.weight, self.logit_map.vocab), whole(hidden)
+        biases: list[Tensor] = [] if base.bias is None else [part.rows(base.bias)]
+        biases += [part.rows(a.up.bias) * a.scaling for a in adapters if a.up.bias is not None]
+        bias = sum(biases[1:], biases[0]).to(hidden.dtype) if biases else None
+        if not adapters:
+            return self._linear(part, targets, bias, hidden, base.weight)
+        # peft keeps float32 adapters over a bfloat16 head, and rounds the sum to bfloat16.
+        up = torch.cat([part.rows(a.up.weight) for a in adapters], 1).to(hidden.dtype)
+        low = torch.cat([whole(low) for low in lows], -1).to(hidden.dtype)
+        return self._linear(part, targets, bias, hidden, base.weight, (low, up))
 
     def _linear(
         self,
+        part: HeadPart,
         targets: Tensor,  # (t,)
-        bias: Tensor | None,  # (V,)
+        bias: Tensor | None,  # (V of the part,)
         hidden: Tensor,  # (t, D)
         weight: Tensor,  # (V, D)
-        low_rank: tuple[Tensor, Tensor] | None = None,  # (t, R), (V, R)
+        low_rank: tuple[Tensor, Tensor] | None = None,  # (t, R), (V of the part, R)
     ) -> Tensor:  # (t,)
         m, o = self.logit_map, self.options
-        if m.vocab < weight.shape[0]:  # the model cuts the padding of its vocabulary
-            weight, bias = weight[: m.vocab], None if bias is None else bias[: m.vocab]
-            low_rank = None if low_rank is None else (low_rank[0], low_rank[1][: m.vocab])
         return linear_logps(
             hidden,
-            weight,
+            part.rows(weight),
             targets,
             bias,
             low_rank=low_rank,
@@ -186,6 +208,7 @@ class HeadCall:
             ignore_index=o.ignore_index,
             grad_tol=o.grad_tol,
             workspace_bytes=o.workspace_bytes,
+            process_group=part.group,
             impl=o.impl,
         )
 
@@ -250,8 +273,21 @@ def inside(calls: list[tuple[nn.Module, Tensor]], compute: Callable[..., Tensor]
     if not calls:
         return compute().clone()  # as in HeadCall._forward: no view for FSDP2
     (module, x), *rest = calls
-    with swapped(module, lambda y: inside(rest, functools.partial(compute, y))):
-        return module(x)
+    past_hooks: list[Tensor] = []  # a result that hooks of tensor parallelism would lay out as they do logits
+
+    def forward(y: Tensor) -> Tensor:
+        result = inside(rest, functools.partial(compute, y))
+        if not is_dtensor(y):
+            return result
+        past_hooks.append(result)
+        return like(result.unsqueeze(-1), y)
+
+    with swapped(module, forward):
+        output = module(x)
+    if not past_hooks:
+        return output
+    path = output.to_local() if is_dtensor(output) else output
+    return Tie.apply(past_hooks[0], path) if path.requires_grad else past_hooks[0]
 
 
 def leaf_of(head: nn.Module) -> nn.Module:
@@ -269,24 +305,24 @@ def leaf_of(head: nn.Module) -> nn.Module:
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the module computes x @ weight.T + bias from a weight that can be read: neither a subclass nor the
-    instance has a forward of its own, and nothing is quantised. (A DTensor is plain inside the module's call.)"""
+    instance has a forward of its own, and nothing is quantised. (A DTensor is plain inside the module's call, or has
+    this rank's rows.)"""
     if type(module).forward is not nn.Linear.forward:
         return False
-    own = vars(module).get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    own = own_forward(vars(module).get("_old_forward" if hasattr(module, "_hf_hook") else "forward"))
     if own is not None and getattr(own, "__func__", None) is not nn.Linear.forward:
         return False
     weight: Any = module.weight
-    return weight.is_floating_point() and (_is_dtensor(weight) or not is_traceable_wrapper_subclass(weight))
+    return weight.is_floating_point() and (is_dtensor(weight) or not is_traceable_wrapper_subclass(weight))
 
 
-def why_split(leaf: nn.Module, hidden: Tensor) -> str:
-    """Why the head is split over devices even inside its call, after FSDP2 has gathered its weight; empty if whole."""
-    split = any(map(_is_dtensor, (hidden, *leaf.parameters(recurse=False))))
-    return "its output head is split over devices (tensor parallelism)" if split else ""
-
-
-def _is_dtensor(x: Tensor) -> bool:
-    return "torch.distributed.tensor" in sys.modules and isinstance(x, torch.distributed.tensor.DTensor)
+def why_split(leaf: nn.Module, parts: LinearParts | None, hidden: Tensor, vocab: int | None = None) -> str:
+    """Why the head is split over devices, even inside its call, in a way that needs real logits; empty if it is not. A
+    head under adapters is looked at in the call of its base layer."""
+    if parts is None:
+        split = any(map(is_dtensor, (hidden, *leaf.parameters(recurse=False))))
+        return "its output head is split over devices (tensor parallelism) and is no linear layer" if split else ""
+    return why_not_split(parts.base.weight, hidden, vocab, parts.takes_plain) if parts.base is leaf else ""
 
 
 class Adapter(NamedTuple):
@@ -302,13 +338,14 @@ class Adapter(NamedTuple):
 class LinearParts(NamedTuple):
     base: nn.Linear
     adapters: list[Adapter]
+    takes_plain: bool  # whether transformers' tensor parallelism gives it hidden states that are plain and whole
 
 
 def linear_parts(module: nn.Module) -> LinearParts | None:
     """The linear terms whose sum the module computes at present: itself, or the base layer and active adapters of a
     peft LoRA layer. None for anything else, DoRA and other variants included."""
     if is_linear(module):
-        return LinearParts(module, [])
+        return LinearParts(module, [], _takes_plain(module))
     peft = sys.modules.get("peft.tuners.lora.layer")  # no LoRA layer exists before this is imported
     if peft is None or type(module).forward is not peft.Linear.forward or "forward" in vars(module):
         return None
@@ -326,4 +363,9 @@ def linear_parts(module: nn.Module) -> LinearParts | None:
         idle = isinstance(dropout, nn.Identity) or not dropout.training
         cast = functools.partial(layer._cast_input_dtype, dtype=down.weight.dtype)
         adapters.append(Adapter(down, up, layer.scaling[name], None if idle else dropout, cast))
-    return LinearParts(base, adapters)
+    return LinearParts(base, adapters, _takes_plain(base))
+
+
+def _takes_plain(module: nn.Linear) -> bool:
+    forward = vars(module).get("forward")
+    return own_forward(forward) is not forward

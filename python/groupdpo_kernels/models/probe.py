@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import is_dtensor
 from .head_call import LogitMap, leaf_of, linear_parts, swapped, why_split
+from .split_head import like, whole
 
 
 class Probe:
@@ -42,7 +44,7 @@ class Probe:
 
     def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.count += 1
-        self.reason = why_split(self.leaf, hidden)
+        self.reason = why_split(self.leaf, self.parts, hidden)
         if self.reason:
             return self.real(hidden, *args, **kwargs)
         if self.parts is not None:
@@ -63,12 +65,15 @@ class Probe:
                 f"its output head sees other positions than the input has, {(*positions,)} of {self.positions}"
             )
         self.mark = torch.linspace(1, 2, math.prod(positions), device=hidden.device).reshape(*positions, 1)
-        return self.mark
+        self.split = is_dtensor(hidden)
+        return like(self.mark, hidden)
 
     def _leave(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if not self.vocab:
             return output
-        if output.shape != self.mark.shape or not torch.allclose(output.float(), self.mark, rtol=0.01):
+        output = whole(output)
+        pieces = self.split and output.shape != self.mark.shape  # hooks that leave each rank its logits
+        if not pieces and (output.shape != self.mark.shape or not torch.allclose(output.float(), self.mark, rtol=0.01)):
             self.reason = "a forward hook on its output head changes the result"
         # The grid has an exact zero, and is float64 so that the model's own arithmetic rounds little.
         wide = torch.float32 if output.device.type == "mps" else torch.float64
