@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,12 @@ def kind_of(module: nn.Module) -> str | None:
 
 def is_dtensor(x: Tensor) -> bool:
     return "torch.distributed.tensor" in sys.modules and isinstance(x, torch.distributed.tensor.DTensor)
+
+
+def device_of(group: Any) -> torch.device:
+    """The device of tensors that the collectives of a process group take; None means the default group."""
+    on_gpu = "nccl" in torch.distributed.get_backend(group)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def reshard(model: nn.Module) -> None:
@@ -65,7 +71,8 @@ class Ranks:
 
     count, shares: functions that give the number of this rank's micro-batches, and whether some share a prompt.
     strategy: its index among the strategies of group_backward. own_sync: whether the caller's own no_sync decides which
-    backward synchronises.
+    backward synchronises. spanned: the process groups whose ranks hold parts of the same preference groups; they agree
+    unless process_group or a wrapper says which ranks do. apart: whether no forward is a collective call of theirs.
     """
 
     def __init__(
@@ -76,13 +83,19 @@ class Ranks:
         strategy: int,
         one_pass: bool,
         own_sync: bool,
+        spanned: Sequence[Any] = (),
+        apart: bool = False,
     ) -> None:
-        self.process_group, self.count, self.shares, self.strategy = process_group, count, shares, strategy
+        self.count, self.shares, self.strategy = count, shares, strategy
         self.one_pass, self.own_sync = one_pass, own_sync
         self.wrappers: list[nn.Module] = []
         self.again = False  # whether pass 2 has begun
         self.error: Exception | None = None  # raised within a forward, where the caller's code may have caught it
-        self._known = process_group is not None  # whether it is known which ranks must agree
+        self.spans = bool(spanned)
+        self._groups = [*spanned] if process_group is None else [process_group]  # over which all agree; None: all ranks
+        self._known = bool(self._groups)  # whether it is known which ranks must agree
+        self._settled = process_group is not None  # whether the caller or a wrapper says so
+        self._apart = apart
         self._own = self._most = 0
         self._shares: bool | None = None  # None until a wrapper is known under which it matters
         self._met = self._last = self._in_forward = False
@@ -132,11 +145,9 @@ class Ranks:
 
     def _maximum(self, values: list[int]) -> list[int]:
         """The maximum of each value over the ranks."""
-        group = self.process_group
-        on_gpu = "nccl" in torch.distributed.get_backend(group)
-        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        joined = torch.tensor(values, dtype=torch.int64, device=device)
-        torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX, group)
+        joined = torch.tensor(values, dtype=torch.int64, device=device_of(self._groups[0]))
+        for group in self._groups:
+            torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX, group)
         return joined.tolist()
 
     @contextlib.contextmanager
@@ -146,10 +157,27 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            if self._met and (not self._in_forward or self._only_ddp):
+            if self._met and (not self._in_forward or self._only_ddp or self._forwards_apart):
                 self.meet(error)
             raise
         self.meet()
+
+    def close(self, drift: float, error: Exception | None) -> float:
+        """The largest drift of all ranks that hold parts of the same groups, after pass 2; or an error on all of them,
+        if one brings one."""
+        if not self.spans:
+            if error is not None:
+                raise error
+            return drift
+        values = torch.tensor([error is not None, drift], dtype=torch.float64, device=device_of(self._groups[0]))
+        for group in self._groups:
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group)
+        failed, most = values.tolist()
+        if error is not None:
+            raise error
+        if failed:
+            raise ValueError("pass 2 of group_backward has failed on another rank, whose error says why")
+        return float(most)
 
     def call(self, forward: Callable[[Any], Any], micro_batch: Any) -> Any:
         self._in_forward = True  # it stays True after an error
@@ -162,6 +190,10 @@ class Ranks:
         return bool(self.wrappers) and all(kind_of(w) == DDP for w in self.wrappers)
 
     @property
+    def _forwards_apart(self) -> bool:
+        return self._apart and not self._settled
+
+    @property
     def _sharded(self) -> str | None:
         """The kind of a wrapper whose forwards are collective calls; None where there is none."""
         return next((kind for kind in map(kind_of, self.wrappers) if kind != DDP), None)
@@ -169,7 +201,7 @@ class Ranks:
     @property
     def missing(self) -> int:
         """How many micro-batches fewer than another rank this one has, where each of them is a collective."""
-        return 0 if self._only_ddp else self._most - self._own
+        return self._most - self._own if self._settled and not self._only_ddp else 0
 
     # -------------------------------------------------------------------------------------------------------- wrappers
 
@@ -185,8 +217,9 @@ class Ranks:
             )
         for root in roots:
             reshard(root)
-        if self.wrappers and not self._known:
-            self.process_group, self._known = _group_of(self.wrappers[0]), True
+        if self.wrappers and not self._settled:
+            self._groups, self._known, self._settled = [_group_of(self.wrappers[0])], True, True
+            self._met = False  # not with all of these ranks
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

@@ -105,11 +105,14 @@ def group_backward(
         model: the wrapper that forward calls, so that ranks agree before anything runs and hear of errors in the
             arguments. None waits until forward calls the wrapper.
         process_group: the ranks that must agree. None takes those of the wrapper; without a wrapper no rank talks to
-            another. A wrapper other than DistributedDataParallel, FSDP and DeepSpeed needs a process_group.
+            another, but for those that `groups` span. A wrapper other than DistributedDataParallel, FSDP and DeepSpeed
+            needs a process_group.
 
     With several processes, every rank calls group_backward with groups of its own. Wrappers average the gradient over
     ranks, so it is that of one process with all groups where ranks have equally many (else pass scale = ranks * own
-    groups / all groups). Under FSDP and DeepSpeed each micro-batch is a collective call, so a rank with fewer of them
+    groups / all groups). Where `groups` themselves span ranks, micro-batches hold this rank's responses, or its tokens
+    of each; ranks exchange S numbers between the passes, and the average over ranks is that of one process
+    (`PreferenceGroups`). A rank without a response gives one micro-batch without a sequence. Under FSDP and DeepSpeed each micro-batch is a collective call, so a rank with fewer of them
     runs its smallest one again with weight zero. one_pass and shared prompts work with DistributedDataParallel alone.
 
     Returns the PreferenceLoss, detached, without auxiliary losses. A loss that is not finite comes out as it is, and so
@@ -131,6 +134,8 @@ def group_backward(
         at,
         strategy == "one_pass",
         no_sync is not None,
+        [group for group in (groups.context_parallel_group, groups.process_group) if group is not None],
+        groups.context_parallel_group is None,
     )
     wrong: Exception | None = None
     leaves = None if parameters is None else [p for p in parameters if p.requires_grad]
@@ -316,11 +321,18 @@ class _Step:
         if any(p._backward_hooks for p in leaves):
             raise ValueError("one_pass cannot run a parameter's register_hook once per step: take two_pass")
 
-    def loss(self, runs: list[_Run]) -> tuple[PreferenceLoss, tuple[Tensor, ...]]:
-        """The loss of all micro-batches together, and scale * d loss / d token_logps, split again."""
-        S, found = self.groups.num_sequences, sum(run.size[0] for run in runs)
-        if found != S:
-            raise ValueError(f"micro_batches must hold the {S} sequences of groups; these {len(runs)} hold {found}")
+    def loss(self, run_all: Callable[[], list[_Run]]) -> tuple[PreferenceLoss, tuple[Tensor, ...]]:
+        """Runs the micro-batches: their loss together, and scale * d loss / d token_logps, split again."""
+        with self.ranks.failing_together():
+            runs = run_all()
+            S, found = self.groups.num_sequences, sum(run.size[0] for run in runs)
+            if found != S:
+                raise ValueError(f"micro_batches must hold the {S} sequences of groups; these {len(runs)} hold {found}")
+            if not self.groups.spans:
+                return self._loss(runs)
+        return self._loss(runs)  # a collective call that raises on all ranks by itself
+
+    def _loss(self, runs: list[_Run]) -> tuple[PreferenceLoss, tuple[Tensor, ...]]:
         with torch.enable_grad():
             token_logps = torch.cat([run.token_logps.detach() for run in runs]).requires_grad_()
             result = preference_loss(token_logps, _joined(runs), self.groups, self.objective, self.ref_logps)
@@ -330,32 +342,24 @@ class _Step:
 
 def _two_pass(step: _Step) -> PreferenceLoss:
     first = _FirstPass(step)
-    with step.ranks.failing_together():
-        with torch.no_grad():
-            for part, last in step.parts():
-                first.run(part, alone=last and not first.runs)
-            after = RandomState()
-            for _ in range(step.ranks.missing):
-                step.run(first.smallest, len(first.runs))
-        result, gradients = step.loss(first.runs)
+    result, gradients = step.loss(first.run_all)
     second = _SecondPass(step, first, gradients)
     step.ranks.again = True
+    error: Exception | None = None
+    drift = 0.0
     try:
-        for part, last in step.parts():
-            second.run(part, last)
-        for left in reversed(range(step.ranks.missing if second.reached else 0)):
-            with step.sync(last=left == 0):
-                run = step.run(first.smallest, len(first.runs))
-                live = [(x, torch.zeros_like(x)) for x in (run.token_logps, run.auxiliary) if x is not None]
-                live = [(x, g) for x, g in live if x.requires_grad]
-                torch.autograd.backward([x for x, _ in live], [g for _, g in live], inputs=step.leaves)
+        second.run_all()
+    except Exception as raised:
+        if step.ranks.wrappers:  # the other ranks wait in its reduction of the gradients
+            raise
+        error = raised
     finally:
-        after.restore()
-    if len(second.seq_logps) != len(first.runs):
-        raise ValueError(f"{_AGAIN}; there were {len(first.runs)}, and then {len(second.seq_logps)}")
-    if not second.reached:
-        raise ValueError(_NO_GRAPH)
-    _warn_of_drift(result.seq_logps, torch.cat(second.seq_logps), first.tapes)
+        first.after.restore()
+    if error is None:
+        error = second.incomplete()
+    if error is None:
+        drift = _drift(first.runs, second.seq_logps, first.tapes)
+    _warn_of(step.ranks.close(drift, error))
     return result
 
 
@@ -374,6 +378,15 @@ class _FirstPass:
         self.smallest: Any = None  # the micro-batch of the fewest tokens
         self.prefix: _Prefix | None = None  # of the only prompt, with its graph
         self.with_graph = torch.is_grad_enabled()
+
+    def run_all(self) -> list[_Run]:
+        with torch.no_grad():
+            for part, last in self.step.parts():
+                self.run(part, alone=last and not self.runs)
+            self.after = RandomState()
+            for _ in range(self.step.ranks.missing):
+                self.step.run(self.smallest, len(self.runs))
+        return self.runs
 
     def run(self, part: SharedPrompt, alone: bool) -> None:
         self.prompt_states.append(RandomState())
@@ -399,6 +412,23 @@ class _SecondPass:
         self.seq_logps: list[Tensor] = []
         self.parts = 0
         self.reached = False  # whether a backward has run
+
+    def run_all(self) -> None:
+        step, first = self.step, self.first
+        for part, last in step.parts():
+            self.run(part, last)
+        for left in reversed(range(step.ranks.missing if self.reached else 0)):
+            with step.sync(last=left == 0):
+                run = step.run(first.smallest, len(first.runs))
+                live = [(x, torch.zeros_like(x)) for x in (run.token_logps, run.auxiliary) if x is not None]
+                live = [(x, g) for x, g in live if x.requires_grad]
+                torch.autograd.backward([x for x, _ in live], [g for _, g in live], inputs=step.leaves)
+
+    def incomplete(self) -> Exception | None:
+        """The error of a pass that has run to its end, but did not see all micro-batches, or nothing that trains."""
+        if len(self.seq_logps) != len(self.first.runs):
+            return ValueError(f"{_AGAIN}; there were {len(self.first.runs)}, and then {len(self.seq_logps)}")
+        return None if self.reached else ValueError(_NO_GRAPH)
 
     def run(self, part: SharedPrompt, last: bool) -> None:
         step, first = self.step, self.first
@@ -448,15 +478,18 @@ _NO_GRAPH = "forward must give token_logps that require grad: nothing that train
 _TOLERANCE = 1e-3
 
 
-def _warn_of_drift(first: Tensor, again: Tensor, tapes: list[LseTape]) -> None:
-    """Warns if pass 2 found other seq_logps, or its LM heads another lse. It reads one number back, after all work is
-    queued.
+def _drift(runs: list[_Run], again: list[Tensor], tapes: list[LseTape]) -> float:
+    """How far pass 2 found other seq_logps, or its LM heads another lse, beyond rounding. It reads one number back,
+    after all work is queued.
     """
-    again = again.to(first.dtype)
-    same = (first == again) | (first.isnan() & again.isnan())
-    gap = torch.where(same, 0, (first - again).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
-    gaps = [torch.where(gap > _TOLERANCE * (1 + first.abs()), gap, 0).max()]
-    drift = float(torch.stack([x.to(gaps[0]) for x in (*gaps, *(tape.drift(_TOLERANCE) for tape in tapes))]).max())
+    first, then = torch.cat([run.seq_logps for run in runs]), torch.cat(again)
+    same = (first == then) | (first.isnan() & then.isnan())
+    gap = torch.where(same, 0, (first - then).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+    gaps = torch.where(gap > _TOLERANCE * (1 + first.abs()), gap, 0)
+    return float(torch.cat([gaps, *(tape.drift(_TOLERANCE).to(gaps).reshape(1) for tape in tapes)]).max())
+
+
+def _warn_of(drift: float) -> None:
     if drift > 0:
         # The text has one digit so that it repeats: Python then shows the warning once, not at each step.
         warnings.warn(
@@ -471,11 +504,16 @@ def _one_pass(step: _Step) -> PreferenceLoss:
     runs: list[_Run] = []
     by_response: dict[Tensor, list[tuple[int, int, Tensor]]] = {}  # target -> (micro-batch, response in it, gradient)
     total: dict[Tensor, Tensor] = {}  # target -> gradient, in at least float32
-    with step.ranks.failing_together():
+    shared = False
+
+    def run_all() -> list[_Run]:
+        nonlocal shared
         shared = _gradients_by_response(step, runs, by_response, total)
-        result, d_token_logps = step.loss(runs)
-    # Every token of a response has the same gradient, c. The clamp serves an empty response, whose c is NaN already.
-    c = [g[run.cu_seqlens[:-1].long().clamp(max=g.shape[0] - 1)] for g, run in zip(d_token_logps, runs)]
+        return runs
+
+    result, d_token_logps = step.loss(run_all)
+    # Every token of a response has the same gradient, c. The zero at the end serves a response without a token here.
+    c = [torch.nn.functional.pad(g, (0, 1))[run.cu_seqlens[:-1].clamp(max=len(g))] for g, run in zip(d_token_logps, runs)]
     for target, kept in by_response.items():
         for at, k, gradient in kept:
             _add(total, target, gradient, c[at][k])
@@ -507,7 +545,9 @@ def _gradients_by_response(
             torch.clear_autocast_cache()
             with step.sync(last and ends):
                 run = step.run(micro_batch, len(runs), prefix.detached)
-                roots = [x for x in (*run.seq_logps.unbind(), run.auxiliary) if x is not None and x.requires_grad]
+                # Without a sequence it takes part in the reduction of gradients, with zeros.
+                scored = run.seq_logps.unbind() or (run.token_logps.sum(),)
+                roots = [x for x in (*scored, run.auxiliary) if x is not None and x.requires_grad]
                 leaves = [x for x in step.leaves or _leaves(roots) if x not in copies]
                 if step.leaves is not None and not runs:
                     _check_reachable(roots)

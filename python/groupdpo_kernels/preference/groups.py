@@ -1,17 +1,21 @@
 """PreferenceGroups says which responses belong together, and which of them are preferred: plain, checked tensors.
 
 What is derived from them is vectorised over ragged groups, stays in bounds whatever the offsets, and reads nothing back
-from a device. The module never sees a loss or a model. The cost is O(S) integers, and O(pairs) where pairs are listed.
+from a device. Groups may span ranks: then each rank knows its own responses and, in `whole`, those of all ranks. The
+module never sees a loss or a model. The cost is O(S) integers, and O(pairs) where pairs are listed; groups that span
+ranks take two collective calls to make, and are read back once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .exchange import agreed, check_group, gathered
 from .segments import as_offsets, bounded_offsets
 
 
@@ -21,32 +25,37 @@ class PreferenceGroups:
 
     Each group needs a positive and a negative. On a CPU a ValueError names a group that lacks one; elsewhere values
     are not read back, and such groups give NaN. Make groups on the CPU and move them with `.to(device)`.
+
+    With a process_group the responses of a group lie on its ranks: cu_groups and positive are those of this rank, which
+    may have none of a group, and G is the same on all ranks. A whole group is the responses of the first rank, then
+    those of the second, and so on; that is its ranking where the loss is one of rankings. With a context_parallel_group
+    the tokens of each response lie on its ranks, all of which give the same cu_groups and positive. Every rank makes
+    such groups at the same time, and what is wrong on one of them raises on all.
+
+    `preference_loss` and `group_backward` then give every rank the loss of the whole groups, and R times the gradient
+    in what this rank has, where R is the number of ranks of the process_group, times that of the
+    context_parallel_group. DistributedDataParallel and other engines average gradients over ranks, which makes them
+    those of one process that has everything. Without an engine average them yourself: sum over the ranks, divide by R.
     """
 
     cu_groups: Tensor  # (G+1,) integer; stored as int32 or int64
     positive: Tensor  # (S,) bool
+    process_group: Any = field(default=None, kw_only=True)  # ranks with other responses of these groups
+    context_parallel_group: Any = field(default=None, kw_only=True)  # ranks with other tokens of these responses
     ids: Tensor = field(init=False, repr=False)  # (S,) int64, the group of each sequence
     valid: Tensor = field(init=False, repr=False)  # () bool; False is possible only where values were not read
     max_size: int = field(init=False, repr=False)  # a bound on the responses of a group: S where sizes were not read
     _num_pairs: int | None = field(init=False, repr=False)  # None where it was not read
+    _parts: _Parts | None = field(init=False, repr=False)  # None unless the groups span ranks
 
     def __post_init__(self) -> None:
-        cu, positive = self.cu_groups, self.positive
-        for name, x in {"cu_groups": cu, "positive": positive}.items():
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
-        cu = as_offsets("cu_groups", cu)
-        if cu.dim() != 1 or cu.shape[0] < 2:
-            got = f"{tuple(cu.shape)} {cu.dtype}"
-            raise ValueError(f"cu_groups must be integer and (G + 1,), with at least one group; got {got}")
-        if positive.dtype != torch.bool or positive.dim() != 1:
-            raise ValueError(f"positive must be bool and (S,); got {tuple(positive.shape)} {positive.dtype}")
-        if cu.device != positive.device:
-            raise ValueError(f"positive must be on the device of cu_groups, {cu.device}; got {positive.device}")
+        for name in ("process_group", "context_parallel_group"):
+            check_group(name, getattr(self, name))
+        parts = _Parts.of(self) if self.spans else None
+        positive = self.positive
+        cu = as_offsets("cu_groups", self.cu_groups) if self.spans else _checked(self.cu_groups, positive)
         readable = cu.device.type == "cpu" and not torch.compiler.is_compiling()
         S = positive.shape[0]
-        if readable:
-            _check_groups(cu, positive)
         bounded, covered = bounded_offsets(cu, S)
         # repeat_interleave would trust the offsets; searchsorted stays in bounds.
         ids = torch.searchsorted(
@@ -55,28 +64,76 @@ class PreferenceGroups:
         object.__setattr__(self, "cu_groups", bounded)
         object.__setattr__(self, "ids", ids.clamp(max=cu.shape[0] - 2))
         positives, negatives = self.counts()
-        object.__setattr__(self, "valid", covered & ((positives > 0) & (negatives > 0)).all())
+        valid = covered & ((positives > 0) & (negatives > 0)).all()
+        object.__setattr__(self, "valid", valid if parts is None else parts.whole.valid)
         object.__setattr__(self, "max_size", int(cu.diff().max()) if readable else S)
         object.__setattr__(self, "_num_pairs", int((positives * negatives).sum()) if readable else None)
+        object.__setattr__(self, "_parts", parts)
 
     @classmethod
-    def pairs(cls, n: int, device: torch.device | str | None = None) -> PreferenceGroups:
+    def pairs(
+        cls, n: int, device: torch.device | str | None = None, *, context_parallel_group: Any = None
+    ) -> PreferenceGroups:
         """Makes n groups of two: a chosen response, then its rejected one."""
         if n < 1:
             raise ValueError(f"n must be at least 1; got {n}")
-        return cls.from_lists([[True, False]] * n, device)
+        return cls.from_lists([[True, False]] * n, device, context_parallel_group=context_parallel_group)
 
     @classmethod
     def from_lists(
         cls,
         positive: Iterable[Sequence[bool]],
         device: torch.device | str | None = None,
+        *,
+        process_group: Any = None,
+        context_parallel_group: Any = None,
     ) -> PreferenceGroups:
         """Takes one list a group, one bool a response: `from_lists([[True, False, False], [False, True]])`."""
         lists = [list(map(bool, group)) for group in positive]
         sizes = torch.tensor([0, *map(len, lists)], dtype=torch.int64)
-        groups = cls(sizes.cumsum(0).int(), torch.tensor([x for group in lists for x in group], dtype=torch.bool))
+        groups = cls(
+            sizes.cumsum(0).int(),
+            torch.tensor([x for group in lists for x in group], dtype=torch.bool),
+            process_group=process_group,
+            context_parallel_group=context_parallel_group,
+        )
         return groups if device is None else groups.to(device)
+
+    @property
+    def spans(self) -> bool:
+        """Whether other ranks have responses of these groups, or tokens of these responses."""
+        return self.process_group is not None or self.context_parallel_group is not None
+
+    @property
+    def whole(self) -> PreferenceGroups:
+        """The groups with the responses of all ranks; these groups themselves where they span none."""
+        return self if self._parts is None else self._parts.whole
+
+    @property
+    def own(self) -> Tensor:  # (S,) int64
+        """The place of each sequence of this rank in `whole`."""
+        return torch.arange(self.num_sequences, device=self.ids.device) if self._parts is None else self._parts.own
+
+    def gathered(
+        self,
+        values: Tensor,  # (S,) a number of each sequence of this rank
+    ) -> Tensor:  # (S of whole,) the dtype of values
+        """The values of the sequences of all ranks, in the order of `whole`. No gradient flows.
+
+        With a process_group every rank must call it. Integers must be below 2^53.
+        """
+        if self.process_group is None:
+            return values.detach()
+        assert self._parts is not None
+        own, error = values.new_zeros(1, self.num_sequences, dtype=torch.float64), None
+        if values.shape == (self.num_sequences,):
+            own = values.detach().double()[None]
+        else:
+            error = ValueError(f"values must be (S,) = ({self.num_sequences},); got {tuple(values.shape)}")
+        found, _, wrong = gathered("gathered", own, self._parts.most, 0, error, self.process_group)
+        if wrong is not None:
+            raise wrong
+        return self._parts.joined(found)[0].to(values.dtype)
 
     @property
     def num_groups(self) -> int:
@@ -100,8 +157,8 @@ class PreferenceGroups:
         """The same groups on another device; nothing is checked again."""
         moved = object.__new__(PreferenceGroups)
         for name, value in vars(self).items():
-            is_tensor = isinstance(value, Tensor)
-            object.__setattr__(moved, name, value.to(device, non_blocking=non_blocking) if is_tensor else value)
+            moves = isinstance(value, (Tensor, _Parts))
+            object.__setattr__(moved, name, value.to(device, non_blocking=non_blocking) if moves else value)
         return moved
 
     def counts(self) -> tuple[Tensor, Tensor]:
@@ -137,16 +194,113 @@ def _counts(cu_groups: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     return positives, cu_groups.diff() - positives
 
 
-def _check_groups(cu_groups: Tensor, positive: Tensor) -> None:
-    """ValueError, naming the group, unless offsets are right and each group has both sides. Reads values."""
-    offsets, S = cu_groups.tolist(), positive.shape[0]
+def _checked(cu_groups: Any, positive: Any, whole: bool = True) -> Tensor:  # (G+1,) int32 | int64
+    """cu_groups as offsets. TypeError or ValueError for what is no tensor or has another shape; on a CPU also, naming
+    the group, for values that are wrong. whole: whether each group must have a positive and a negative."""
+    for name, x in {"cu_groups": cu_groups, "positive": positive}.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    cu = as_offsets("cu_groups", cu_groups)
+    if cu.dim() != 1 or cu.shape[0] < 2:
+        got = f"{tuple(cu.shape)} {cu.dtype}"
+        raise ValueError(f"cu_groups must be integer and (G + 1,), with at least one group; got {got}")
+    if positive.dtype != torch.bool or positive.dim() != 1:
+        raise ValueError(f"positive must be bool and (S,); got {tuple(positive.shape)} {positive.dtype}")
+    if cu.device != positive.device:
+        raise ValueError(f"positive must be on the device of cu_groups, {cu.device}; got {positive.device}")
+    if cu.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_offsets(cu, positive.shape[0])
+        if whole:
+            _check_sides(cu, positive)
+    return cu
+
+
+def _check_offsets(cu_groups: Tensor, S: int) -> None:
+    offsets = cu_groups.tolist()
     if offsets[0] != 0 or offsets[-1] != S:
         raise ValueError(f"cu_groups must start at 0 and end at S = {S}; got {offsets[0]} and {offsets[-1]}")
     shrinks = (cu_groups.diff() < 0).nonzero()[:, 0].tolist()
     if shrinks:
         start, end = offsets[shrinks[0]], offsets[shrinks[0] + 1]
         raise ValueError(f"cu_groups must not decrease; group {shrinks[0]} starts at {start} and ends at {end}")
+
+
+def _check_sides(cu_groups: Tensor, positive: Tensor) -> None:
     for side, counts in zip(("positive", "negative"), _counts(cu_groups, positive)):
         for g in (counts == 0).nonzero()[:1, 0].tolist():
-            where = f"group {g} (sequences {offsets[g]}:{offsets[g + 1]})"
+            where = f"group {g} (sequences {cu_groups[g]}:{cu_groups[g + 1]})"
             raise ValueError(f"each group must have a positive and a negative; {where} has no {side}")
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The whole groups, and how the numbers of all ranks become those of their sequences."""
+
+    whole: PreferenceGroups
+    own: Tensor  # (S,) int64, the place of each sequence of this rank in `whole`
+    index: Tensor  # (S of whole,) int64, its place among the ranks' numbers, each rank's padded to `most`
+    most: int  # the largest S of any rank
+
+    def joined(
+        self,
+        values: Tensor,  # (R, k, most)
+    ) -> Tensor:  # (k, S of whole)
+        return values.transpose(0, 1).flatten(1)[:, self.index]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> _Parts:
+        tensors = (x.to(device, non_blocking=non_blocking) for x in (self.own, self.index))
+        return _Parts(self.whole.to(device, non_blocking), *tensors, self.most)
+
+    @classmethod
+    def of(cls, groups: PreferenceGroups) -> _Parts:
+        """Collective. It raises on every rank where one has wrong groups, or where those of the ranks do not fit."""
+        error: Exception | None = None
+        device, cu, body = None, torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+        try:
+            _checked(groups.cu_groups, groups.positive, whole=False)
+            # Ranks tell each other their values, so these are read and checked on every device.
+            device, cu = groups.positive.device, groups.cu_groups.cpu().long()
+            S = groups.num_sequences
+            _check_offsets(cu, S)
+            body = 2 * torch.repeat_interleave(cu.diff(), output_size=S).double() + groups.positive.cpu()
+        except Exception as raised:  # the other ranks must know
+            error = raised
+        G, S = cu.shape[0] - 1, body.shape[0]
+        told = [body]
+        if groups.context_parallel_group is not None:
+            told, error = _told(body, G, error, groups.context_parallel_group)
+            if error is None and not all(torch.equal(told[0], other) for other in told):
+                error = ValueError("cu_groups and positive must be the same on every rank of context_parallel_group")
+            told = [body]
+        if groups.process_group is not None:
+            told, error = _told(body, G, error, groups.process_group)
+        if error is not None:
+            raise error
+        most, joined = max(map(len, told)), torch.cat(told).long()
+        ids, order = (joined // 2).sort(stable=True)
+        sizes = torch.bincount(ids, minlength=G)
+        whole = PreferenceGroups(torch.cat([cu[:1], sizes.cumsum(0)]).int(), (joined % 2 == 1)[order])
+        places = torch.cat([r * most + torch.arange(len(part)) for r, part in enumerate(told)])
+        rank = 0 if groups.process_group is None else torch.distributed.get_rank(groups.process_group)
+        start = sum(map(len, told[:rank]))
+        own = order.argsort()[start : start + S]
+        assert device is not None  # there is an error otherwise
+        return cls(whole, own, places[order], most).to(device)
+
+
+def _told(
+    body: Tensor,  # (S,) float64
+    G: int,
+    error: Exception | None,
+    group: Any,
+) -> tuple[list[Tensor], Exception | None]:
+    """The body of every rank, and the error that this rank must raise."""
+    rows, error = agreed("PreferenceGroups", [G, len(body)], error, group)
+    if error is None and len({row[0] for row in rows}) > 1:
+        got = ", ".join(str(row[0]) for row in rows)
+        error = ValueError(f"cu_groups must have as many groups on every rank; got {got}")
+    if error is not None:
+        return [body], error
+    most = max(row[1] for row in rows)
+    found, _, error = gathered("PreferenceGroups", body[None], most, 0, error, group)
+    return [each[0, : row[1]] for each, row in zip(found, rows)], error

@@ -16,9 +16,11 @@ The cost is O(T + S), for all_pairs O(T + number of pairs). docs/math.md, sectio
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import numbers
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from . import fused
+from .exchange import gathered
 from .fused import PreferenceWeights
 from .groups import PreferenceGroups
 from .losses import LOSSES, Loss, Side, log1mexp, mean
@@ -199,27 +202,35 @@ def preference_loss(
 ) -> PreferenceLoss:
     """The mean of the objective over groups, differentiable in token_logps.
 
+    Where `groups` span ranks, token_logps, cu_seqlens and ref_logps are those of this rank, and every rank makes the
+    call. All get the same PreferenceLoss, of `groups.whole`. A rank's gradient is R times that of what it has, as
+    `PreferenceGroups` describes, so that averages over ranks are those of one process.
+
     Args:
         token_logps: the policy's token log-probabilities, packed; 0 where a token does not count.
         cu_seqlens: sequence s owns tokens cu_seqlens[s] : cu_seqlens[s+1]; its length n_s is their number.
         groups: which sequences belong together, and which of them are positive.
         objective: see `Objective`.
-        ref_logps: the reference's log-probabilities, of sequences or of tokens. No gradient flows into them.
+        ref_logps: the reference's log-probabilities, of sequences or of tokens. No gradient flows into them. With a
+            context_parallel_group they are of whole sequences, as `seq_logps(..., process_group=)` sums them.
         impl: "auto" takes "triton", one fused launch, where it can run, else "reference", plain PyTorch. An explicit
-            choice never falls back.
+            choice never falls back. Groups that span ranks take "reference".
 
     Raises ValueError or TypeError for shapes that do not fit, a pairwise loss on larger groups, a missing reference;
     and, on a CPU, for values: offsets that do not cover the tokens or decrease, an empty response, a reference that
-    is not finite, a ranking whose positives do not come first.
+    is not finite, a ranking whose positives do not come first. Where groups span ranks an error of one is raised on
+    all, and so is an objective that differs; whether there is one is read back from the device, once a call.
     """
-    cu_seqlens = as_offsets("cu_seqlens", cu_seqlens)
-    _check_shapes(token_logps, cu_seqlens, groups, objective, ref_logps, impl)
-    device, dtype = token_logps.device, token_logps.dtype
-    impl = fused.resolve(impl, device, dtype, objective.loss, groups.max_size)
-    if impl != "reference":
-        return _by_kernel(token_logps, cu_seqlens, groups, objective, ref_logps)
-    row, balance = objective._row, objective.balance
-    x = _sequences(token_logps, cu_seqlens, ref_logps)
+    if groups.spans:
+        x = _of_all_ranks(token_logps, cu_seqlens, groups, objective, ref_logps, impl)
+    else:
+        cu_seqlens = as_offsets("cu_seqlens", cu_seqlens)
+        _check_shapes(token_logps, cu_seqlens, groups, objective, ref_logps, impl)
+        impl = fused.resolve(impl, token_logps.device, token_logps.dtype, objective.loss, groups.max_size)
+        if impl != "reference":
+            return _by_kernel(token_logps, cu_seqlens, groups, objective, ref_logps)
+        x = _sequences(token_logps, cu_seqlens, ref_logps)
+    row, balance, dtype, groups = objective._row, objective.balance, token_logps.dtype, groups.whole
     u = x.logps - x.ref_logps if objective.subtracts_reference and x.ref_logps is not None else x.logps
     u = objective.beta * (u / x.lengths if objective.averages else u)
     b = None if balance is None else _balanced_quantity(x, balance, row.odds)
@@ -306,8 +317,13 @@ class _Sequences(NamedTuple):
     mean_logps: Tensor  # (S,) s / n
 
 
-def _sequences(token_logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None) -> _Sequences:
-    """Sums by sequence. Wrong values raise ValueError on a CPU, and give NaN on a GPU and in compiled code."""
+def _sequences(
+    token_logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None, whole: bool = True
+) -> _Sequences:
+    """Sums by sequence. Wrong values raise ValueError on a CPU, and give NaN on a GPU and in compiled code.
+
+    whole: False where other ranks have more tokens of these sequences, so that here there may be none.
+    """
     token_logps = token_logps.double()
     covered = None
     if token_logps.device.type != "cpu":  # seq_logps checks offsets on a CPU only
@@ -315,21 +331,92 @@ def _sequences(token_logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None
     s, n = seq_logps(token_logps, cu_seqlens), cu_seqlens.diff()
     r = None if ref_logps is None else ref_logps.detach().to(s.dtype)
     if _unchecked(s):
-        valid = n > 0 if covered is None else covered & (n > 0)
-        s = s * torch.where(valid, 1.0, math.nan)
+        valid = (n > 0) | (not whole)
+        s = s * torch.where(valid if covered is None else covered & valid, 1.0, math.nan)
         r = None if r is None else torch.where(torch.isfinite(r), r, math.nan)
     else:
-        _check_values(cu_seqlens, token_logps.shape[0], r)
+        _check_values(cu_seqlens, token_logps.shape[0], r, whole)
     if r is not None and r.shape != s.shape:
         r = seq_logps(r, cu_seqlens)
     n = n.to(s.dtype)
     return _Sequences(s, r, n, s / n)
 
 
-def _check_values(cu_seqlens: Tensor, T: int, ref_logps: Tensor | None) -> None:
+def _of_all_ranks(
+    token_logps: Tensor,
+    cu_seqlens: Tensor,
+    groups: PreferenceGroups,
+    objective: Objective,
+    ref_logps: Tensor | None,
+    impl: str,
+) -> _Sequences:
+    """Sums by sequence of groups.whole, whose sequences, or parts of each, lie on several ranks. Collective."""
+    context = groups.context_parallel_group
+    values = groups.positive.new_zeros(3, groups.num_sequences, dtype=torch.float64)  # s, n and r
+    mark, error = 0, None
+    try:
+        cu_seqlens = as_offsets("cu_seqlens", cu_seqlens)
+        _check_shapes(token_logps, cu_seqlens, groups, objective, ref_logps, impl)
+        x = _sequences(token_logps, cu_seqlens, ref_logps, whole=context is None)
+        values = torch.stack([x.logps, x.lengths, torch.zeros_like(x.logps) if x.ref_logps is None else x.ref_logps])
+        mark = _mark(objective, ref_logps)
+    except Exception as raised:  # the other ranks must know
+        error = raised
+    if context is not None:
+        found, marks, error = gathered("preference_loss", values, values.shape[1], mark, error, context)
+        error = _same(marks) if error is None else error
+        if error is None:
+            values, error = _added(found)
+    if groups._parts is not None and groups.process_group is not None:
+        most = groups._parts.most
+        found, marks, error = gathered("preference_loss", values, most, mark, error, groups.process_group)
+        error = _same(marks) if error is None else error
+        values = groups._parts.joined(found)
+    if error is not None:
+        raise error
+    s, n, r = values
+    return _Sequences(s, None if ref_logps is None else r.detach(), n.detach(), s / n.detach())
+
+
+def _mark(objective: Objective, ref_logps: Tensor | None) -> int:
+    """A number that differs where the arguments differ that must be the same on every rank."""
+    values = [getattr(objective, field.name) for field in dataclasses.fields(objective)]
+    loss = objective.loss
+    values[0] = loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__name__)
+    return zlib.crc32(repr((values, ref_logps is None)).encode())
+
+
+def _same(marks: list[int]) -> Exception | None:
+    if len({*marks}) == 1:
+        return None
+    return ValueError("objective, and whether ref_logps is given, must be the same on every rank; got different ones")
+
+
+def _added(
+    parts: Tensor,  # (R, 3, S): s and n of each rank's tokens, and r of whole sequences
+) -> tuple[Tensor, Exception | None]:
+    """s, n and r of whole sequences, (3, S). On a CPU an error for a sequence without a token, or where r differ."""
+    s, n, r = parts.unbind(1)
+    s, n, (first, *others) = s.sum(0), n.sum(0), r.detach()
+    same = torch.stack([first == first, *(first == other for other in others)]).all(0)
+    if _unchecked(s):
+        return torch.stack([s * torch.where(n > 0, 1.0, math.nan), n, first.where(same, math.nan)]), None
+    error = None
+    if not bool((n > 0).all()):
+        at = int((n < 1).nonzero()[0, 0])
+        error = ValueError(f"cu_seqlens must give each sequence a token on some rank; sequence {at} has none")
+    elif not bool(same.all()):
+        error = ValueError(
+            "ref_logps must be the same on every rank of context_parallel_group: sums over whole sequences, as"
+            f" seq_logps(..., process_group=) makes them; those of sequence {int((~same).nonzero()[0, 0])} differ"
+        )
+    return torch.stack([s, n, first]), error
+
+
+def _check_values(cu_seqlens: Tensor, T: int, ref_logps: Tensor | None, whole: bool = True) -> None:
     """ValueError for offsets that do not cover the tokens, an empty response, a reference that is not finite."""
     check_offsets("cu_seqlens", cu_seqlens, T, "the number of tokens")
-    empty = cu_seqlens.diff() < 1
+    empty = cu_seqlens.diff() < int(whole)
     if bool(empty.any()):
         raise ValueError(f"cu_seqlens must give each sequence a token; sequence {int(empty.nonzero()[0, 0])} has none")
     if ref_logps is not None and not bool(torch.isfinite(ref_logps).all()):
@@ -359,6 +446,8 @@ def _check_shapes(
 ) -> None:
     if impl not in ("auto", *fused.IMPLS):
         raise ValueError(f"impl must be one of {('auto', *fused.IMPLS)}; got {impl!r}")
+    if groups.spans and impl not in ("auto", "reference"):
+        raise ValueError(f"impl must be 'auto' or 'reference' for groups that span ranks; got {impl!r}")
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective; got {objective!r}")
     if token_logps.dim() != 1 or not token_logps.is_floating_point():
@@ -371,10 +460,11 @@ def _check_shapes(
             f"cu_seqlens must be an integer tensor of S + 1 = {S + 1} offsets, for the {S} sequences of groups;"
             f" got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         )
-    if objective._row.pair is not None and not objective._row.every_pair and groups.num_groups * 2 != S:
+    whole = groups.whole.num_sequences
+    if objective._row.pair is not None and not objective._row.every_pair and groups.num_groups * 2 != whole:
         raise ValueError(
-            f"groups must be pairs for loss {objective.loss!r}, one positive and one negative each; got {S} sequences"
-            f" in {groups.num_groups} groups. all_pairs, margin, mpo and softmax take larger groups"
+            f"groups must be pairs for loss {objective.loss!r}, one positive and one negative each; got {whole}"
+            f" sequences in {groups.num_groups} groups. all_pairs, margin, mpo and softmax take larger groups"
         )
     if ref_logps is None:
         if objective.needs_reference:
@@ -384,6 +474,11 @@ def _check_shapes(
         raise ValueError(
             f"ref_logps must be floating and (S,) = ({S},) or (T,) = ({T},);"
             f" got {tuple(ref_logps.shape)} {ref_logps.dtype}"
+        )
+    elif groups.context_parallel_group is not None and ref_logps.shape != (S,):
+        raise ValueError(
+            f"ref_logps must be (S,) = ({S},), sums over whole sequences, where context_parallel_group splits tokens, as"
+            f" seq_logps(..., process_group=) makes them; got {tuple(ref_logps.shape)}"
         )
     for name, x in {"cu_seqlens": cu_seqlens, "groups": groups.positive, "ref_logps": ref_logps}.items():
         if x is not None and x.device != token_logps.device:

@@ -3,7 +3,7 @@
 Everything after `seq_logps` works on sequences alone. It is a custom op, so that compiled graphs hold one node.
 
 It never lets an offset read out of bounds, and needs torch alone. The values of offsets are read on a CPU alone; on a
-GPU wrong ones give NaN downstream. The cost is O(T + S), in float64.
+GPU wrong ones give NaN downstream. The cost is O(T + S), in float64, and S numbers a rank where tokens lie on several.
 """
 
 from __future__ import annotations
@@ -14,17 +14,47 @@ import torch
 from torch import Tensor
 
 from ..checks import INTEGERS, NotUnderVmap, check_tensors
+from .exchange import agreed, check_group, gathered
 
 
 def seq_logps(
     token_logps: Tensor,  # (T,) floating
     cu_seqlens: Tensor,  # (S+1,) integer
+    *,
+    process_group: Any = None,
 ) -> Tensor:  # (S,) the dtype of token_logps
     """Sums of token_logps by sequence: sequence s owns tokens cu_seqlens[s] : cu_seqlens[s+1]. Differentiable.
 
+    With a process_group the tokens of each sequence lie on its ranks (context parallelism): each rank passes those that
+    it has, with offsets of its own and the same S, and none of a sequence if it has none. All get the sums over all.
+    Where each rank goes on to the same loss, its gradient is R times that of its own tokens, R the number of ranks, so
+    that an average over the ranks, as engines take it, is that of one process with all tokens.
+
     Raises TypeError for arguments that are not tensors and offsets that are not integers, and ValueError for offsets
     that do not start at 0, decrease, or do not end at T (on a GPU only shapes are checked: values are not read back).
+    An error of one rank is raised on all ranks of the process_group.
     """
+    if process_group is None:
+        return _seq_logps(token_logps, cu_seqlens)
+    check_group("process_group", process_group)
+    sums, error = torch.zeros(0, dtype=torch.float64), None
+    try:
+        check_tensors(token_logps=token_logps, cu_seqlens=cu_seqlens)
+        sums = _seq_logps(token_logps.double() if token_logps.is_floating_point() else token_logps, cu_seqlens)
+    except Exception as raised:  # the other ranks must know
+        error = raised
+    rows, wrong = agreed("seq_logps", [len(sums)], error, process_group)
+    counts = [S for (S,) in rows]
+    if wrong is None and len({*counts}) > 1:
+        got = ", ".join(map(str, counts))
+        wrong = ValueError(f"cu_seqlens must have as many sequences on every rank of process_group; got {got}")
+    if wrong is not None:
+        raise wrong
+    found, *_ = gathered("seq_logps", sums[None], len(sums), 0, None, process_group)
+    return found[:, 0].sum(0).to(token_logps.dtype)
+
+
+def _seq_logps(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
     check_tensors(token_logps=token_logps, cu_seqlens=cu_seqlens)
     if token_logps.dim() != 1 or not token_logps.is_floating_point():
         raise ValueError(
