@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import groups_over_ranks
 import pytest
 import torch
 import torch.distributed as dist
@@ -441,6 +442,7 @@ CASES: list[Callable[[int], None]] = [
     zero_1,
     zero_2_counts_differ,
     zero_3_counts_differ,
+    *groups_over_ranks.CASES,
 ]
 
 

@@ -150,17 +150,15 @@ def test_groups_without_two_sides_are_dropped(make_trainer: Any, bpe: Any, strat
 
 
 def test_weights_of_slices() -> None:
-    """With every group's own loss in place of the mean, ranks and slices together give each group one share."""
-    counts = torch.tensor([[2, 1, 0, 3], [1, 1, 0, 0]])
+    """With every group's own loss in place of the mean, the slices of a step together give each group one share."""
+    counts = [3, 2, 0, 3]
     for accumulation, together in ((4, 4), (8, 4), (2, 2), (1, 1), (3, 1)):
-        of = [weights(counts, rank, accumulation) for rank in range(2)]
+        found = weights(counts, accumulation)
         for start in range(0, 4, together):
-            kept = counts[:, start : start + together]
-            for rank in range(2):
-                for i in range(together):
-                    share = of[rank][start + i] / max(1, int(kept[rank, i])) / 2 / together
-                    expected = 1 / int(kept.sum()) if kept[rank, i] else 0
-                    assert share == pytest.approx(expected)
+            kept = counts[start : start + together]
+            for i, count in enumerate(kept):
+                share = found[start + i] / max(1, count) / together
+                assert share == pytest.approx(1 / sum(kept) if count else 0)
     groups: Any = list(range(7))
     torch.manual_seed(0)
     parts = slices(groups, 3)
@@ -275,23 +273,35 @@ def test_a_run_goes_on_where_it_was(make_trainer: Any, with_lora: bool) -> None:
 # ----------------------------------------------------------------------------------------- ranks, backends, evaluation
 
 
-def test_two_ranks_take_the_mean_over_the_groups_of_both(bpe: Any, tmp_path: Path) -> None:
-    """DistributedDataParallel; groups live whole on one rank, and one rank has none of the step that another has."""
+def test_two_ranks_step_as_one_process(bpe: Any, tmp_path: Path) -> None:
+    """DistributedDataParallel; groups are cut between the ranks, in generation too where a batch is less than a group.
+
+    One process takes the same completions, in a plain loop, and ends at the same weights.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     assert not (failure := run_ranks(run_as_rank, port, str(tmp_path))), failure
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for strategy in ("two_pass", "coupled"):
-        (kind, calls, seen, states, rows), (_, others, also, _, _) = (rank[strategy] for rank in both)
+    for strategy, size, kept in (("two_pass", 6, [2, 1]), ("coupled", 8, [2, 2])):
+        (kind, calls, seen, states, rows), (_, others, also, _, others_rows) = (rank[strategy] for rank in both)
         assert kind == "DistributedDataParallel" and all(map(torch.equal, seen, also))
-        counts = [[len(groups_of(call, 4)) for call in rank] for rank in (calls, others)]
-        assert [[len(call) for call in rank] for rank in (calls, others)] == [[8, 8], [8, 8]]
-        assert counts == [[2, 1], [0, 1]]
-        for k, (found, state) in enumerate(zip(seen, states, strict=True)):
-            groups = groups_of(calls[k], 4) + groups_of(others[k], 4)
-            assert far(found, plain_gradient(loaded(state), groups, bpe, MPO, llama())) < 1e-6
-            assert rows[k]["groups/dropped"] == 0.5
+        assert [[len(call) for call in rank] for rank in (calls, others)] == [[size, size]] * 2
+        single = loaded(states[0])
+        trains = dict(single.named_parameters())
+        for k, found in enumerate(seen):
+            groups = groups_of(calls[k] + others[k], 4)
+            assert len(groups) == kept[k] and rows[k]["groups/dropped"] == pytest.approx(1 - kept[k] / (size / 2))
+            expected = plain_gradient(single, groups, bpe, MPO, llama())
+            assert far(found, expected) < 1e-6
+            with torch.no_grad():
+                for x, d_x in zip(trains.values(), expected.split([x.numel() for x in trains.values()])):
+                    x -= ONLINE["learning_rate"] * d_x.view_as(x).float()
+        of_loss = ("loss", "rewards/margins", "pass_drift")
+        assert all(row.get(name) == other.get(name) for row, other in zip(rows, others_rows) for name in of_loss)
+        way = sum((x - states[0][name]).square().sum() for name, x in trains.items())
+        off = sum((x - states[2][name]).square().sum() for name, x in trains.items())
+        assert off < (5e-6) ** 2 * way
 
 
 def test_continuous_batching_generates_too(make_trainer: Any, bpe: Any) -> None:
@@ -384,7 +394,7 @@ def test_a_reward_model_that_gives_nan(make_trainer: Any, bpe: Any) -> None:
         ({"ref_sync_steps": 0}, "ref_sync_steps must be at least 1, or None; got 0"),
         ({"num_generations": 1}, "num_generations must be at least 2, .*; got 1"),
         ({"num_generations_eval": 1}, "num_generations_eval must be at least 2, .*; got 1"),
-        ({"per_device_train_batch_size": 6}, "multiple of num_generations = 4, .* micro_batch_sequences; got 6"),
+        ({"per_device_train_batch_size": 6}, r"generation_batch_size \(6\) must be divisible by num_generations \(4\)"),
         ({"loss_type": "grpo"}, "loss_type of GRPOConfig must stay 'dapo', because Objective.* says .*; got 'grpo'"),
         ({"beta": 0.1}, r"beta of GRPOConfig must stay 0.0, because Objective\(beta=...\) says it; got 0.1"),
         ({"scale_rewards": "batch"}, "scale_rewards of GRPOConfig must stay 'group', .*; got 'batch'"),
@@ -437,7 +447,7 @@ SIMPO = Objective("simpo", beta=2.0)
             {"train_dataset": Dataset.from_dict({"prompt": ["a"], "image": [1]})},
             "no column 'image': groups are of text",
         ),
-        ({"eval_dataset": DATA}, "per_device_eval_batch_size must be a multiple of num_generations_eval = 4.*got 6"),
+        ({"eval_dataset": DATA}, "multiple of num_generations_eval = 4, so that groups are whole; got 6 times 1"),
         (
             {"peft_config": peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")},
             "peft_config must be of",
@@ -481,7 +491,7 @@ def test_a_completion_longer_than_a_micro_batch(make_trainer: Any) -> None:
 
 def test_a_batch_that_splits_groups(make_trainer: Any) -> None:
     trainer = make_trainer({"per_device_eval_batch_size": 6})
-    with pytest.raises(ValueError, match=r"a rank's batch must hold whole groups of 4 completions, .* got 6 rows"):
+    with pytest.raises(ValueError, match=r"batches of all ranks must together hold whole groups of 4 .* got 6 rows"):
         trainer.evaluate(DATA)
 
 

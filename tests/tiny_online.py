@@ -119,7 +119,8 @@ def far(found: Tensor, expected: Tensor) -> float:
 
 
 def run_as_rank(rank: int, port: int, folder: str) -> None:
-    """Two ranks of two groups each. All groups of the second rank are dropped in one step, one of them in another."""
+    """Two ranks, of half a group a step each (three groups a generation, of which the second begins on the first rank),
+    or of a group a step each. Groups of some prompts are dropped, so that a slice of a generation has none."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **address)
     torch.set_num_threads(1)
@@ -129,10 +130,10 @@ def run_as_rank(rank: int, port: int, folder: str) -> None:
     from groupdpo_kernels.trainers import OnlineGroupDPOConfig, OnlineGroupDPOTrainer
 
     found: dict[str, Any] = {}
-    for strategy in ("two_pass", "coupled"):
+    for strategy, batch, accumulation in (("two_pass", 2, 3), ("coupled", 4, 2)):
         rewards, gradients = Rewards(*PROMPTS[2:]), Gradients()
-        more = {"strategy": strategy, "shuffle_dataset": False, "max_steps": 2, "gradient_accumulation_steps": 2}
-        more |= {"per_device_train_batch_size": 4, "micro_batch_sequences": 3}
+        more = {"strategy": strategy, "shuffle_dataset": False, "max_steps": 2, "micro_batch_sequences": 3}
+        more |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         config = OnlineGroupDPOConfig(output_dir=f"{folder}/{strategy}-{rank}", **ONLINE | more)
         trainer = OnlineGroupDPOTrainer(
             llama(),
@@ -145,5 +146,8 @@ def run_as_rank(rank: int, port: int, folder: str) -> None:
         trainer.train()
         rows = [row for row in trainer.state.log_history if "loss" in row]
         kind = type(trainer.model_wrapped).__name__
-        found[strategy] = kind, rewards.calls, gradients.seen, gradients.states, rows
+        ends = {
+            name: x.detach().clone() for name, x in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
+        }
+        found[strategy] = kind, rewards.calls, gradients.seen, [*gradients.states, ends], rows
     torch.save(found, f"{folder}/{rank}.pt")

@@ -394,6 +394,7 @@ def collate(
     share_prompt: bool = False,
     prompts_together: bool = True,
     pad_responses: bool = True,
+    of: PreferenceGroups | None = None,
 ) -> PreferenceBatch:
     """One step's groups as tensors, in as many micro-batches as the limits demand, or in one without limits.
 
@@ -421,10 +422,14 @@ def collate(
             (`models.why_not_left_padded`), where all of their responses fit in one micro-batch.
         pad_responses: whether responses of different lengths that share a prompt may be in one micro-batch. False is
             for what counts positions, such as the auxiliary loss of a mixture of experts.
+        of: the PreferenceGroups of these sequences, in this order, for groups that span ranks: of one this rank may
+            have one side alone, or nothing. None makes them.
     """
     if not groups:
         raise ValueError("groups must hold at least one group; got none")
     one_of("layout", layout, ("packed", "padded"))
+    if of is not None and sort:
+        raise ValueError("sort must be False where `of` says which sequences belong together; got True")
     longest = [g.longest for g in groups]
     if max_tokens is not None and max(longest) > max_tokens:
         row = groups[longest.index(max(longest))].row
@@ -441,7 +446,7 @@ def collate(
             parts += _micro_batches(sequences, layout, limits, pad_id)
     return PreferenceBatch(
         parts,
-        PreferenceGroups.from_lists(groups[g].positive for g in places),
+        PreferenceGroups.from_lists(groups[g].positive for g in places) if of is None else of,
         torch.tensor([i for g in places for i in range(first[g], first[g + 1])]),
     )
 

@@ -513,7 +513,9 @@ def _one_pass(step: _Step) -> PreferenceLoss:
 
     result, d_token_logps = step.loss(run_all)
     # Every token of a response has the same gradient, c. The zero at the end serves a response without a token here.
-    c = [torch.nn.functional.pad(g, (0, 1))[run.cu_seqlens[:-1].clamp(max=len(g))] for g, run in zip(d_token_logps, runs)]
+    c = [
+        torch.nn.functional.pad(g, (0, 1))[run.cu_seqlens[:-1].clamp(max=len(g))] for g, run in zip(d_token_logps, runs)
+    ]
     for target, kept in by_response.items():
         for at, k, gradient in kept:
             _add(total, target, gradient, c[at][k])

@@ -317,9 +317,7 @@ class _Sequences(NamedTuple):
     mean_logps: Tensor  # (S,) s / n
 
 
-def _sequences(
-    token_logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None, whole: bool = True
-) -> _Sequences:
+def _sequences(token_logps: Tensor, cu_seqlens: Tensor, ref_logps: Tensor | None, whole: bool = True) -> _Sequences:
     """Sums by sequence. Wrong values raise ValueError on a CPU, and give NaN on a GPU and in compiled code.
 
     whole: False where other ranks have more tokens of these sequences, so that here there may be none.

@@ -80,4 +80,5 @@ class StepForward:
 
     def drift(self) -> Tensor:  # ()
         """The largest difference of a response's log-probability between the passes."""
-        return (torch.cat(self.seen[True]) - torch.cat(self.seen[False])).abs().max()
+        gaps = (torch.cat(self.seen[True]) - torch.cat(self.seen[False])).abs()
+        return gaps.max() if len(gaps) else gaps.sum()  # a rank may have none of the responses of a step

@@ -25,7 +25,8 @@ trl = installed_trl("OnlineGroupDPOTrainer", SUPPORTED)
 @dataclass
 class OnlineGroupDPOConfig(trl.GRPOConfig):  # type: ignore[name-defined]
     """Options of `OnlineGroupDPOTrainer`: those of `trl.GRPOConfig` about generation, rewards and logs, and these.
-    Batch sizes count completions, as in TRL; memory does not depend on them.
+    Batch sizes count completions, as in TRL, and may be smaller than num_generations on each of several ranks; memory
+    does not depend on them.
 
     Args:
         rule: how the rewards of a prompt's completions become preferred and rejected: a name in `data.RULES`, or a
@@ -37,8 +38,8 @@ class OnlineGroupDPOConfig(trl.GRPOConfig):  # type: ignore[name-defined]
         share_prompt: whether the prompt of a group runs once for all its completions; as in GroupDPOConfig.
         ref_sync_steps: the reference becomes the policy after every so many optimizer steps. None: it stays as it is.
 
-    Raises ValueError for an unknown rule, strategy or value, for a batch size that is not a multiple of
-    num_generations, and for an option of GRPOConfig that would do nothing here (the message says why); TypeError for
+    Raises ValueError for an unknown rule, strategy or value, for batches whose sum over the ranks is not a multiple of
+    num_generations (TRL's error), and for an option of GRPOConfig that would do nothing here (the message says why); TypeError for
     one that belongs to Objective or to the trainer, or that does not exist.
     """
 
@@ -64,12 +65,6 @@ class OnlineGroupDPOConfig(trl.GRPOConfig):  # type: ignore[name-defined]
             G = getattr(self, name)
             if G is not None and G < 2:
                 raise ValueError(f"{name} must be at least 2, for a group has a preferred and a rejected one; got {G}")
-        B, G = self.per_device_train_batch_size, self.num_generations
-        if B % G:
-            raise ValueError(
-                f"per_device_train_batch_size must be a multiple of num_generations = {G}, so that groups stay whole;"
-                f" memory does not depend on it, but on micro_batch_sequences; got {B}"
-            )
         most, C = self.micro_batch_tokens, self.max_completion_length
         if most is not None and C is not None and most <= C:
             raise ValueError(

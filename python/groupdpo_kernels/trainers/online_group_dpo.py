@@ -9,9 +9,10 @@ rejected completions of the rewards of each prompt. A group without two sides is
 groups to `group_backward`, in micro-batches and with the prompt run once, as GroupDPOTrainer does (steps.py), so that
 memory depends neither on num_generations nor on the batch size.
 
-The groups of one generation are shuffled whole and cut into steps_per_generation slices. The loss of an optimizer step
-is the mean over its groups, on whichever rank or slice they are; a slice without a group, or a rank, runs a forward of
-weight zero. The reference scores completions in the step that uses them. It is the model as it is given, or the policy
+The groups of one generation, of all ranks together, are shuffled whole and cut into steps_per_generation slices. The
+responses of a slice are dealt to the ranks in equal shares, so a group may span ranks (`PreferenceGroups`), also where
+num_generations is more than a rank's batch. The loss of an optimizer step is the mean over its groups, in whichever slice
+they are; a slice without a group runs a forward of weight zero. The reference scores completions in the step that uses them. It is the model as it is given, or the policy
 as it was after every `ref_sync_steps` optimizer steps.
 
 It overrides private methods of TRL's GRPOTrainer, so it needs a version that dpo.py supports (checked). It never calls
@@ -26,16 +27,20 @@ import inspect
 import math
 import time
 import warnings
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..data.batches import tokenizer_of
+from ..data.batches import PreferenceBatch, TokenGroup, empty_micro_batch, tokenizer_of
 from ..installed import installed_trl
 from ..models.adapters import let_adapter_train
+from ..preference.groups import PreferenceGroups
 from ..preference.objective import Objective
 from .dpo import SUPPORTED
 from .engines import prepared_reference
@@ -43,7 +48,16 @@ from .group_dpo import pad_id_of
 from .metrics import means_of
 from .misplaced import check_names
 from .online_config import OnlineGroupDPOConfig, name_of_rule, rule_of
-from .online_groups import Drawn, check_pairs, check_whole, checked_reward, draw_groups, slices, weights
+from .online_groups import (
+    check_pairs,
+    check_whole,
+    checked_reward,
+    picked_groups,
+    share,
+    slices,
+    token_group,
+    weights,
+)
 from .reference import (
     check_adapter,
     check_on_one_device,
@@ -85,8 +99,7 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
     _step: int
     _current_train_step_time: float
     _buffered_inputs: list[dict[str, Any]] | None
-    _rewards: Tensor  # (N,) of this rank, of the last generation; NaN without a score
-    _all_rewards: Tensor  # (R * N,) of all ranks
+    _all_rewards: Tensor  # (R * N,) of all ranks, of the last generation; NaN without a score
     loss_is_scaled_for_ga = False  # compute_loss is a mean over groups: Trainer divides by the accumulation steps
 
     def __init__(
@@ -135,7 +148,7 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
     # --------------------------------------------------------------------------------------------- completions to steps
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """The slice of this step, after a new generation where one is due: as TRL, but of whole groups."""
+        """The slice of this step, after a new generation where one is due: as TRL, but groups stay in one slice."""
         if not self.model.training:
             return self._steps_of(generation_batch, 1)[0]
         n = self.args.steps_per_generation
@@ -149,42 +162,74 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
             raise ValueError(f"the dataset must have no column {image.pop()!r}: groups are of text alone; got one")
         mode = "train" if self.model.training else "eval"
         G = self.num_generations if mode == "train" else self.num_generations_eval
-        check_whole(prompts, G)
+        check_whole(gather_object([row.get("prompt") for row in prompts]), G)
         scored = self._generate_and_score_completions(prompts)
         if scored.get("tool_mask") is not None:
             raise ValueError("rollout_func must return no env_mask: every token of a completion is scored; got one")
-        drawn = draw_groups(scored, self._rewards, G, self.rule)
-        check_pairs(drawn.groups, self.objective)
-        longest = max((group.longest for group in drawn.groups), default=0)
+        asked, drawn = self._tokens(scored, "prompt"), self._tokens(scored, "completion")
+        picked = self._from_first_rank(
+            lambda: slices([*picked_groups(drawn, self._all_rewards.cpu(), G, self.rule)], n)
+        )
+        parts = [[token_group(picks, asked, drawn, G) for picks in part] for part in picked]
+        groups = [*chain(*parts)]
+        check_pairs(groups, self.objective)
+        longest = max((group.longest for group in groups), default=0)
         if (most := self.args.micro_batch_tokens) is not None and longest > most:
             raise ValueError(
                 f"micro_batch_tokens must be at least {longest}, for a prompt and its completion; got {most}"
             )
-        parts = slices(drawn.groups, n)
-        counts = self._count(drawn, [len(part) for part in parts], mode)
-        accumulation = self.args.gradient_accumulation_steps if mode == "train" else 1
-        shares = weights(counts, self.accelerator.process_index, accumulation)
+        self._count(groups, len(drawn) // G, mode)
+        shares = weights([*map(len, parts)], self.args.gradient_accumulation_steps if mode == "train" else 1)
+        # Two responses of one token, for a step of weight zero.
+        spare = TokenGroup(asked[0], [asked[0][-1:]] * 2, [True, False], 0)
         return [
-            {
-                "step": self._collate([(group, None) for group in part or [drawn.spare]])["step"].to(self.args.device),
-                "groups": len(part),
-                "weight": share,
-            }
-            for part, share in zip(parts, shares)
+            {"step": self._batch(part, spare).to(self.args.device), "groups": len(part), "weight": weight}
+            for part, weight in zip(parts, shares)
         ]
 
-    def _count(self, drawn: Drawn, own: list[int], mode: str) -> Tensor:  # (R, n)
-        """The numbers of groups in the slices of all ranks, after the metrics of the groups are recorded."""
-        sides = [side for group in drawn.groups for side in group.positive]
-        numbers = torch.tensor([drawn.drawn, sum(sides), len(sides), *own], device=self.accelerator.device)
-        gathered = self.accelerator.gather(numbers[None]).cpu()  # (R, 3 + n)
-        total, positives, both, *_ = gathered.sum(0).tolist()
-        kept = int(gathered[:, 3:].sum())
+    def _tokens(self, scored: dict[str, Any], part: str) -> list[Tensor]:
+        """The tokens of the prompts or completions of all ranks; none where TRL masks a completion."""
+        ids = torch.where(scored[f"{part}_mask"].bool(), scored[f"{part}_ids"], -1).int()
+        ids = self.accelerator.pad_across_processes(ids, dim=1, pad_index=-1)
+        return [row[row >= 0] for row in self.accelerator.gather(ids).cpu()]
+
+    def _from_first_rank(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on the first rank, on every rank: a rule may be random, and so is the order of groups."""
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = make()
+            except Exception as error:
+                broadcast_object_list([None, repr(error)])
+                raise
+        broadcast_object_list(found)
+        if found[1] is not None:
+            raise ValueError(f"rule must not fail; on the first rank it raised {found[1]}")
+        return found[0]
+
+    def _batch(self, groups: list[TokenGroup], spare: TokenGroup) -> PreferenceBatch:
+        """This rank's share of the responses of these groups, in equal shares; the spare group where there are none."""
+        R = self.accelerator.num_processes
+        if R == 1 or not groups:
+            batch: PreferenceBatch = self._collate([(group, None) for group in groups or [spare]])["step"]
+            return batch
+        own = share(groups, self.accelerator.process_index, R)
+        sides = [group.positive for group in own]
+        of = PreferenceGroups.from_lists(sides, process_group=torch.distributed.group.WORLD)
+        if some := [(group, None) for group in own if group.responses]:
+            batch = self._collate(some, of)["step"]
+            return batch
+        batch = self._collate([(spare, None)])["step"]
+        return PreferenceBatch([empty_micro_batch(batch.micro_batches[0])], of, batch.order[:0])
+
+    def _count(self, groups: list[TokenGroup], drawn: int, mode: str) -> None:
+        """Records the metrics of the groups of a generation, on all ranks, of which `drawn` were generated."""
         into = self._metrics[mode]
-        into["groups/dropped"].append(1 - kept / total)
-        if kept:
-            into["groups/positives"].append(positives / kept)
-            into["groups/negatives"].append((both - positives) / kept)
+        into["groups/dropped"].append(1 - len(groups) / drawn)
+        if groups:
+            sides = [side for group in groups for side in group.positive]
+            into["groups/positives"].append(sum(sides) / len(groups))
+            into["groups/negatives"].append((len(sides) - sum(sides)) / len(groups))
         elif not self._seen_any:
             values = self._all_rewards[~self._all_rewards.isnan()].unique()
             some = ", ".join(f"{value:g}" for value in values[:5].tolist()) + ", ..." * (len(values) > 5)
@@ -195,7 +240,6 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
                 stacklevel=2,
             )
         self._seen_any = True
-        return gathered[:, 3:]
 
     def _calculate_rewards(self, inputs: Any, *more: Any, **named: Any) -> Tensor:  # (R * N, functions)
         """TRL's, of all ranks; it notes each completion's weighted sum, NaN where no function scores it."""
@@ -215,8 +259,6 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
             )
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
         self._all_rewards = total.masked_fill(unscored, math.nan)
-        start = self.accelerator.process_index * len(inputs)
-        self._rewards = self._all_rewards[start : start + len(inputs)]
         return rewards
 
     def _get_per_token_logps_and_entropies(self, *arguments: Any, **named: Any) -> tuple[None, None, None]:
@@ -345,11 +387,11 @@ def _check_arguments(model: Any, args: Any, objective: Any, ref_model: Any, name
         columns = getattr(named.get(name), "column_names", None)
         if isinstance(columns, list) and (image := {"image", "images"} & {*columns}):
             raise ValueError(f"{name} must have no column {image.pop()!r}: groups are of text alone; got one")
-    B, G = args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations
-    if named.get("eval_dataset") is not None and B % G:
+    B, R, G = args.per_device_eval_batch_size, args.world_size, args.num_generations_eval or args.num_generations
+    if named.get("eval_dataset") is not None and B * R % G:
         raise ValueError(
-            f"per_device_eval_batch_size must be a multiple of num_generations_eval = {G}, so that groups stay whole;"
-            f" got {B}"
+            f"per_device_eval_batch_size times the number of ranks must be a multiple of num_generations_eval = {G}, so"
+            f" that groups are whole; got {B} times {R}"
         )
     tokenizer = tokenizer_of(named.get("processing_class"))
     if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is None:

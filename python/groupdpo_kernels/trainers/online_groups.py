@@ -1,14 +1,15 @@
 """Completions with rewards become groups with two sides, and groups become the slices of a generation.
 
-It never touches TRL or a model, moves data between ranks, or splits a group. The cost is linear in the tokens.
+It never touches TRL or a model, or moves data between ranks: it sees the completions of all of them. The cost is linear
+in the tokens.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,55 +19,59 @@ from ..data.rules import Rule
 from ..preference.losses import LOSSES
 from ..preference.objective import Objective
 
-
-class Drawn(NamedTuple):
-    """The groups of one generation on this rank."""
-
-    groups: list[TokenGroup]  # those with both sides, responses in the order of the rule
-    drawn: int  # the number of groups before those without a side were dropped
-    spare: TokenGroup  # two responses of one token, for a step of weight zero
+Picks = list[tuple[int, bool]]  # completions of a group, by their number among all, each with its side
 
 
-def draw_groups(
-    scored: Mapping[str, Any],
+def picked_groups(
+    completions: Sequence[Tensor],  # (n_i,) integer each
     rewards: Tensor,  # (N,) floating; NaN for a completion without a score
     G: int,
     rule: Rule,
-) -> Drawn:
-    """Groups of G rows in turn, as the rule sorts them; rows without tokens or without a score are left out before.
-
-    scored: prompt_ids and prompt_mask (N, P), padded on the left, completion_ids and completion_mask (N, C), padded on
-    the right, as TRL has them; the mask is all zero for a completion that is to be left out.
+) -> Iterator[Picks]:
+    """Yields groups of G completions in turn, as the rule sorts them, where they have both sides. Completions without
+    tokens or without a score are left out before.
 
     Raises ValueError for a rule that returns something else than pairs (index, positive) of different indices of the
     scores.
     """
-    prompts, texts = (
-        [ids[live.bool()].int().cpu() for ids, live in zip(scored[f"{part}_ids"], scored[f"{part}_mask"])]
-        for part in ("prompt", "completion")
-    )
     scores = rewards.double().tolist()
-    groups = []
-    for g in range(len(prompts) // G):
-        rows = range(g * G, g * G + G)
-        kept = [i for i in rows if len(texts[i]) and not math.isnan(scores[i])]
+    for start in range(0, len(completions), G):
+        kept = [i for i in range(start, start + G) if len(completions[i]) and not math.isnan(scores[i])]
         picked = _picked(rule, [scores[i] for i in kept])
         sides = [side for _, side in picked]
         if any(sides) and not all(sides):
-            groups.append(TokenGroup(prompts[g * G], [texts[kept[i]] for i, _ in picked], sides, g))
-    spare = TokenGroup(prompts[0], [*scored["completion_ids"][:2, :1].int().cpu()], [True, False], 0)
-    return Drawn(groups, len(prompts) // G, spare)
+            yield [(kept[i], side) for i, side in picked]
 
 
-def check_whole(prompts: Sequence[Mapping[str, Any]], G: int) -> None:
-    """ValueError unless these rows are whole groups: G times one prompt, then G times the next."""
-    firsts = [prompts[i - i % G].get("prompt") for i in range(len(prompts))]
-    apart = next((i for i, row in enumerate(prompts) if row.get("prompt") != firsts[i]), None)
+def token_group(picks: Picks, prompts: Sequence[Tensor], completions: Sequence[Tensor], G: int) -> TokenGroup:
+    first = picks[0][0]
+    responses = [completions[i] for i, _ in picks]
+    return TokenGroup(prompts[first], responses, [side for _, side in picks], first // G)
+
+
+def share(groups: Sequence[TokenGroup], rank: int, R: int) -> list[TokenGroup]:
+    """What of each group is this rank's, in order, if all responses are cut into R shares of equal size, or of sizes
+    that differ by one. A rank may have none of a group."""
+    total = sum(len(group.responses) for group in groups)
+    start, end = total * rank // R, total * (rank + 1) // R
+    found = []
+    for group in groups:
+        n = len(group.responses)
+        own = slice(min(max(start, 0), n), min(max(end, 0), n))
+        found.append(group._replace(responses=group.responses[own], positive=group.positive[own]))
+        start, end = start - n, end - n
+    return found
+
+
+def check_whole(prompts: Sequence[Any], G: int) -> None:
+    """ValueError unless these prompts, of the rows of all ranks, are whole groups: G times one, then G times the next."""
+    firsts = [prompts[i - i % G] for i in range(len(prompts))]
+    apart = next((i for i, prompt in enumerate(prompts) if prompt != firsts[i]), None)
     if apart is not None or len(prompts) % G:
         got = f"{len(prompts)} rows" if apart is None else f"another prompt in row {apart}"
         raise ValueError(
-            f"a rank's batch must hold whole groups of {G} completions, one prompt after the other: its size must be a"
-            f" multiple of {G}, and split_batches False; got {got}"
+            f"the batches of all ranks must together hold whole groups of {G} completions, one prompt after the other:"
+            f" the sum of their sizes must be a multiple of {G}, and split_batches False; got {got}"
         )
 
 
@@ -93,7 +98,7 @@ def check_pairs(groups: Sequence[TokenGroup], objective: Objective) -> None:
         )
 
 
-def slices(groups: Sequence[TokenGroup], n: int) -> list[list[TokenGroup]]:
+def slices(groups: Sequence[Any], n: int) -> list[list[Any]]:
     """The groups, shuffled by torch's generator, in n slices of equal size, or of sizes that differ by one."""
     order = torch.randperm(len(groups)).tolist()
     cuts = [i * len(groups) // n for i in range(n + 1)]
@@ -101,21 +106,19 @@ def slices(groups: Sequence[TokenGroup], n: int) -> list[list[TokenGroup]]:
 
 
 def weights(
-    counts: Tensor,  # (R, n) integer: the number of groups in each slice of each rank
-    rank: int,
+    counts: Sequence[int],  # the number of groups in each slice, on all ranks together
     accumulation: int,
 ) -> list[float]:
-    """What the mean over the groups of each slice of this rank counts, so that an optimizer step, which averages over
-    ranks and over the slices it accumulates, takes the mean over all of its groups.
+    """What the mean over the groups of each slice counts, so that an optimizer step, which averages over the slices
+    that it accumulates, takes the mean over all of its groups.
 
     Where a generation is no whole number of optimizer steps, and no step a whole number of generations, each slice
     counts by itself.
     """
-    R, n = counts.shape
+    n = len(counts)
     together = n if accumulation % n == 0 else accumulation if n % accumulation == 0 else 1
-    totals = counts.sum(0).view(-1, together).sum(1).tolist()
-    own = counts[rank].tolist()
-    return [R * together * own[i] / max(1, totals[i // together]) for i in range(n)]
+    totals = [sum(counts[i - i % together :][:together]) for i in range(n)]
+    return [together * count / max(1, total) for count, total in zip(counts, totals)]
 
 
 def checked_reward(function: Callable[..., Any], name: str, is_async: bool) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from ..data.formats import Report
 from ..data.rules import merge_prompts, read_groups
 from ..models.layouts import why_not_left_padded, why_not_packed, why_not_padded, why_not_shared
 from ..models.shared_prompt import REENTRANT, rotary_limit
+from ..preference.groups import PreferenceGroups
 from ..preference.losses import LOSSES
 from ..preference.objective import Objective
 from .config import GroupDPOConfig, is_reentrant
@@ -97,7 +98,10 @@ class Collator:
             longest_shared=min(limits, default=None),
         )
 
-    def __call__(self, items: Sequence[tuple[TokenGroup, Tensor | None]]) -> dict[str, Any]:
+    def __call__(
+        self, items: Sequence[tuple[TokenGroup, Tensor | None]], of: PreferenceGroups | None = None
+    ) -> dict[str, Any]:
+        """of: as in `collate`."""
         groups, known = [group for group, _ in items], [ref for _, ref in items if ref is not None]
         fits = self.longest_shared is None or all(group.longest <= self.longest_shared for group in groups)
         options: dict[str, Any] = {"max_tokens": self.max_tokens, "max_sequences": self.max_sequences}
@@ -105,7 +109,7 @@ class Collator:
             options[name] = getattr(self, name)
         return {
             "rows": torch.tensor([group.row for group in groups]),
-            "step": collate(groups, self.layout, **options, share_prompt=self.share_prompt and fits),
+            "step": collate(groups, self.layout, **options, share_prompt=self.share_prompt and fits, of=of),
             "num_tokens": sum(len(g.prompt) * len(g.responses) + sum(map(len, g.responses)) for g in groups),
             **({"ref_logps": torch.cat(known)} if known else {}),
         }

@@ -52,7 +52,7 @@ class GroupSteps:
         return seq_logps(token_logps, cu_seqlens)
 
     def _forward(self, model: Any, step: PreferenceBatch, bare: Any = None) -> StepForward:
-        autocast, tokens = self.accelerator.autocast, step.computed_tokens
+        autocast, tokens = self.accelerator.autocast, max(1, step.computed_tokens)
         return StepForward(model, autocast, bare=bare, aux_coef=self.aux_coef, tokens=tokens)
 
     def _to_training(self, model: Any) -> None:
@@ -117,8 +117,8 @@ class GroupSteps:
     ) -> Tensor:  # ()
         """The loss with its auxiliary part, after the metrics are recorded for the log. weight: as in `record`."""
         mode, loss = "train" if self.model.training else "eval", result.loss
-        lengths = torch.cat([mb.cu_seqlens.diff() for mb in step.micro_batches])
-        values = {**preference_metrics(result, step.groups, self.objective, lengths), **more}
+        lengths = step.groups.gathered(torch.cat([mb.cu_seqlens.diff() for mb in step.micro_batches]))
+        values = {**preference_metrics(result, step.groups.whole, self.objective, lengths), **more}
         if auxiliary:
             total = torch.stack(auxiliary).sum()
             loss, values["aux_loss"] = loss + total.to(loss), total / self.aux_coef
