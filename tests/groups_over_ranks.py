@@ -1,10 +1,9 @@
-"""Cases of tests/test_ranks.py: groups whose responses, or responses whose tokens, lie on two ranks, against one process
-that has everything. Everything is float64."""
+"""Cases of tests/test_ranks.py: groups whose responses, or responses whose tokens, lie on two ranks, against one
+process that has everything. All of it is float64."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,8 @@ import torch.distributed as dist
 from prompt_groups import groups_of
 from tiny_models import make
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 
@@ -116,7 +117,7 @@ class Scorer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         logits = self.head(self.embedding(ids.roll(1)))
-        return logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        return logits.log_softmax(-1).gather(-1, ids[:, None]).sum(1)
 
 
 Sequences = list[tuple[Tensor, Tensor]]  # ids of a response, and which of its tokens are scored
@@ -136,12 +137,19 @@ def sequences_of(lengths: Tensor) -> Sequences:
     return [(torch.randint(20, (n,), generator=generator), torch.ones(n, dtype=torch.bool)) for n in lengths.tolist()]
 
 
+def on_cpu(model: nn.Module) -> nn.Module:
+    """FSDP2."""
+    return fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+
+
 def averaged(model: nn.Module) -> dict[str, Tensor]:
     """The mean over ranks of the gradients, taken away from the model."""
     found = {}
     for name, p in model.named_parameters():
-        gradient = torch.zeros_like(p) if p.grad is None else p.grad
-        if not isinstance(model, DistributedDataParallel):
+        gradient: Any = torch.zeros_like(p) if p.grad is None else p.grad
+        if isinstance(model, FSDPModule):
+            gradient = gradient.full_tensor()
+        elif not isinstance(model, DistributedDataParallel):
             dist.all_reduce(gradient)
             gradient /= WORLD
         found[name.removeprefix("module.")] = gradient
@@ -166,8 +174,8 @@ def of_one_process(
 
 
 def one_step_on_all_ranks(rank: int) -> None:
-    """Gradients averaged over ranks, with a wrapper and without one; micro-batches differ in number, and in one case
-    the second rank has no response at all."""
+    """Gradients averaged over ranks, by a wrapper or without one; micro-batches differ in number, and in one case the
+    second rank has no response at all."""
     for lists, objective in ((RAGGED, MPO), (ON_ONE_RANK, MPO), (RANKED, Objective("plackett_luce", beta=1.0))):
         rows = Rows(lists, rank)
         sequences = sequences_of(rows.lengths)
@@ -175,9 +183,14 @@ def one_step_on_all_ranks(rank: int) -> None:
         own = [sequences[i] for i in rows.own]
         size = 2 + rank
         batches = [own[i : i + size] for i in range(0, len(own), size)] or [[]]
-        for strategy, wrapped in itertools.product(("two_pass", "one_pass"), (False, True)):
-            model: nn.Module = Scorer()
-            model = DistributedDataParallel(model) if wrapped else model
+        for strategy, wrap in (
+            ("two_pass", None),
+            ("one_pass", None),
+            ("two_pass", DistributedDataParallel),
+            ("one_pass", DistributedDataParallel),
+            ("two_pass", on_cpu),
+        ):
+            model: Any = Scorer() if wrap is None else wrap(Scorer())
             with warnings.catch_warnings():
                 warnings.simplefilter("error", UserWarning)
                 found = group_backward(
@@ -220,7 +233,7 @@ def one_prompt_on_all_ranks(rank: int) -> None:
         same_gradients(averaged(model), gradients, 1e-9)
 
 
-# ------------------------------------------------------------------------------- tokens of a response over several ranks
+# ------------------------------------------------------------------------------------- tokens of a response over ranks
 
 
 def tokens_on_all_ranks(rank: int) -> None:
@@ -299,7 +312,7 @@ def wrong_on_one_rank(rank: int) -> None:
         PreferenceGroups.from_lists([[True, False], [True]] if first else [[True], [True]], **spanning)
     with everywhere("cu_groups and positive must be the same on every rank of context_parallel_group"):
         PreferenceGroups(cu, sides if first else ~sides, context_parallel_group=world)
-    with pytest.raises(TypeError, match="process_group must be a torch.distributed process group or None; got int"):
+    with pytest.raises(TypeError, match=r"process_group must be a torch.distributed .* or None; got int"):
         PreferenceGroups(cu, sides, process_group=3)
     other = [dist.new_group([r]) for r in range(WORLD)][1 - rank]
     with pytest.raises(ValueError, match="context_parallel_group must be a process group that this rank belongs to"):

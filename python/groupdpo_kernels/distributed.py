@@ -6,9 +6,9 @@ number of micro-batches. So before the first micro-batch runs, one all-reduce ag
 another one says whether a rank has failed: then all raise, before any gradient is written.
 
 Wrappers are found in `model` or, where none is given, by a hook on the first modules that `forward` calls, which runs
-before the wrapper's own forward and so before its first collective. Without a wrapper and without a process group
-nothing here talks to another rank: other ranks may be busy with other things (generation, rewards), and a collective
-that they do not join would never end.
+before the wrapper's own forward and so before its first collective. Without a wrapper, without a process group and
+without groups that span ranks nothing here talks to another rank: other ranks may be busy with other things
+(generation, rewards), and a collective that they do not join would never end.
 
 The module never imports deepspeed, keeps a hook past the first forward of a pass, or guesses a group of ranks.
 """

@@ -5,7 +5,15 @@ rules.py    rows -> groups: read_groups, merge_prompts, and the rules that turn 
 batches.py  groups -> token ids -> micro-batches: tokenize_groups, collate
 """
 
-from .batches import MicroBatch, PreferenceBatch, Prompts, TokenGroup, collate, tokenize_groups
+from .batches import (
+    MicroBatch,
+    PreferenceBatch,
+    Prompts,
+    TokenGroup,
+    collate,
+    empty_micro_batch,
+    tokenize_groups,
+)
 from .formats import FORMATS, BadRow, Group, Report
 from .rules import RULES, best_vs_rest, margin, merge_prompts, ranks, read_groups, threshold, top_k
 
@@ -21,6 +29,7 @@ __all__ = [
     "TokenGroup",
     "best_vs_rest",
     "collate",
+    "empty_micro_batch",
     "margin",
     "merge_prompts",
     "ranks",

@@ -3,13 +3,13 @@
     agreed     integers of every rank, before a collective call whose size depends on them
     gathered   float64 numbers of every rank, differentiable in those of this rank
 
-Every rank computes the same result from what it gathers, so the backward talks to nobody: a rank takes its own slice of
-the gradient, times the number of ranks. That is the gradient of the sum of the ranks' equal results, as that of
+Every rank computes the same result from what it gathers, so the backward talks to nobody: a rank takes its own slice
+of the gradient, times the number of ranks. That is the gradient of the sum of the ranks' equal results, as that of
 torch.distributed.nn.functional.all_gather is, and an average over the ranks makes it the gradient of one result.
 
-Both carry errors: each rank comes to every collective call, also where its arguments are wrong, and all of them learn of
-it there. The module never knows a loss or a token. It needs torch.distributed. A rank sends 16 bytes and 8 bytes a number,
-and waits for the device once a call, to read whether a rank has failed.
+Both carry errors: each rank comes to every collective call, also where its arguments are wrong, and all of them learn
+of it there. The module never knows a loss or a token. It needs torch.distributed. A rank sends 16 bytes and 8 bytes a
+number, and waits for the device once a call, to read whether a rank has failed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def agreed(
     error: Exception | None,  # what this rank is about to raise
     group: Any,
 ) -> tuple[list[list[int]], Exception | None]:
-    """The integers of each rank, and the error that this rank must raise once it has made its other collective calls."""
+    """The integers of each rank, and the error that this rank must raise after its other collective calls."""
     rows = _all_gather(torch.tensor([error is not None, *own], dtype=torch.int64), group).tolist()
     return [row[1:] for row in rows], _error(what, error, [row[0] for row in rows])
 
@@ -76,8 +76,8 @@ def _all_gather(row: Tensor, group: Any) -> Tensor:  # (R, *row.shape)
 
 
 class Gathered(NotUnderVmap):
-    """`Gathered.apply(values, mark, failed, group)`: values (k, n) float64 -> (R, 2), each rank's `failed` and `mark`, and
-    (R, k, n), each rank's values."""
+    """`Gathered.apply(values, mark, failed, group)`: values (k, n) float64 -> each rank's `failed` and `mark`, (R, 2),
+    and each rank's values, (R, k, n)."""
 
     instead = "preference_loss takes all groups in one call (PreferenceGroups)"
 

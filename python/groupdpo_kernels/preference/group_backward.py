@@ -110,10 +110,12 @@ def group_backward(
 
     With several processes, every rank calls group_backward with groups of its own. Wrappers average the gradient over
     ranks, so it is that of one process with all groups where ranks have equally many (else pass scale = ranks * own
-    groups / all groups). Where `groups` themselves span ranks, micro-batches hold this rank's responses, or its tokens
-    of each; ranks exchange S numbers between the passes, and the average over ranks is that of one process
-    (`PreferenceGroups`). A rank without a response gives one micro-batch without a sequence. Under FSDP and DeepSpeed each micro-batch is a collective call, so a rank with fewer of them
+    groups / all groups). Under FSDP and DeepSpeed each micro-batch is a collective call, so a rank with fewer of them
     runs its smallest one again with weight zero. one_pass and shared prompts work with DistributedDataParallel alone.
+
+    Where `groups` themselves span ranks, micro-batches hold this rank's responses, or its tokens of each. Ranks
+    exchange S numbers between the passes, and the average of their gradients is that of one process, however many
+    responses each has (`PreferenceGroups`). A rank without a response gives one micro-batch without a sequence.
 
     Returns the PreferenceLoss, detached, without auxiliary losses. A loss that is not finite comes out as it is, and so
     do its gradients. A module that counts its forwards (batch normalisation) counts both passes.

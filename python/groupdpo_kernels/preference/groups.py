@@ -248,8 +248,8 @@ class _Parts:
         return values.transpose(0, 1).flatten(1)[:, self.index]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> _Parts:
-        tensors = (x.to(device, non_blocking=non_blocking) for x in (self.own, self.index))
-        return _Parts(self.whole.to(device, non_blocking), *tensors, self.most)
+        own, index = (x.to(device, non_blocking=non_blocking) for x in (self.own, self.index))
+        return _Parts(self.whole.to(device, non_blocking), own, index, self.most)
 
     @classmethod
     def of(cls, groups: PreferenceGroups) -> _Parts:

@@ -182,7 +182,10 @@ def _check_numbers(options: Any, *names: str) -> None:
 
 
 class PreferenceLoss(NamedTuple):
-    """The result of preference_loss. Only `loss` is differentiable, in token_logps; the rest is for logging."""
+    """The result of preference_loss. Only `loss` is differentiable, in token_logps; the rest is for logging.
+
+    Where groups span ranks it is that of `groups.whole`, the same on every rank.
+    """
 
     loss: Tensor  # () the mean of group_losses
     seq_logps: Tensor  # (S,)
@@ -475,8 +478,8 @@ def _check_shapes(
         )
     elif groups.context_parallel_group is not None and ref_logps.shape != (S,):
         raise ValueError(
-            f"ref_logps must be (S,) = ({S},), sums over whole sequences, where context_parallel_group splits tokens, as"
-            f" seq_logps(..., process_group=) makes them; got {tuple(ref_logps.shape)}"
+            f"ref_logps must be (S,) = ({S},), sums over whole sequences, where context_parallel_group splits tokens,"
+            f" as seq_logps(..., process_group=) makes them; got {tuple(ref_logps.shape)}"
         )
     for name, x in {"cu_seqlens": cu_seqlens, "groups": groups.positive, "ref_logps": ref_logps}.items():
         if x is not None and x.device != token_logps.device:

@@ -38,9 +38,9 @@ class OnlineGroupDPOConfig(trl.GRPOConfig):  # type: ignore[name-defined]
         share_prompt: whether the prompt of a group runs once for all its completions; as in GroupDPOConfig.
         ref_sync_steps: the reference becomes the policy after every so many optimizer steps. None: it stays as it is.
 
-    Raises ValueError for an unknown rule, strategy or value, for batches whose sum over the ranks is not a multiple of
-    num_generations (TRL's error), and for an option of GRPOConfig that would do nothing here (the message says why); TypeError for
-    one that belongs to Objective or to the trainer, or that does not exist.
+    Raises ValueError for an unknown rule, strategy or value, for a generation of all ranks that is no multiple of
+    num_generations (TRL's error), and for an option of GRPOConfig that would do nothing here (the message says why);
+    TypeError for one that belongs to Objective or to the trainer, or that does not exist.
     """
 
     rule: str = "best_vs_rest"  # or a Rule; parsers of command lines take a text alone

@@ -11,13 +11,14 @@ memory depends neither on num_generations nor on the batch size.
 
 The groups of one generation, of all ranks together, are shuffled whole and cut into steps_per_generation slices. The
 responses of a slice are dealt to the ranks in equal shares, so a group may span ranks (`PreferenceGroups`), also where
-num_generations is more than a rank's batch. The loss of an optimizer step is the mean over its groups, in whichever slice
-they are; a slice without a group runs a forward of weight zero. The reference scores completions in the step that uses them. It is the model as it is given, or the policy
-as it was after every `ref_sync_steps` optimizer steps.
+num_generations is more than the batch of a rank. The loss of an optimizer step is the mean over its groups, in
+whichever slice they are; a slice without a group runs a forward of weight zero. The reference scores completions in the
+step that uses them. It is the model as it is given, or the policy after every `ref_sync_steps` optimizer steps.
 
 It overrides private methods of TRL's GRPOTrainer, so it needs a version that dpo.py supports (checked). It never calls
-tools, takes images, or runs under FSDP and DeepSpeed. The cost of a step is that of GroupDPOTrainer. The source is
-GroupDPO (arXiv 2604.15602); docs/math.md has the formulas.
+tools, takes images, or runs under FSDP and DeepSpeed. The cost of a step is that of GroupDPOTrainer; several ranks also
+exchange the tokens of completions once a generation, and a few numbers of each in every step. The source is GroupDPO
+(arXiv 2604.15602); docs/math.md has the formulas.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -91,8 +92,8 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
     Raises ValueError or TypeError, naming argument, expectation and value: for a reward function that returns the wrong
     number of rewards, NaN or infinite ones, or that scores nothing of the first generation; tools, environments and
     images; a reference that is not read, or that would change in training; with ref_sync_steps a ref_model of another
-    shape; an eval batch size that is no multiple of num_generations_eval; a pairwise loss where the rule keeps other
-    than two completions. It warns where no group of the first generation has two sides.
+    shape; eval batches that together are no multiple of num_generations_eval; a pairwise loss where the rule keeps
+    other than two completions. It warns where no group of the first generation has two sides.
     """
 
     reward_funcs: list[Any]

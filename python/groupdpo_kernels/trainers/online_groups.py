@@ -64,7 +64,7 @@ def share(groups: Sequence[TokenGroup], rank: int, R: int) -> list[TokenGroup]:
 
 
 def check_whole(prompts: Sequence[Any], G: int) -> None:
-    """ValueError unless these prompts, of the rows of all ranks, are whole groups: G times one, then G times the next."""
+    """ValueError unless these prompts, of the rows of all ranks, are whole groups: G times one, G times the next."""
     firsts = [prompts[i - i % G] for i in range(len(prompts))]
     apart = next((i for i, prompt in enumerate(prompts) if prompt != firsts[i]), None)
     if apart is not None or len(prompts) % G:
