@@ -150,4 +150,8 @@ def run_as_rank(rank: int, port: int, folder: str) -> None:
             name: x.detach().clone() for name, x in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
         }
         found[strategy] = kind, rewards.calls, gradients.seen, [*gradients.states, ends], rows
+    try:
+        trainer._from_first_rank(lambda: [][0])
+    except (IndexError, ValueError) as error:
+        found["failed"] = repr(error)
     torch.save(found, f"{folder}/{rank}.pt")

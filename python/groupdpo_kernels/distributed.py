@@ -157,7 +157,7 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            if self._met and (not self._in_forward or self._only_ddp or self._forwards_apart):
+            if self._met and (not self._in_forward or self._only_ddp or self.forwards_apart):
                 self.meet(error)
             raise
         self.meet()
@@ -190,7 +190,8 @@ class Ranks:
         return bool(self.wrappers) and all(kind_of(w) == DDP for w in self.wrappers)
 
     @property
-    def _forwards_apart(self) -> bool:
+    def forwards_apart(self) -> bool:
+        """Whether it is known that no forward and no backward is a collective call."""
         return self._apart and not self._settled
 
     @property

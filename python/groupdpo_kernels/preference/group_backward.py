@@ -124,8 +124,9 @@ def group_backward(
     do not hold the sequences of groups, for a forward that returns something else or, with a SharedPrompt, lacks its
     two methods or runs under FSDP or DeepSpeed, for reentrant checkpoints with
     `parameters`, for parameters or one_pass where FSDP or DeepSpeed shards, for ranks with different strategies. Before
-    pass 2 an error of one rank is raised on all (under FSDP and ZeRO-3 not if forward itself raised it). It warns if
-    pass 2 does not repeat pass 1.
+    pass 2 an error of one rank is raised on all (under FSDP and ZeRO-3 not if forward itself raised it); where groups
+    span ranks by a process_group alone and nothing wraps the model, in pass 2 too. It warns if pass 2 does not repeat
+    pass 1, on all ranks that groups span.
     """
     names = list(STRATEGIES)
     at = names.index(strategy) if strategy in names else -1
@@ -352,7 +353,7 @@ def _two_pass(step: _Step) -> PreferenceLoss:
     try:
         second.run_all()
     except Exception as raised:
-        if step.ranks.wrappers:  # the other ranks wait in its reduction of the gradients
+        if not step.ranks.forwards_apart:  # the other ranks may wait in a collective call of the model
             raise
         error = raised
     finally:
