@@ -13,9 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import MicroBatch, Prompts
+from ..data.batches import MicroBatch, PreferenceBatch, Prompts
 from ..models.api import attach
+from ..preference.group_backward import forward_parts
 from ..preference.segments import seq_logps
+
+Autocast = Callable[[], contextlib.AbstractContextManager[Any]]  # makes the context of a forward
+
+
+@torch.no_grad()
+def response_logps(model: Any, step: PreferenceBatch, autocast: Autocast) -> Tensor:  # (S,) float32
+    """Log-probabilities of the responses of a step, in order: what a reference's scores are."""
+    token_logps, cu_seqlens, _ = forward_parts(step.parts, StepForward(model, autocast))
+    return seq_logps(token_logps, cu_seqlens)
 
 
 class StepForward:
@@ -31,7 +41,7 @@ class StepForward:
     def __init__(
         self,
         model: Any,
-        autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+        autocast: Autocast,
         *,
         bare: Any = None,
         aux_coef: float = 0.0,

@@ -20,8 +20,7 @@ from ..distributed import DDP, kind_of
 from ..models.adapters import has_adapter, is_peft_model, save_adapter
 from ..preference.group_backward import forward_parts, group_backward
 from ..preference.objective import Objective, PreferenceLoss, preference_loss
-from ..preference.segments import seq_logps
-from .forward import StepForward
+from .forward import StepForward, response_logps
 from .metrics import preference_metrics, record
 from .reference import as_reference
 
@@ -44,12 +43,10 @@ class GroupSteps:
     aux_coef: float  # weight of a router's auxiliary loss; 0 leaves it out
     _metrics: dict[str, dict[str, list[float]]]
 
-    @torch.no_grad()
     def _scores(self, step: PreferenceBatch) -> Tensor:  # (S,) float32
         """Log-probabilities of the responses under the reference."""
         with as_reference(self.accelerator.unwrap_model(self.model), self.ref_model) as reference:
-            token_logps, cu_seqlens, _ = forward_parts(step.parts, StepForward(reference, self.accelerator.autocast))
-        return seq_logps(token_logps, cu_seqlens)
+            return response_logps(reference, step, self.accelerator.autocast)
 
     def _forward(self, model: Any, step: PreferenceBatch, bare: Any = None) -> StepForward:
         autocast, tokens = self.accelerator.autocast, max(1, step.computed_tokens)

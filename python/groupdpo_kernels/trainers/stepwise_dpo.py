@@ -36,12 +36,10 @@ from ..data.batches import TokenGroup
 from ..data.formats import Report
 from ..models.adapters import adapter_configs, delete_adapter, let_adapter_train
 from ..models.limits import position_limit, token_limit
-from ..preference.group_backward import forward_parts
 from ..preference.objective import Objective
-from ..preference.segments import seq_logps
 from ..stepwise.stages import run_stages
 from .config import GroupDPOConfig
-from .forward import StepForward
+from .forward import response_logps
 from .group_dpo import GroupDPOTrainer, aux_coef_of, pad_id_of
 from .reference import check_adapter, check_no_earlier_reference
 from .rows import Collator, tokenised
@@ -147,8 +145,7 @@ class StepwiseDPO:
         collator = collator.fitting(model).sharing(args, bool(aux_coef_of(model, args)), model)
         step = collator([(group, None) for group in groups])["step"].to(args.device)
         autocast = partial(torch.autocast, args.device.type, torch.bfloat16, enabled=bool(args.bf16))
-        token_logps, cu_seqlens, _ = forward_parts(step.parts, StepForward(model, autocast))
-        return seq_logps(token_logps, cu_seqlens)
+        return response_logps(model, step, autocast)
 
     def _train(self, model: Any, part: Any, ref_logps: Tensor, stage: int) -> None:
         args = copy.copy(self.args)
