@@ -8,8 +8,9 @@
 
 #include "cpu/vector_math.h"
 
-// CMakeLists.txt compiles this file once for each instruction set, into a namespace of its own. The attribute, not a flag
-// of the compiler: what headers define stays of the baseline, or the linker might pick a wider copy of it for everybody.
+// CMakeLists.txt compiles this file once for each instruction set, into a namespace of its own. The attribute, not a
+// flag of the compiler: what headers define stays of the baseline, or the linker might pick a wider copy of it for
+// everybody.
 #ifdef GROUPDPO_KERNELS_ROW_TARGET
 #define EVERY_ISA __attribute__((target(GROUPDPO_KERNELS_ROW_TARGET)))
 #else

@@ -2,8 +2,8 @@
 // tensors, blocks or threads. Formulas: docs/math.md. Cost: one exponential a logit (and one tanh under softcap).
 //
 // row.cpp is compiled once for each instruction set, and the names here point at the copy in use: the widest that the
-// processor has, or what the environment variable GROUPDPO_KERNELS_CPU_CAPABILITY says (row_choice.cpp). All copies give
-// the same bits: the lanes and the order of additions are fixed, and no product is contracted with a sum.
+// processor has, or what the environment variable GROUPDPO_KERNELS_CPU_CAPABILITY says (row_choice.cpp). All copies
+// give the same bits: the lanes and the order of additions are fixed, and no product is contracted with a sum.
 #pragma once
 #include <cstdint>
 
@@ -61,8 +61,8 @@ extern double (*squashed_sum)(const float* z, int64_t n, const LogitMap& map, fl
 
 // Where the running sum of exp(logit - shift) over to_squashed's result (n,) first exceeds at[i], for `count` ascending
 // at[i]: the last entry that adds anything where none does; n where nothing adds anything. -inf adds nothing.
-extern void (*squashed_find)(const float* z, int64_t n, const LogitMap& map, float shift, const double* at, int64_t count,
-                   int64_t* found);
+extern void (*squashed_find)(const float* z, int64_t n, const LogitMap& map, float shift, const double* at,
+                             int64_t count, int64_t* found);
 
 // Index of the first of z (n,) that is at least `least`; n if there is none. NaN is not.
 extern int64_t (*first_at_least)(const float* z, int64_t n, float least);

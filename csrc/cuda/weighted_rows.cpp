@@ -31,10 +31,14 @@ void* current_stream(int32_t device) {
 
 WeightedRows::Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return WeightedRows::kFloat32;
-    case ScalarType::BFloat16: return WeightedRows::kBfloat16;
-    case ScalarType::Half: return WeightedRows::kFloat16;
-    default: break;
+    case ScalarType::Float:
+      return WeightedRows::kFloat32;
+    case ScalarType::BFloat16:
+      return WeightedRows::kBfloat16;
+    case ScalarType::Half:
+      return WeightedRows::kFloat16;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, "out must be float32, bfloat16 or float16; got ",
                   torch::headeronly::toString(x.scalar_type()));
@@ -53,9 +57,9 @@ void add_weighted_rows_cuda(Tensor out, Tensor source, Tensor begins, Tensor end
                       (source.stride(1) == 1 || source.size(1) == 1),
                   "out must be contiguous (m, n), and source (k, n) with columns side by side");
   for (const Tensor* x : {&begins, &ends}) {
-    STD_TORCH_CHECK(x->scalar_type() == ScalarType::Long && x->dim() == 1 && x->is_contiguous() &&
-                        x->size(0) == out.size(0),
-                    "begins and ends must be contiguous int64 (m,) with m = ", out.size(0));
+    STD_TORCH_CHECK(
+        x->scalar_type() == ScalarType::Long && x->dim() == 1 && x->is_contiguous() && x->size(0) == out.size(0),
+        "begins and ends must be contiguous int64 (m,) with m = ", out.size(0));
   }
   STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.dim() == 1 && index.is_contiguous() &&
                       coefficients.scalar_type() == ScalarType::Float && coefficients.dim() == 1 &&

@@ -26,10 +26,10 @@ constexpr unsigned kAll = 0xffffffff;
 // and blocks of one chunk run together, so that what they share of source is still in L2.
 template <typename T, bool vector>
 __global__ void __launch_bounds__(kWarps* kLanes)
-    add_rows(T* out,                           // (m, n) contiguous
-             const T* __restrict__ source,     // (k, n), rows `stride` apart
-             const int64_t* __restrict__ begins, const int64_t* __restrict__ ends,          // (m,)
-             const int64_t* __restrict__ index, const float* __restrict__ coefficients,     // (K,)
+    add_rows(T* out,                                                                     // (m, n) contiguous
+             const T* __restrict__ source,                                               // (k, n), rows `stride` apart
+             const int64_t* __restrict__ begins, const int64_t* __restrict__ ends,       // (m,)
+             const int64_t* __restrict__ index, const float* __restrict__ coefficients,  // (K,)
              int64_t m, int64_t n, int64_t stride, int64_t groups, int64_t work) {
   using Columns = Lane<T, vector>;
   __shared__ float partials[kWarps - 1][Columns::kValues][kLanes];
@@ -107,7 +107,7 @@ cudaError_t choose(const WeightedRows& x, cudaStream_t stream) {
   const int64_t values = 16 / sizeof(T);
   const bool aligned = (reinterpret_cast<uintptr_t>(x.out) | reinterpret_cast<uintptr_t>(x.source)) % 16 == 0;
   return aligned && x.n % values == 0 && x.stride % values == 0 ? launch<T, true>(x, stream)
-                                                                 : launch<T, false>(x, stream);
+                                                                : launch<T, false>(x, stream);
 }
 
 }  // namespace
@@ -116,9 +116,12 @@ extern "C" int groupdpo_add_weighted_rows(const WeightedRows* x, void* stream) {
   if (x->m == 0 || x->n == 0) return cudaSuccess;
   const auto on = static_cast<cudaStream_t>(stream);
   switch (x->dtype) {
-    case WeightedRows::kFloat32: return choose<float>(*x, on);
-    case WeightedRows::kBfloat16: return choose<Bf16>(*x, on);
-    case WeightedRows::kFloat16: return choose<Fp16>(*x, on);
+    case WeightedRows::kFloat32:
+      return choose<float>(*x, on);
+    case WeightedRows::kBfloat16:
+      return choose<Bf16>(*x, on);
+    case WeightedRows::kFloat16:
+      return choose<Fp16>(*x, on);
   }
   return cudaErrorInvalidValue;
 }

@@ -8,13 +8,13 @@ namespace groupdpo_kernels {
 struct WeightedRows {
   enum Dtype { kFloat32, kBfloat16, kFloat16 };
 
-  Dtype dtype;                 // of out and source
-  void* out;                   // (m, n) contiguous
-  const void* source;          // (k, n), rows `stride` elements apart
-  const int64_t* begins;       // (m,)
-  const int64_t* ends;         // (m,); a row that does not end after it begins owns nothing
-  const int64_t* index;        // (K,)
-  const float* coefficients;   // (K,)
+  Dtype dtype;                // of out and source
+  void* out;                  // (m, n) contiguous
+  const void* source;         // (k, n), rows `stride` elements apart
+  const int64_t* begins;      // (m,)
+  const int64_t* ends;        // (m,); a row that does not end after it begins owns nothing
+  const int64_t* index;       // (K,)
+  const float* coefficients;  // (K,)
   int64_t m, n, stride;
 };
 
