@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.peers import TokenLogps, log_softmax_gather
 from bench.recorded_rows import draw_profile
-from groupdpo_kernels.lm_head.sparse import TAIL_SAMPLES
+from groupdpo_kernels.reference import TAIL_SAMPLES
 from groupdpo_kernels.testing import Case, error
 
 # The bare matrix products of each mode, 2 T D V FLOP each: the limit for who does not store the logits.
@@ -182,8 +182,8 @@ class Gate:
     def bound(self, grad_tol: float) -> dict[str, float]:
         """What grad_tol allows beyond the budget: the sum of the norms of a gradient's errors by row, in units of the
         same sum of the rows sampled (docs/math.md)."""
-        doubts = -torch.expm1(self.truth["token_logps"].double())
-        allowed = grad_tol * float((self.inputs.d_token_logps.double().abs() * doubts).sum())
+        non_target_probs = -torch.expm1(self.truth["token_logps"].double())
+        allowed = grad_tol * float((self.inputs.d_token_logps.double().abs() * non_target_probs).sum())
         factors = {"d_hidden": self.inputs.weight, "d_weight": self.inputs.hidden}
         return {
             name: allowed * float(factor.norm(dim=-1, dtype=torch.float32).max() / self.truth[name].norm(dim=-1).sum())
@@ -193,8 +193,8 @@ class Gate:
     def spread(self) -> dict[str, float]:
         """What a sampled tail allows beyond the budget: five times the root of a bound on the expected squared error,
         which is at most (g (1 - p_y))^2 / samples a row of d_logits (docs/math.md), in units of the truth's norm."""
-        doubts = -torch.expm1(self.truth["token_logps"].double())
-        size = self.inputs.d_token_logps.double() * doubts
+        non_target_probs = -torch.expm1(self.truth["token_logps"].double())
+        size = self.inputs.d_token_logps.double() * non_target_probs
         norms = self.inputs.hidden.norm(dim=-1, dtype=torch.float32)
         widest = self.inputs.weight.norm(dim=-1, dtype=torch.float32).max()
         found = {"d_hidden": size[self.rows].norm() * widest, "d_weight": (size * norms).norm()}

@@ -33,7 +33,7 @@ from bench.recorded_rows import PROFILES, describe_rows
 from bench.report import Report, Row, dtype_name, header, output_path, tables, title
 from groupdpo_kernels.lm_head import ops
 from groupdpo_kernels.lm_head.sparse import exact_rows
-from groupdpo_kernels.reference import Head
+from groupdpo_kernels.reference import head_of
 from groupdpo_kernels.testing import Case
 
 LIMIT = "matrix products"
@@ -136,11 +136,11 @@ def admit(step: Step, row: Row, gate: Gate, case: Case, options: argparse.Namesp
 def sparsity(inputs: Inputs, case: Case, grad_tol: float, sampled: bool) -> dict[str, float]:
     """What a tolerance means for these rows: the share that needs the exact path, candidates a row, and what the rows
     look like. A figure with a tolerance says nothing without them."""
-    head = Head(inputs.hidden.detach(), inputs.weight.detach(), None, None, None)
+    head = head_of(inputs.hidden.detach(), inputs.weight.detach())
     seed = torch.tensor(0) if sampled else None
-    found = ops.linear_logps_candidates(head, inputs.targets, case.options, grad_tol, "auto", seed)
-    upstream, live = inputs.d_token_logps.to(found.doubts), inputs.targets != case.options.ignore_index
-    exact = exact_rows(found.doubts, found.dropped, upstream, torch.zeros_like(upstream), live, grad_tol)
+    _, found = ops.sparse_forward(head, inputs.targets, case.options, grad_tol, "auto", seed)
+    upstream, live = inputs.d_token_logps.to(found.non_target_probs), inputs.targets != case.options.ignore_index
+    exact = exact_rows(found.non_target_probs, found.dropped, upstream, torch.zeros_like(upstream), live, grad_tol)
     rows = describe_rows(head.hidden, head.weight, inputs.targets, grad_tol)
     return {
         "exact_rows": 0.0 if sampled else float(exact[live].float().mean()),

@@ -50,8 +50,7 @@ from bench.report import Report, Row, directory, header
 from bench.run import say
 from bench.trl_steps import tokenizer_of, words
 from groupdpo_kernels import Objective, SharedPrompt, forward_parts, group_backward, seq_logps
-from groupdpo_kernels.data import collate
-from groupdpo_kernels.data.batches import TokenGroup
+from groupdpo_kernels.data import TokenGroup, collate
 from groupdpo_kernels.memory.machine import device_name, versions
 from groupdpo_kernels.memory.rss import forget_peak, resident, return_freed_memory
 from groupdpo_kernels.memory.workload import GROUP_OBJECTIVE

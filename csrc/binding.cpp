@@ -22,45 +22,45 @@ namespace py = pybind11;
 
 // The argument lists of the schemas.
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(
-    Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
-    std::optional<Tensor> low_rank_weight, Tensor targets, double logit_scale, std::optional<double> softcap,
-    double temperature, int64_t workspace_bytes, bool stats, std::optional<Tensor> products) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(Tensor hidden, Tensor weight, Tensor bias,
+                                                                       Tensor low_rank_hidden, Tensor low_rank_weight,
+                                                                       Tensor targets, double logit_scale,
+                                                                       std::optional<double> softcap,
+                                                                       double temperature, int64_t workspace_bytes,
+                                                                       bool stats, Tensor logit_cache) {
   return linear_logps_forward({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets,
-                              {logit_scale, softcap, temperature, workspace_bytes}, stats, products);
+                              {logit_scale, softcap, temperature, workspace_bytes}, stats, logit_cache);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expectations_cpu(
-    Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
-    std::optional<Tensor> low_rank_weight, Tensor targets, std::optional<Tensor> target_logits, double logit_scale,
-    std::optional<double> softcap, double temperature, int64_t workspace_bytes, double grad_tol, double least) {
-  return linear_logps_expectations({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, target_logits,
-                                   {logit_scale, softcap, temperature, workspace_bytes}, grad_tol, least);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
+    Tensor hidden, Tensor weight, Tensor bias, Tensor low_rank_hidden, Tensor low_rank_weight, Tensor targets,
+    Tensor lse, Tensor d_target, Tensor d_softmax, double logit_scale, std::optional<double> softcap,
+    double temperature, int64_t workspace_bytes, bool needs_hidden, bool needs_weight, bool needs_bias,
+    bool needs_low_rank_hidden, bool needs_low_rank_weight, bool needs_mass, Tensor logit_cache) {
+  return linear_logps_backward(
+      {hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, lse, d_target, d_softmax,
+      {logit_scale, softcap, temperature, workspace_bytes},
+      {needs_hidden, needs_weight, needs_bias, needs_low_rank_hidden, needs_low_rank_weight, needs_mass}, logit_cache);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> candidates_cpu(
-    Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
-    std::optional<Tensor> low_rank_weight, Tensor targets, Tensor target_logits, double logit_scale,
-    std::optional<double> softcap, double temperature, int64_t workspace_bytes, double least, int64_t most,
-    std::optional<int64_t> seed) {
-  return linear_logps_candidates({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, target_logits,
-                                 {logit_scale, softcap, temperature, workspace_bytes}, least, most, seed);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frozen_head_cpu(
+    Tensor hidden, Tensor weight, Tensor bias, Tensor low_rank_hidden, Tensor low_rank_weight, Tensor targets,
+    Tensor target_logits, double logit_scale, std::optional<double> softcap, double temperature,
+    int64_t workspace_bytes, double grad_tol, double least) {
+  return frozen_head({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, target_logits,
+                     {logit_scale, softcap, temperature, workspace_bytes}, grad_tol, least);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_forward_cpu(
+    Tensor hidden, Tensor weight, Tensor bias, Tensor low_rank_hidden, Tensor low_rank_weight, Tensor targets,
+    Tensor target_logits, double logit_scale, std::optional<double> softcap, double temperature,
+    int64_t workspace_bytes, double least, int64_t most, std::optional<int64_t> seed) {
+  return sparse_forward({hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, target_logits,
+                        {logit_scale, softcap, temperature, workspace_bytes}, least, most, seed);
 }
 
 void add_weighted_rows_cpu(Tensor out, Tensor source, Tensor owned, Tensor index, Tensor coefficients) {
   add_weighted_rows(out, source, owned, index, coefficients);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
-    Tensor hidden, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> low_rank_hidden,
-    std::optional<Tensor> low_rank_weight, Tensor targets, Tensor lse, Tensor d_target, Tensor d_softmax,
-    double logit_scale, std::optional<double> softcap, double temperature, int64_t workspace_bytes, bool needs_hidden,
-    bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight, bool needs_mass,
-    std::optional<Tensor> products) {
-  return linear_logps_backward(
-      {hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, lse, d_target, d_softmax,
-      {logit_scale, softcap, temperature, workspace_bytes},
-      {needs_hidden, needs_weight, needs_bias, needs_low_rank_hidden, needs_low_rank_weight, needs_mass}, products);
 }
 
 py::dict build_info() {
@@ -77,10 +77,9 @@ py::dict build_info() {
 #endif
   return py::dict("version"_a = GROUPDPO_KERNELS_VERSION, "torch"_a = GROUPDPO_KERNELS_TORCH_VERSION,
                   "compiler"_a = GROUPDPO_KERNELS_COMPILER, "abi"_a = "stable", "openmp"_a = openmp,
-                  "cpu_capability"_a = cpu_capability(),
-                  "widest_cpu_capability"_a = widest_cpu_capability(), "bf16_products"_a = bf16_products(),
-                  "block"_a = py::make_tuple(kMostBlockRows, kMostBlockColumns), "sum_error"_a = kSumError,
-                  "tail_samples"_a = kTailSamples,
+                  "cpu_capability"_a = cpu_capability(), "widest_cpu_capability"_a = widest_cpu_capability(),
+                  "bf16_products"_a = bf16_products(), "block"_a = py::make_tuple(kMostBlockRows, kMostBlockColumns),
+                  "sum_error"_a = kSumError, "tail_samples"_a = kTailSamples,
                   "cuda_architectures"_a = py::tuple(architectures));
 }
 
@@ -88,10 +87,10 @@ py::dict build_info() {
 
 STABLE_TORCH_LIBRARY_IMPL(groupdpo_kernels, CPU, m) {
   m.impl("linear_logps_forward_cpu", TORCH_BOX(&forward_cpu));
-  m.impl("linear_logps_expectations_cpu", TORCH_BOX(&expectations_cpu));
-  m.impl("linear_logps_candidates_cpu", TORCH_BOX(&candidates_cpu));
-  m.impl("add_weighted_rows_cpu", TORCH_BOX(&add_weighted_rows_cpu));
   m.impl("linear_logps_backward_cpu", TORCH_BOX(&backward_cpu));
+  m.impl("frozen_head_cpu", TORCH_BOX(&frozen_head_cpu));
+  m.impl("sparse_forward_cpu", TORCH_BOX(&sparse_forward_cpu));
+  m.impl("add_weighted_rows_cpu", TORCH_BOX(&add_weighted_rows_cpu));
 }
 
 #ifdef GROUPDPO_KERNELS_CUDA_CODE

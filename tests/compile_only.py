@@ -21,13 +21,14 @@ import tempfile
 import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
+from groupdpo_kernels.reference import HeadOptions, Needs, head_of
 from groupdpo_kernels.testing import Case
 
 TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
@@ -151,29 +152,28 @@ def as_on(
 
 def launch_all(row: Row, T: int = 8192, D: int = 4096, V: int = 128256, workspace_bytes: int = 2**28) -> None:
     """Forward and backward of an LM head on meta tensors."""
-    from groupdpo_kernels.kernels.frozen_head import linear_logps_jacobian
+    from groupdpo_kernels.kernels.frozen_head import frozen_head
     from groupdpo_kernels.kernels.linear_logps_backward import linear_logps_backward
     from groupdpo_kernels.kernels.linear_logps_forward import linear_logps_forward
-    from groupdpo_kernels.kernels.sparse_backward import linear_logps_sparse_backward
-    from groupdpo_kernels.kernels.sparse_forward import linear_logps_candidates
+    from groupdpo_kernels.kernels.sparse_backward import sparse_backward
+    from groupdpo_kernels.kernels.sparse_forward import sparse_forward
 
     def meta(*shape: int, dtype: torch.dtype = DTYPES[row.dtype]) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     D, R = D if row.aligned else D + 1, 16
-    head = [meta(T, D), meta(V, D), *((meta(V), meta(T, R), meta(V, R)) if row.everything else (None,) * 3)]
+    head = head_of(meta(T, D), meta(V, D), *((meta(V), meta(T, R), meta(V, R)) if row.everything else ()))
     targets = meta(T, dtype=torch.int64)
     rowwise = [meta(T, dtype=dtype) for dtype in (torch.float64, torch.float32, torch.float32)]
-    options = (1.0, 30.0 if row.everything else None, 1.0, -100, workspace_bytes)
+    options = HeadOptions(softcap=30.0 if row.everything else None, workspace_bytes=workspace_bytes)
     if row.sparse:
-        _, lse, doubts, slopes, _, ids, weights = linear_logps_candidates(*head, targets, *options, 1e-4, min(T, 256))
-        found = (targets > 0, lse, doubts, slopes, ids, weights)
-        needs = (True, True, *(row.everything,) * 3)
-        linear_logps_sparse_backward(*head, targets, *found, *rowwise[1:], *options, needs)
+        _, found = sparse_forward(head, targets, options, 1e-4, min(T, 256))
+        needs = Needs(True, True, *(row.everything,) * 3)
+        sparse_backward(head, targets, targets > 0, found, *rowwise[1:], options, needs)
         return
-    linear_logps_forward(*head, targets, *options, row.everything)
-    linear_logps_jacobian(*head, targets, *options)
-    linear_logps_backward(*head, targets, *rowwise, *options, (True, True, *(row.everything,) * 4))
+    linear_logps_forward(head, targets, options, row.everything)
+    frozen_head(head, targets, options)
+    linear_logps_backward(head, targets, *rowwise, options, Needs(True, True, *(row.everything,) * 4))
 
 
 def compile_row(row: Row) -> list[Compiled]:
@@ -238,7 +238,7 @@ def shared_memory(architecture: str, case: Case) -> dict[str, int]:
     """
     from triton import knobs
 
-    from groupdpo_kernels.kernels.frozen_head import linear_logps_jacobian
+    from groupdpo_kernels.kernels.frozen_head import frozen_head
     from groupdpo_kernels.kernels.linear_logps_backward import linear_logps_backward
     from groupdpo_kernels.kernels.linear_logps_forward import linear_logps_forward
 
@@ -246,16 +246,16 @@ def shared_memory(architecture: str, case: Case) -> dict[str, int]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     T, D, V, R = case.T, case.D, case.V, case.R
-    head = [meta(T, D), meta(V, D), meta(V) if case.bias else None, *((meta(T, R), meta(V, R)) if R else (None, None))]
-    targets, options = meta(T, dtype=torch.int64), astuple(case.options)
+    head = head_of(meta(T, D), meta(V, D), meta(V) if case.bias else None, meta(T, R), meta(V, R))
+    targets, options = meta(T, dtype=torch.int64), case.options
     lse, *rowwise = meta(T, dtype=torch.float64), *(meta(T, dtype=torch.float32) for _ in range(2))
-    needs = (True, True, case.bias, R > 0, R > 0, True)
+    needs = Needs(True, True, case.bias, R > 0, R > 0, True)
     with knobs.cache.scope(), front_end_alone():
         knobs.cache.dir += "/front_end_alone"  # no launch may find what was not assembled
         with as_on(architecture, kernels=TILE_KERNELS) as compilations:
-            linear_logps_forward(*head, targets, *options, True)
-            linear_logps_jacobian(*head, targets, *options)
-            linear_logps_backward(*head, targets, lse, *rowwise, *options, needs)
+            linear_logps_forward(head, targets, options, True)
+            frozen_head(head, targets, options)
+            linear_logps_backward(head, targets, lse, *rowwise, options, needs)
     found: dict[str, int] = {}
     for name, kernel in compilations:
         found[name] = max(found.get(name, 0), kernel.metadata.shared)

@@ -7,20 +7,13 @@ import itertools
 import pytest
 import torch
 from test_reference import OPTIONS, small
-from torch import Tensor
 
 from groupdpo_kernels import reference
 from groupdpo_kernels.lm_head import torch_blocks
-from groupdpo_kernels.reference import HeadOptions, LogpStats
-from groupdpo_kernels.testing import Case, Inputs, make_inputs
+from groupdpo_kernels.reference import HeadOptions, LogpStats, Needs
+from groupdpo_kernels.testing import Case, make_inputs
 
 SHAPES = [(16, 16), (7, 40), (17, 31), (100, 9), (1, 45), (30, 1), (30, 90), (1000, 1000)]
-
-
-def live_arguments(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    pair = (None, None) if inputs.low_rank is None else tuple(x.detach() for x in inputs.low_rank)
-    bias = None if inputs.bias is None else inputs.bias.detach()
-    return (inputs.hidden.detach(), inputs.weight.detach(), bias, *pair, inputs.targets)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -29,7 +22,7 @@ def test_blocks_of_any_shape(options: HeadOptions, shape: tuple[int, int], monke
     """The blocked forms are the specification and its autograd in float64, whatever the blocks."""
     monkeypatch.setattr(torch_blocks, "block_shape", lambda *_: shape)
     inputs = small(T=30, D=11, V=90, R=4, ignored="none", hidden_scale=3.0)
-    stats = torch_blocks.forward_in_blocks(*live_arguments(inputs), options)
+    stats = torch_blocks.forward_in_blocks(inputs.head, inputs.targets, options)
     expected = reference.linear_logp_stats(
         inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.low_rank, options
     )
@@ -37,9 +30,9 @@ def test_blocks_of_any_shape(options: HeadOptions, shape: tuple[int, int], monke
         torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11, msg=lambda m, f=field: f"{f}: {m}")
     assert stats.lse is not None and expected.lse is not None
     upstream = (inputs.d_token_logps, inputs.d_lse)
-    needs = (True,) * 6
+    needs = Needs(*[True] * 6)
     rows = reference.row_gradients(stats.token_logps, *upstream)
-    actual = torch_blocks.backward_in_blocks(*live_arguments(inputs), stats.lse, *rows, options, needs)
+    actual = torch_blocks.backward_in_blocks(inputs.head, inputs.targets, stats.lse, *rows, options, needs)
     loss = (expected.token_logps * upstream[0] + expected.lse * upstream[1]).sum()
     for name, a, b in zip(inputs.leaves, actual, torch.autograd.grad(loss, list(inputs.leaves.values()))):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"d_{n}: {m}")
@@ -54,8 +47,8 @@ def test_expectations_are_the_derivative(
     """d token_logps / d hidden from one pass, and the logits of the targets alone, against autograd in float64."""
     monkeypatch.setattr(torch_blocks, "block_shape", lambda *_: shape)
     inputs = small(T=30, D=11, V=90, R=4, ignored="none", hidden_scale=3.0)
-    found = torch_blocks.expectations_in_blocks(*live_arguments(inputs), options)
-    assert inputs.low_rank is not None and found.expected_low_rank is not None
+    found = torch_blocks.expectations_in_blocks(inputs.head, inputs.targets, options)
+    assert inputs.low_rank is not None
     expected = reference.linear_logp_stats(
         inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.low_rank, options
     )
@@ -68,17 +61,21 @@ def test_expectations_are_the_derivative(
     ):
         actual = chain * (found.coefficients[:, None] * factor.detach()[inputs.targets] - expectation)
         torch.testing.assert_close(actual, gradient, rtol=1e-10, atol=1e-10)
-    logits = torch_blocks.target_logits(*live_arguments(inputs), options)
+    logits = torch_blocks.target_logits(inputs.head, inputs.targets, options)
     torch.testing.assert_close(logits - found.lse, expected.token_logps.detach())
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=6)), ids=str)
 def test_blocks_compute_what_is_needed(needs: tuple[bool, ...]) -> None:
     inputs = small(T=20, ignored="none")
-    arguments = (*live_arguments(inputs), torch_blocks.forward_in_blocks(*live_arguments(inputs), HeadOptions()).lse)
+    arguments = (
+        inputs.head,
+        inputs.targets,
+        torch_blocks.forward_in_blocks(inputs.head, inputs.targets, HeadOptions()).lse,
+    )
     upstream = (inputs.d_token_logps, inputs.d_lse)
-    full = torch_blocks.backward_in_blocks(*arguments, *upstream, HeadOptions(), (True,) * 6)
-    some = torch_blocks.backward_in_blocks(*arguments, *upstream, HeadOptions(), needs)
+    full = torch_blocks.backward_in_blocks(*arguments, *upstream, HeadOptions(), Needs(*[True] * 6))
+    some = torch_blocks.backward_in_blocks(*arguments, *upstream, HeadOptions(), Needs(*needs))
     for needed, a, b in zip(needs, some, full):
         assert (a is not None) == needed and (a is None or torch.equal(a, b))
 
@@ -90,9 +87,9 @@ def test_blocks_accumulate_in_float32(dtype: torch.dtype) -> None:
     wide, options = inputs.to(torch.float32), HeadOptions(1.2, 9.0)
     upstream = (inputs.d_token_logps.float(), inputs.d_lse.float())
     results = []
-    for x in (live_arguments(inputs), live_arguments(wide)):
+    for x in ((inputs.head, inputs.targets), (wide.head, wide.targets)):
         stats = torch_blocks.forward_in_blocks(*x, options)
-        results.append((stats, torch_blocks.backward_in_blocks(*x, stats.lse, *upstream, options, (True,) * 6)))
+        results.append((stats, torch_blocks.backward_in_blocks(*x, stats.lse, *upstream, options, Needs(*[True] * 6))))
     (stats, gradients), (wide_stats, wide_gradients) = results
     assert all(map(torch.equal, stats, wide_stats))
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(gradients, wide_gradients))
@@ -102,13 +99,13 @@ def test_blocks_know_masks_and_ties() -> None:
     """Rows that begin with whole blocks of -inf, rows of NaN, ties across blocks."""
     options = HeadOptions(workspace_bytes=1)
     inputs = make_inputs(Case("masks", 20, 8, 100, "", torch.float64, bias=True, ignored="none"))
-    hidden, weight, bias, x, b, targets = live_arguments(inputs)
-    assert hidden is not None and bias is not None and weight is not None and targets is not None
+    targets = inputs.targets
+    hidden, weight, bias, *_ = inputs.head
     bias[:48] = -torch.inf
     hidden[4] = torch.nan
     weight[99], bias[[60, 99]] = weight[60].clone(), 50.0
     targets[:2] = torch.tensor([60, 99])
-    stats = torch_blocks.forward_in_blocks(hidden, weight, bias, x, b, targets, options)
+    stats = torch_blocks.forward_in_blocks(inputs.head, targets, options)
     expected = reference.linear_logp_stats(hidden, weight, targets, bias)
     for field, a, e in zip(LogpStats._fields, stats, expected):
         torch.testing.assert_close(a, e, equal_nan=True, msg=lambda m, f=field: f"{f}: {m}")

@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,13 +18,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import groupdpo_kernels
 from groupdpo_kernels import reference
-from groupdpo_kernels.lm_head import ops, sparse, torch_blocks, workspace
-from groupdpo_kernels.reference import HeadOptions
+from groupdpo_kernels.lm_head import ops, torch_blocks, workspace
+from groupdpo_kernels.reference import Head, HeadOptions, Needs, head_of
 from groupdpo_kernels.testing import CASES, Case, Inputs, Result, check_budget, error, exact, make_inputs
 
 CAPABILITIES = ("default", "avx2", "avx512")
 NEVER = ops.extension_why_not()
-INPUTS = ("hidden", "weight", "bias", "low_rank_hidden", "low_rank_weight")
 
 
 @pytest.fixture(autouse=True)
@@ -32,37 +31,35 @@ def extension() -> None:
     assert not NEVER, NEVER  # a failure, not a skip: what is not built is not tested
 
 
-def forward(head: list[Tensor | None], targets: Tensor, options: HeadOptions, stats: bool = True) -> tuple[Tensor, ...]:
-    o = options
+def forward(head: Head, targets: Tensor, options: HeadOptions, stats: bool = True) -> tuple[Tensor, ...]:
+    o, no_cache = options, torch.empty(targets.shape[0], 0)
     op = torch.ops.groupdpo_kernels.linear_logps_forward_cpu
-    return op(*head, targets, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes, stats)
+    return op(*head, targets, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes, stats, no_cache)
 
 
 def backward(
-    head: list[Tensor | None],
+    head: Head,
     targets: Tensor,
     rowwise: list[Tensor],  # lse, d_target, d_softmax
     options: HeadOptions,
-    needs: list[bool],
+    needs: Sequence[bool],  # the first of Needs
 ) -> tuple[Tensor, ...]:
-    o = options
+    o, no_cache = options, torch.empty(targets.shape[0], 0)
+    scalars = (o.logit_scale, o.softcap, o.temperature, o.workspace_bytes)
     op = torch.ops.groupdpo_kernels.linear_logps_backward_cpu
-    return op(*head, targets, *rowwise, o.logit_scale, o.softcap, o.temperature, o.workspace_bytes, *needs, False)[:5]
+    return op(*head, targets, *rowwise, *scalars, *Needs(*needs), no_cache)[:5]
 
 
-def live_rows(inputs: Inputs) -> tuple[list[Tensor | None], Tensor, list[Tensor], Tensor]:
+def live_rows(inputs: Inputs) -> tuple[Head, Tensor, list[Tensor], Tensor]:
     """The op's arguments from a case: ignored rows dropped, as ops.py does it. Also the index of the live rows."""
     rows = (inputs.targets.reshape(-1) != -100).nonzero()[:, 0]
-    leaves = {name: x.detach() for name, x in inputs.leaves.items()}
-    head = [leaves.get(name) for name in INPUTS]
-    for i in (0, 3):
-        if (x := head[i]) is not None:
-            head[i] = x.reshape(-1, x.shape[-1])[rows]
+    hidden, low_rank_hidden = (x.flatten(0, -2)[rows] for x in (inputs.head.hidden, inputs.head.low_rank_hidden))
+    head = inputs.head._replace(hidden=hidden, low_rank_hidden=low_rank_hidden)
     upstream = [x.reshape(-1)[rows].float() for x in (inputs.d_token_logps, inputs.d_lse)]
     return head, inputs.targets.reshape(-1)[rows], upstream, rows
 
 
-def drawn(T: int, D: int, V: int, dtype: torch.dtype = torch.float32, R: int = 0) -> tuple[list[Tensor | None], Tensor]:
+def drawn(T: int, D: int, V: int, dtype: torch.dtype = torch.float32, R: int = 0) -> tuple[Head, Tensor]:
     case = Case("drawn", T, D, V, "", dtype, bias=True, R=R, ignored="none")
     head, targets, _, _ = live_rows(make_inputs(case))
     return head, targets
@@ -91,14 +88,14 @@ def test_values_and_gradients_within_the_error_budget(case: Case) -> None:
     head, targets, upstream, rows = live_rows(inputs)
     stats = forward(head, targets, case.options)
     rowwise = [stats[1], *reference.row_gradients(stats[0], *upstream)]
-    gradients = backward(head, targets, rowwise, case.options, [x is not None for x in head])
+    gradients = backward(head, targets, rowwise, case.options, inputs.needs)
 
     def spread(x: Tensor, shape: torch.Size) -> Tensor:
         return x.new_zeros(case.T, *x.shape[1:]).index_copy(0, rows, x).view(shape)
 
     result: Result = {name: spread(x, inputs.targets.shape) for name, x in zip(reference.LogpStats._fields, stats)}
     result["lse"] = result["lse"].float()
-    for i, (name, x) in enumerate(zip(INPUTS, gradients)):
+    for i, (name, x) in enumerate(zip(Head._fields, gradients)):
         if name in inputs.leaves:
             result[f"d_{name}"] = spread(x, inputs.leaves[name].shape) if i in (0, 3) else x
         else:
@@ -130,10 +127,10 @@ def test_shapes_of_one(T: int, D: int, V: int, R: int) -> None:
         head, targets, upstream, _ = live_rows(inputs)
         stats = forward(head, targets, case.options, False)
         rowwise = [stats[1], *reference.row_gradients(stats[0], *upstream)]
-        gradients = backward(head, targets, rowwise, case.options, [x is not None for x in head])
+        gradients = backward(head, targets, rowwise, case.options, inputs.needs)
         truth = exact(inputs, case.options)
         assert error(stats[0], truth["token_logps"].reshape(-1)) < 1e-5
-        for name, x in zip(INPUTS, gradients):
+        for name, x in zip(Head._fields, gradients):
             if x.numel() and V > 1:  # else p_y = 1, and nothing but rounding is left
                 assert error(x, truth[f"d_{name}"].reshape(x.shape)) < 8 * torch.finfo(dtype).eps, name
 
@@ -175,7 +172,7 @@ def test_workspace_is_bounded(T: int, D: int, V: int, workspace_bytes: int, dtyp
     assert peak_bytes(lambda: forward(head, targets, options)) <= row_results + workspace_bytes
 
     rowwise = [forward(head, targets, options)[1], torch.randn(T), torch.randn(T)]
-    gradients = sum(x.numel() * x.element_size() for x in head if x is not None)
+    gradients = sum(x.numel() * x.element_size() for x in head)
     # A 16-bit d_hidden and d_low_rank_hidden are accumulated in float32: the one thing that grows with T.
     accumulators = T * (D + 8) * 4 if dtype != torch.float32 else 0
     peak = peak_bytes(lambda: backward(head, targets, rowwise, options, [True] * 5))
@@ -183,9 +180,7 @@ def test_workspace_is_bounded(T: int, D: int, V: int, workspace_bytes: int, dtyp
 
     # A frozen head costs no memory of its own.
     frozen = peak_bytes(lambda: backward(head, targets, rowwise, options, [True, False, False, False, False]))
-    hidden = head[0]
-    assert hidden is not None
-    assert frozen <= hidden.numel() * hidden.element_size() + accumulators + workspace_bytes
+    assert frozen <= head.hidden.numel() * head.hidden.element_size() + accumulators + workspace_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -207,14 +202,13 @@ def test_masked_vocabulary() -> None:
     """-inf in the bias over whole blocks: those ids have probability 0, and nothing is NaN."""
     head, targets = drawn(20, 8, 600)
     hidden, weight, bias, _, _ = head
-    assert hidden is not None and weight is not None and bias is not None
     targets %= 50
     targets += 300
     bias[:300] = -math.inf
     bias[350:] = -math.inf
     options = HeadOptions(workspace_bytes=2**13)  # blocks of a few columns: many hold -inf alone
     stats = forward(head, targets, options)
-    kept = forward([hidden, weight[300:350], bias[300:350], None, None], targets - 300, options)
+    kept = forward(head_of(hidden, weight[300:350], bias[300:350]), targets - 300, options)
     for name, masked, alone in zip(reference.LogpStats._fields, stats, kept):
         if name == "mean_logits":
             assert (masked == -math.inf).all()
@@ -232,8 +226,7 @@ def test_non_finite_rows_keep_to_themselves(value: float) -> None:
     clean = forward(head, targets, options)
     upstream = [torch.randn(9), torch.randn(9)]
     clean_d_hidden = backward(head, targets, [clean[1], *upstream], options, [True] + [False] * 4)[0]
-    assert head[0] is not None
-    head[0][4, 2] = value
+    head.hidden[4, 2] = value
     stats = forward(head, targets, options)
     d_hidden = backward(head, targets, [stats[1], *upstream], options, [True] + [False] * 4)[0]
     others = torch.arange(9) != 4
@@ -247,7 +240,7 @@ def test_top1_takes_the_lowest_id_among_equals() -> None:
     weight[[30, 31, 77]] = 1.0
     for workspace_bytes in (2**11, 2**28):
         top = forward(
-            [hidden, weight, None, None, None],
+            head_of(hidden, weight),
             torch.tensor([30, 31, 77, 0]),
             HeadOptions(workspace_bytes=workspace_bytes),
         )[5]
@@ -259,7 +252,7 @@ def test_any_strides() -> None:
     head, targets = drawn(30, 16, 200, R=4)
     upstream = [torch.randn(30), torch.randn(30)]
 
-    def everything(arguments: list[Tensor | None]) -> list[Tensor]:
+    def everything(arguments: Head) -> list[Tensor]:
         stats = forward(arguments, targets, HeadOptions())
         return [*stats, *backward(arguments, targets, [stats[1], *upstream], HeadOptions(), [True] * 5)]
 
@@ -275,10 +268,10 @@ def test_any_strides() -> None:
     ]
     expected = everything(head)
     for view in views:
-        for a, b in zip(everything([None if x is None else view(x) for x in head]), expected):
+        for a, b in zip(everything(Head(*map(view, head))), expected):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    expanded: list[Tensor | None] = [torch.randn(1, 16).expand(30, 16), *head[1:]]
-    copied = [None if x is None else x.contiguous() for x in expanded]
+    expanded = head._replace(hidden=torch.randn(1, 16).expand(30, 16))
+    copied = Head(*(x.contiguous() for x in expanded))
     for a, b in zip(everything(expanded), everything(copied)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -287,7 +280,7 @@ def test_inputs_that_require_grad_change_nothing() -> None:
     """Autograd records none of the block products, 16-bit inputs that are copied to float32 included."""
     head, targets = drawn(300, 8, 4000, torch.bfloat16)
     upstream = [torch.randn(300), torch.randn(300)]
-    leaves = [None if x is None else x.clone().requires_grad_() for x in head]
+    leaves = Head(*(x.clone().requires_grad_() for x in head))
     options, needs = HeadOptions(workspace_bytes=2**18), [True] * 3 + [False] * 2
     plain = forward(head, targets, options)
     rowwise = [plain[1], *upstream]
@@ -312,16 +305,15 @@ def test_a_wrong_id_is_never_a_plausible_number() -> None:
 def test_arguments_that_do_not_fit_are_refused() -> None:
     head, targets = drawn(4, 8, 40, R=2)
     hidden, weight, bias, x, u = head
-    assert hidden is not None and weight is not None and bias is not None and x is not None and u is not None
-    wrong: list[tuple[list[Tensor | None], Tensor, str]] = [
-        ([hidden[:, :7], weight, None, None, None], targets, "agree in D"),
-        ([hidden, weight, bias[:39], None, None], targets, "bias must be"),
-        ([hidden, weight.bfloat16(), None, None, None], targets, "dtype of hidden"),
-        ([hidden.double(), weight.double(), None, None, None], targets, "float32, bfloat16 or float16"),
-        ([hidden, weight, None, x, None], targets, "come together"),
-        ([hidden, weight, None, x, u[:, :1]], targets, "low_rank_weight"),
-        ([hidden, weight, None, None, None], targets[:3], "targets"),
-        ([hidden, weight, None, None, None], targets.int(), "targets"),
+    wrong = [
+        (head_of(hidden[:, :7], weight), targets, "agree in D"),
+        (head_of(hidden, weight, bias[:39]), targets, "bias must be"),
+        (head_of(hidden, weight.bfloat16()), targets, "dtype of hidden"),
+        (head_of(hidden.double(), weight.double()), targets, "float32, bfloat16 or float16"),
+        (head_of(hidden, weight, low_rank_hidden=x), targets, "low_rank_weight"),
+        (head_of(hidden, weight, None, x, u[:, :1]), targets, "low_rank_weight"),
+        (head_of(hidden, weight), targets[:3], "targets"),
+        (head_of(hidden, weight), targets.int(), "targets"),
     ]
     for arguments, ids, message in wrong:
         with pytest.raises(RuntimeError, match=message):
@@ -333,7 +325,7 @@ def test_the_build_has_the_constants_of_the_specification() -> None:
 
     info = _C.build_info()
     assert info["block"] == (workspace.BLOCK_ROWS, workspace.BLOCK_COLUMNS)
-    assert (info["sum_error"], info["tail_samples"]) == (torch_blocks.SUM_ERROR, sparse.TAIL_SAMPLES)
+    assert (info["sum_error"], info["tail_samples"]) == (torch_blocks.SUM_ERROR, reference.TAIL_SAMPLES)
 
 
 def test_build_info() -> None:

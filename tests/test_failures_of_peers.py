@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 from groupdpo_kernels import LogpStats, linear_logp_stats, linear_logps
 from groupdpo_kernels.kernels.linear_logps_backward import linear_logps_backward
 from groupdpo_kernels.kernels.linear_logps_forward import linear_logps_forward
-from groupdpo_kernels.reference import HeadOptions
+from groupdpo_kernels.reference import HeadOptions, Needs, head_of
 from groupdpo_kernels.testing import (
     CASES,
     Case,
@@ -110,13 +110,12 @@ def test_grids_have_one_dimension() -> None:
     T, D, V = 200_000, 512, 256_000
     hidden, weight = (torch.empty(n, D, device="meta", requires_grad=True) for n in (T, V))
     targets, rows = torch.empty(T, dtype=torch.int64, device="meta"), torch.empty(T, device="meta")
-    tensors = (hidden, weight, None, None, None, targets)
-    options = astuple(HeadOptions(workspace_bytes=2**40))
+    head, options = head_of(hidden, weight), HeadOptions(workspace_bytes=2**40)
     for tma in (True, False):
         with triton_on_cpu(BLOCK_T=128, BLOCK_V=128, tma=tma), pytest.MonkeyPatch.context() as patch:
             patch.setattr(JITFunction, "run", launch)
-            linear_logps_forward(*tensors, *options, True)
-            linear_logps_backward(*tensors, rows, rows, rows, *options, (True, True, *(False,) * 4))
+            linear_logps_forward(head, targets, options, True)
+            linear_logps_backward(head, targets, rows, rows, rows, options, Needs(True, True))
     assert len(grids) > 4 and all(len(grid) == 1 and 0 < grid[0] < 2**31 for grid in grids)
 
 

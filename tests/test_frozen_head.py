@@ -157,10 +157,8 @@ def test_when_it_is_chosen() -> None:
 def test_opcheck(name: str, grad_tol: float, impl: str) -> None:
     case = BY_NAME[name]
     inputs = make_inputs(case)
-    pair = (None, None) if inputs.low_rank is None else tuple(x.detach() for x in inputs.low_rank)
-    head = (inputs.hidden.detach(), inputs.weight.detach(), None if inputs.bias is None else inputs.bias.detach())
-    arguments = (*head, *pair, inputs.targets, *dataclasses.astuple(case.options), grad_tol, impl)
-    opcheck(torch.ops.groupdpo_kernels.linear_logps_jacobian.default, arguments)
+    arguments = (*inputs.head, inputs.targets, *dataclasses.astuple(case.options), grad_tol, impl)
+    opcheck(torch.ops.groupdpo_kernels.frozen_head.default, arguments)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -219,7 +217,7 @@ def test_second_order_is_refused() -> None:
 
 def peak_of(inputs: Inputs, case: Case, impl: str) -> int:
     with Allocations() as counted:
-        counted.inside[ops._linear_logps_jacobian._opoverload] = ops._linear_logps_jacobian._init_fn
+        counted.inside[ops._frozen_head._opoverload] = ops._frozen_head._init_fn
         logps = logps_of(inputs, case, impl)
         assert type(logps.grad_fn).__name__ == "FrozenLinearLogpsBackward"
         logps.backward(inputs.d_token_logps.float())

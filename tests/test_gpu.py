@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_frozen_head import freeze, result_of
-from test_sparse_triton import BACKWARD, NAMES, head_of, needs_of, upstream_of
+from test_sparse_triton import BACKWARD, NAMES, upstream_of
 from weighted_rows import Problem, check, make_problem
 
 from groupdpo_kernels import linear_logp_stats, linear_logps
@@ -223,15 +223,14 @@ def test_sparse(name, poisoned_memory):
     """Candidates and gradients of the specification on the same device."""
     case, grad_tol = BY_NAME[name], 0.2
     inputs = make_inputs(case, "cuda")
-    head, upstream = head_of(inputs), upstream_of(inputs)
-    found = ops.linear_logps_candidates(head, inputs.targets, case.options, grad_tol, "triton")
-    wanted = host.candidates(head, inputs.targets, case.options, grad_tol, "reference")
-    for field in ("token_logps", "lse", "doubts", "slopes", "dropped"):
-        torch.testing.assert_close(getattr(found, field), getattr(wanted, field), rtol=1e-4, atol=1e-4)
+    head, upstream = inputs.head, upstream_of(inputs)
+    token_logps, found = ops.sparse_forward(head, inputs.targets, case.options, grad_tol, "triton")
+    expected, wanted = host.sparse_forward(head, inputs.targets, case.options, grad_tol, "reference")
+    torch.testing.assert_close((token_logps, *found[:4]), (expected, *wanted[:4]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.weights.sum(-1), wanted.weights.sum(-1), rtol=1e-3, atol=1e-4)
-    arguments = (head, inputs.targets, found, *upstream, case.options, grad_tol, needs_of(head))
+    arguments = (head, inputs.targets, found, *upstream, case.options, grad_tol, inputs.needs)
     wanted = host.sparse_backward(*arguments, "reference")
-    for x, y in zip(ops.linear_logps_sparse_backward(*arguments, "triton"), wanted):
+    for x, y in zip(ops.sparse_backward(*arguments, "triton"), wanted):
         assert (x is None) == (y is None)
         if x is not None and x.numel():
             eps = 2**-6 if x.dtype != torch.float32 else 1e-3

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import astuple, replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from torch.library import opcheck
 
 from groupdpo_kernels import _C, LinearLogps, linear_logp_stats, linear_logps
 from groupdpo_kernels.lm_head import autograd, logit_cache
-from groupdpo_kernels.lm_head.autograd import KeptLinearLogps
-from groupdpo_kernels.reference import Head
+from groupdpo_kernels.lm_head.autograd import CachedLinearLogps, CallOptions
+from groupdpo_kernels.reference import head_of
 from groupdpo_kernels.testing import Case, Inputs, make_inputs
 
 EVERYTHING = {"bias": True, "R": 3, "logit_scale": 1.3, "softcap": 15.0, "temperature": 0.8}
@@ -38,20 +39,14 @@ def nothing_kept() -> Iterator[None]:
     logit_cache._alive.clear()
 
 
-def arguments(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    low_rank = inputs.low_rank or (None, None)
-    return (inputs.hidden, inputs.weight, inputs.targets, inputs.bias, *low_rank)
-
-
-def head_of(inputs: Inputs) -> Head:
-    return Head(inputs.hidden, inputs.weight, inputs.bias, *(inputs.low_rank or (None, None)))
-
-
 def same_bits(case: Case, columns: int, stats: bool) -> None:
     inputs = make_inputs(case)
-    plain = LinearLogps.apply(*arguments(inputs), case.options, stats, "cpu", None)
-    *out, products = KeptLinearLogps.apply(*arguments(inputs), case.options, stats, columns)
-    assert products.shape == (inputs.targets.numel(), columns)
+    low_rank = inputs.low_rank or (None, None)
+    positional = (inputs.hidden, inputs.weight, inputs.targets, inputs.bias, *low_rank)
+    plain = LinearLogps.apply(*positional, case.options, stats, "cpu", None)
+    options = CallOptions(case.options, stats=stats, columns=columns)
+    *out, _, cache = CachedLinearLogps.apply(*head_of(**inputs.leaves), inputs.targets, options)
+    assert cache.shape == (inputs.targets.numel(), columns)
     assert all(torch.equal(x, y) for x, y in zip(plain, out))
     upstream = (inputs.d_token_logps.float(), inputs.d_lse.float())
     leaves = list(inputs.leaves.values())
@@ -83,24 +78,23 @@ def test_the_same_bits_widened(case: Case) -> None:
 def test_what_is_kept_is_not_computed(case: Case) -> None:
     """The backward reads every number that is kept, in live rows, and takes its word."""
     inputs = make_inputs(case)
-    head, rows = head_of(inputs), [x.float() for x in (inputs.d_token_logps, inputs.d_lse)]
-    stats, products = logit_cache.keeping_forward(head, inputs.targets, case.options, False, 2048)
+    head, rows = inputs.head, [x.float() for x in (inputs.d_token_logps, inputs.d_lse)]
+    stats, cache = logit_cache.forward(head, inputs.targets, case.options, False, 2048)
     live = int((inputs.targets != -100).sum())
     product = inputs.hidden.reshape(-1, case.D) @ inputs.weight.T
     if inputs.low_rank:
         product += inputs.low_rank[0].reshape(-1, case.R) @ inputs.low_rank[1].T
     expected = product[inputs.targets.reshape(-1) != -100, :2048]
-    torch.testing.assert_close(products[:live], expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(cache[:live], expected, rtol=1e-5, atol=1e-4)
 
     def gradients() -> list[Tensor]:
-        needs = tuple(x is not None for x in head)
-        found = logit_cache.keeping_backward(head, inputs.targets, stats.lse, *rows, products, case.options, needs)
+        found = logit_cache.backward(head, inputs.targets, stats.lse, *rows, cache, case.options, inputs.needs)
         return [x for x in found if x is not None]
 
     before = gradients()
-    products[live:] = torch.nan
+    cache[live:] = torch.nan
     assert all(map(torch.equal, gradients(), before))
-    products[:live] = torch.nan
+    cache[:live] = torch.nan
     kept_whole = case.V // 2
     d_hidden, d_weight, *_ = gradients()
     assert (
@@ -117,7 +111,7 @@ def test_the_rule() -> None:
 
     def columns(inputs: Inputs = inputs, budget: int = 2**28, impl: str = "auto") -> int:
         options = replace(case.options, workspace_bytes=budget)
-        return logit_cache.columns_to_keep(head_of(inputs), inputs.targets, options, impl)
+        return logit_cache.columns_to_keep(inputs.head, inputs.targets, options, impl)
 
     assert columns() == columns(impl="cpu") == 9000
     assert columns(impl="reference") == 0
@@ -141,17 +135,17 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.columns: list[int] = []
-        for name in ("ExactLinearLogps", "KeptLinearLogps", "FrozenLinearLogps"):
+        for name in ("ExactLinearLogps", "CachedLinearLogps", "FrozenLinearLogps"):
             real = getattr(autograd, name)
             monkeypatch.setattr(f"groupdpo_kernels.lm_head.dispatch.{name}", self.counted(real))
 
     def counted(self, real: type[torch.autograd.Function]) -> type:
         outer = self
 
-        class Counted:
+        class Counted(real):  # type: ignore[valid-type,misc]
             @staticmethod
-            def apply(*arguments: object) -> object:
-                outer.columns.append(arguments[-1] if real is KeptLinearLogps else 0)  # type: ignore[arg-type]
+            def apply(*arguments: Any) -> object:
+                outer.columns.append(arguments[6].columns)
                 return real.apply(*arguments)
 
         return Counted
@@ -216,14 +210,13 @@ def test_under_transformations() -> None:
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=lambda case: case.name)
 def test_opcheck(case: Case) -> None:
     inputs = make_inputs(case)
-    head = [None if x is None else x.detach() for x in head_of(inputs)]
+    head = inputs.head
     rest = (*head, inputs.targets, *astuple(case.options))
     # Rows past the live ones are undefined, and opcheck compares numbers: none are ignored here.
     inputs.targets.clamp_(0)
     for stats in (False, True):
-        opcheck(torch.ops.groupdpo_kernels.linear_logps_keeping_forward.default, (*rest, stats, 2048))
-    stats_, products = logit_cache.keeping_forward(Head(*head), inputs.targets, case.options, False, 2048)
-    rows = (stats_.lse, inputs.d_token_logps.float(), inputs.d_lse.float(), products)
-    needs = [x is not None for x in head]
-    op = torch.ops.groupdpo_kernels.linear_logps_keeping_backward.default
-    opcheck(op, (*head, inputs.targets, *rows, *astuple(case.options), needs))
+        opcheck(torch.ops.groupdpo_kernels.logit_cache_forward.default, (*rest, stats, 2048))
+    stats_, cache = logit_cache.forward(head, inputs.targets, case.options, False, 2048)
+    rows = (stats_.lse, inputs.d_token_logps.float(), inputs.d_lse.float(), cache)
+    op = torch.ops.groupdpo_kernels.logit_cache_backward.default
+    opcheck(op, (*head, inputs.targets, *rows, *astuple(case.options), list(inputs.needs)))

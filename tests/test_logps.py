@@ -175,7 +175,7 @@ def test_auto_takes_the_reference_for_float64() -> None:
 
 def test_each_path_is_taken_by_a_call_that_has_nothing_against_it() -> None:
     """The path that explain names is the one that the call runs: each has a node of its own in the graph."""
-    nodes = {"exact": "ExactLinearLogps", "frozen head": "Frozen", "candidates": "Sparse", "logit cache": "Kept"}
+    nodes = {"exact": "ExactLinearLogps", "frozen head": "Frozen", "candidates": "Sparse", "logit cache": "Cached"}
     wide = make_inputs(replace(PLAIN, D=1024, T=64, V=300))
     small = make_inputs(PLAIN)
     frozen = small.hidden, small.weight.detach(), small.targets

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from groupdpo_kernels import LogpStats, linear_logp_stats, linear_logps
-from groupdpo_kernels.lm_head.autograd import KeptLinearLogps
-from groupdpo_kernels.reference import HeadOptions
+from groupdpo_kernels.lm_head.autograd import CachedLinearLogps, CallOptions
+from groupdpo_kernels.reference import HeadOptions, head_of
 from groupdpo_kernels.replay import LseTape
 from groupdpo_kernels.testing import Case, Inputs, Result, check_budget, make_inputs, run, triton_on_cpu
 
@@ -72,8 +72,8 @@ def two_pass(impl: str) -> Path:
 
 
 def kept(h: Tensor, w: Tensor, y: Tensor, b: Tensor | None, low_rank: Any, o: HeadOptions) -> LogpStats:
-    low_rank = (None, None) if low_rank is None else low_rank
-    return LogpStats(*KeptLinearLogps.apply(h, w, y, b, *low_rank, o, False, w.shape[0])[:2])
+    options = CallOptions(o, columns=w.shape[0])
+    return LogpStats(*CachedLinearLogps.apply(*head_of(h, w, b, *(low_rank or ())), y, options)[:2])
 
 
 def path_of(name: str, impl: str, group: Any) -> Path:

@@ -32,16 +32,6 @@ SHAPES = (
 by_name = pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
 
 
-def plain_head(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    pair = (None, None) if inputs.low_rank is None else tuple(x.detach() for x in inputs.low_rank)
-    return (
-        inputs.hidden.detach(),
-        inputs.weight.detach(),
-        None if inputs.bias is None else inputs.bias.detach(),
-        *pair,
-    )
-
-
 def stats_of(inputs: Inputs, case: Case, impl: str = "reference") -> LogpStats:
     return linear_logp_stats(
         inputs.hidden, inputs.weight, inputs.targets, inputs.bias, low_rank=inputs.low_rank, outputs=EVERYTHING,
@@ -61,7 +51,7 @@ def gradients(loss: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
 @by_name
 def test_opcheck_forward(case: Case, stats: bool, impl: str) -> None:
     inputs = make_inputs(case)
-    arguments = (*plain_head(inputs), inputs.targets, *astuple(case.options), stats, impl)
+    arguments = (*inputs.head, inputs.targets, *astuple(case.options), stats, impl)
     opcheck(torch.ops.groupdpo_kernels.linear_logps_forward.default, arguments)
 
 
@@ -70,10 +60,10 @@ def test_opcheck_forward(case: Case, stats: bool, impl: str) -> None:
 @by_name
 def test_opcheck_backward(case: Case, needs: tuple[bool, ...], impl: str) -> None:
     inputs = make_inputs(case)
-    head = plain_head(inputs)
+    head = inputs.head
     lse = torch.ops.groupdpo_kernels.linear_logps_forward(*head, inputs.targets, *astuple(case.options), False, impl)[1]
     upstream = (inputs.d_token_logps.float(), inputs.d_lse.float())
-    asked = [needed and x is not None for needed, x in zip(needs, (*head, lse))]
+    asked = [a and b for a, b in zip(needs, inputs.needs._replace(mass=True))]
     arguments = (*head, inputs.targets, lse, *upstream, *astuple(case.options), asked, impl)
     opcheck(torch.ops.groupdpo_kernels.linear_logps_backward.default, arguments)
 

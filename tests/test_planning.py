@@ -266,7 +266,7 @@ def test_micro_batch_fits_and_one_more_does_not() -> None:
 
 
 def test_head_workspace_stays_in_its_budget() -> None:
-    for op in ("linear_logps_forward", "linear_logps_backward", "linear_logps_jacobian"):
+    for op in ("linear_logps_forward", "linear_logps_backward", "frozen_head"):
         wide = 0 if op == "linear_logps_forward" else 4 * 4096 * 512
         for device in ("cpu", "cuda"):
             found = head_workspace(op, 4096, 512, 128256, 2, 2**24, device, True)

@@ -15,7 +15,7 @@ from torch.library import opcheck
 from bench.recorded_rows import describe_rows, draw_profile
 from groupdpo_kernels import linear_logp_stats, linear_logps, reference
 from groupdpo_kernels.lm_head import host, ops, sparse
-from groupdpo_kernels.reference import Head, HeadOptions
+from groupdpo_kernels.reference import HeadOptions, head_of
 from groupdpo_kernels.testing import CASES, Case, Inputs, make_inputs
 
 IMPLS = ("reference", "cpu")
@@ -188,9 +188,8 @@ def test_confident_rows_are_sparse(impl: str, frozen: bool) -> None:
     """The path is taken: hardly a row of a confident model goes the exact way, and something is left out."""
     hidden, weight, targets = draw_profile("confident", 96, 192, 3000, torch.float32)
     g = torch.randn(96)
-    head, options = Head(hidden, weight, None, None, None), HeadOptions()
-    found = ops.linear_logps_candidates(head, targets, options, 2.0**-7, impl)
-    exact = sparse.exact_rows(found.doubts, found.dropped, g, torch.zeros(96), targets >= 0, 2.0**-7)
+    _, found = ops.sparse_forward(head_of(hidden, weight), targets, HeadOptions(), 2.0**-7, impl)
+    exact = sparse.exact_rows(found.non_target_probs, found.dropped, g, torch.zeros(96), targets >= 0, 2.0**-7)
     assert exact.float().mean() < 0.1 and (found.weights > 0).sum(1).float().mean() < 40
     assert describe_rows(hidden, weight, targets, 2.0**-7).candidates < 40
     inputs = [hidden.requires_grad_(), weight.requires_grad_(not frozen)]
@@ -218,11 +217,10 @@ def test_no_tolerance_is_the_exact_path(impl: str) -> None:
 def test_candidates_of_the_extension_are_the_specification(cap: float | None, workspace_bytes: int) -> None:
     case = Case("candidates", 70, 32, 900, "", torch.float32, True, 3, 1.3, cap, 0.8, hidden_scale=5.0)
     inputs = make_inputs(dataclasses.replace(case, workspace_bytes=workspace_bytes))
-    head = Head(*(x.detach() for x in inputs.leaves.values()))
     options = HeadOptions(1.3, cap, 0.8, workspace_bytes=workspace_bytes)
-    found, wanted = (ops.linear_logps_candidates(head, inputs.targets, options, 0.3, impl) for impl in IMPLS)
-    for field in ("token_logps", "lse", "doubts", "slopes", "dropped"):
-        torch.testing.assert_close(getattr(found, field), getattr(wanted, field), rtol=2e-5, atol=2e-5)
+    results = (ops.sparse_forward(inputs.head, inputs.targets, options, 0.3, impl) for impl in IMPLS)
+    (token_logps, found), (expected, wanted) = results
+    torch.testing.assert_close((token_logps, *found[:4]), (expected, *wanted[:4]), rtol=2e-5, atol=2e-5)
     sets = [dict(zip(i[w > 0].tolist(), w[w > 0].tolist())) for x in (found, wanted) for i, w in zip(x.ids, x.weights)]
     T = case.T
     assert sum(len(s) for s in sets[:T]) > T  # there are some
@@ -235,23 +233,23 @@ def test_what_overflows_is_dropped_not_lost() -> None:
     """More likely entries than a row may keep: they count as dropped, and the row can go the exact way."""
     z, y = rows_of_logits("flat")
     for impl in IMPLS:
-        found = ops.linear_logps_candidates(Head(z, torch.eye(V), None, None, None), y, HeadOptions(), 0.05, impl)
+        _, found = ops.sparse_forward(head_of(z, torch.eye(V)), y, HeadOptions(), 0.05, impl)
         kept = found.weights.double().sum(1)
-        assert (found.dropped.double() + kept >= found.doubts.double() * (1 - 1e-6)).all()
+        assert (found.dropped.double() + kept >= found.non_target_probs.double() * (1 - 1e-6)).all()
 
 
 def test_exact_rows_are_the_costliest_until_the_bound_holds() -> None:
-    doubts, dropped, g = torch.rand(200), torch.rand(200) * 0.3, upstream("spread", 200)
+    probs, dropped, g = torch.rand(200), torch.rand(200) * 0.3, upstream("spread", 200)
     live = torch.rand(200) > 0.2
-    exact = sparse.exact_rows(doubts, dropped, g, torch.zeros(200), live, 0.1)
-    cost, allowed = (g.abs() * dropped).double() * live, 0.1 * float((g.abs() * doubts * live).double().sum())
+    exact = sparse.exact_rows(probs, dropped, g, torch.zeros(200), live, 0.1)
+    cost, allowed = (g.abs() * dropped).double() * live, 0.1 * float((g.abs() * probs * live).double().sum())
     assert float(cost[~exact].sum()) <= allowed and not (exact & ~live).any()
     cheapest = cost[exact].min() if exact.any() else torch.tensor(torch.inf)
     assert float(cost[~exact].sum() + cheapest) > allowed  # none too many
-    bad = sparse.exact_rows(doubts, dropped.index_fill(0, torch.tensor([3]), torch.nan), g, g * 0, live | True, 0.1)
+    bad = sparse.exact_rows(probs, dropped.index_fill(0, torch.tensor([3]), torch.nan), g, g * 0, live | True, 0.1)
     assert bad[3]
-    nothing = sparse.exact_rows(doubts, dropped * 0, g, g * 0, live, 0.1)
-    assert not nothing.any() and not sparse.exact_rows(doubts * 0, dropped * 0, g, g * 0, live, 0.1).any()
+    nothing = sparse.exact_rows(probs, dropped * 0, g, g * 0, live, 0.1)
+    assert not nothing.any() and not sparse.exact_rows(probs * 0, dropped * 0, g, g * 0, live, 0.1).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -288,15 +286,14 @@ def test_rows_that_are_not_finite_keep_to_themselves(impl: str, frozen: bool) ->
 @pytest.mark.parametrize("name", ["plain", "everything_bf16", "batched", "all_ignored"])
 def test_opcheck(name: str, impl: str) -> None:
     inputs = make_inputs(BY_NAME[name])
-    head = Head(*(inputs.leaves[n].detach() if n in inputs.leaves else None for n in Head._fields))  # type: ignore[arg-type]
+    head = inputs.head
     options = dataclasses.astuple(BY_NAME[name].options)
     arguments = (*head, inputs.targets, *options, 0.05, None, impl)
-    opcheck(torch.ops.groupdpo_kernels.linear_logps_candidates.default, arguments)
-    found = torch.ops.groupdpo_kernels.linear_logps_candidates(*arguments)
+    opcheck(torch.ops.groupdpo_kernels.sparse_forward.default, arguments)
+    found = torch.ops.groupdpo_kernels.sparse_forward(*arguments)
     rows = [torch.randn(inputs.targets.shape) for _ in range(2)]
-    needs = [x is not None for x in head]
-    arguments = (*head, inputs.targets, *found[1:], *rows, *options, 0.05, False, needs, impl)
-    opcheck(torch.ops.groupdpo_kernels.linear_logps_sparse_backward.default, arguments)
+    arguments = (*head, inputs.targets, *found[1:], *rows, *options, 0.05, list(inputs.needs), impl)
+    opcheck(torch.ops.groupdpo_kernels.sparse_backward.default, arguments)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])

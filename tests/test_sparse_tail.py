@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from bench.recorded_rows import draw_profile
 from groupdpo_kernels import explain, linear_logp_stats, linear_logps
 from groupdpo_kernels.lm_head import ops
-from groupdpo_kernels.lm_head.sparse import TAIL_SAMPLES, Candidates
-from groupdpo_kernels.reference import Head, HeadOptions
+from groupdpo_kernels.reference import TAIL_SAMPLES, Candidates, HeadOptions, head_of
 from groupdpo_kernels.testing import CASES, Case, Inputs, make_inputs, triton_on_cpu
 
 IMPLS = ("reference", "cpu")
@@ -51,10 +50,10 @@ KINDS = ("random", "flat", "ascending", "broad", "confident", "mixed", "holes")
 
 
 def found_in(z: Tensor, y: Tensor, seed: int, impl: str, options: HeadOptions) -> Candidates:
-    head = Head(z, torch.eye(z.shape[1]), None, None, None)
+    head = head_of(z, torch.eye(z.shape[1]))
     if not z.isfinite().all():  # -inf through the bias of the head, which a product with 0 cannot carry
-        head = Head(torch.zeros(len(z), 1), torch.zeros(z.shape[1], 1), z[0].clone(), None, None)
-    return ops.linear_logps_candidates(head, y, options, TOLERANCE, impl, torch.tensor(seed))
+        head = head_of(torch.zeros(len(z), 1), torch.zeros(z.shape[1], 1), z[0].clone())
+    return ops.sparse_forward(head, y, options, TOLERANCE, impl, torch.tensor(seed))[1]
 
 
 def probabilities(z: Tensor, y: Tensor, found: Candidates) -> Tensor:
@@ -96,9 +95,9 @@ def test_draws_follow_the_tail(impl: str, cap: float | None) -> None:
     z = torch.randn(1, size, generator=g) * 2
     z[0, :5] = torch.tensor([6.0, 5.0, -torch.inf, 7.0, -30.0])
     y = torch.full((T,), 3)
-    head = Head(torch.zeros(T, 1), torch.zeros(size, 1), z[0], None, None)
+    head = head_of(torch.zeros(T, 1), torch.zeros(size, 1), z[0])
     options = HeadOptions(softcap=cap, workspace_bytes=2**22)
-    found = ops.linear_logps_candidates(head, y, options, TOLERANCE, impl, torch.tensor(11))
+    _, found = ops.sparse_forward(head, y, options, TOLERANCE, impl, torch.tensor(11))
     rows = z if cap is None else cap * torch.tanh(z / cap)
     tail = probabilities(rows, y[:1], Candidates(*(x[:1] for x in found)))[0]
     tail = tail / tail.sum()
@@ -359,20 +358,19 @@ def test_what_cannot_be() -> None:
         with pytest.raises(ValueError, match="grad_tail='sample' has no Triton kernel"):
             linear_logps(x.requires_grad_(), x, y, **options)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="grad_tail='sample' has no Triton kernel"):
-            found = Head(x.detach(), x.detach(), None, None, None)
-            ops.linear_logps_candidates(found, y, HeadOptions(), 0.1, "triton", torch.tensor(1))
+            head = head_of(x.detach(), x.detach())
+            ops.sparse_forward(head, y, HeadOptions(), 0.1, "triton", torch.tensor(1))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", ["everything_bf16", "batched", "all_ignored"])
 def test_opcheck(name: str, impl: str) -> None:
     inputs = make_inputs(BY_NAME[name])
-    head = Head(*(inputs.leaves[n].detach() if n in inputs.leaves else None for n in Head._fields))  # type: ignore[arg-type]
+    head = inputs.head
     options = dataclasses.astuple(BY_NAME[name].options)
     arguments = (*head, inputs.targets, *options, 0.05, torch.tensor(9), impl)
-    opcheck(torch.ops.groupdpo_kernels.linear_logps_candidates.default, arguments)
-    found = torch.ops.groupdpo_kernels.linear_logps_candidates(*arguments)
+    opcheck(torch.ops.groupdpo_kernels.sparse_forward.default, arguments)
+    found = torch.ops.groupdpo_kernels.sparse_forward(*arguments)
     rows = [torch.randn(inputs.targets.shape) for _ in range(2)]
-    needs = [x is not None for x in head]
-    arguments = (*head, inputs.targets, *found[1:], *rows, *options, 0.05, True, needs, impl)
-    opcheck(torch.ops.groupdpo_kernels.linear_logps_sparse_backward.default, arguments)
+    arguments = (*head, inputs.targets, *found[1:], *rows, *options, None, list(inputs.needs), impl)
+    opcheck(torch.ops.groupdpo_kernels.sparse_backward.default, arguments)

@@ -15,8 +15,7 @@ from groupdpo_kernels import linear_logps
 from groupdpo_kernels.kernels import sparse_backward
 from groupdpo_kernels.kernels import sparse_forward as launcher
 from groupdpo_kernels.lm_head import host, ops, sparse, torch_blocks
-from groupdpo_kernels.lm_head.sparse import Candidates
-from groupdpo_kernels.reference import Head, HeadGradients, HeadOptions, logits
+from groupdpo_kernels.reference import Candidates, HeadGradients, HeadOptions, Needs, logits
 from groupdpo_kernels.testing import CASES, Case, Inputs, make_inputs, triton_on_cpu
 
 BY_NAME = {case.name: case for case in CASES}
@@ -30,18 +29,8 @@ BACKWARD += ("low_rank_wide_bf16", "most_ignored_bf16", "strided_deep", "tiny_wo
 TOLERANCE = 0.2
 
 
-def head_of(inputs: Inputs) -> Head:
-    pair = (None, None) if inputs.low_rank is None else (inputs.low_rank[0].detach(), inputs.low_rank[1].detach())
-    bias = None if inputs.bias is None else inputs.bias.detach()
-    return Head(inputs.hidden.detach(), inputs.weight.detach(), bias, *pair)
-
-
 def upstream_of(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return inputs.d_token_logps.float(), inputs.d_lse.float()
-
-
-def needs_of(head: Head) -> tuple[bool, ...]:
-    return tuple(x is not None for x in head)
 
 
 def trained(T: int = 36, D: int = 48, V: int = 170, dtype: torch.dtype = torch.float32, **changes: Any) -> Case:
@@ -60,27 +49,33 @@ def sure_inputs(case: Case) -> Inputs:
     return inputs
 
 
-def candidates(inputs: Inputs, options: HeadOptions, grad_tol: float = TOLERANCE, BLOCK_T: int = 64) -> Candidates:
+def forward(
+    inputs: Inputs, options: HeadOptions, grad_tol: float = TOLERANCE, BLOCK_T: int = 64
+) -> tuple[Tensor, Candidates]:
+    """token_logps and the candidates."""
     with triton_on_cpu(BLOCK_T, 128, 64):
-        return ops.linear_logps_candidates(head_of(inputs), inputs.targets, options, grad_tol, "triton")
+        return ops.sparse_forward(inputs.head, inputs.targets, options, grad_tol, "triton")
+
+
+def candidates(inputs: Inputs, options: HeadOptions, grad_tol: float = TOLERANCE) -> Candidates:
+    return forward(inputs, options, grad_tol)[1]
 
 
 @cache
-def of_case(name: str) -> tuple[Inputs, Candidates]:
-    """Inputs of a case and its candidates, which the tests of the forward and of the backward share: nobody writes to
-    them, and each of these tests asks for poisoned memory, so whoever is first computes them in it."""
+def of_case(name: str) -> tuple[Inputs, Tensor, Candidates]:
+    """Inputs of a case, its token_logps and candidates, which the tests of the forward and of the backward share:
+    nobody writes to them, and each of these tests asks for poisoned memory, so whoever is first computes them in it.
+    """
     inputs = make_inputs(BY_NAME[name])
-    return inputs, candidates(inputs, BY_NAME[name].options)
+    return inputs, *forward(inputs, BY_NAME[name].options)
 
 
 def backward(
     inputs: Inputs, found: Candidates, options: HeadOptions, grad_tol: float = TOLERANCE, BLOCK_T: int = 64
 ) -> HeadGradients:
-    head = head_of(inputs)
+    arguments = (inputs.head, inputs.targets, found, *upstream_of(inputs), options, grad_tol, inputs.needs)
     with triton_on_cpu(BLOCK_T, 128, 64):
-        return ops.linear_logps_sparse_backward(
-            head, inputs.targets, found, *upstream_of(inputs), options, grad_tol, needs_of(head), "triton"
-        )
+        return ops.sparse_backward(*arguments, "triton")
 
 
 def dense(found: Candidates, V: int) -> Tensor:  # (T, V)
@@ -95,15 +90,14 @@ def dense(found: Candidates, V: int) -> Tensor:  # (T, V)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_candidates_of_the_specification(name: str, poisoned_memory: None) -> None:
     case = BY_NAME[name]
-    inputs, found = of_case(name)
-    wanted = host.candidates(head_of(inputs), inputs.targets, case.options, TOLERANCE, "reference")
-    for x, y in zip(found, wanted):
+    inputs, token_logps, found = of_case(name)
+    expected, wanted = host.sparse_forward(inputs.head, inputs.targets, case.options, TOLERANCE, "reference")
+    for x, y in zip((token_logps, *found), (expected, *wanted)):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
-    for field in ("token_logps", "lse", "doubts", "slopes"):
-        torch.testing.assert_close(getattr(found, field), getattr(wanted, field), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close((token_logps, *found[:3]), (expected, *wanted[:3]), rtol=1e-5, atol=2e-5)
     if case.T == 0:
         return
-    # The specification subtracts what it keeps from the doubt.
+    # The specification subtracts what it keeps from the non-target probability.
     torch.testing.assert_close(found.dropped, wanted.dropped, rtol=1e-5, atol=1e-5 + case.name.startswith("tiny"))
     if not case.name.startswith("tiny"):  # there they do not fit
         mine, its = dense(found, case.V), dense(wanted, case.V)
@@ -116,7 +110,7 @@ def test_slots_and_the_bound_on_the_rest(name: str, poisoned_memory: None) -> No
     """Candidates first, in the order of their ids, of probability at least `least`, never the target; `dropped` is at
     least the probability of all others, and hardly more."""
     case = BY_NAME[name]
-    inputs, found = of_case(name)
+    inputs, _, found = of_case(name)
     wide = inputs.to(torch.float64)
     pair = None if wide.low_rank is None else (wide.low_rank[0].detach(), wide.low_rank[1].detach())
     z = logits(wide.hidden.detach(), wide.weight.detach(), None if wide.bias is None else wide.bias.detach(), pair,
@@ -133,10 +127,10 @@ def test_slots_and_the_bound_on_the_rest(name: str, poisoned_memory: None) -> No
         assert (ids.diff() > 0).all() and y not in ids
         assert (p[t, ids] >= sparse.least_probability(TOLERANCE) * (1 - 1e-5)).all()
         full += kept == found.ids.shape[1]
-        p[t, y], doubt = 0, float(1 - p[t, y])
+        p[t, y], non_target = 0, float(1 - p[t, y])
         rest = float(p[t].sum() - p[t, ids].sum())
-        torch.testing.assert_close(float(found.doubts[t]), doubt, rtol=1e-5, atol=1e-15)
-        assert rest * (1 - 1e-6) <= found.dropped[t] <= rest * (1 + 1e-5) + 2**-17 * doubt
+        torch.testing.assert_close(float(found.non_target_probs[t]), non_target, rtol=1e-5, atol=1e-15)
+        assert rest * (1 - 1e-6) <= found.dropped[t] <= rest * (1 + 1e-5) + 2**-17 * non_target
     assert (full > 0) == (name == "tiny_workspace")
 
 
@@ -151,7 +145,7 @@ def test_nothing_cancels_in_a_row_that_is_sure() -> None:
     wide = inputs.to(torch.float64)
     p = logits(wide.hidden.detach(), wide.weight.detach()).softmax(-1).scatter(1, inputs.targets[:, None], 0)
     assert p.sum(1).median() < 1e-8
-    torch.testing.assert_close(found.doubts.double(), p.sum(1), rtol=3e-5, atol=0)
+    torch.testing.assert_close(found.non_target_probs.double(), p.sum(1), rtol=3e-5, atol=0)
     assert (found.dropped.double() >= p.sum(1) * (1 - 3e-5)).all()  # not one candidate
 
 
@@ -163,16 +157,16 @@ def test_wrong_ids_and_rows_that_are_not_finite_go_the_exact_way(poisoned_memory
     """NaN in their row and nowhere else."""
     case = trained(T=24, V=200, ignored="none")
     inputs = sure_inputs(case)
-    clean = candidates(inputs, case.options)
+    _, clean = forward(inputs, case.options)
     bad = [3, 4, 7, 8]
     inputs.targets[3], inputs.targets[4] = case.V, -1
     with torch.no_grad():
         inputs.hidden[7, 2], inputs.hidden[8, 2] = torch.nan, torch.inf
-    found = candidates(inputs, case.options)
+    token_logps, found = forward(inputs, case.options)
     good = torch.ones(case.T, dtype=torch.bool).index_fill(0, torch.tensor(bad), False)
     for field, x, y in zip(Candidates._fields, found, clean):
         assert torch.equal(x[good], y[good]), field
-    assert found.token_logps[bad].isnan().all() and found.dropped[bad].isnan().all()
+    assert token_logps[bad].isnan().all() and found.dropped[bad].isnan().all()
     gradients = backward(inputs, found, case.options)
     assert gradients.d_hidden is not None
     assert gradients.d_hidden[bad].isnan().any(1).all() and gradients.d_hidden[good].isfinite().all()
@@ -184,15 +178,13 @@ def test_wrong_ids_and_rows_that_are_not_finite_go_the_exact_way(poisoned_memory
 def check_gradients(inputs: Inputs, found: Candidates, options: HeadOptions, grad_tol: float) -> Tensor:
     """Those of the reference over the same candidates, in the overall norm and in every row. Returns which rows are
     exact."""
-    head, upstream = head_of(inputs), upstream_of(inputs)
+    head, upstream = inputs.head, upstream_of(inputs)
     gradients = backward(inputs, found, options, grad_tol)
-    wanted = host.sparse_backward(
-        head, inputs.targets, found, *upstream, options, grad_tol, needs_of(head), "reference"
-    )
+    wanted = host.sparse_backward(head, inputs.targets, found, *upstream, options, grad_tol, inputs.needs, "reference")
     eps = {torch.float32: 3e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}[inputs.hidden.dtype]
-    for name, x, y, like in zip(HeadGradients._fields, gradients, wanted, head):
-        assert (x is None) == (y is None) == (like is None)
-        if x is None or y is None or like is None:
+    for name, x, y, like, needed in zip(HeadGradients._fields, gradients, wanted, head, inputs.needs):
+        assert (x is None) == (y is None) == (not needed)
+        if x is None or y is None:
             continue
         assert (x.shape, x.dtype) == (like.shape, like.dtype) and x.is_contiguous()
         difference = (x.double() - y.double()).view(-1, x.shape[-1])
@@ -200,12 +192,13 @@ def check_gradients(inputs: Inputs, found: Candidates, options: HeadOptions, gra
         assert (difference.norm(dim=1) <= eps * (size + size.max().clamp(min=0))).all(), name
         assert not x.view(size.shape[0], -1)[size == 0].any(), name
     live = inputs.targets != options.ignore_index
-    return sparse.exact_rows(found.doubts, found.dropped, *upstream, live, grad_tol)
+    return sparse.exact_rows(found.non_target_probs, found.dropped, *upstream, live, grad_tol)
 
 
 @pytest.mark.parametrize("name", BACKWARD)
 def test_the_gradients_of_the_specification(name: str, poisoned_memory: None) -> None:
-    check_gradients(*of_case(name), BY_NAME[name].options, TOLERANCE)
+    inputs, _, found = of_case(name)
+    check_gradients(inputs, found, BY_NAME[name].options, TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -219,7 +212,8 @@ def test_some_rows_exact_some_sparse(dtype: torch.dtype, poisoned_memory: None) 
 
 @pytest.mark.parametrize("name", ["empty", "all_ignored"])
 def test_no_live_row(name: str, poisoned_memory: None) -> None:
-    for gradient in backward(*of_case(name), BY_NAME[name].options):
+    inputs, _, found = of_case(name)
+    for gradient in backward(inputs, found, BY_NAME[name].options):
         assert gradient is None or not gradient.any()
 
 
@@ -235,12 +229,12 @@ def test_the_error_is_within_the_tolerance() -> None:
 
     truth = gradients(0.0, "reference")
     logps = linear_logps(inputs.hidden, inputs.weight, inputs.targets).detach()
-    doubt = (1 - logps.exp())[inputs.targets != -100].sum()
+    non_target = (1 - logps.exp())[inputs.targets != -100].sum()
     sizes = []
     with triton_on_cpu(64, 128, 64):
         for grad_tol in (1e-3, 0.1):
             d_hidden, d_weight = (a - b for a, b in zip(gradients(grad_tol, "triton"), truth))
-            assert d_hidden.norm(dim=1).sum() <= grad_tol * doubt * weights + 1e-4
+            assert d_hidden.norm(dim=1).sum() <= grad_tol * non_target * weights + 1e-4
             sizes.append(float(d_weight.norm()))
     assert sizes[0] < 0.1 * sizes[1]
 
@@ -262,9 +256,8 @@ def test_which_rows_share_a_tile_changes_rounding_alone() -> None:
     """The interpreter multiplies by a library, whose sums have another order for tiles of another height."""
     case = trained(24, 40, 150, torch.bfloat16, bias=True, R=4, softcap=20.0)
     inputs = sure_inputs(case)
-    tall, low = (candidates(inputs, case.options, BLOCK_T=rows) for rows in (64, 32))
-    for name in ("token_logps", "lse", "doubts", "slopes", "dropped"):
-        torch.testing.assert_close(getattr(low, name), getattr(tall, name), rtol=1e-5, atol=1e-5)
+    (tall_logps, tall), (low_logps, low) = (forward(inputs, case.options, BLOCK_T=rows) for rows in (64, 32))
+    torch.testing.assert_close((low_logps, *low[:4]), (tall_logps, *tall[:4]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dense(low, case.V), dense(tall, case.V), rtol=1e-5, atol=1e-6)
     assert torch.equal(low.ids, tall.ids)  # none of these entries is near the least probability of a candidate
 
@@ -272,15 +265,12 @@ def test_which_rows_share_a_tile_changes_rounding_alone() -> None:
 def test_each_gradient_alone() -> None:
     case = trained(12, 24, 90, torch.bfloat16, bias=True, R=3)
     inputs = sure_inputs(case)
-    head, upstream = head_of(inputs), upstream_of(inputs)
     found = candidates(inputs, case.options)
     full = backward(inputs, found, case.options)
+    arguments = (inputs.head, inputs.targets, found, *upstream_of(inputs), case.options, TOLERANCE)
     for i in range(5):
-        needs = tuple(j == i for j in range(5))
         with triton_on_cpu(64, 128, 64):
-            alone = ops.linear_logps_sparse_backward(
-                head, inputs.targets, found, *upstream, case.options, TOLERANCE, needs, "triton"
-            )
+            alone = ops.sparse_backward(*arguments, Needs(*(j == i for j in range(5))), "triton")
         for j, (a, b) in enumerate(zip(alone, full)):
             assert (a is None) == (j != i) or b is None
             assert a is None or (b is not None and torch.equal(a, b))
@@ -305,7 +295,7 @@ def step(case: Case, inputs: Inputs, *frozen: str) -> Allocations:
     for name, leaf in inputs.leaves.items():
         leaf.requires_grad_(name not in frozen)
     with Allocations() as counted:
-        for op in (ops._linear_logps_candidates, ops._linear_logps_sparse_backward):
+        for op in (ops._sparse_forward, ops._sparse_backward):
             counted.inside[op._opoverload] = op._init_fn
         logps = linear_logps(
             inputs.hidden, inputs.weight, inputs.targets, inputs.bias, low_rank=inputs.low_rank, softcap=case.softcap,

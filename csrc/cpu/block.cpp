@@ -17,7 +17,8 @@
 extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(int layout, int transpose_a, int transpose_b, int m, int n,
                                                              int k, float alpha, const uint16_t* a, int lda,
                                                              const uint16_t* b, int ldb, float beta, float* c, int ldc);
-// Likewise: the most threads of this thread's calls from now on, 0 for the library's own choice; returns that of before.
+// Likewise: the most threads of this thread's calls from now on, 0 for the library's own choice; returns that of
+// before.
 extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
 #define HAS_BF16_LIBRARY 1
 #else
@@ -141,8 +142,8 @@ bool use_bf16_products(bool on) {
 }
 
 bool in_bf16(const Head& head) {
-  const auto ready = [](const std::optional<Tensor>& x) {
-    return !x || (is_factor(*x, true) && x->stride(0) <= std::numeric_limits<int>::max());
+  const auto ready = [](const Tensor& x) {
+    return x.numel() == 0 || (is_factor(x, true) && x.stride(0) <= std::numeric_limits<int>::max());
   };
   // Below two tiles of the unit there is nothing to gain, and a gradient of few columns sums few roundings of d_logits.
   constexpr int64_t enough = 64;
@@ -161,12 +162,12 @@ void multiply(const Matrix& out, const Factor& a, const Factor& b, bool accumula
   // A second, empty task makes a parallel region of a single tile: outside of one the library would take all threads.
   torch::stable::parallel_for(0, std::max<int64_t>(tiles, 2), 1, [&](int64_t begin, int64_t end) {
     const OneThread limit;
-    std::vector<float> sums(apart && begin < tiles ? rows * columns : 0);
+    const auto sums = std::make_unique_for_overwrite<float[]>(apart && begin < tiles ? rows * columns : 0);
     for (int64_t tile = begin; tile < std::min(end, tiles); ++tile) {
       const int64_t i = tile / across * rows, j = tile % across * columns;
       const int64_t height = std::min(rows, out.rows - i), width = std::min(columns, out.columns - j);
       const Matrix here = out.take(i, height).take_columns(j, width);
-      const Matrix sum = apart ? Matrix{sums.data(), height, width, width} : here;
+      const Matrix sum = apart ? Matrix{sums.get(), height, width, width} : here;
       multiply_tile(sum, a.take(i, height), b.take_columns(j, width), accumulate && !apart);
       for (int64_t row = 0; apart && row < height; ++row) {
         std::transform(here.row(row), here.row(row) + width, sum.row(row), here.row(row), std::plus<>());
@@ -183,34 +184,34 @@ Matrix Scratch::matrix(int64_t rows, int64_t columns) const {
   return {data(), rows, columns, columns};
 }
 
-int64_t Rows::scratch_per_row(const std::optional<Tensor>& source, bool bf16) {
-  return source && !is_factor(*source, bf16) ? columns_of(*source) : 0;
+int64_t Rows::scratch_per_row(const Tensor& source, bool bf16) {
+  return source.numel() > 0 && !is_factor(source, bf16) ? columns_of(source) : 0;
 }
 
-Rows::Rows(const std::optional<Tensor>& source, bool bf16, int64_t block_rows)
+Rows::Rows(const Tensor& source, bool bf16, int64_t block_rows)
     : source_(source), bf16_(bf16), scratch_(block_rows * scratch_per_row(source, bf16)) {}
 
 Factor Rows::rows(int64_t begin, int64_t count) {
-  if (!source_) return {};
-  if (is_factor(*source_, bf16_)) {
-    const Factor all(source_->const_data_ptr(), bf16_, source_->size(0), columns_of(*source_), source_->stride(0));
+  if (source_.numel() == 0) return {};
+  if (is_factor(source_, bf16_)) {
+    const Factor all(source_.const_data_ptr(), bf16_, source_.size(0), columns_of(source_), source_.stride(0));
     return all.take(begin, count);
   }
-  const Matrix copy = scratch_.matrix(count, columns_of(*source_));
+  const Matrix copy = scratch_.matrix(count, columns_of(source_));
   Tensor destination = wrap(copy);
-  torch::stable::copy_(destination, narrowed(*source_, begin, count));
+  torch::stable::copy_(destination, narrowed(source_, begin, count));
   return copy;
 }
 
-int64_t Gradient::scratch_per_row(const std::optional<Tensor>& input, bool needed) {
-  return needed && input && input->scalar_type() != ScalarType::Float ? columns_of(*input) : 0;
+int64_t Gradient::scratch_per_row(const Tensor& input, bool needed) {
+  return needed && input.scalar_type() != ScalarType::Float ? columns_of(input) : 0;
 }
 
-Gradient::Gradient(const Head& head, const std::optional<Tensor>& input, bool needed, int64_t block_rows)
-    : needed_(needed && input),
+Gradient::Gradient(const Head& head, const Tensor& input, bool needed, int64_t block_rows)
+    : needed_(needed),
       block_rows_(block_rows),
-      result_(needed_ ? torch::stable::new_empty(head.hidden, input->sizes())
-                      : torch::stable::new_empty(head.hidden, {0})) {
+      result_(needed ? torch::stable::new_empty(head.hidden, input.sizes())
+                     : torch::stable::new_empty(head.hidden, {0})) {
   const int64_t per_row = scratch_per_row(input, needed);
   if (per_row > 0) scratch_.emplace(block_rows * per_row);
   // Nothing is accumulated without tokens or without a vocabulary.
@@ -241,16 +242,15 @@ BlockShape block_shape(int64_t T, int64_t V, int64_t per_row, int64_t per_column
   return {rows, columns};
 }
 
-Kept::Kept(const Head& head, const std::optional<Tensor>& products) {
-  if (!products) return;
-  STD_TORCH_CHECK(products->scalar_type() == ScalarType::Float && products->dim() == 2 && products->is_contiguous() &&
-                      products->size(0) == head.hidden.size(0) && products->size(1) <= head.weight.size(0),
-                  "products must be contiguous float32 (T, K) with T = ", head.hidden.size(0),
+LogitCache::LogitCache(const Head& head, const Tensor& products) {
+  STD_TORCH_CHECK(products.scalar_type() == ScalarType::Float && products.dim() == 2 && products.is_contiguous() &&
+                      products.size(0) == head.hidden.size(0) && products.size(1) <= head.weight.size(0),
+                  "logit_cache must be contiguous float32 (T, K) with T = ", head.hidden.size(0),
                   ", K <= V = ", head.weight.size(0));
-  all_ = {products->mutable_data_ptr<float>(), products->size(0), products->size(1), products->size(1)};
+  all_ = {products.mutable_data_ptr<float>(), products.size(0), products.size(1), products.size(1)};
 }
 
-void Kept::populate() const {
+void LogitCache::populate() const {
 #ifdef __linux__
   constexpr int populate_write = 23;  // MADV_POPULATE_WRITE, of Linux 5.14: older headers lack the name
   constexpr uintptr_t page = 4096;
@@ -301,12 +301,12 @@ Slice HeadBlocks::products(int64_t begin, int64_t end) const {
   return z;
 }
 
-Slice HeadBlocks::products(int64_t begin, int64_t end, const Kept& kept) const {
-  if (column0_ + weight.rows > kept.columns()) return products(begin, end);
+Slice HeadBlocks::products(int64_t begin, int64_t end, const LogitCache& cache) const {
+  if (column0_ + weight.rows > cache.columns()) return products(begin, end);
   Slice z = products_.take(begin, end, weight.rows);
   torch::stable::parallel_for(begin, end, grain(z.columns), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      std::copy_n(kept.row(token0_ + i, column0_), z.columns, z.row(i - begin));
+      std::copy_n(cache.row(token0_ + i, column0_), z.columns, z.row(i - begin));
     }
   });
   return z;
@@ -356,17 +356,14 @@ void check(const Head& head, const Tensor& targets) {
   STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.dim() == 1 &&
                       targets.size(0) == hidden.size(0) && targets.is_contiguous(),
                   "targets must be contiguous int64 (T,) with T = ", hidden.size(0));
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)),
-                  "bias must be (V,) with V = ", weight.size(0));
-  STD_TORCH_CHECK(low_rank_hidden.has_value() == low_rank_weight.has_value(),
-                  "low_rank_hidden and low_rank_weight must come together");
-  STD_TORCH_CHECK(
-      !low_rank_weight ||
-          (low_rank_hidden->dim() == 2 && low_rank_weight->dim() == 2 && low_rank_hidden->size(0) == hidden.size(0) &&
-           low_rank_weight->size(0) == weight.size(0) && low_rank_hidden->size(1) == low_rank_weight->size(1)),
-      "low_rank_hidden must be (T, R) and low_rank_weight (V, R)");
-  for (const auto* x : {&bias, &low_rank_hidden, &low_rank_weight}) {
-    STD_TORCH_CHECK(!*x || (*x)->scalar_type() == dtype, "all inputs must have the dtype of hidden, ",
+  STD_TORCH_CHECK(bias.dim() == 1 && (bias.size(0) == weight.size(0) || bias.size(0) == 0),
+                  "bias must be (V,) with V = ", weight.size(0), ", or (0,)");
+  STD_TORCH_CHECK(low_rank_hidden.dim() == 2 && low_rank_weight.dim() == 2 &&
+                      low_rank_hidden.size(0) == hidden.size(0) && low_rank_weight.size(0) == weight.size(0) &&
+                      low_rank_hidden.size(1) == low_rank_weight.size(1),
+                  "low_rank_hidden must be (T, R) and low_rank_weight (V, R)");
+  for (const Tensor* x : {&bias, &low_rank_hidden, &low_rank_weight}) {
+    STD_TORCH_CHECK(x->scalar_type() == dtype, "all inputs must have the dtype of hidden, ",
                     torch::headeronly::toString(dtype));
   }
   STD_TORCH_CHECK(weight.scalar_type() == dtype, "weight must have the dtype of hidden, ",

@@ -138,12 +138,12 @@ class SharedScratch {
 // memory can be read as it is, else a float32 copy. bf16: a bfloat16 input is to be read as it is.
 class Rows {
  public:
-  static int64_t scratch_per_row(const std::optional<Tensor>& source, bool bf16);  // in floats
-  Rows(const std::optional<Tensor>& source, bool bf16, int64_t block_rows);
-  Factor rows(int64_t begin, int64_t count);  // valid until the next call; null data without a source
+  static int64_t scratch_per_row(const Tensor& source, bool bf16);  // in floats
+  Rows(const Tensor& source, bool bf16, int64_t block_rows);
+  Factor rows(int64_t begin, int64_t count);  // valid until the next call; null data of an empty source
 
  private:
-  std::optional<Tensor> source_;
+  Tensor source_;
   bool bf16_;
   Scratch scratch_;
 };
@@ -153,8 +153,8 @@ class Rows {
 // nothing else is allocated.
 class Gradient {
  public:
-  static int64_t scratch_per_row(const std::optional<Tensor>& input, bool needed);  // in floats
-  Gradient(const Head& head, const std::optional<Tensor>& input, bool needed, int64_t block_rows);
+  static int64_t scratch_per_row(const Tensor& input, bool needed);  // in floats
+  Gradient(const Head& head, const Tensor& input, bool needed, int64_t block_rows);
   explicit operator bool() const { return needed_; }
   Matrix accumulators(int64_t begin, int64_t count) const;  // of these rows of the input; begin within its block
   void round(int64_t begin, int64_t count) const;           // them -> the result; begin at the start of a block
@@ -211,12 +211,12 @@ class RowUnits {
   int64_t rows_, each_;
 };
 
-// Products of all tokens with the first K of a head's vocabulary, between forward and backward. A block that is not
-// kept whole is computed whole: no ragged products.
-class Kept {
+// Products of all tokens with the first K of a head's vocabulary, between forward and backward. A block that is not in
+// the cache as a whole is computed whole: no ragged products.
+class LogitCache {
  public:
-  Kept(const Head& head, const std::optional<Tensor>& products);  // (T, K) float32
-  void populate() const;                                          // pages in memory at once, where the system can
+  LogitCache(const Head& head, const Tensor& products);  // (T, K) float32
+  void populate() const;                                 // pages in memory at once, where the system can
   int64_t columns() const { return all_.columns; }
   float* row(int64_t token, int64_t column0) const { return all_.row(token) + column0; }
 
@@ -237,8 +237,8 @@ class HeadBlocks {
   // hidden @ weight^T + low_rank_hidden @ low_rank_weight^T of the blocks taken, without bias, for the rows begin ..
   // end of the token block.
   Slice products(int64_t begin, int64_t end) const;
-  // The same, from what is kept where it is.
-  Slice products(int64_t begin, int64_t end, const Kept& kept) const;
+  // The same, from the cache where it is there.
+  Slice products(int64_t begin, int64_t end, const LogitCache& cache) const;
 
   Factor hidden, low_rank_hidden;  // tokens taken
   Factor weight, low_rank_weight;  // vocabulary taken

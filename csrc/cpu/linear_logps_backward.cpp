@@ -1,7 +1,7 @@
 // Rebuilds blocks of the logits from the saved lse and turns them into gradients. Vocabulary blocks outside, token
 // blocks inside: a block of d_weight gathers all tokens in float32 and is rounded once, so there is no float32 copy of
-// (V, D); d_hidden gathers all of the vocabulary in one float32 (T, D) buffer. Products that
-// the forward has kept are read, not computed.
+// (V, D); d_hidden gathers all of the vocabulary in one float32 (T, D) buffer. Products
+// that the forward has left in the logit cache are read, not computed.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -13,13 +13,14 @@ namespace groupdpo_kernels {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
     const Head& head, const Tensor& targets, const Tensor& lse, const Tensor& d_target, const Tensor& d_softmax,
-    const HeadOptions& options, const Needs& needs, const std::optional<Tensor>& products) {
+    const HeadOptions& options, const Needs& needs, const Tensor& logit_cache) {
   const NoGrad no_grad;
   check(head, targets);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
   check_row_vector(lse, "lse", T, ScalarType::Double);
   check_row_vector(d_target, "d_target", T);
   check_row_vector(d_softmax, "d_softmax", T);
+  STD_TORCH_CHECK(!needs.bias || head.bias.numel() > 0, "needs_bias must be false for a head without a bias");
 
   const int64_t per_column = HeadBlocks::scratch_per_column(head) +
                              Gradient::scratch_per_row(head.weight, needs.weight) +
@@ -30,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
                                        Narrowed::scratch_per_entry(head), options.workspace_bytes);
   const LogitMap map = logit_map(options);
   HeadBlocks blocks(head, shape);
-  const Kept kept(head, products);
+  const LogitCache cache(head, logit_cache);
   const Narrowed narrowed(head, shape);
   const Gradient d_hidden(head, head.hidden, needs.hidden, T);
   const Gradient d_low_rank_hidden(head, head.low_rank_hidden, needs.low_rank_hidden, T);
@@ -54,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
       const int64_t rows = std::min(shape.rows, T - t0);
       blocks.take_tokens(t0, rows);
       RowUnits(rows, in_bf16(head)).over([&](int64_t first, int64_t last) {
-        const Slice z = blocks.products(first, last, kept);
+        const Slice z = blocks.products(first, last, cache);
         const Narrowed::Part part = narrowed.part(z, first);
         torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {

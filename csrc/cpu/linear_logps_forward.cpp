@@ -50,7 +50,7 @@ void add(RowState& state, const float* z, int64_t n, int64_t column0, int64_t ta
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(const Head& head, const Tensor& targets,
                                                                                 const HeadOptions& options, bool stats,
-                                                                                const std::optional<Tensor>& products) {
+                                                                                const Tensor& logit_cache) {
   const NoGrad no_grad;
   check(head, targets);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
@@ -58,8 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
   const BlockShape shape = block_shape(T, V, per_row, HeadBlocks::scratch_per_column(head), 1, options.workspace_bytes);
   const LogitMap map = logit_map(options);
   HeadBlocks blocks(head, shape);
-  const Kept kept(head, products);
-  kept.populate();
+  const LogitCache cache(head, logit_cache);
+  cache.populate();
 
   const auto row_result = [&](bool wanted, ScalarType dtype) {
     return torch::stable::new_empty(head.hidden, {wanted ? T : 0}, dtype);
@@ -76,13 +76,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
     blocks.take_tokens(t0, rows);
     for (int64_t v0 = 0; v0 < V; v0 += shape.columns) {
       const int64_t columns = std::min(shape.columns, V - v0);
-      const int64_t keeps = std::clamp<int64_t>(kept.columns() - v0, 0, columns);
+      const int64_t keeps = std::clamp<int64_t>(cache.columns() - v0, 0, columns);
       blocks.take_vocabulary(v0, columns);
       units.over([&](int64_t first, int64_t last) {
         const Slice z = blocks.products(first, last);
         torch::stable::parallel_for(first, last, grain(columns), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
-            if (keeps > 0) std::copy_n(z.row(i - first), keeps, kept.row(t0 + i, v0));
+            if (keeps > 0) std::copy_n(z.row(i - first), keeps, cache.row(t0 + i, v0));
             to_logits(z.row(i - first), blocks.bias, columns, map);
             add(states[i], z.row(i - first), columns, v0, target[t0 + i], stats);
           }
@@ -95,7 +95,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_forward(
       token_logps.mutable_data_ptr<float>()[t0 + i] = log_prob(target_logit, row_lse);
       lse.mutable_data_ptr<double>()[t0 + i] = row_lse;
       if (stats) {
-        entropy.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(std::log(sums.total) - sums.weighted / sums.total);
+        entropy.mutable_data_ptr<float>()[t0 + i] =
+            static_cast<float>(std::log(sums.total) - sums.weighted / sums.total);
         mean_logits.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(sums.plain / static_cast<double>(V));
         log_sum_sq_probs.mutable_data_ptr<float>()[t0 + i] =
             static_cast<float>(std::log(sums.squares) - 2 * std::log(sums.total));

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from groupdpo_kernels.reference import Head, HeadOptions
+
 from .launch import HeadArguments, Launch, head_arguments, launch_for
 
 
@@ -104,41 +106,30 @@ def gather_rows(
     return out
 
 
-# hidden (..., D), weight (V, D), bias (V,), low_rank_hidden (..., R), low_rank_weight (V, R).
-HeadTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-
-
 class CompactHead(NamedTuple):
     """An LM head whose live rows come first: how its kernels are launched, and what they read."""
 
     live: LiveRows
-    hidden: Tensor  # (T, D) contiguous, like low_rank_hidden: zeros in rows past the live ones
-    low_rank_hidden: Tensor | None  # (T, R)
+    head: Head  # hidden (T, D) and low_rank_hidden (T, R) contiguous, with zeros in rows past the live ones
     targets: Tensor  # (T,) int64
     launch: Launch
     arguments: HeadArguments
 
 
 def compact_head(
-    head: HeadTensors,
+    head: Head,
     targets: Tensor,  # (...) int64
-    logit_map: tuple[float, float | None, float],  # logit_scale, softcap, temperature
-    ignore_index: int,
+    options: HeadOptions,
     hidden_out: Tensor | None = None,  # (T, D): memory for the compact rows; new memory without it
     low_rank_out: Tensor | None = None,  # (T, R), the same
 ) -> CompactHead:
     """The live rows of `head` gathered, and the arguments of the kernels over its tiles."""
-    hidden, weight, bias, low_rank_hidden, low_rank_weight = head
-    T = targets.numel()
-    live = live_rows(targets.reshape(-1), ignore_index)
-    if hidden_out is None:
-        hidden_out = hidden.new_empty((T, hidden.shape[-1]))
-    compact = gather_rows(hidden, live.rows, hidden_out)
-    low_rank = None
-    if low_rank_hidden is not None:
-        if low_rank_out is None:
-            low_rank_out = hidden.new_empty((T, low_rank_hidden.shape[-1]))
-        low_rank = gather_rows(low_rank_hidden, live.rows, low_rank_out)
-    launch = launch_for(weight, low_rank_weight)
-    arguments = head_arguments(compact, weight, bias, low_rank, low_rank_weight, launch, logit_map)
-    return CompactHead(live, compact, low_rank, live.compact(targets), launch, arguments)
+    live = live_rows(targets.reshape(-1), options.ignore_index)
+
+    def gathered(x: Tensor, out: Tensor | None) -> Tensor:
+        return gather_rows(x, live.rows, x.new_empty((targets.numel(), x.shape[-1])) if out is None else out)
+
+    hidden, low_rank_hidden = gathered(head.hidden, hidden_out), gathered(head.low_rank_hidden, low_rank_out)
+    head = head._replace(hidden=hidden, low_rank_hidden=low_rank_hidden)
+    launch = launch_for(head)
+    return CompactHead(live, head, live.compact(targets), launch, head_arguments(head, launch, options))

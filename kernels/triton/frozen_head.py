@@ -18,12 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from groupdpo_kernels.reference import Head, HeadOptions
+
 from .compaction import compact_head, gather_rows
 from .gemm import add_gemm, block_shape
 from .launch import on_its_device, programs, why_not
 from .tile import exp_difference, finite_or_zero, logits_tile, rows_from, tile_position
 
-__all__ = ["linear_logps_jacobian", "why_not"]
+__all__ = ["frozen_head", "why_not"]
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "column0", "columns", "T"], do_not_specialize_on_alignment=["count_ptr"])
@@ -230,54 +232,51 @@ def derivative_kernel(
 
 
 @on_its_device
-def linear_logps_jacobian(
-    hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    low_rank_hidden: Tensor | None,  # (..., R)
-    low_rank_weight: Tensor | None,  # (V, R)
+def frozen_head(
+    head: Head,  # fp32 | bf16 | fp16
     targets: Tensor,  # (...) int64
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    options: HeadOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (...), (...), (..., D), (..., R)
     """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden): lse in float64, the derivatives
     in the input dtype.
     """
-    V, D = weight.shape
+    V, D = head.weight.shape
     T = targets.numel()
-    new = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
-    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    d_low_rank = None if low_rank_hidden is None else hidden.new_empty(low_rank_hidden.shape)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=head.hidden.device)
+    derivatives = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (head.hidden, head.low_rank_hidden)
+    ]
     if T == 0:
-        return new(targets.shape), new(targets.shape, dtype=torch.float64), d_hidden, d_low_rank
+        return new(targets.shape), new(targets.shape, dtype=torch.float64), derivatives[0], derivatives[1]
 
-    inputs, logit_map = (hidden, weight, bias, low_rank_hidden, low_rank_weight), (logit_scale, softcap, temperature)
     # The derivatives are written last: until then their memory holds the compact rows.
-    memory = (d_hidden.view(T, D), None if d_low_rank is None else d_low_rank.view(T, -1))
-    compact = compact_head(inputs, targets, logit_map, ignore_index, *memory)
-    live, launch, head = compact.live, compact.launch, compact.arguments
+    compact = compact_head(head, targets, options, *(x.view(T, x.shape[-1]) for x in derivatives))
+    live, launch, arguments = compact.live, compact.launch, compact.arguments
     # NaN stays where no tile holds the target: a wrong id is never a plausible number.
     target_logits, target_slopes = (torch.full_like(new(T), torch.nan) for _ in range(2))
     top, rest, rescale = torch.full_like(new(T), -torch.inf), new(T).zero_(), new(T).zero_()
 
-    rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
-    constants = {name: value for name, value in head.constants.items() if name != "FLATTEN"}
+    rows, columns = block_shape(T, D, V, head.weight.element_size(), options.workspace_bytes, launch)
+    constants = {name: value for name, value in arguments.constants.items() if name != "FLATTEN"}
     stride = triton.cdiv(columns, launch.BLOCK_V) * launch.BLOCK_V
-    block = hidden.new_empty((rows, stride))
+    block = head.hidden.new_empty((rows, stride))
     tiles = [new((stride // launch.BLOCK_V, rows)) for _ in range(2)]
-    expected = [None if g is None else new((T, g.shape[1])).zero_() for g in (weight, low_rank_weight)]
+    # (factor, its expectation by row, the derivative)
+    parts = [
+        (factor, new((T, factor.shape[1])).zero_(), out)
+        for factor, out in zip((head.weight, head.low_rank_weight), derivatives)
+        if factor.shape[1]
+    ]
     for row0 in range(0, T, rows):
         height = min(rows, T - row0)
         span = slice(row0, row0 + height)
         for column0 in range(0, V, columns):
             width = min(columns, V - column0)
             tiles_v = triton.cdiv(width, launch.BLOCK_V)
-            frozen_head_fwd_kernel[programs(launch, triton.cdiv(height, launch.BLOCK_T) * tiles_v, hidden.device)](
-                *head.tensors, compact.targets, live.live, top, target_logits, target_slopes, *tiles, block,
-                row0, height, column0, width, T, V, stride, head.strides, head.scale, head.cap, **constants,
+            frozen_head_fwd_kernel[programs(launch, triton.cdiv(height, launch.BLOCK_T) * tiles_v, block.device)](
+                *arguments.tensors, compact.targets, live.live, top, target_logits, target_slopes, *tiles, block,
+                row0, height, column0, width, T, V, stride, arguments.strides, arguments.scale, arguments.cap,
+                **constants,
             )  # fmt: skip
             advance_kernel[(triton.cdiv(height, 32),)](
                 *tiles, live.live, top, rest, rescale, row0, height, tiles_v,
@@ -287,11 +286,10 @@ def linear_logps_jacobian(
                 tiles[0], top, live.live, block, row0, height, tiles_v, stride,
                 TILE_V=launch.BLOCK_V, BLOCK_ROWS=16, num_warps=4,
             )  # fmt: skip
-            for accumulator, factor in zip(expected, (weight, low_rank_weight)):
-                if accumulator is not None and factor is not None:
-                    if column0 > 0:
-                        accumulator[span].mul_(rescale[span, None])
-                    add_gemm(accumulator[span], block[:height, :width], factor[column0 : column0 + width])
+            for factor, expected, _ in parts:
+                if column0 > 0:
+                    expected[span].mul_(rescale[span, None])
+                add_gemm(expected[span], block[:height, :width], factor[column0 : column0 + width])
 
     shift = torch.where(torch.isfinite(top), top, 0)
     total = rest + torch.exp(target_logits - shift)
@@ -301,15 +299,14 @@ def linear_logps_jacobian(
     logps = ((target_logits - shift).double() - total.double().log()).float()
     coefficients = target_slopes * (rest / total)
     token_logps, lse = (live.restore(x).view(targets.shape) for x in (logps, lse))
-    chain = logit_scale / temperature
-    for accumulator, factor, out in zip(expected, (weight, low_rank_weight), (d_hidden, d_low_rank)):
-        if accumulator is not None and factor is not None and out is not None:
-            N = factor.shape[1]
-            BLOCK_N = min(1024, triton.next_power_of_2(N))
-            BLOCK_ROWS = 4096 // BLOCK_N
-            derivative_kernel[(triton.cdiv(T, BLOCK_ROWS) * triton.cdiv(N, BLOCK_N),)](
-                accumulator, factor, compact.targets, coefficients, total, live.live, T, V, N,
-                *factor.stride(), chain, BLOCK_ROWS=BLOCK_ROWS, BLOCK_N=BLOCK_N,
-            )  # fmt: skip
-            gather_rows(accumulator, live.positions, out.view(T, N))
-    return token_logps, lse, d_hidden, d_low_rank
+    chain = options.logit_scale / options.temperature
+    for factor, expected, out in parts:
+        N = factor.shape[1]
+        BLOCK_N = min(1024, triton.next_power_of_2(N))
+        BLOCK_ROWS = 4096 // BLOCK_N
+        derivative_kernel[(triton.cdiv(T, BLOCK_ROWS) * triton.cdiv(N, BLOCK_N),)](
+            expected, factor, compact.targets, coefficients, total, live.live, T, V, N,
+            *factor.stride(), chain, BLOCK_ROWS=BLOCK_ROWS, BLOCK_N=BLOCK_N,
+        )  # fmt: skip
+        gather_rows(expected, live.positions, out.view(T, N))
+    return token_logps, lse, derivatives[0], derivatives[1]

@@ -18,6 +18,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from groupdpo_kernels.reference import Head, HeadOptions
+
 # Set by testing.py alone: kernels then run on CPU tensors in Triton's interpreter.
 interpreting: Launch | None = None
 
@@ -93,20 +95,23 @@ def why_not(hidden: Tensor, weight: Tensor) -> list[str]:
 
 
 def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, which need not be that of the tensors: it becomes that of the first."""
+    """Triton launches on the current device, which need not be that of the tensors: it becomes that of the first, which
+    may stand in a Head.
+    """
 
     @functools.wraps(launcher)
-    def run(first: Tensor, *rest: Any, **named: Any) -> Any:
-        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+    def run(first: Tensor | Head, *rest: Any, **named: Any) -> Any:
+        x = first.hidden if isinstance(first, Head) else first
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
             return launcher(first, *rest, **named)
 
     return run
 
 
-def launch_for(weight: Tensor, low_rank_weight: Tensor | None) -> Launch:  # (V, D), (V, R)
+def launch_for(head: Head) -> Launch:
     """The launch shape for this head on its device."""
-    launch = _launch_for(weight)
-    if low_rank_weight is None or weight.shape[1] > launch.BLOCK_D:
+    launch = _launch_for(head.weight)
+    if head.low_rank_weight.shape[1] == 0 or head.weight.shape[1] > launch.BLOCK_D:
         return launch
     # A hidden size of one step leaves no loop over D. The compiler then pipelines the loop over tiles, with every step
     # of the low-rank segment in it, and asks for up to 622,624 bytes of shared memory.
@@ -154,11 +159,13 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
-def scale_and_cap(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
+def scale_and_cap(options: HeadOptions) -> tuple[float, float]:
     """(scale, cap) so that logits = scale * x, or cap * tanh(scale * x) under softcap: divisions happen once, here, in
     float64.
     """
-    return (logit_scale / temperature, 1.0) if softcap is None else (logit_scale / softcap, softcap / temperature)
+    if options.softcap is None:
+        return options.logit_scale / options.temperature, 1.0
+    return options.logit_scale / options.softcap, options.softcap / options.temperature
 
 
 def low_rank_block(R: int) -> int:
@@ -172,7 +179,7 @@ def low_rank_block(R: int) -> int:
 class HeadArguments(NamedTuple):
     """What every kernel over the tiles of an LM head takes."""
 
-    tensors: tuple[object, ...]  # hidden, weight (pointers or descriptors), bias, low_rank_hidden, low_rank_weight
+    tensors: tuple[object, ...]  # hidden, weight (pointers or descriptors), then what the head has of the others
     strides: tuple[int, ...]
     scale: float  # the logit is scale * x, or cap * tanh(scale * x) under softcap
     cap: float
@@ -180,18 +187,13 @@ class HeadArguments(NamedTuple):
 
 
 def head_arguments(
-    hidden: Tensor,  # (T, D) contiguous
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    low_rank_hidden: Tensor | None,  # (T, R) contiguous
-    low_rank_weight: Tensor | None,  # (V, R)
+    head: Head,  # hidden (T, D) and low_rank_hidden (T, R) contiguous
     launch: Launch,
-    logit_map: tuple[float, float | None, float],  # logit_scale, softcap, temperature
+    options: HeadOptions,
 ) -> HeadArguments:
-    R, low_rank_strides = (
-        (0, (0, 0)) if low_rank_weight is None else (low_rank_weight.shape[1], low_rank_weight.stride())
-    )
-    strides = (*weight.stride(), *low_rank_strides)
+    hidden, weight, bias, _, low_rank_weight = head
+    R = low_rank_weight.shape[1]
+    strides = (*weight.stride(), *(low_rank_weight.stride() if R else (0, 0)))
     sources: tuple[object, object] = (hidden, weight)
     if launch.tma:
         sources = (
@@ -203,8 +205,8 @@ def head_arguments(
         # of the kernel for length 0.
         "D": hidden.shape[1],
         "R": R,
-        "HAS_BIAS": bias is not None,
-        "HAS_SOFTCAP": logit_map[1] is not None,
+        "HAS_BIAS": bias.numel() > 0,
+        "HAS_SOFTCAP": options.softcap is not None,
         "BLOCK_R": low_rank_block(R),
         "BLOCK_T": launch.BLOCK_T,
         "BLOCK_V": launch.BLOCK_V,
@@ -216,9 +218,9 @@ def head_arguments(
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
-    bias = None if bias is None else bias.contiguous()
-    scale, cap = scale_and_cap(*logit_map)
-    return HeadArguments((*sources, bias, low_rank_hidden, low_rank_weight), strides, scale, cap, constants)
+    others = (x if x.numel() else None for x in (bias.contiguous(), head.low_rank_hidden, low_rank_weight))
+    scale, cap = scale_and_cap(options)
+    return HeadArguments((*sources, *others), strides, scale, cap, constants)
 
 
 def chunk_rows(T: int, bytes_per_row: int, budget: int, launch: Launch) -> int:

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from groupdpo_kernels.reference import Head, HeadGradients, HeadOptions, Needs
+
 from .compaction import LiveRows, compact_head, gather_rows
 from .gemm import add_gemm, block_shape
 from .launch import on_its_device, programs, why_not
@@ -141,101 +143,94 @@ def linear_logps_bwd_kernel(
 
 @on_its_device
 def linear_logps_backward(
-    hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    low_rank_hidden: Tensor | None,  # (..., R)
-    low_rank_weight: Tensor | None,  # (V, R)
+    head: Head,  # fp32 | bf16 | fp16
     targets: Tensor,  # (...) int64
     lse: Tensor,  # (...) float64, from the forward
     d_target: Tensor,  # (...) float32, of reference.row_gradients, as the next
     d_softmax: Tensor,  # (...) float32
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    workspace_bytes: int,
-    needs: tuple[bool, ...],
+    options: HeadOptions,
+    needs: Needs,
     few: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """The fields of HeadGradients, gradients in the input dtype; None where not needed. `few`: most rows are likely to
-    be ignored, so that GEMMs which count them are worth it.
+) -> HeadGradients:
+    """The needed gradients, in the input dtype. `few`: most rows are likely to be ignored, so that GEMMs which count
+    them are worth it.
     """
-    V, D = weight.shape
-    T = targets.numel()
-    inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    gradients = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if needed and x is not None else None
-        for x, needed in zip(inputs, needs)
-    ]
-    mass = hidden.new_zeros(T, dtype=torch.float32) if needs[5] else None
+    V, D = head.weight.shape
+    T, device = targets.numel(), head.hidden.device
+    new = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None for x, needed in zip(head, needs)
+    )
+    gradients = HeadGradients(d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight)
+    mass = new(T).zero_() if needs.mass else None
     if T == 0 or not any(needs):
-        return (
-            *(None if g is None else g.zero_() for g in gradients),
-            mass if mass is None else mass.view(targets.shape),
-        )
-    d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = gradients
+        zeros = HeadGradients(*(None if g is None else g.zero_() for g in gradients))
+        return zeros._replace(mass=None if mass is None else mass.view(targets.shape))
 
     # d_hidden is written last: until then its memory holds the compact rows.
     memory = None if d_hidden is None else d_hidden.view(T, D)
-    logit_map = (logit_scale, softcap, temperature)
-    compact = compact_head(inputs, targets, logit_map, ignore_index, memory)
-    live, launch, head = compact.live, compact.launch, compact.arguments
+    compact = compact_head(head, targets, options, memory)
+    live, launch, arguments = compact.live, compact.launch, compact.arguments
     shift, d_target, d_softmax, owed = _rowwise(live, compact.targets, lse, d_target, d_softmax, V)
 
-    rows, columns = block_shape(T, D, V, weight.element_size(), workspace_bytes, launch)
+    rows, columns = block_shape(T, D, V, head.weight.element_size(), options.workspace_bytes, launch)
     stride = triton.cdiv(columns, launch.BLOCK_V) * launch.BLOCK_V
-    block = hidden.new_empty((rows, stride))
-    new = functools.partial(torch.empty, dtype=torch.float32, device=hidden.device)
-    by_row = [None if g is None else new((T, g.shape[-1])).zero_() for g in (d_hidden, d_low_rank_hidden)]
-    by_column = ((d_weight, compact.hidden), (d_low_rank_weight, compact.low_rank_hidden))
+    block = head.hidden.new_empty((rows, stride))
+    # (gradient, the other factor of its GEMM, its float32 accumulator)
+    by_row = [
+        (g, factor, new((T, factor.shape[1])).zero_())
+        for g, factor in ((d_hidden, head.weight), (d_low_rank_hidden, head.low_rank_weight))
+        if g is not None
+    ]
+    by_column = [
+        (g, factor)
+        for g, factor in ((d_weight, compact.head.hidden), (d_low_rank_weight, compact.head.low_rank_hidden))
+        if g is not None
+    ]
     for column0 in range(0, V, columns):
         width = min(columns, V - column0)
         span = slice(column0, column0 + width)
         partial = None if d_bias is None else new(width).zero_()
-        # Over several row blocks a block of d_weight is accumulated in float32; over one, the GEMM writes it
-        # straight.
-        accumulated = [None if g is None or rows == T else new((width, g.shape[1])).zero_() for g, _ in by_column]
+        # Over several row blocks a block of d_weight is accumulated in float32; over one, the GEMM writes it straight.
+        several = rows < T
+        sums = [new((width, g.shape[1])).zero_() if several else g[span] for g, _ in by_column]
         for row0 in range(0, T, rows):
             height = min(rows, T - row0)
+            here = slice(row0, row0 + height)
             d_logits = block[:height, :width]
             tiles_t = triton.cdiv(height, launch.BLOCK_T)
             tile_sums = None if d_bias is None else new((tiles_t, stride))
             tile_mass = None if mass is None else new((stride // launch.BLOCK_V, height)).zero_()
-            linear_logps_bwd_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), hidden.device)](
-                *head.tensors, compact.targets, live.live, shift, d_target, d_softmax, d_logits, tile_sums, tile_mass,
-                row0, height, column0, width, T, V, stride, head.strides, head.scale, head.cap,
-                NEEDS_BIAS=d_bias is not None, NEEDS_MASS=mass is not None, FEW=few, **head.constants,
+            linear_logps_bwd_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), device)](
+                *arguments.tensors, compact.targets, live.live, shift, d_target, d_softmax, d_logits, tile_sums,
+                tile_mass, row0, height, column0, width, T, V, stride,
+                arguments.strides, arguments.scale, arguments.cap,
+                NEEDS_BIAS=d_bias is not None, NEEDS_MASS=mass is not None, FEW=few, **arguments.constants,
             )  # fmt: skip
-            for accumulator, factor in zip(by_row, (weight, low_rank_weight)):
-                if accumulator is not None and factor is not None and few:
-                    add_rows(accumulator[row0 : row0 + height], d_logits, factor[span], live.live, row0, launch)
-                elif accumulator is not None and factor is not None:
-                    add_gemm(accumulator[row0 : row0 + height], d_logits, factor[span])
-            for (gradient, factor), accumulator in zip(by_column, accumulated):
-                out = gradient[span] if accumulator is None and gradient is not None else accumulator
-                if out is not None and factor is not None and few:
-                    b = factor[row0 : row0 + height]
-                    reduce_rows(out, d_logits, b, live.live, row0, launch, add=accumulator is not None)
-                elif accumulator is not None and factor is not None:
-                    add_gemm(accumulator, d_logits.T, factor[row0 : row0 + height])
-                elif gradient is not None and factor is not None:
-                    torch.mm(d_logits.T, factor, out=gradient[span])
+            for _, factor, accumulator in by_row:
+                if few:
+                    add_rows(accumulator[here], d_logits, factor[span], live.live, row0, launch)
+                else:
+                    add_gemm(accumulator[here], d_logits, factor[span])
+            for out, (_, factor) in zip(sums, by_column):
+                if few:
+                    reduce_rows(out, d_logits, factor[here], live.live, row0, launch, add=several)
+                elif several:
+                    add_gemm(out, d_logits.T, factor[here])
+                else:
+                    torch.mm(d_logits.T, factor, out=out)
             if mass is not None and tile_mass is not None:
-                mass[row0 : row0 + height] += tile_mass.sum(0)
+                mass[here] += tile_mass.sum(0)
             if partial is not None and tile_sums is not None:
                 partial += tile_sums[:, :width].sum(0)
-        for (gradient, _), accumulator in zip(by_column, accumulated):
-            if gradient is not None and accumulator is not None:
-                gradient[span] = accumulator
+        if several:
+            for out, (gradient, _) in zip(sums, by_column):
+                gradient[span] = out
         if d_bias is not None and partial is not None:
             d_bias[span] = partial
-    for gradient, accumulator in zip((d_hidden, d_low_rank_hidden), by_row):
-        if gradient is not None and accumulator is not None:
-            gather_rows(accumulator, live.positions, gradient.view(T, -1))
-    if mass is not None:
-        mass = live.restore(mass * owed).view(targets.shape)
-    return (*gradients, mass)
+    for gradient, _, accumulator in by_row:
+        gather_rows(accumulator, live.positions, gradient.view(T, -1))
+    return gradients._replace(mass=None if mass is None else live.restore(mass * owed).view(targets.shape))
 
 
 def _rowwise(

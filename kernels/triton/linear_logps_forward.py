@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from groupdpo_kernels.reference import Head, HeadOptions, LogpStats
+
 from .compaction import compact_head
 from .launch import chunk_rows, on_its_device, programs, why_not
 from .tile import (
@@ -193,47 +195,38 @@ def combine_kernel(
 
 @on_its_device
 def linear_logps_forward(
-    hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    low_rank_hidden: Tensor | None,  # (..., R)
-    low_rank_weight: Tensor | None,  # (V, R)
+    head: Head,  # fp32 | bf16 | fp16
     targets: Tensor,  # (...) int64
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    workspace_bytes: int,
+    options: HeadOptions,
     stats: bool,
-) -> tuple[Tensor, ...]:
-    """The six tensors of LogpStats, lse in float64, the last four of size 0 unless `stats`."""
-    V, T = weight.shape[0], targets.numel()
-    device = hidden.device
+) -> LogpStats:
+    """All fields, lse in float64, the last four of size 0 unless `stats`."""
+    V, T = head.weight.shape[0], targets.numel()
+    device = head.hidden.device
     # Ignored rows keep these zeros.
     shapes = [targets.shape] * 2 + [targets.shape if stats else (0,)] * 4
     dtypes = (torch.float32, torch.float64, *[torch.float32] * 3, torch.bool)
-    outputs = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes))
+    outputs = LogpStats(*(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes)))
     if T == 0:
         return outputs
 
-    inputs, logit_map = (hidden, weight, bias, low_rank_hidden, low_rank_weight), (logit_scale, softcap, temperature)
-    compact = compact_head(inputs, targets, logit_map, ignore_index)
-    live, launch, head = compact.live, compact.launch, compact.arguments
+    compact = compact_head(head, targets, options)
+    live, launch, arguments = compact.live, compact.launch, compact.arguments
     # NaN stays where no tile holds the target: a wrong id is never a plausible number.
     target_logits = torch.full((T,), torch.nan, dtype=torch.float32, device=device)
     target_leads = torch.empty(T if stats else 0, dtype=torch.int8, device=device)
 
     tiles_v = triton.cdiv(V, launch.BLOCK_V)
     fields = 5 if stats else 2
-    chunk = chunk_rows(T, 4 * fields * tiles_v, workspace_bytes, launch)
+    chunk = chunk_rows(T, 4 * fields * tiles_v, options.workspace_bytes, launch)
     tiles = [torch.empty((tiles_v, chunk), dtype=torch.float32, device=device) for _ in range(fields)]
     tile_fields = (tiles * 3)[:5]
     for row0 in range(0, T, chunk):
         rows = min(chunk, T - row0)
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
         linear_logps_fwd_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, device)](
-            *head.tensors, compact.targets, live.live, target_logits, *tile_fields, target_leads, row0, rows, T, V,
-            head.strides, head.scale, head.cap, STATS=stats, **head.constants,
+            *arguments.tensors, compact.targets, live.live, target_logits, *tile_fields, target_leads, row0, rows, T, V,
+            arguments.strides, arguments.scale, arguments.cap, STATS=stats, **arguments.constants,
         )  # fmt: skip
         combine_kernel[(triton.cdiv(rows, 32),)](
             *tile_fields, target_leads, target_logits, compact.targets, live.rows, live.live, *outputs,

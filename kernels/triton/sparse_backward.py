@@ -14,6 +14,7 @@ In Triton, not CUDA C++: one gather and one sum, bound by memory, and the sort i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,11 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from groupdpo_kernels.reference import Candidates, Head, HeadGradients, HeadOptions, Needs
+
 from . import launch
 from .compaction import live_rows
 from .linear_logps_backward import linear_logps_backward, why_not
 
-__all__ = ["linear_logps_sparse_backward", "why_not"]
+__all__ = ["sparse_backward", "why_not"]
 
 
 @triton.jit(
@@ -113,72 +116,71 @@ def _programs(tasks: int, device: torch.device) -> tuple[int]:
 
 
 @launch.on_its_device
-def linear_logps_sparse_backward(
-    hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    low_rank_hidden: Tensor | None,  # (..., R)
-    low_rank_weight: Tensor | None,  # (V, R)
+def sparse_backward(
+    head: Head,  # fp32 | bf16 | fp16
     targets: Tensor,  # (...) int64
     exact: Tensor,  # (...) bool: of the rows that are not ignored, those that go over the whole vocabulary
-    lse: Tensor,  # (...) float64, from the forward, like all that is found
-    doubts: Tensor,  # (...) float32
-    slopes: Tensor,  # (...) float32
-    ids: Tensor,  # (..., most) int32
-    weights: Tensor,  # (..., most) float32
+    found: Candidates,  # from the forward
     d_token_logps: Tensor,  # (...) float32
     d_lse: Tensor,  # (...) float32
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    workspace_bytes: int,
-    needs: tuple[bool, ...],  # of the five
-) -> tuple[Tensor | None, ...]:
-    """The first five fields of HeadGradients, gradients in the input dtype; None where not needed."""
-    V, T, most = weight.shape[0], targets.numel(), ids.shape[-1]
-    workspace_bytes = max(workspace_bytes - 8 * T * most, workspace_bytes // 2)  # the candidates have the other part
-    options = (logit_scale, softcap, temperature, ignore_index, workspace_bytes)
-    head = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    rest = torch.where(exact, targets, ignore_index)
-    d_target, d_softmax = d_token_logps * doubts + d_lse * (1 - doubts), d_lse - d_token_logps
-    *gradients, _ = linear_logps_backward(*head, rest, lse, d_target, d_softmax, *options, (*needs, False), few=True)
+    options: HeadOptions,
+    needs: Needs,
+) -> HeadGradients:
+    """The needed gradients, in the input dtype."""
+    V, T, most = head.weight.shape[0], targets.numel(), found.ids.shape[-1]
+    # The candidates have the other part of the budget.
+    workspace_bytes = max(options.workspace_bytes - 8 * T * most, options.workspace_bytes // 2)
+    options = replace(options, workspace_bytes=workspace_bytes)
+    rest = torch.where(exact, targets, options.ignore_index)
+    d_target, d_softmax = found.row_gradients(d_token_logps, d_lse)
+    gradients = linear_logps_backward(head, rest, found.lse, d_target, d_softmax, options, needs, few=True)
     if T == 0 or not any(needs):
-        return tuple(gradients)
-    d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = (
-        x if x is None or x.dim() == 1 else x.view(-1, x.shape[-1]) for x in gradients
-    )
-    by_row = [(d_hidden, weight), (d_low_rank_hidden, low_rank_weight)]
-    by_id = [(d_weight, hidden), (d_low_rank_weight, low_rank_hidden)]
-    if d_bias is not None:
-        by_id.append((d_bias[:, None], torch.ones((), dtype=torch.float32, device=hidden.device).expand(T, 1)))
+        return gradients
+    ones = torch.ones((), dtype=torch.float32, device=targets.device).expand(T, 1)
+    by_row = [
+        (g.view(T, -1), factor)
+        for g, factor in (
+            (gradients.d_hidden, head.weight),
+            (gradients.d_low_rank_hidden, head.low_rank_weight),
+        )
+        if g is not None
+    ]
+    by_id = [
+        (g.view(V, -1), factor)
+        for g, factor in (
+            (gradients.d_weight, head.hidden),
+            (gradients.d_low_rank_weight, head.low_rank_hidden),
+            (gradients.d_bias, ones),
+        )
+        if g is not None
+    ]
 
-    flat = [x.reshape(-1) for x in (targets, targets.ne(ignore_index) & ~exact, slopes, d_target, d_softmax)]
-    chain = logit_scale / temperature
+    live = targets.ne(options.ignore_index) & ~exact
+    flat = [x.reshape(-1) for x in (targets, live, found.target_slopes, d_target, d_softmax)]
+    ids, weights = found.ids.view(T, most), found.weights.view(T, most)
+    chain = options.logit_scale / options.temperature
     rows = min(T, max(1, workspace_bytes // (ENTRY_BYTES * (most + 1))))
     for row0 in range(0, T, rows):
         span = slice(row0, min(row0 + rows, T))
         y, sparse, slope, at_target, at_others = (x[span] for x in flat)
         # The target first, then the candidates.
-        coefficients = doubts.new_empty((y.shape[0], most + 1))
+        coefficients = weights.new_empty((y.shape[0], most + 1))
         coefficients[:, 0] = chain * slope * at_target
-        torch.mul((chain * at_others)[:, None], weights.view(-1, most)[span], out=coefficients[:, 1:])
+        torch.mul((chain * at_others)[:, None], weights[span], out=coefficients[:, 1:])
         # Nothing of an exact row may pass, not even a NaN.
         coefficients.masked_fill_(~sparse[:, None], 0)
         columns = ids.new_empty(coefficients.shape)
         columns[:, 0] = y
-        columns[:, 1:] = ids.view(-1, most)[span]
-        if d_hidden is not None or d_low_rank_hidden is not None:
+        columns[:, 1:] = ids[span]
+        if by_row:
             owned = _owned_by_row(sparse, columns, coefficients)
             for gradient, source in by_row:
-                if gradient is not None and source is not None:
-                    add_weighted_rows(gradient, source, owned, row0)
-        if any(gradient is not None for gradient, _ in by_id):
+                add_weighted_rows(gradient, source, owned, row0)
+        if by_id:
             owned = _owned_by_id(columns, coefficients, V, row0)
             for gradient, source in by_id:
-                if gradient is not None and source is not None:
-                    add_weighted_rows(gradient, source, owned)
-    return tuple(gradients)
+                add_weighted_rows(gradient, source, owned)
+    return gradients
 
 
 def _owned_by_row(

@@ -4,9 +4,9 @@ The first visit is that of linear_logps_forward.py, and leaves each (row, vocabu
 maximum reaches the row's lse + log(least) can hold a candidate: those pairs, and the one with the target, are visited
 again. The rows of a vocabulary tile are gathered, their logits rebuilt, twice: once to count, and after a prefix sum
 over the tiles once to write, each row's candidates in the order of their ids. What a row's capacity cannot hold, and
-what is too unlikely, is summed where it stands, apart from the target: neither doubts nor dropped is a difference, so
-nothing cancels in a row that is sure of its target. Candidates are not written from the first visit because lse is not
-known there and compacting in its epilogue spills.
+what is too unlikely, is summed where it stands, apart from the target: neither non_target_probs nor dropped is a
+difference, so nothing cancels in a row that is sure of its target. Candidates are not written from the first visit
+because lse is not known there and compacting in its epilogue spills.
 
 Cost: 2 T D V FLOP, and 4 D BLOCK_V for each pair visited, at most T V / BLOCK_V of them; workspace 20 T V / BLOCK_V
 bytes by token chunks within half of the byte budget (the candidates themselves are the other half), and one compact
@@ -25,12 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from groupdpo_kernels.reference import Candidates, Head, HeadOptions
+
 from .compaction import compact_head
 from .launch import HeadArguments, Launch, chunk_rows, on_its_device, programs
 from .linear_logps_forward import combine_kernel, linear_logps_fwd_kernel, why_not
 from .tile import exp_difference, finite_or_zero, log_probs, logits_tile
 
-__all__ = ["linear_logps_candidates", "why_not"]
+__all__ = ["sparse_forward", "why_not"]
 
 # Float32 sums of exponentials err by at most this much of themselves (the specification's figure: sparse.py).
 SUM_ERROR = tl.constexpr(2.0**-18)
@@ -176,8 +178,8 @@ def non_target_kernel(
     target_logits_ptr,  # (T,) float32, compact
     rows_ptr,  # (T,) int32: original row of a compact one
     count_ptr,  # (1,) int32
-    doubts_ptr,  # (T,) float32: the non-target probability; in the original order, like all that follow
-    slopes_ptr,
+    non_target_probs_ptr,  # (T,) float32, in the original order, like all that follow
+    target_slopes_ptr,
     dropped_ptr,
     row0,
     rows,
@@ -212,8 +214,8 @@ def non_target_kernel(
     total = tl.where(total == float("inf"), float("nan"), total)
     y = target_logit / cap if HAS_SOFTCAP else finite_or_zero(target_logit) * 0.0  # NaN stays
     out = tl.load(rows_ptr + t, mask=inside, other=0)
-    tl.store(doubts_ptr + out, others / total, mask=inside)
-    tl.store(slopes_ptr + out, 1.0 - y * y, mask=inside)
+    tl.store(non_target_probs_ptr + out, others / total, mask=inside)
+    tl.store(target_slopes_ptr + out, 1.0 - y * y, mask=inside)
     tl.store(dropped_ptr + out, rest / total + SUM_ERROR * (others / total), mask=inside)
 
 
@@ -223,37 +225,28 @@ def visit_shape(launch: Launch) -> dict[str, int]:
 
 
 @on_its_device
-def linear_logps_candidates(
-    hidden: Tensor,  # (..., D) fp32 | bf16 | fp16
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    low_rank_hidden: Tensor | None,  # (..., R)
-    low_rank_weight: Tensor | None,  # (V, R)
+def sparse_forward(
+    head: Head,  # fp32 | bf16 | fp16
     targets: Tensor,  # (...) int64
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    workspace_bytes: int,
+    options: HeadOptions,
     least: float,  # probability of a candidate
     most: int,  # candidates a row
-) -> tuple[Tensor, ...]:
-    """The seven tensors of Candidates: token_logps, lse (float64), doubts, slopes, dropped (...), ids, weights (...,
-    most).
-    """
-    V, T = weight.shape[0], targets.numel()
-    new = functools.partial(torch.empty, device=hidden.device)
+) -> tuple[Tensor, Candidates]:  # (...) float32
+    """token_logps and the candidates."""
+    V, T = head.weight.shape[0], targets.numel()
+    new = functools.partial(torch.empty, device=head.hidden.device)
     # Ignored rows keep these zeros.
-    by_row = [new(targets.shape, dtype=torch.float64 if i == 1 else torch.float32).zero_() for i in range(5)]
+    token_logps, lse, non_target_probs, target_slopes, dropped = (
+        new(targets.shape, dtype=torch.float64 if i == 1 else torch.float32).zero_() for i in range(5)
+    )
     ids = new((*targets.shape, most), dtype=torch.int32).zero_()
     weights = new(ids.shape, dtype=torch.float32).zero_()
-    token_logps, lse, doubts, slopes, dropped = by_row
+    found = Candidates(lse, non_target_probs, target_slopes, dropped, ids, weights)
     if T == 0:
-        return *by_row, ids, weights
+        return token_logps, found
 
-    inputs, logit_map = (hidden, weight, bias, low_rank_hidden, low_rank_weight), (logit_scale, softcap, temperature)
-    compact = compact_head(inputs, targets, logit_map, ignore_index)
-    live, launch, head = compact.live, compact.launch, compact.arguments
+    compact = compact_head(head, targets, options)
+    live, launch, arguments = compact.live, compact.launch, compact.arguments
     # NaN stays where no tile holds the target: a wrong id is never a plausible number.
     target_logits = torch.full_like(new(T, dtype=torch.float32), torch.nan)
 
@@ -261,17 +254,17 @@ def linear_logps_candidates(
     unused, unused_int8, unused_bool = (new(0, dtype=dtype) for dtype in (torch.float32, torch.int8, torch.bool))
 
     tiles_v = triton.cdiv(V, launch.BLOCK_V)
-    chunk = chunk_rows(T, 20 * tiles_v, workspace_bytes // 2, launch)
+    chunk = chunk_rows(T, 20 * tiles_v, options.workspace_bytes // 2, launch)
     tiles = [new(tiles_v * chunk, dtype=torch.float32) for _ in range(3)]
     ends, visited = (new(tiles_v * chunk, dtype=torch.int32) for _ in range(2))
     visited_count = new(tiles_v, dtype=torch.int32)
-    visit = _visit_arguments(head, launch)
+    visit = _visit_arguments(arguments, launch)
     for row0 in range(0, T, chunk):
         rows = min(chunk, T - row0)
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
-        linear_logps_fwd_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, hidden.device)](
-            *head.tensors, compact.targets, live.live, target_logits, *tiles[:2], *tiles, unused_int8,
-            row0, rows, T, V, head.strides, head.scale, head.cap, STATS=False, **head.constants,
+        linear_logps_fwd_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, targets.device)](
+            *arguments.tensors, compact.targets, live.live, target_logits, *tiles[:2], *tiles, unused_int8,
+            row0, rows, T, V, arguments.strides, arguments.scale, arguments.cap, STATS=False, **arguments.constants,
         )  # fmt: skip
         combine_kernel[(triton.cdiv(rows, 32),)](
             *tiles[:2], *tiles, unused_int8, target_logits, compact.targets, live.rows, live.live,
@@ -284,20 +277,21 @@ def linear_logps_candidates(
         )  # fmt: skip
         for write in (False, True):
             visit_kernel[(triton.cdiv(rows, visit.constants["BLOCK_T"]) * tiles_v,)](
-                compact.hidden, weight, *visit.tensors, compact.targets, live.rows, lse, visited, visited_count,
-                *tiles, ends, ids, weights, row0, rows, V, most, math.log(least), head.strides, head.scale, head.cap,
-                WRITE=write, **visit.constants,
+                *compact.head[:2], *visit.tensors, compact.targets, live.rows, lse, visited, visited_count,
+                *tiles, ends, ids, weights, row0, rows, V, most, math.log(least),
+                visit.strides, visit.scale, visit.cap, WRITE=write, **visit.constants,
             )  # fmt: skip
             if not write:
                 ends[: tiles_v * rows].view(tiles_v, rows).cumsum_(0)
         non_target_kernel[(triton.cdiv(rows, 32),)](
-            *tiles, target_logits, live.rows, live.live, doubts, slopes, dropped, row0, rows, tiles_v, head.cap,
-            HAS_SOFTCAP=softcap is not None, BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
+            *tiles, target_logits, live.rows, live.live, non_target_probs, target_slopes, dropped,
+            row0, rows, tiles_v, arguments.cap,
+            HAS_SOFTCAP=options.softcap is not None, BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
         )  # fmt: skip
-    return *by_row, ids, weights
+    return token_logps, found
 
 
-def _visit_arguments(head: HeadArguments, launch: Launch) -> HeadArguments:
-    """Of the head, what the second visit takes besides hidden and weight: no descriptors, a tile of its own."""
-    constants = {name: x for name, x in head.constants.items() if name not in ("GROUP_T", "TMA", "FLATTEN")}
-    return head._replace(tensors=head.tensors[2:], constants=constants | visit_shape(launch))
+def _visit_arguments(arguments: HeadArguments, launch: Launch) -> HeadArguments:
+    """What the second visit takes besides hidden and weight: no descriptors, a tile of its own."""
+    constants = {name: x for name, x in arguments.constants.items() if name not in ("GROUP_T", "TMA", "FLATTEN")}
+    return arguments._replace(tensors=arguments.tensors[2:], constants=constants | visit_shape(launch))

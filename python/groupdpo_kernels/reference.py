@@ -53,13 +53,29 @@ class HeadOptions:
 
 
 class Head(NamedTuple):
-    """The tensors of an LM head, in the order of the ops' schemas."""
+    """The tensors of an LM head, in the order of the ops' schemas. What a head lacks is an empty tensor (`head_of`)."""
 
     hidden: Tensor  # (..., D)
     weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    low_rank_hidden: Tensor | None  # (..., R)
-    low_rank_weight: Tensor | None  # (V, R)
+    bias: Tensor  # (V,), or (0,) without one
+    low_rank_hidden: Tensor  # (..., R), R = 0 without a low-rank segment
+    low_rank_weight: Tensor  # (V, R)
+
+
+def head_of(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None = None,  # (V,)
+    low_rank_hidden: Tensor | None = None,  # (..., R)
+    low_rank_weight: Tensor | None = None,  # (V, R)
+) -> Head:
+    return Head(
+        hidden,
+        weight,
+        hidden.new_empty(0) if bias is None else bias,
+        hidden.new_empty((*hidden.shape[:-1], 0)) if low_rank_hidden is None else low_rank_hidden,
+        weight.new_empty((weight.shape[0], 0)) if low_rank_weight is None else low_rank_weight,
+    )
 
 
 class LogpStats(NamedTuple):
@@ -75,6 +91,17 @@ class LogpStats(NamedTuple):
     is_top1: Tensor | None = None  # bool: the target is the arg max, the lowest id among ties
 
 
+class Needs(NamedTuple):
+    """Which fields of HeadGradients are needed, in their order. What a head lacks is never needed."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    low_rank_hidden: bool = False
+    low_rank_weight: bool = False
+    mass: bool = False
+
+
 class HeadGradients(NamedTuple):
     """Gradients in the head's inputs, and the mass that tells how exact the given lse is; None where not needed."""
 
@@ -84,6 +111,27 @@ class HeadGradients(NamedTuple):
     d_low_rank_hidden: Tensor | None
     d_low_rank_weight: Tensor | None
     mass: Tensor | None = None  # (...) sum_v exp(logits - lse): 1 if the lse is exact; 0 in ignored rows
+
+
+TAIL_SAMPLES = 8  # entries that a row draws from what is neither target nor candidate; csrc/cpu/tail.h says why 8
+
+
+class Candidates(NamedTuple):
+    """What a backward over few vocabulary entries a row needs of the forward. All fields are by row, and float32
+    (float64 for float64 inputs) unless stated otherwise.
+    """
+
+    lse: Tensor  # (...) float64
+    non_target_probs: Tensor  # (...) 1 - p_y, summed over the others: nothing cancels where p_y is near 1
+    target_slopes: Tensor  # (...) c_y, the cap's slope at the target; 1 without a cap
+    dropped: Tensor  # (...) at least the sum of p_v over the entries that are neither target nor candidate
+    ids: Tensor  # (..., capacity) int32: the candidates, then 0; with a sampled tail TAIL_SAMPLES more columns
+    weights: Tensor  # as ids: p_v c_v of each candidate, then 0; tail / TAIL_SAMPLES c_v of each drawn entry
+
+    def row_gradients(self, d_token_logps: Tensor, d_lse: Tensor) -> tuple[Tensor, Tensor]:  # (...), (...)
+        """(d_target, d_softmax) as of the function `row_gradients`, from non_target_probs."""
+        d_target = d_token_logps * self.non_target_probs + d_lse * (1 - self.non_target_probs)
+        return d_target, d_lse - d_token_logps
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import HeadOptions, LogpStats
+from .reference import Head, HeadOptions, LogpStats, Needs, head_of
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,16 @@ class Inputs:
         if self.low_rank is not None:
             named |= {"low_rank_hidden": self.low_rank[0], "low_rank_weight": self.low_rank[1]}
         return {name: x for name, x in named.items() if x is not None}
+
+    @property
+    def head(self) -> Head:
+        """The leaves, detached, as the ops take them."""
+        return head_of(**{name: x.detach() for name, x in self.leaves.items()})
+
+    @property
+    def needs(self) -> Needs:
+        """The gradients of all leaves."""
+        return Needs(**dict.fromkeys(self.leaves, True))
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same numbers in another dtype, as fresh leaves."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .. import replay
 from ..checks import INTEGERS, check_number, check_tensors
-from ..reference import Head, HeadOptions, LogpStats
-from .autograd import RefuseGradient
-from .dispatch import PATHS, Call, choose
+from ..reference import HeadOptions, LogpStats, head_of
+from .autograd import CallOptions, RefuseGradient
+from .dispatch import PATHS, Call, run
 from .implementations import IMPLS, check_tail, resolve, why_not
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -82,9 +82,10 @@ def linear_logps(
 
     DPO (arXiv 2305.18290) needs exactly these values; the online log-sum-exp over blocks follows arXiv 2411.09009.
     """
-    options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
-    settings = (options, grad_tol, grad_tail, (), process_group, impl)
-    return _run(hidden, weight, targets, bias, low_rank, *settings).token_logps
+    head_options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
+    options = CallOptions(head_options, impl, float(grad_tol))
+    call = _call(hidden, weight, targets, bias, low_rank, options)
+    return _run(call._replace(process_group=process_group), grad_tail).token_logps
 
 
 def linear_logp_stats(
@@ -121,8 +122,10 @@ def linear_logp_stats(
         raise ValueError(
             "outputs must not hold 'is_top1' with a process_group: a shard does not see the others' largest logits"
         )
-    options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
-    stats = _run(hidden, weight, targets, bias, low_rank, options, grad_tol, grad_tail, outputs, process_group, impl)
+    head_options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
+    options = CallOptions(head_options, impl, float(grad_tol), any(name in outputs for name in _EXTRA))
+    call = _call(hidden, weight, targets, bias, low_rank, options)
+    stats = _run(call._replace(token_logps_alone=not outputs, process_group=process_group), grad_tail)
     fields = stats._asdict()
     for name in known:
         if name not in outputs:
@@ -175,21 +178,18 @@ def explain(
     takes, and every reason against the others. It computes nothing, and raises what the call would raise before that.
     It depends, as the call does, on which arguments require grad and on whether gradients are on.
     """
-    options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
-    _known(impl)
-    _check_kinds(hidden, weight, targets, bias, low_rank)
-    hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
-    _check(hidden, weight, targets, bias, low_rank)
-    reasons = {name: why_not(name, hidden, weight) for name in IMPLS}
-    first = resolve("auto", hidden, weight)
-    seed = torch.zeros((), dtype=torch.int64) if grad_tail == "sample" else None
-    if seed is not None:
+    head_options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
+    options = CallOptions(head_options, impl, float(grad_tol))
+    call = _call(hidden, weight, targets, bias, low_rank, options)._replace(process_group=process_group)
+    reasons = {name: why_not(name, call.head.hidden, call.head.weight) for name in IMPLS}
+    first = resolve("auto", call.head.hidden, call.head.weight)
+    if grad_tail == "sample":
         check_tail(first)
-    head = Head(hidden, weight, bias, *((None, None) if low_rank is None else low_rank))
-    impl = impl if impl == "auto" or not reasons[impl] else "auto"  # an implementation that cannot run has no path
-    call = Call(head, targets.long(), options, float(grad_tol), seed, False, False, impl, process_group, None)
+        call = call._replace(seed=torch.zeros((), dtype=torch.int64))
+    if reasons.get(impl):  # an implementation that cannot run has no path
+        call = call._replace(options=replace(options, impl="auto"))
     against = {path.name: path.why_not(call) for path in PATHS}
-    path = choose(call).name
+    path = next(name for name, reason in against.items() if not reason)
     return Explanation(first, reasons, path, dict(list(against.items())[: list(against).index(path)]))
 
 
@@ -309,34 +309,32 @@ def _check(
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}; got {x.device}")
 
 
-def _run(
+def _call(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     low_rank: tuple[Tensor, Tensor] | None,
-    options: HeadOptions,
-    grad_tol: float,
-    grad_tail: str,
-    outputs: Sequence[str],
-    process_group: Any,
-    impl: str,
-) -> LogpStats:
-    _known(impl)
+    options: CallOptions,
+) -> Call:
+    """The call of these arguments, checked and cast."""
+    _known(options.impl)
     _check_kinds(hidden, weight, targets, bias, low_rank)
     hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
     _check(hidden, weight, targets, bias, low_rank)
-    low_rank_hidden, low_rank_weight = (None, None) if low_rank is None else low_rank
-    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+    return Call(head_of(hidden, weight, bias, *(low_rank or ())), targets.long(), options)
+
+
+def _run(call: Call, grad_tail: str) -> LogpStats:
     # The seed is drawn whether or not the call uses it, so that forwards with and without a graph draw alike.
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64) if grad_tail == "sample" else None
-    if seed is not None and not torch.compiler.is_compiling():  # under torch.compile the op checks it when it runs
-        check_tail(resolve(impl, hidden, weight))
-    tape = None if process_group is not None else replay.active()
-    known = None if tape is None else tape.take(targets.shape)
-    more = any(name in outputs for name in _EXTRA), bool(outputs)
-    call = Call(head, targets.long(), options, float(grad_tol), seed, *more, impl, process_group, known)
-    stats, lse = choose(call).run(call)
+    if grad_tail == "sample":
+        call = call._replace(seed=torch.randint(2**63 - 1, (), dtype=torch.int64))
+        if not torch.compiler.is_compiling():  # under torch.compile the op checks it when it runs
+            check_tail(resolve(call.options.impl, call.head.hidden, call.head.weight))
+    tape = None if call.process_group is not None else replay.active()
+    if tape is not None:
+        call = call._replace(options=replace(call.options, known=tape.take(call.targets.shape)))
+    stats, lse = run(call)
     if tape is not None:
         tape.note(lse)
     return stats

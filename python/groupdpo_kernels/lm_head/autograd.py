@@ -10,6 +10,7 @@ the backward alone: the graph holds them once the caller has dropped them. torch
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,16 +18,43 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import NotUnderVmap
-from ..reference import Head, HeadOptions, LogpStats, row_gradients
+from ..reference import Candidates, Head, HeadGradients, HeadOptions, LogpStats, Needs, head_of, row_gradients
 from ..replay import KnownLse
 from . import logit_cache, ops
-from .sparse import Candidates, exact_rows
+from .sparse import exact_rows
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """What a call is asked for, besides its tensors. A Function reads what concerns it."""
+
+    head: HeadOptions
+    impl: str = "auto"  # as in linear_logps, as are the next two
+    grad_tol: float = 0.0
+    stats: bool = False  # whether the fields of LogpStats after lse are asked for
+    columns: int = 0  # of the vocabulary in the logit cache
+    known: KnownLse | None = None  # the lse, if it is known: the forward computes the logits of the targets alone
 
 
 class OfHead(NotUnderVmap):
+    """Every Function here takes the tensors of a Head, targets and CallOptions, in this order: by their names, because
+    torch.compile counts the parameters of a forward.
+    """
+
     instead = (
         "linear_logps takes any leading dimensions, hidden (..., D) and targets (...); pass the whole batch at once"
     )
+
+
+def _needs(ctx: Any, mass: bool = False) -> Needs:
+    hidden, weight, bias, low_rank_hidden, low_rank_weight = ctx.needs_input_grad[:5]
+    return Needs(hidden, weight, bias, low_rank_hidden, low_rank_weight, mass)
+
+
+def _by_input(ctx: Any, g: HeadGradients) -> tuple[Tensor | None, ...]:
+    """What a backward returns."""
+    others = [None] * (len(ctx.needs_input_grad) - 5)
+    return g.d_hidden, g.d_weight, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *others
 
 
 class LinearLogps:
@@ -41,15 +69,7 @@ class LinearLogps:
     """
 
     @staticmethod
-    def apply(*arguments: Any) -> tuple[Tensor, ...]:
-        return ExactLinearLogps.apply(*arguments)[:6]
-
-
-class ExactLinearLogps(OfHead):
-    """The autograd function of LinearLogps. Its seventh output is the lse in float64, (...), without a gradient."""
-
-    @staticmethod
-    def forward(
+    def apply(
         hidden: Tensor,  # (..., D)
         weight: Tensor,  # (V, D)
         targets: Tensor,  # (...) int64
@@ -61,75 +81,82 @@ class ExactLinearLogps(OfHead):
         impl: str,
         known: KnownLse | None,
     ) -> tuple[Tensor, ...]:
+        head = head_of(hidden, weight, bias, low_rank_hidden, low_rank_weight)
+        return ExactLinearLogps.apply(*head, targets, CallOptions(options, impl, stats=stats, known=known))[:6]
+
+
+class ExactLinearLogps(OfHead):
+    """The autograd function of LinearLogps. Its seventh output is the lse in float64, (...), without a gradient."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,  # (..., D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor,  # (V,) or (0,)
+        low_rank_hidden: Tensor,  # (..., R)
+        low_rank_weight: Tensor,  # (V, R)
+        targets: Tensor,  # (...) int64
+        options: CallOptions,
+    ) -> tuple[Tensor, ...]:
         head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-        if known is None:
-            return _with_lse(ops.linear_logps_forward(head, targets, options, stats, impl))
-        token_logps = ops.token_logps_of(head, targets, known.lse, options)
-        return _with_lse(LogpStats(token_logps, known.lse.clone(), *_no_stats(token_logps)))
+        if options.known is None:
+            return _with_lse(ops.linear_logps_forward(head, targets, options.head, options.stats, options.impl))
+        token_logps = ops.token_logps_of(head, targets, options.known.lse, options.head)
+        return _with_lse(LogpStats(token_logps, options.known.lse.clone(), *_no_stats(token_logps)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ctx.options, _, ctx.impl, ctx.known = inputs
-        saved = (output[0], output[6])
-        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *saved)
+        ctx.options = inputs[6]
+        ctx.save_for_backward(*inputs[:6], output[0], output[6])
         ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *head, targets, token_logps, lse = ctx.saved_tensors
-        need = ctx.needs_input_grad  # (hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ...)
-        needs = (need[0], need[1], need[3], need[4], need[5], ctx.known is not None)
+        options: CallOptions = ctx.options
         rows = row_gradients(token_logps, d_token_logps, d_lse)
-        g = ops.linear_logps_backward(Head(*head), targets, lse, *rows, ctx.options, needs, ctx.impl)
-        if ctx.known is not None and g.mass is not None:
-            ctx.known.drift = torch.where(targets == ctx.options.ignore_index, 0, g.mass.log())
-        return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *[None] * 4
+        needs = _needs(ctx, mass=options.known is not None)
+        g = ops.linear_logps_backward(Head(*head), targets, lse, *rows, options.head, needs, options.impl)
+        if options.known is not None and g.mass is not None:
+            options.known.drift = torch.where(targets == options.head.ignore_index, 0, g.mass.log())
+        return _by_input(ctx, g)
 
 
-class KeptLinearLogps(OfHead):
-    """`KeptLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, stats,
-    columns)`.
-
-    It gives the bits of ExactLinearLogps with impl="cpu", but hidden @ weight[:columns].T is computed once: this logit
-    cache (logit_cache.py) is an eighth output, (T, columns) float32, for the backward alone. It is freed when the graph
-    and that output are gone.
+class CachedLinearLogps(OfHead):
+    """It gives the bits of ExactLinearLogps with impl="cpu", but hidden @ weight[:columns].T is computed once: this
+    logit cache (logit_cache.py) is an eighth output, (T, columns) float32, for the backward alone. It is freed when the
+    graph and that output are gone.
     """
 
     @staticmethod
     def forward(
         hidden: Tensor,  # (..., D)
         weight: Tensor,  # (V, D)
+        bias: Tensor,  # (V,) or (0,)
+        low_rank_hidden: Tensor,  # (..., R)
+        low_rank_weight: Tensor,  # (V, R)
         targets: Tensor,  # (...) int64
-        bias: Tensor | None,  # (V,)
-        low_rank_hidden: Tensor | None,  # (..., R)
-        low_rank_weight: Tensor | None,  # (V, R)
-        options: HeadOptions,
-        stats: bool,
-        columns: int,
+        options: CallOptions,
     ) -> tuple[Tensor, ...]:
         head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-        out, products = logit_cache.keeping_forward(head, targets, options, stats, columns)
-        return *_with_lse(out), products
+        out, cache = logit_cache.forward(head, targets, options.head, options.stats, options.columns)
+        return *_with_lse(out), cache
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ctx.options, *_ = inputs
-        saved = (output[0], *output[6:])
-        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *saved)
+        ctx.options = inputs[6]
+        ctx.save_for_backward(*inputs[:6], output[0], *output[6:])
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)  # zeros for the logit cache would be as large as it is
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_token_logps: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        *head, targets, token_logps, lse, products = ctx.saved_tensors
-        need = ctx.needs_input_grad  # (hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ...)
-        needs = (need[0], need[1], need[3], need[4], need[5])
-        d_token_logps, d_lse = _or_zeros(token_logps, d_token_logps, d_lse)
-        rows = row_gradients(token_logps, d_token_logps, d_lse)
-        g = logit_cache.keeping_backward(Head(*head), targets, lse, *rows, products, ctx.options, needs)
-        return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *[None] * 3
+        *head, targets, token_logps, lse, cache = ctx.saved_tensors
+        rows = row_gradients(token_logps, *_or_zeros(token_logps, d_token_logps, d_lse))
+        needs = _needs(ctx)
+        return _by_input(ctx, logit_cache.backward(Head(*head), targets, lse, *rows, cache, ctx.options.head, needs))
 
 
 def _with_lse(stats: LogpStats) -> tuple[Tensor, ...]:
@@ -148,105 +175,89 @@ def _or_zeros(like: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor,
 
 
 class FrozenLinearLogps(OfHead):
-    """`FrozenLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, grad_tol,
-    impl)`.
-
-    LinearLogps for a head that needs no gradient of its own. d token_logps / d hidden does not depend on the upstream
-    gradient, so the forward stores it, in the dtype of hidden, and the backward scales its rows: two GEMMs in all, not
-    three. With grad_tol > 0 the forward leaves out what it can (sparse.py), by the bound for upstream gradients of one
-    size; the backward knows their sizes, and sends rows through the exact path until the bound holds. The first two
-    outputs are token_logps and lse; only token_logps is differentiable, in hidden and low_rank_hidden. The others, for
-    the backward alone, are the lse in float64 and the other results of ops.linear_logps_jacobian, (0,) for an absent
-    derivative.
+    """LinearLogps for a head that needs no gradient of its own. d token_logps / d hidden does not depend on the
+    upstream gradient, so the forward stores it, in the dtype of hidden, and the backward scales its rows: two GEMMs in
+    all, not three. With grad_tol > 0 the forward leaves out what it can (sparse.py), by the bound for upstream
+    gradients of one size; the backward knows their sizes, and sends rows through the exact path until the bound holds.
+    Only token_logps is differentiable, in hidden and low_rank_hidden. The outputs after lse, for the backward alone,
+    are the fields of ops.FrozenHead from its lse on.
     """
 
     @staticmethod
     def forward(
         hidden: Tensor,  # (..., D)
         weight: Tensor,  # (V, D)
+        bias: Tensor,  # (V,) or (0,)
+        low_rank_hidden: Tensor,  # (..., R)
+        low_rank_weight: Tensor,  # (V, R)
         targets: Tensor,  # (...) int64
-        bias: Tensor | None,  # (V,)
-        low_rank_hidden: Tensor | None,  # (..., R)
-        low_rank_weight: Tensor | None,  # (V, R)
-        options: HeadOptions,
-        grad_tol: float,
-        impl: str,
+        options: CallOptions,
     ) -> tuple[Tensor, ...]:
         head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-        token_logps, lse, d_hidden, d_low_rank, *bound = ops.linear_logps_jacobian(
-            head, targets, options, grad_tol, impl
-        )
-        derivatives = (d_hidden, hidden.new_empty(0) if d_low_rank is None else d_low_rank)
-        return token_logps, lse.to(token_logps.dtype, copy=True), lse, *derivatives, *bound
+        token_logps, lse, *rest = ops.frozen_head(head, targets, options.head, options.grad_tol, options.impl)
+        return token_logps, lse.to(token_logps.dtype, copy=True), lse, *rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ctx.options, ctx.grad_tol, ctx.impl = inputs
-        head = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
-        ctx.save_for_backward(*output[3:5], *((*output[5:], output[2], targets, *head) if ctx.grad_tol > 0 else ()))
+        ctx.options = inputs[6]
+        ctx.save_for_backward(
+            *output[3:5], *((*output[5:], output[2], *inputs[:6]) if ctx.options.grad_tol > 0 else ())
+        )
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # zeros for the derivative would be as large as it is
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_token_logps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        need_hidden, need_low_rank = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        options: CallOptions = ctx.options
+        needs = Needs(hidden=ctx.needs_input_grad[0], low_rank_hidden=ctx.needs_input_grad[3])
         if d_token_logps is None:
-            return (None,) * 9
+            return _by_input(ctx, HeadGradients(None, None, None, None, None))
         d_hidden, d_low_rank_hidden = (
             (x * d_token_logps[..., None]).to(x.dtype) if needed else None
-            for x, needed in zip(ctx.saved_tensors, (need_hidden, need_low_rank))
+            for x, needed in zip(ctx.saved_tensors, (needs.hidden, needs.low_rank_hidden))
         )
-        if ctx.grad_tol > 0:
-            _, _, doubts, dropped, lse, targets, *head = ctx.saved_tensors
-            d_lse, live = torch.zeros_like(doubts), targets != ctx.options.ignore_index
-            rows = exact_rows(doubts, dropped, d_token_logps, d_lse, live, ctx.grad_tol)
-            rest = torch.where(rows, targets, ctx.options.ignore_index)
-            needs = (need_hidden, False, False, need_low_rank, False, False)
-            upstream = (d_token_logps * doubts, -d_token_logps)
-            g = ops.linear_logps_backward(Head(*head), rest, lse, *upstream, ctx.options, needs, ctx.impl)
+        if options.grad_tol > 0:
+            _, _, non_target_probs, dropped, lse, *head, targets = ctx.saved_tensors
+            d_lse, live = torch.zeros_like(non_target_probs), targets != options.head.ignore_index
+            rows = exact_rows(non_target_probs, dropped, d_token_logps, d_lse, live, options.grad_tol)
+            rest = torch.where(rows, targets, options.head.ignore_index)
+            upstream = (d_token_logps * non_target_probs, -d_token_logps)
+            g = ops.linear_logps_backward(Head(*head), rest, lse, *upstream, options.head, needs, options.impl)
             d_hidden, d_low_rank_hidden = (
                 None if x is None or exact is None else torch.where(rows[..., None], exact, x)
                 for x, exact in ((d_hidden, g.d_hidden), (d_low_rank_hidden, g.d_low_rank_hidden))
             )
-        return d_hidden, None, None, None, d_low_rank_hidden, None, None, None, None
+        return _by_input(ctx, HeadGradients(d_hidden, None, None, d_low_rank_hidden, None))
 
 
 class SparseLinearLogps(OfHead):
-    """`SparseLinearLogps.apply(hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, options, grad_tol,
-    impl, seed)`.
-
-    LinearLogps with gradients over few vocabulary entries a row. Without a seed their relative L1 error in d_logits
-    over the call is at most `grad_tol` > 0, whatever the data and the upstream gradient; with a seed, () int64, they
-    are unbiased, and the tail is sampled (sparse.py). The first two outputs are token_logps and lse, both
-    differentiable; the others, for the backward alone, are the fields of Candidates after token_logps.
+    """LinearLogps with gradients over few vocabulary entries a row. It takes one more input, a seed, () int64 on the
+    CPU, or None. Without a seed the relative L1 error of the gradients in d_logits over the call is at most `grad_tol`
+    > 0, whatever the data and the upstream gradient; with a seed they are unbiased, and the tail is sampled
+    (sparse.py). token_logps and lse are differentiable; the outputs after them, for the backward alone, are the fields
+    of Candidates.
     """
 
     @staticmethod
     def forward(
         hidden: Tensor,  # (..., D)
         weight: Tensor,  # (V, D)
+        bias: Tensor,  # (V,) or (0,)
+        low_rank_hidden: Tensor,  # (..., R)
+        low_rank_weight: Tensor,  # (V, R)
         targets: Tensor,  # (...) int64
-        bias: Tensor | None,  # (V,)
-        low_rank_hidden: Tensor | None,  # (..., R)
-        low_rank_weight: Tensor | None,  # (V, R)
-        options: HeadOptions,
-        grad_tol: float,
-        impl: str,
+        options: CallOptions,
         seed: Tensor | None,  # () int64, on the CPU
     ) -> tuple[Tensor, ...]:
         head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-        token_logps, lse, *found = ops.linear_logps_candidates(head, targets, options, grad_tol, impl, seed)
-        return token_logps, lse.to(token_logps.dtype, copy=True), lse, *found
+        token_logps, found = ops.sparse_forward(head, targets, options.head, options.grad_tol, options.impl, seed)
+        return token_logps, found.lse.to(token_logps.dtype, copy=True), *found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ctx.options, ctx.grad_tol, ctx.impl, seed = (
-            inputs
-        )
-        ctx.sampled = seed is not None
-        saved = (output[0], *output[2:])
-        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *saved)
+        ctx.options, ctx.grad_tol = inputs[6], inputs[6].grad_tol if inputs[7] is None else None
+        ctx.save_for_backward(*inputs[:6], *output[2:])
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)  # zeros for the candidates would be as large as they are
 
@@ -255,13 +266,10 @@ class SparseLinearLogps(OfHead):
     def backward(ctx: Any, d_token_logps: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         head, targets, found = Head(*saved[:5]), saved[5], Candidates(*saved[6:])
-        need = ctx.needs_input_grad  # (hidden, weight, targets, bias, low_rank_hidden, low_rank_weight, ...)
-        needs = (need[0], need[1], need[3], need[4], need[5])
-        d_token_logps, d_lse = _or_zeros(found.token_logps, d_token_logps, d_lse)
-        g = ops.linear_logps_sparse_backward(
-            head, targets, found, d_token_logps, d_lse, ctx.options, ctx.grad_tol, needs, ctx.impl, ctx.sampled
-        )
-        return g.d_hidden, g.d_weight, None, g.d_bias, g.d_low_rank_hidden, g.d_low_rank_weight, *[None] * 4
+        options: CallOptions = ctx.options
+        upstream = _or_zeros(found.non_target_probs, d_token_logps, d_lse)
+        arguments = (head, targets, found, *upstream, options.head, ctx.grad_tol, _needs(ctx), options.impl)
+        return _by_input(ctx, ops.sparse_backward(*arguments))
 
 
 class RefuseGradient(torch.autograd.Function):

@@ -6,12 +6,13 @@ It reads values of CPU tensors; on other devices only impl="reference" comes her
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..reference import Head, HeadGradients, HeadOptions, LogpStats, log_probs
+from ..reference import Candidates, Head, HeadGradients, HeadOptions, LogpStats, Needs, log_probs
 from . import sparse, torch_blocks
-from .sparse import Candidates
 
 
 def check_targets(targets: Tensor, V: int, ignore_index: int) -> Tensor:
@@ -27,36 +28,49 @@ def check_targets(targets: Tensor, V: int, ignore_index: int) -> Tensor:
     return live.reshape(-1).nonzero()[:, 0]
 
 
-def _take(x: Tensor | None, rows: Tensor) -> Tensor | None:
-    """Live rows of a (..., n) tensor as (t, n), without a copy if all are live and the leading dimensions collapse."""
-    if x is None:
-        return None
-    x = x.reshape(-1, x.shape[-1])
-    return x if rows.numel() == x.shape[0] else x.index_select(0, rows)
+class LiveRows(NamedTuple):
+    """Which rows are not ignored, in the order of the leading dimensions."""
+
+    live: Tensor  # (t,) int64: their places
+    leading: torch.Size  # of the targets
+
+    def take(self, x: Tensor) -> Tensor:  # (...) -> (t,)
+        return x.reshape(-1)[self.live]
+
+    def take_matrix(self, x: Tensor) -> Tensor:  # (..., n) -> (t, n)
+        """It makes no copy if all rows are live and the leading dimensions collapse."""
+        x = flat(x)
+        return x if self.live.numel() == x.shape[0] else x.index_select(0, self.live)
+
+    def take_head(self, head: Head) -> Head:
+        hidden, low_rank_hidden = self.take_matrix(head.hidden), self.take_matrix(head.low_rank_hidden)
+        return head._replace(hidden=hidden, low_rank_hidden=low_rank_hidden)
+
+    def put(self, x: Tensor) -> Tensor:  # (t, ...) -> (..., ...)
+        """The inverse of the others: ignored rows hold zero."""
+        n = self.leading.numel()
+        if x.shape[0] != n:
+            x = x.new_zeros((n, *x.shape[1:])).index_copy_(0, self.live, x)
+        return x.reshape(self.leading + x.shape[1:])
 
 
-def _put(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `_take`: ignored rows hold zero."""
-    n = rows.numel()
-    flat = (
-        x.new_zeros((shape.numel() // max(1, x.shape[1:].numel()), *x.shape[1:]))
-        if x.shape[1:].numel()
-        else x.new_zeros(shape)
-    )
-    if flat.shape[0] == n:
-        return x.reshape(shape)
-    return flat.index_copy_(0, rows, x).reshape(shape)
+def flat(x: Tensor) -> Tensor:  # (..., n) -> (rows, n)
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _live_head(head: Head, rows: Tensor) -> Head:
-    hidden = _take(head.hidden, rows)
-    assert hidden is not None
-    return Head(hidden, head.weight, head.bias, _take(head.low_rank_hidden, rows), head.low_rank_weight)
+def live_rows(head: Head, targets: Tensor, options: HeadOptions) -> tuple[LiveRows, Head, Tensor]:
+    """The rows that are not ignored, the head of these rows, and their targets (t,)."""
+    rows = LiveRows(check_targets(targets, head.weight.shape[0], options.ignore_index), targets.shape)
+    return rows, rows.take_head(head), rows.take(targets)
 
 
 def _of_extension(options: HeadOptions) -> tuple[float, float | None, float, int]:
     """The options that the C++ ops take, in the order of their schemas; without ignore_index, as rows are live."""
     return options.logit_scale, options.softcap, options.temperature, options.workspace_bytes
+
+
+def _no_cache(head: Head) -> Tensor:
+    return head.hidden.new_empty((head.hidden.shape[:-1].numel(), 0), dtype=torch.float32)
 
 
 def forward(
@@ -65,18 +79,16 @@ def forward(
     options: HeadOptions,
     stats: bool,
     impl: str,
-    products: Tensor | None = None,  # (T, K) float32 logit cache for impl "cpu": the first rows are the live ones
+    logit_cache: Tensor | None = None,  # (T, K) float32 for impl "cpu", to be filled: the first rows are the live ones
 ) -> LogpStats:  # lse in float64
-    rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
-    live = _live_head(head, rows)
-    live_targets = targets.reshape(-1)[rows]
+    rows, live, y = live_rows(head, targets, options)
     if impl == "cpu":
         op = torch.ops.groupdpo_kernels.linear_logps_forward_cpu
-        kept = None if products is None else products[: rows.numel()]
-        out = op(*live, live_targets, *_of_extension(options), stats, kept)
+        cache = _no_cache(live) if logit_cache is None else logit_cache[: y.shape[0]]
+        out = op(*live, y, *_of_extension(options), stats, cache)
     else:
-        out = torch_blocks.forward_in_blocks(*live, live_targets, options)
-    return LogpStats(*(_put(x, rows, targets.shape) if stats or i < 2 else x.new_empty(0) for i, x in enumerate(out)))
+        out = torch_blocks.forward_in_blocks(live, y, options)
+    return LogpStats(*(rows.put(x) if stats or i < 2 else x.new_empty(0) for i, x in enumerate(out)))
 
 
 def backward(
@@ -86,92 +98,84 @@ def backward(
     d_target: Tensor,
     d_softmax: Tensor,
     options: HeadOptions,
-    needs: tuple[bool, ...],
+    needs: Needs,
     impl: str,
-    products: Tensor | None = None,  # the logit cache that forward filled
+    logit_cache: Tensor | None = None,  # what forward has filled
 ) -> HeadGradients:
-    rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
-    live = _live_head(head, rows)
-    rowwise = (lse, d_target, d_softmax)
-    y, z, at_y, elsewhere = (x.reshape(-1)[rows] for x in (targets, *rowwise))
-    out: tuple[Tensor | None, ...]
+    rows, live, y = live_rows(head, targets, options)
+    lse, d_target, d_softmax = (rows.take(x) for x in (lse, d_target, d_softmax))
     if impl == "cpu":
         op = torch.ops.groupdpo_kernels.linear_logps_backward_cpu
-        kept = None if products is None else products[: rows.numel()]
-        out = op(*live, y, z, at_y, elsewhere, *_of_extension(options), *needs, kept)
+        cache = _no_cache(live) if logit_cache is None else logit_cache[: y.shape[0]]
+        out = op(*live, y, lse, d_target, d_softmax, *_of_extension(options), *needs, cache)
+        g = HeadGradients(*(x if needed else None for x, needed in zip(out, needs)))
     else:
-        out = torch_blocks.backward_in_blocks(*live, y, z, at_y, elsewhere, options, needs)
-    gradients = [x if needed else None for x, needed in zip(out, needs)]
-    for i, source in ((0, head.hidden), (3, head.low_rank_hidden), (5, targets)):  # by row: these get the input's shape
-        gradient = gradients[i]
-        if gradient is not None and source is not None:
-            gradients[i] = _put(gradient, rows, source.shape)
-    return HeadGradients(*gradients)
+        g = torch_blocks.backward_in_blocks(live, y, lse, d_target, d_softmax, options, needs)
+    return g._replace(
+        d_hidden=None if g.d_hidden is None else rows.put(g.d_hidden),
+        d_low_rank_hidden=None if g.d_low_rank_hidden is None else rows.put(g.d_low_rank_hidden),
+        mass=None if g.mass is None else rows.put(g.mass),
+    )
 
 
-def jacobian(
-    head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden, doubts, dropped); the last two,
-    non-target probability and bound on what is left out, are None without grad_tol.
-    """
-    rows = check_targets(targets, head.weight.shape[0], options.ignore_index)
-    live, y = _live_head(head, rows), targets.reshape(-1)[rows]
+class FrozenHead(NamedTuple):
+    """What the forward of a head that needs no gradient of its own leaves for the backward."""
+
+    token_logps: Tensor  # (...)
+    lse: Tensor  # (...) float64
+    hidden_derivative: Tensor  # (..., D) d token_logps / d hidden, in its dtype
+    low_rank_derivative: Tensor  # (..., R) d token_logps / d low_rank_hidden
+    non_target_probs: Tensor  # (...) as in Candidates; (0,) without grad_tol, as the next
+    dropped: Tensor  # (...)
+
+
+def frozen_head(head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str) -> FrozenHead:
+    rows, live, y = live_rows(head, targets, options)
     # The forward takes half of the tolerance, as the sizes of the upstream gradients are known in the backward only.
     forward_tol, least = grad_tol / 2, sparse.least_probability(grad_tol)
     if impl == "cpu":
-        op = torch.ops.groupdpo_kernels.linear_logps_expectations_cpu
-        at_target = torch_blocks.target_logits(*live, y, options) if grad_tol > 0 else None
-        found = torch_blocks.Expectations(*op(*live, y, at_target, *_of_extension(options), forward_tol, least))
-        if grad_tol == 0:
-            found = found._replace(doubts=None, dropped=None)
+        op = torch.ops.groupdpo_kernels.frozen_head_cpu
+        ahead = torch_blocks.target_logits(live, y, options) if grad_tol > 0 else live.hidden.new_empty(0)
+        found = torch_blocks.Expectations(*op(*live, y, ahead, *_of_extension(options), forward_tol, least))
     else:
-        found = torch_blocks.expectations_in_blocks(*live, y, options, forward_tol, least)
-    d_hidden, d_low_rank = torch_blocks.jacobian(found, live, y, options)
-    low_rank_hidden = head.low_rank_hidden
-    return (
-        _put(found.token_logps, rows, targets.shape),
-        _put(found.lse, rows, targets.shape),
-        _put(d_hidden, rows, head.hidden.shape),
-        None if d_low_rank is None or low_rank_hidden is None else _put(d_low_rank, rows, low_rank_hidden.shape),
-        None if found.doubts is None else _put(found.doubts, rows, targets.shape),
-        None if found.dropped is None else _put(found.dropped, rows, targets.shape),
-    )
+        found = torch_blocks.expectations_in_blocks(live, y, options, forward_tol, least)
+    values = (found.token_logps, found.lse, *torch_blocks.derivative(found, live, y, options))
+    bound = (found.non_target_probs, found.dropped)
+    return FrozenHead(*map(rows.put, values), *(map(rows.put, bound) if grad_tol > 0 else bound))
 
 
 def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOptions) -> Tensor:  # (...)
     """token_logps from a known lse in float64: 2 T D FLOP. A wrong id is a ValueError on a CPU and NaN on a GPU."""
     V = head.weight.shape[0]
-    live = targets != options.ignore_index
     if head.hidden.device.type == "cpu":
-        rows = check_targets(targets, V, options.ignore_index)
+        live = check_targets(targets, V, options.ignore_index)
     else:  # all rows, since the number of live ones is not read back
-        rows = torch.arange(targets.numel(), device=targets.device)
-    y = targets.reshape(-1)[rows]
-    z = torch_blocks.target_logits(*_live_head(head, rows), y.clamp(0, V - 1), options)
-    token_logps = torch.where((y >= 0) & (y < V), log_probs(z, lse.reshape(-1)[rows]), torch.nan)
-    return torch.where(live, _put(token_logps, rows, targets.shape), 0)
+        live = torch.arange(targets.numel(), device=targets.device)
+    rows = LiveRows(live, targets.shape)
+    y = rows.take(targets)
+    z = torch_blocks.target_logits(rows.take_head(head), y.clamp(0, V - 1), options)
+    token_logps = torch.where((y >= 0) & (y < V), log_probs(z, rows.take(lse)), torch.nan)
+    return torch.where(targets != options.ignore_index, rows.put(token_logps), 0)
 
 
-def candidates(
+def sparse_forward(
     head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str, seed: Tensor | None = None
-) -> Candidates:
-    V = head.weight.shape[0]
-    rows = check_targets(targets, V, options.ignore_index)
-    live, y = _live_head(head, rows), targets.reshape(-1)[rows]
+) -> tuple[Tensor, Candidates]:
+    """token_logps and the candidates; with a seed, () int64, also a sampled tail."""
+    rows, live, y = live_rows(head, targets, options)
     least = sparse.least_probability(grad_tol, seed is not None)
-    most = sparse.capacity(targets.numel(), V, options.workspace_bytes)
+    most = sparse.capacity(targets.numel(), head.weight.shape[0], options.workspace_bytes)
     if impl == "cpu":
-        at_target = torch_blocks.target_logits(*live, y, options)
-        op = torch.ops.groupdpo_kernels.linear_logps_candidates_cpu
-        at = None if seed is None else int(seed)
-        found = Candidates(*op(*live, y, at_target, *_of_extension(options), least, most, at))
+        ahead = torch_blocks.target_logits(live, y, options)
+        op = torch.ops.groupdpo_kernels.sparse_forward_cpu
+        drawn = None if seed is None else int(seed)
+        token_logps, *fields = op(*live, y, ahead, *_of_extension(options), least, most, drawn)
+        found = Candidates(*fields)
     else:
-        found = sparse.candidates_in_blocks(*live, y, options, least, most)
+        token_logps, found = sparse.candidates_in_blocks(live, y, options, least, most)
         if seed is not None:
             found = sparse.with_tail(found, live, y, options, int(seed))
-    shapes = [targets.shape] * 5 + [(*targets.shape, most + sparse.samples(seed))] * 2
-    return Candidates(*(_put(x, rows, torch.Size(shape)) for x, shape in zip(found, shapes)))
+    return rows.put(token_logps), Candidates(*map(rows.put, found))
 
 
 def sparse_backward(
@@ -182,7 +186,7 @@ def sparse_backward(
     d_lse: Tensor,
     options: HeadOptions,
     grad_tol: float | None,
-    needs: tuple[bool, ...],
+    needs: Needs,
     impl: str,
 ) -> HeadGradients:
     """Gradients through the exact path for the rows that need it, over their candidates for the others. A grad_tol of
@@ -192,21 +196,16 @@ def sparse_backward(
     if grad_tol is None:
         exact = live & ~torch.isfinite(found.lse + found.dropped + d_token_logps + d_lse)
     else:
-        exact = sparse.exact_rows(found.doubts, found.dropped, d_token_logps, d_lse, live, grad_tol)
+        exact = sparse.exact_rows(found.non_target_probs, found.dropped, d_token_logps, d_lse, live, grad_tol)
     rest = torch.where(exact, targets, options.ignore_index)
-    d_target, d_softmax = d_token_logps * found.doubts + d_lse * (1 - found.doubts), d_lse - d_token_logps
-    gradients = backward(head, rest, found.lse, d_target, d_softmax, options, (*needs, False), impl)
-
-    def flat(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.reshape(-1, x.shape[-1])
-
-    hidden, low_rank_hidden = flat(head.hidden), flat(head.low_rank_hidden)
-    assert hidden is not None
+    d_target, d_softmax = found.row_gradients(d_token_logps, d_lse)
+    gradients = backward(head, rest, found.lse, d_target, d_softmax, options, needs, impl)
+    by_row = {name: getattr(gradients, name) for name in ("d_hidden", "d_low_rank_hidden")}
     sparse.add_candidates(
-        gradients._replace(d_hidden=flat(gradients.d_hidden), d_low_rank_hidden=flat(gradients.d_low_rank_hidden)),
-        Head(hidden, head.weight, head.bias, low_rank_hidden, head.low_rank_weight),
+        gradients._replace(**{name: None if x is None else flat(x) for name, x in by_row.items()}),
+        head._replace(hidden=flat(head.hidden), low_rank_hidden=flat(head.low_rank_hidden)),
         targets.reshape(-1),
-        Candidates(*(x.reshape(-1) for x in found[:5]), *(x.reshape(-1, x.shape[-1]) for x in found[5:])),
+        Candidates(*(flat(x) if name in ("ids", "weights") else x.reshape(-1) for name, x in found._asdict().items())),
         d_target.reshape(-1),
         d_softmax.reshape(-1),
         (live & ~exact).reshape(-1),

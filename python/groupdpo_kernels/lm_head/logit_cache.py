@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..reference import Head, HeadGradients, HeadOptions, LogpStats
+from ..reference import Head, HeadGradients, HeadOptions, LogpStats, Needs
 from . import host, ops
 from .implementations import resolve
 from .workspace import BLOCK_COLUMNS, BLOCK_ROWS
@@ -86,75 +86,73 @@ def _in_use() -> int:
 
 
 @torch.library.custom_op(
-    "groupdpo_kernels::linear_logps_keeping_forward",
+    "groupdpo_kernels::logit_cache_forward",
     mutates_args=(),
     schema=f"({ops.HEAD}, {ops.OPTIONS}, bool stats, int columns) -> ({', '.join(['Tensor'] * 7)})",
 )
-def _keeping_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    *options, stats, columns = rest
-    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    products = hidden.new_empty((targets.numel(), columns), dtype=torch.float32)
-    with ops.exact_arithmetic(hidden.device):
-        out = host.forward(head, targets, _left(HeadOptions(*options), products), stats, "cpu", products)
-    return (*out, products)
+def _logit_cache_forward(*arguments):
+    head, targets, options, _, (stats, columns) = ops.arguments_of(arguments)
+    cache = _new_cache(targets, columns)
+    with ops.exact_arithmetic(head.hidden.device):
+        return *host.forward(head, targets, _left(options, cache), stats, "cpu", cache), cache
 
 
-@_keeping_forward.register_fake
-def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    stats, columns = rest[-2:]
-    products = hidden.new_empty((targets.numel(), columns), dtype=torch.float32)
-    return (*ops.fake_stats(hidden, targets, stats), products)
+@_logit_cache_forward.register_fake
+def _(*arguments):
+    head, targets, _, _, (stats, columns) = ops.arguments_of(arguments)
+    return *ops.fake_stats(head, targets, stats), _new_cache(targets, columns)
 
 
 @torch.library.custom_op(
-    "groupdpo_kernels::linear_logps_keeping_backward",
+    "groupdpo_kernels::logit_cache_backward",
     mutates_args=(),
-    schema=f"({ops.HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, Tensor products, {ops.OPTIONS}, bool[] needs)"
-    f" -> ({', '.join(['Tensor'] * 5)})",
+    schema=f"({ops.HEAD}, {ops.ROWS}, Tensor logit_cache, {ops.OPTIONS}, bool[] needs)"
+    f" -> ({', '.join(['Tensor'] * 6)})",
 )
-def _keeping_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    lse, d_target, d_softmax, products, *options, needs = rest
-    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    left = _left(HeadOptions(*options), products)
-    with ops.exact_arithmetic(hidden.device):
-        out = host.backward(head, targets, lse, d_target, d_softmax, left, (*needs, False), "cpu", products)
-    return tuple(hidden.new_empty(0) if x is None else x for x in out[:5])
+def _logit_cache_backward(*arguments):
+    head, targets, options, (lse, d_target, d_softmax, cache), (needs,) = ops.arguments_of(arguments, 4)
+    left = _left(options, cache)
+    with ops.exact_arithmetic(head.hidden.device):
+        gradients = host.backward(head, targets, lse, d_target, d_softmax, left, Needs(*needs), "cpu", cache)
+    return ops.without_none(gradients, head.hidden)
 
 
-@_keeping_backward.register_fake
-def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    return tuple(hidden.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, rest[-1]))
+@_logit_cache_backward.register_fake
+def _(*arguments):
+    head, targets, _, _, (needs,) = ops.arguments_of(arguments, 4)
+    return ops.fake_gradients(head, targets, needs)
 
 
-def _left(options: HeadOptions, products: Tensor) -> HeadOptions:
-    return replace(options, workspace_bytes=max(1, options.workspace_bytes - products.nbytes))
+def _new_cache(targets: Tensor, columns: int) -> Tensor:
+    return targets.new_empty((targets.numel(), columns), dtype=torch.float32)
 
 
-def keeping_forward(
+def _left(options: HeadOptions, cache: Tensor) -> HeadOptions:
+    return replace(options, workspace_bytes=max(1, options.workspace_bytes - cache.nbytes))
+
+
+def forward(
     head: Head, targets: Tensor, options: HeadOptions, stats: bool, columns: int
-) -> tuple[LogpStats, Tensor]:
-    """ops.linear_logps_forward, and the logit cache of the first `columns` of the vocabulary: (T, columns) float32,
-    live rows first, the others undefined. The budget covers both.
+) -> tuple[LogpStats, Tensor]:  # (T, columns) float32
+    """ops.linear_logps_forward, and the logit cache of the first `columns` of the vocabulary: live rows first, the
+    others undefined. The budget covers both.
     """
-    *out, products = torch.ops.groupdpo_kernels.linear_logps_keeping_forward(
-        *head, targets, *astuple(options), stats, columns
-    )
-    _alive.append((StorageWeakRef(products.untyped_storage()), products.nbytes))
-    return LogpStats(*out), products
+    op = torch.ops.groupdpo_kernels.logit_cache_forward
+    *out, cache = op(*head, targets, *astuple(options), stats, columns)
+    _alive.append((StorageWeakRef(cache.untyped_storage()), cache.nbytes))
+    return LogpStats(*out), cache
 
 
-def keeping_backward(
+def backward(
     head: Head,
     targets: Tensor,
     lse: Tensor,
     d_target: Tensor,
     d_softmax: Tensor,
-    products: Tensor,  # the logit cache from keeping_forward
+    cache: Tensor,  # (T, columns) from forward
     options: HeadOptions,
-    needs: tuple[bool, ...],  # which of the first five fields of HeadGradients are needed
+    needs: Needs,
 ) -> HeadGradients:
     """ops.linear_logps_backward that reads the logit cache instead of computing those logits again."""
-    op = torch.ops.groupdpo_kernels.linear_logps_keeping_backward
-    out = op(*head, targets, lse, d_target, d_softmax, products, *astuple(options), list(needs))
-    return HeadGradients._make([*(x if needed else None for x, needed in zip(out, needs)), None])
+    op = torch.ops.groupdpo_kernels.logit_cache_backward
+    return ops.asked_for(op(*head, targets, lse, d_target, d_softmax, cache, *astuple(options), list(needs)), needs)

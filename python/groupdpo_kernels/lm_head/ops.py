@@ -1,11 +1,11 @@
 """The torch.library ops of an LM head, with their schemas and fake functions. They need torch alone; a kernel is
 imported when an op first runs it.
 
-`groupdpo_kernels::linear_logps_forward` and `groupdpo_kernels::linear_logps_backward` carry the name of an
-implementation as their last argument and resolve "auto" on the real tensors, so a traced graph holds one opaque op and
-tracing never looks at devices or versions. Neither has an autograd formula: only the Functions in autograd.py need one,
-and a double backward raises instead of being silently wrong.
+An op carries the name of an implementation as its last argument and resolves "auto" on the real tensors, so a traced
+graph holds one opaque op and tracing never looks at devices or versions. None has an autograd formula: only the
+Functions in autograd.py need one, and a double backward raises instead of being silently wrong.
 
+What a head lacks goes in as an empty tensor (reference.head_of), and so does a gradient that is not needed come out.
 Every lse that goes into or comes out of an op is float64 (reference.log_probs says why).
 
 Values inside CPU tensors are checked (a wrong target id is a ValueError). On a GPU nothing is read back, and a wrong id
@@ -16,46 +16,37 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference import Head, HeadGradients, HeadOptions, LogpStats
+from ..reference import Candidates, Head, HeadGradients, HeadOptions, LogpStats, Needs, accumulator
 from . import host, sparse
 from .extension import extension_why_not, warn_of_the_slow_path
+from .host import FrozenHead
 from .implementations import check_tail, cpu_why_not, resolve
-from .sparse import Candidates
 
 _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
 
 # csrc/binding.cpp registers these C++ ops for the CPU key. Their callers pass live rows and valid ids only.
-HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_rank_hidden, Tensor? low_rank_weight, Tensor targets"
+HEAD = "Tensor hidden, Tensor weight, Tensor bias, Tensor low_rank_hidden, Tensor low_rank_weight, Tensor targets"
+ROWS = "Tensor lse, Tensor d_target, Tensor d_softmax"
 _MAP = "float logit_scale, float? softcap, float temperature"
-_NEEDS = (
-    "bool needs_hidden, bool needs_weight, bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight,"
-    " bool needs_mass"
-)
+_NEEDS = ", ".join(f"bool needs_{name}" for name in Needs._fields)
 _SIX, _SEVEN = (f"({', '.join(['Tensor'] * n)})" for n in (6, 7))
-_LIBRARY.define(
-    f"linear_logps_forward_cpu({HEAD}, {_MAP}, int workspace_bytes, bool stats, Tensor(a!)? products=None) -> {_SIX}"
-)
-_LIBRARY.define(
-    f"linear_logps_expectations_cpu({HEAD}, Tensor? target_logits, {_MAP}, int workspace_bytes, float grad_tol,"
-    f" float least) -> {_SEVEN}"
-)
-_LIBRARY.define(
-    f"linear_logps_candidates_cpu({HEAD}, Tensor target_logits, {_MAP}, int workspace_bytes, float least, int most,"
-    f" int? seed) -> {_SEVEN}"
-)
-_LIBRARY.define(
-    "add_weighted_rows_cpu(Tensor(a!) out, Tensor source, Tensor owned, Tensor index, Tensor coefficients) -> ()"
-)
-_LIBRARY.define(
-    f"linear_logps_backward_cpu({HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, {_MAP},"
-    f" int workspace_bytes, {_NEEDS}, Tensor? products=None) -> {_SIX}"
-)
+for _schema in (
+    f"linear_logps_forward_cpu({HEAD}, {_MAP}, int workspace_bytes, bool stats, Tensor(a!) logit_cache) -> {_SIX}",
+    f"linear_logps_backward_cpu({HEAD}, {ROWS}, {_MAP}, int workspace_bytes, {_NEEDS}, Tensor logit_cache) -> {_SIX}",
+    f"frozen_head_cpu({HEAD}, Tensor target_logits, {_MAP}, int workspace_bytes, float grad_tol, float least)"
+    f" -> {_SEVEN}",
+    f"sparse_forward_cpu({HEAD}, Tensor target_logits, {_MAP}, int workspace_bytes, float least, int most, int? seed)"
+    f" -> {_SEVEN}",
+    "add_weighted_rows_cpu(Tensor(a!) out, Tensor source, Tensor owned, Tensor index, Tensor coefficients) -> ()",
+):
+    _LIBRARY.define(_schema)
 
 
 # -------------------------------------------------------------------------------------------------------------- the ops
@@ -71,32 +62,45 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 OPTIONS = "float logit_scale, float? softcap, float temperature, int ignore_index, int workspace_bytes"
 
 
+def arguments_of(arguments: Sequence[Any], tensors: int = 0) -> tuple[Any, ...]:
+    """(Head, targets, HeadOptions, the `tensors` tensors after targets, what follows the options) of an op's
+    arguments.
+    """
+    head, targets, rest = Head(*arguments[:5]), arguments[5], arguments[6:]
+    options = HeadOptions(*rest[tensors : tensors + 5])
+    return head, targets, options, rest[:tensors], rest[tensors + 5 :]
+
+
+def _launcher(name: str) -> Callable[..., Any]:
+    """The launcher of a file of kernels, which has the file's name."""
+    return getattr(importlib.import_module(f"groupdpo_kernels.kernels.{name}"), name)
+
+
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_forward",
     mutates_args=(),
     schema=f"({HEAD}, {OPTIONS}, bool stats, str impl) -> {_SIX}",
 )
-def _linear_logps_forward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    *options, stats, impl = rest
-    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    if impl == "auto" and cpu_why_not(hidden, weight) == extension_why_not() != []:
+def _linear_logps_forward(*arguments):
+    head, targets, options, _, (stats, impl) = arguments_of(arguments)
+    if impl == "auto" and cpu_why_not(head.hidden, head.weight) == extension_why_not() != []:
         warn_of_the_slow_path()  # only the extension is missing for the C++ op
-    impl = resolve(impl, hidden, weight)
-    with exact_arithmetic(hidden.device):
+    impl = resolve(impl, head.hidden, head.weight)
+    with exact_arithmetic(head.hidden.device):
         if impl == "triton":
-            launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_forward")
-            return tuple(launcher.linear_logps_forward(*head, targets, *options, stats))
-        return tuple(host.forward(head, targets, HeadOptions(*options), stats, impl))
+            return tuple(_launcher("linear_logps_forward")(head, targets, options, stats))
+        return tuple(host.forward(head, targets, options, stats, impl))
 
 
 @_linear_logps_forward.register_fake
-def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    return fake_stats(hidden, targets, rest[-2])
+def _(*arguments):
+    head, targets, _, _, (stats, _) = arguments_of(arguments)
+    return fake_stats(head, targets, stats)
 
 
-def fake_stats(hidden: Tensor, targets: Tensor, stats: bool) -> tuple[Tensor, ...]:
+def fake_stats(head: Head, targets: Tensor, stats: bool) -> tuple[Tensor, ...]:
     """The shapes and dtypes of LogpStats, lse in float64."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = accumulator(head.hidden.dtype)
     row = _fake_rows(targets, dtype, torch.float64)
     shape = targets.shape if stats else (0,)
     return (*row, *(targets.new_empty(shape, dtype=d) for d in (dtype, dtype, dtype, torch.bool)))
@@ -109,122 +113,126 @@ def _fake_rows(targets: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
 @torch.library.custom_op(
     "groupdpo_kernels::linear_logps_backward",
     mutates_args=(),
-    schema=f"({HEAD}, Tensor lse, Tensor d_target, Tensor d_softmax, {OPTIONS}, bool[] needs, str impl) -> {_SIX}",
+    schema=f"({HEAD}, {ROWS}, {OPTIONS}, bool[] needs, str impl) -> {_SIX}",
 )
-def _linear_logps_backward(
-    hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_target, d_softmax, *rest
-):
-    *options, needs, impl = rest
-    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    impl = resolve(impl, hidden, weight)
-    with exact_arithmetic(hidden.device):
+def _linear_logps_backward(*arguments):
+    head, targets, options, rows, (needs, impl) = arguments_of(arguments, 3)
+    impl = resolve(impl, head.hidden, head.weight)
+    with exact_arithmetic(head.hidden.device):
         if impl == "triton":
-            launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_backward")
-            out = launcher.linear_logps_backward(*head, targets, lse, d_target, d_softmax, *options, tuple(needs))
+            gradients = _launcher("linear_logps_backward")(head, targets, *rows, options, Needs(*needs))
         else:
-            out = host.backward(head, targets, lse, d_target, d_softmax, HeadOptions(*options), tuple(needs), impl)
-    return tuple(hidden.new_empty(0) if x is None else x for x in out)
+            lse, d_target, d_softmax = rows
+            gradients = host.backward(head, targets, lse, d_target, d_softmax, options, Needs(*needs), impl)
+    return without_none(gradients, head.hidden)
 
 
 @_linear_logps_backward.register_fake
-def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, lse, d_target, d_softmax, *rest):
-    needs = rest[-2]
-    inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    (mass,) = _fake_rows(targets, d_softmax.dtype) if needs[5] else (hidden.new_empty(0),)
-    return (*(hidden.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs)), mass)
+def _(*arguments):
+    head, targets, _, _, (needs, _) = arguments_of(arguments, 3)
+    return fake_gradients(head, targets, needs)
+
+
+def without_none(gradients: HeadGradients, like: Tensor) -> tuple[Tensor, ...]:
+    """The results of an op; `asked_for` is the inverse."""
+    return tuple(like.new_empty(0) if x is None else x for x in gradients)
+
+
+def asked_for(results: Sequence[Tensor], needs: Needs) -> HeadGradients:
+    return HeadGradients(*(x if needed else None for x, needed in zip(results, needs)))
+
+
+def fake_gradients(head: Head, targets: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    new = head.hidden.new_empty
+    (mass,) = _fake_rows(targets, accumulator(head.hidden.dtype)) if needs[5] else (new(0),)
+    return (*(new(x.shape if needed else (0,)) for x, needed in zip(head, needs)), mass)
 
 
 @torch.library.custom_op(
-    "groupdpo_kernels::linear_logps_candidates",
+    "groupdpo_kernels::sparse_forward",
     mutates_args=(),
     schema=f"({HEAD}, {OPTIONS}, float grad_tol, Tensor? seed, str impl) -> {_SEVEN}",
 )
-def _linear_logps_candidates(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    *options, grad_tol, seed, impl = rest
-    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    impl = resolve(impl, hidden, weight)
+def _sparse_forward(*arguments):
+    head, targets, options, _, (grad_tol, seed, impl) = arguments_of(arguments)
+    impl = resolve(impl, head.hidden, head.weight)
     if seed is not None:
         check_tail(impl)
-    with exact_arithmetic(hidden.device):
+    with exact_arithmetic(head.hidden.device):
         if impl == "triton":
-            launcher = importlib.import_module("groupdpo_kernels.kernels.sparse_forward")
-            most = sparse.capacity(targets.numel(), weight.shape[0], HeadOptions(*options).workspace_bytes)
+            most = sparse.capacity(targets.numel(), head.weight.shape[0], options.workspace_bytes)
             least = sparse.least_probability(grad_tol)
-            return tuple(launcher.linear_logps_candidates(*head, targets, *options, least, most))
-        return tuple(host.candidates(head, targets, HeadOptions(*options), grad_tol, impl, seed))
+            token_logps, found = _launcher("sparse_forward")(head, targets, options, least, most)
+        else:
+            token_logps, found = host.sparse_forward(head, targets, options, grad_tol, impl, seed)
+    return token_logps, *found
 
 
-@_linear_logps_candidates.register_fake
-def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    row = _fake_rows(targets, dtype, torch.float64, dtype, dtype, dtype)
-    *options, _, seed, _ = rest
-    most = sparse.capacity(targets.numel(), weight.shape[0], HeadOptions(*options).workspace_bytes)
+@_sparse_forward.register_fake
+def _(*arguments):
+    head, targets, options, _, (_, seed, _) = arguments_of(arguments)
+    dtype = accumulator(head.hidden.dtype)
+    by_row = _fake_rows(targets, dtype, torch.float64, dtype, dtype, dtype)
+    most = sparse.capacity(targets.numel(), head.weight.shape[0], options.workspace_bytes)
     shape = (*targets.shape, most + sparse.samples(seed))
-    return (*row, targets.new_empty(shape, dtype=torch.int32), targets.new_empty(shape, dtype=dtype))
+    return (*by_row, targets.new_empty(shape, dtype=torch.int32), targets.new_empty(shape, dtype=dtype))
 
 
 @torch.library.custom_op(
-    "groupdpo_kernels::linear_logps_sparse_backward",
+    "groupdpo_kernels::sparse_backward",
     mutates_args=(),
-    schema=f"({HEAD}, Tensor lse, Tensor doubts, Tensor slopes, Tensor dropped, Tensor ids, Tensor weights,"
-    f" Tensor d_token_logps, Tensor d_lse, {OPTIONS}, float grad_tol, bool sampled, bool[] needs, str impl)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({HEAD}, {', '.join(f'Tensor {name}' for name in Candidates._fields)}, Tensor d_token_logps, Tensor d_lse,"
+    f" {OPTIONS}, float? grad_tol, bool[] needs, str impl) -> {_SIX}",
 )
-def _linear_logps_sparse_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    found, (d_token_logps, d_lse, *options, grad_tol, sampled, needs, impl) = Candidates(rest[0], *rest[:6]), rest[6:]
-    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    impl = resolve(impl, hidden, weight)
-    upstream = (d_token_logps, d_lse)
-    with exact_arithmetic(hidden.device):
+def _sparse_backward(*arguments):
+    head, targets, options, tensors, (grad_tol, needs, impl) = arguments_of(arguments, 8)
+    found, (d_token_logps, d_lse) = Candidates(*tensors[:6]), tensors[6:]
+    impl = resolve(impl, head.hidden, head.weight)
+    with exact_arithmetic(head.hidden.device):
         if impl == "triton":
-            launcher = importlib.import_module("groupdpo_kernels.kernels.sparse_backward")
-            live = targets != HeadOptions(*options).ignore_index
-            exact = sparse.exact_rows(found.doubts, found.dropped, *upstream, live, grad_tol)
-            kept = (found.lse, found.doubts, found.slopes, found.ids, found.weights)
-            out = launcher.linear_logps_sparse_backward(*head, targets, exact, *kept, *upstream, *options, tuple(needs))
+            live = targets != options.ignore_index
+            exact = sparse.exact_rows(found.non_target_probs, found.dropped, d_token_logps, d_lse, live, grad_tol)
+            arguments = (head, targets, exact, found, d_token_logps, d_lse, options, Needs(*needs))
+            gradients = _launcher("sparse_backward")(*arguments)
         else:
-            tol = None if sampled else grad_tol
-            out = host.sparse_backward(head, targets, found, *upstream, HeadOptions(*options), tol, needs, impl)
-    return tuple(hidden.new_empty(0) if x is None else x for x in out[:5])
+            tolerance = (options, grad_tol, Needs(*needs), impl)
+            gradients = host.sparse_backward(head, targets, found, d_token_logps, d_lse, *tolerance)
+    return without_none(gradients, head.hidden)
 
 
-@_linear_logps_sparse_backward.register_fake
-def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    inputs, needs = (hidden, weight, bias, low_rank_hidden, low_rank_weight), rest[-2]
-    return tuple(hidden.new_empty(x.shape if needed else (0,)) for x, needed in zip(inputs, needs))
+@_sparse_backward.register_fake
+def _(*arguments):
+    head, targets, _, _, (_, needs, _) = arguments_of(arguments, 8)
+    return fake_gradients(head, targets, needs)
 
 
 @torch.library.custom_op(
-    "groupdpo_kernels::linear_logps_jacobian",
+    "groupdpo_kernels::frozen_head",
     mutates_args=(),
-    schema=f"({HEAD}, {OPTIONS}, float grad_tol, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({HEAD}, {OPTIONS}, float grad_tol, str impl) -> {_SIX}",
 )
-def _linear_logps_jacobian(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    *options, grad_tol, impl = rest
-    head = Head(hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    impl = resolve(impl, hidden, weight)
-    with exact_arithmetic(hidden.device):
+def _frozen_head(*arguments):
+    head, targets, options, _, (grad_tol, impl) = arguments_of(arguments)
+    impl = resolve(impl, head.hidden, head.weight)
+    with exact_arithmetic(head.hidden.device):
         if impl == "triton":  # the kernel is exact and leaves nothing out
-            launcher = importlib.import_module("groupdpo_kernels.kernels.frozen_head")
-            out = launcher.linear_logps_jacobian(*head, targets, *options)
-            bound = [torch.zeros_like(out[0]) if grad_tol > 0 else None for _ in range(2)]
-            out = (*out, *bound)
-        else:
-            out = host.jacobian(head, targets, HeadOptions(*options), grad_tol, impl)
-    return tuple((hidden if i < 4 else out[0]).new_empty(0) if x is None else x for i, x in enumerate(out))
+            exact = _launcher("frozen_head")(head, targets, options)
+            token_logps = exact[0]
+            bound = (torch.zeros_like(token_logps) if grad_tol > 0 else token_logps.new_empty(0) for _ in range(2))
+            return *exact, *bound
+        return tuple(host.frozen_head(head, targets, options, grad_tol, impl))
 
 
-@_linear_logps_jacobian.register_fake
-def _(hidden, weight, bias, low_rank_hidden, low_rank_weight, targets, *rest):
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    row = _fake_rows(targets, dtype, torch.float64)
-    shapes = [(0,) if x is None else x.shape for x in (hidden, low_rank_hidden)]
-    bound = targets.shape if rest[-2] > 0 else (0,)
+@_frozen_head.register_fake
+def _(*arguments):
+    head, targets, _, _, (grad_tol, _) = arguments_of(arguments)
+    dtype = accumulator(head.hidden.dtype)
+    derivatives = (head.hidden.new_empty(x.shape) for x in (head.hidden, head.low_rank_hidden))
+    bound = targets.shape if grad_tol > 0 else (0,)
     return (
-        *row,
-        *(hidden.new_empty(shape) for shape in shapes),
-        *(targets.new_empty(bound, dtype=dtype) for _ in "12"),
+        *_fake_rows(targets, dtype, torch.float64),
+        *derivatives,
+        *(targets.new_empty(bound, dtype=dtype) for _ in range(2)),
     )
 
 
@@ -270,48 +278,42 @@ def linear_logps_backward(
     d_target: Tensor,
     d_softmax: Tensor,
     options: HeadOptions,
-    needs: tuple[bool, ...],
+    needs: Needs,
     impl: str,
 ) -> HeadGradients:
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_backward
-    out = op(*head, targets, lse, d_target, d_softmax, *astuple(options), list(needs), impl)
-    return HeadGradients(*(x if needed else None for x, needed in zip(out, needs)))
+    return asked_for(op(*head, targets, lse, d_target, d_softmax, *astuple(options), list(needs), impl), needs)
 
 
-def linear_logps_jacobian(
-    head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """(token_logps, lse, d token_logps / d hidden, d token_logps / d low_rank_hidden, doubts, dropped). The last two
-    are as in sparse.Candidates, and (0,) without grad_tol.
-    """
-    op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_jacobian
-    token_logps, lse, hidden, low_rank, *bound = op(*head, targets, *astuple(options), grad_tol, impl)
-    return token_logps, lse, hidden, None if head.low_rank_hidden is None else low_rank, bound[0], bound[1]
+def frozen_head(head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str) -> FrozenHead:
+    op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.frozen_head
+    return FrozenHead(*op(*head, targets, *astuple(options), grad_tol, impl))
 
 
-def linear_logps_candidates(
+def sparse_forward(
     head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str, seed: Tensor | None = None
-) -> Candidates:
-    """The Candidates of sparse.py, in the leading shape of targets; with a seed, () int64, also a sampled tail."""
-    op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_candidates
-    return Candidates(*op(*head, targets, *astuple(options), grad_tol, seed, impl))
+) -> tuple[Tensor, Candidates]:
+    """token_logps and the candidates, in the leading shape of targets; with a seed, () int64, also a sampled tail."""
+    op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.sparse_forward
+    token_logps, *fields = op(*head, targets, *astuple(options), grad_tol, seed, impl)
+    return token_logps, Candidates(*fields)
 
 
-def linear_logps_sparse_backward(
+def sparse_backward(
     head: Head,
     targets: Tensor,
     found: Candidates,
     d_token_logps: Tensor,
     d_lse: Tensor,
     options: HeadOptions,
-    grad_tol: float,
-    needs: tuple[bool, ...],
+    grad_tol: float | None,
+    needs: Needs,
     impl: str,
-    sampled: bool = False,
 ) -> HeadGradients:
-    op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_sparse_backward
-    out = op(*head, targets, *found[1:], d_token_logps, d_lse, *astuple(options), grad_tol, sampled, list(needs), impl)
-    return HeadGradients(*(x if needed else None for x, needed in zip(out, needs)))
+    """Gradients within grad_tol; None means candidates with a sampled tail."""
+    op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.sparse_backward
+    upstream = (d_token_logps, d_lse)
+    return asked_for(op(*head, targets, *found, *upstream, *astuple(options), grad_tol, list(needs), impl), needs)
 
 
 def refuse_gradient(gradient: Tensor, name: str) -> Tensor:

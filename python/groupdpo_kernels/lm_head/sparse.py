@@ -19,34 +19,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..reference import Head, HeadGradients, HeadOptions, accumulator, log_probs
-from .torch_blocks import SUM_ERROR, _at_target, _block_logits, _finite_or_nan, _lse, _spans, block_shape
+from ..reference import TAIL_SAMPLES, Candidates, Head, HeadGradients, HeadOptions, log_probs
+from .torch_blocks import (
+    SUM_ERROR,
+    HeadBlocks,
+    at_target,
+    finite_or_nan,
+    lse_of,
+    set_at_target,
+    slopes_at_target,
+)
 
 AddWeightedRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, HeadOptions], None]
 
 
-TAIL_SAMPLES = 8  # csrc/cpu/tail.h explains the number
-
-
 def samples(seed: Tensor | None) -> int:
     return 0 if seed is None else TAIL_SAMPLES
-
-
-class Candidates(NamedTuple):
-    """The results of a forward by row, in float32 (float64 for float64 inputs) unless stated otherwise."""
-
-    token_logps: Tensor  # (T,)
-    lse: Tensor  # (T,) float64
-    doubts: Tensor  # (T,) non-target probability 1 - p_y, summed over the others: nothing cancels where p_y is near 1
-    slopes: Tensor  # (T,) c_y, the cap's slope at the target; 1 without a cap
-    dropped: Tensor  # (T,) at least the sum of p_v over the entries that are neither target nor candidate
-    ids: Tensor  # (T, capacity) int32: the candidates, then 0; with a sampled tail TAIL_SAMPLES more columns
-    weights: Tensor  # as ids: p_v c_v of each candidate, then 0; tail / TAIL_SAMPLES c_v of each drawn entry
 
 
 def least_probability(grad_tol: float, sampled: bool = False) -> float:
@@ -62,42 +54,31 @@ def capacity(T: int, V: int, workspace_bytes: int) -> int:
 
 
 def candidates_in_blocks(
-    hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    low_rank_hidden: Tensor | None,  # (T, R)
-    low_rank_weight: Tensor | None,  # (V, R)
+    head: Head,  # (T, .) rows
     targets: Tensor,  # (T,) int64, all valid
     options: HeadOptions,
     least: float,  # from least_probability
     most: int,  # from capacity
-) -> Candidates:
-    """Forward and the `most` likeliest candidates, in one pass over the vocabulary: 2 T D V FLOP."""
-    dtype = accumulator(hidden.dtype)
-    (T, D), V = hidden.shape, weight.shape[0]
-    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
-    rows, columns = block_shape(T, D + R + 3 * most, V, options.workspace_bytes, dtype.itemsize)
-    target_logits, doubts, slopes, dropped = (hidden.new_zeros(T, dtype=dtype) for _ in range(4))
-    lse = hidden.new_zeros(T, dtype=torch.float64)
-    ids = targets.new_zeros((T, most), dtype=torch.int32)
-    weights = hidden.new_zeros((T, most), dtype=dtype)
-    for t in _spans(T, rows):
-        h, y = hidden[t].to(dtype), targets[t]
-        x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
-        top, rest = h.new_full((h.shape[0],), -math.inf), h.new_zeros(h.shape[0])  # rest leaves out the target
-        best = h.new_full((h.shape[0], most), -math.inf)  # logits of the likeliest so far
+) -> tuple[Tensor, Candidates]:  # (T,)
+    """token_logps and the `most` likeliest candidates, in one pass over the vocabulary: 2 T D V FLOP."""
+    blocks = HeadBlocks(head, options, 3 * most)
+    dtype, T = blocks.dtype, blocks.T
+    new = head.hidden.new_zeros
+    target_logits, non_target_probs, target_slopes, dropped = (new(T, dtype=dtype) for _ in range(4))
+    lse = new(T, dtype=torch.float64)
+    ids, weights = new((T, most), dtype=torch.int32), new((T, most), dtype=dtype)
+    for t in blocks.tokens():
+        y = targets[t]
+        top, rest = new(y.shape[0], dtype=dtype).fill_(-math.inf), new(y.shape[0], dtype=dtype)  # without the target
+        best = torch.full_like(weights[t], -math.inf)  # logits of the likeliest so far
         best_ids, best_slopes = y.new_zeros(best.shape), torch.ones_like(best)
-        for v in _spans(V, columns):
-            b = None if bias is None else bias[v].to(dtype)
-            u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
-            z, slope = _block_logits(h, weight[v].to(dtype), b, x, u, options)
-            here = (y >= v.start) & (y < v.stop)
-            target_logits[t] += _at_target(z, y, v)
-            slopes[t] += here.to(dtype) if slope is None else _at_target(slope, y, v)
+        for v in blocks.vocabulary():
+            z, slope = blocks.logits()
+            target_logits[t] += at_target(z, y, v)
+            target_slopes[t] += slopes_at_target(slope, y, v)
             new_top = torch.maximum(top, z.max(1).values)
             shift = torch.where(torch.isfinite(new_top), new_top, 0)
-            at = (y - v.start).clamp(0, z.shape[1] - 1)[:, None]
-            z.scatter_(1, at, torch.where(here, -math.inf, z.gather(1, at)[:, 0])[:, None])
+            set_at_target(z, y, v, -math.inf)
             rest = rest * torch.exp(torch.where(top == -math.inf, -math.inf, top - shift))
             rest += torch.exp(z - shift[:, None]).sum(1)
             logits, where = z.topk(min(most, z.shape[1]), 1)
@@ -108,14 +89,14 @@ def candidates_in_blocks(
             top = new_top
         shift = torch.where(torch.isfinite(top), top, 0)
         total = rest + torch.exp(target_logits[t] - shift)
-        lse[t] = _lse(shift, total)
-        doubts[t] = rest / _finite_or_nan(total)
+        lse[t] = lse_of(shift, total)
+        non_target_probs[t] = rest / finite_or_nan(total)
         p = torch.exp(log_probs(best, lse[t, None]))
         p = torch.where(p >= least, p, 0)
-        dropped[t] = (doubts[t] - p.sum(1)).clamp(min=0) + SUM_ERROR * doubts[t]
+        dropped[t] = (non_target_probs[t] - p.sum(1)).clamp(min=0) + SUM_ERROR * non_target_probs[t]
         weights[t] = p * best_slopes
         ids[t] = torch.where(p > 0, best_ids, 0).to(torch.int32)
-    return Candidates(log_probs(target_logits, lse), lse, doubts, slopes, dropped, ids, weights)
+    return log_probs(target_logits, lse), Candidates(lse, non_target_probs, target_slopes, dropped, ids, weights)
 
 
 def with_tail(
@@ -129,40 +110,34 @@ def with_tail(
     nor candidate: 2 T D V FLOP more. Each block of the vocabulary replaces a draw with the probability of its share of
     the tail so far; within a block the draw goes by the running sum.
     """
-    hidden, weight, bias, low_rank_hidden, low_rank_weight = head
-    dtype = accumulator(hidden.dtype)
-    (T, D), V = hidden.shape, weight.shape[0]
-    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
-    rows, columns = block_shape(T, D + R + 3 * found.ids.shape[1], V, options.workspace_bytes, dtype.itemsize)
-    generator = torch.Generator(hidden.device).manual_seed(seed)
-    ids = found.ids.new_zeros((T, TAIL_SAMPLES))
-    weights = found.weights.new_zeros((T, TAIL_SAMPLES))
-    for t in _spans(T, rows):
-        h = hidden[t].to(dtype)
-        x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
+    blocks = HeadBlocks(head, options, 3 * found.ids.shape[1])
+    device = head.hidden.device
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = found.ids.new_zeros((blocks.T, TAIL_SAMPLES))
+    weights = found.weights.new_zeros((blocks.T, TAIL_SAMPLES))
+    for t in blocks.tokens():
         taken = torch.cat((torch.where(found.weights[t] != 0, found.ids[t].long(), -1), targets[t, None]), 1)
-        tail, slopes = h.new_zeros((h.shape[0], 1), dtype=torch.float64), torch.ones_like(weights[t])
-        for v in _spans(V, columns):
-            b = None if bias is None else bias[v].to(dtype)
-            u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
-            z, slope = _block_logits(h, weight[v].to(dtype), b, x, u, options)
+        slopes = torch.ones_like(weights[t])
+        tail = slopes.new_zeros((slopes.shape[0], 1), dtype=torch.float64)
+        for v in blocks.vocabulary():
+            z, slope = blocks.logits()
             sums = torch.exp(log_probs(z, found.lse[t, None])).double()
             row, slot = ((taken >= v.start) & (taken < v.stop)).nonzero(as_tuple=True)
             sums[row, taken[row, slot] - v.start] = 0
             sums = sums.cumsum(1)
             tail += sums[:, -1:]
-            at = tail * torch.rand(weights[t].shape, generator=generator, dtype=torch.float64, device=h.device)
+            at = tail * torch.rand(slopes.shape, generator=generator, dtype=torch.float64, device=device)
             replaced = at < sums[:, -1:]
             where = torch.searchsorted(sums, at, right=True).clamp(max=z.shape[1] - 1)
             ids[t] = torch.where(replaced, where + v.start, ids[t]).to(ids.dtype)
             if slope is not None:
                 slopes = torch.where(replaced, slope.gather(1, where), slopes)
-        weights[t] = (tail / TAIL_SAMPLES * slopes).to(dtype)
+        weights[t] = (tail / TAIL_SAMPLES * slopes).to(weights.dtype)
     return found._replace(ids=torch.cat((found.ids, ids), 1), weights=torch.cat((found.weights, weights), 1))
 
 
 def exact_rows(
-    doubts: Tensor,  # (...)
+    non_target_probs: Tensor,  # (...)
     dropped: Tensor,  # (...)
     d_token_logps: Tensor,  # (...)
     d_lse: Tensor,  # (...)
@@ -170,14 +145,14 @@ def exact_rows(
     grad_tol: float,
 ) -> Tensor:  # (...) bool
     """The rows that need the exact path, those that would leave out most. Over the others, sum |d_lse - d_token_logps|
-    dropped is at most grad_tol times sum |d_lse - d_token_logps| doubts over all. No value is read back.
+    dropped is at most grad_tol times sum |d_lse - d_token_logps| non_target_probs over all. No value is read back.
 
     Sums are of whole units, 2^-31 of what is allowed, with costs rounded up, because a scan of floats on a GPU rounds
     differently each time, and a row would sometimes change its path.
     """
     size = torch.where(live, (d_lse - d_token_logps).abs(), 0).double().reshape(-1)
     cost = size * dropped.reshape(-1)
-    allowed = grad_tol * (size * doubts.reshape(-1)).sum()
+    allowed = grad_tol * (size * non_target_probs.reshape(-1)).sum()
     order = cost.argsort(stable=True)
     units = torch.where(cost > 0, (cost / allowed * 2**31).ceil(), cost)
     known = units <= 2**31  # False for NaN: a row that is not finite takes the exact path
@@ -203,18 +178,14 @@ def add_candidates(
     by_row = bounds(row, targets.shape[0])
     order = column.argsort(stable=True)
     by_column = bounds(column[order], head.weight.shape[0])
-    for gradient, source in (
-        (gradients.d_hidden, head.weight),
-        (gradients.d_low_rank_hidden, head.low_rank_weight),
-    ):
-        if gradient is not None and source is not None:
+    by_token = (gradients.d_hidden, head.weight), (gradients.d_low_rank_hidden, head.low_rank_weight)
+    by_id = (gradients.d_weight, head.hidden), (gradients.d_low_rank_weight, head.low_rank_hidden)
+    for gradient, source in by_token:
+        if gradient is not None:
             add_weighted_rows(gradient, source, by_row, column, coefficients, options)
     row, coefficients = row[order], coefficients[order]
-    for gradient, source in (
-        (gradients.d_weight, head.hidden),
-        (gradients.d_low_rank_weight, head.low_rank_hidden),
-    ):
-        if gradient is not None and source is not None:
+    for gradient, source in by_id:
+        if gradient is not None:
             add_weighted_rows(gradient, source, by_column, row, coefficients, options)
     if (d_bias := gradients.d_bias) is not None:
         ones = d_bias.new_ones((targets.shape[0], 1))
@@ -232,7 +203,7 @@ def entries(
     """(row, vocabulary id, value) of the kept entries of d_logits times the map's slope, by row. It reads values."""
     chain = options.logit_scale / options.temperature
     at_target, others = (chain * x.to(found.weights.dtype) for x in (d_target, d_softmax))
-    values = torch.cat(((found.slopes * at_target)[:, None], others[:, None] * found.weights), 1)
+    values = torch.cat(((found.target_slopes * at_target)[:, None], others[:, None] * found.weights), 1)
     ids = torch.cat((targets[:, None], found.ids), 1)
     kept = rows[:, None] & torch.cat((rows[:, None], found.weights != 0), 1)
     row, slot = kept.nonzero(as_tuple=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import Head, HeadGradients, HeadOptions, LogpStats, accumulator, known_softmax, log_probs
+from ..reference import Head, HeadGradients, HeadOptions, LogpStats, Needs, accumulator, known_softmax, log_probs
 
 
 def block_shape(
@@ -33,37 +33,48 @@ def block_shape(
     return rows, columns
 
 
-def _spans(size: int, step: int) -> Iterator[slice]:
+def spans(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-def _add_gemm(
-    out: Tensor,  # (t, n), added to
-    a: Tensor,  # (t, k)
-    b: Tensor,  # (k, n)
-) -> None:
-    """out += a @ b, by parts of the sum. Some kernels of MKL add thousands of small terms one by one to what one large
-    term, a token's target, has left.
+class HeadBlocks:
+    """The blocks of a head that are at hand, widened. The two iterators take the next block of tokens or of the
+    vocabulary, and may be nested either way.
     """
-    for part in _spans(a.shape[1], 2048):
-        out += a[:, part] @ b[part]
 
+    def __init__(
+        self,
+        head: Head,  # (T, .) rows
+        options: HeadOptions,
+        columns_a_row: int = 0,  # numbers a row that the caller holds besides
+    ) -> None:
+        self.head, self.options = head, options
+        self.dtype = accumulator(head.hidden.dtype)
+        (self.T, D), (self.V, R) = head.hidden.shape, head.low_rank_weight.shape
+        workspace_bytes, itemsize = options.workspace_bytes, self.dtype.itemsize
+        self.shape = block_shape(self.T, D + R + columns_a_row, self.V, workspace_bytes, itemsize)
 
-def _block_logits(
-    hidden: Tensor,  # (t, D), already widened, as are the others
-    weight: Tensor,  # (v, D)
-    bias: Tensor | None,  # (v,)
-    low_rank_hidden: Tensor | None,  # (t, R)
-    low_rank_weight: Tensor | None,  # (v, R)
-    options: HeadOptions,
-) -> tuple[Tensor, Tensor | None]:
-    """One block of logits and, under softcap, the derivative of the cap."""
-    z = hidden @ weight.T
-    if low_rank_hidden is not None and low_rank_weight is not None:
-        z.addmm_(low_rank_hidden, low_rank_weight.T)
-    if bias is not None:
-        z += bias
-    return _to_logits(z, options)
+    def tokens(self) -> Iterator[slice]:
+        for t in spans(self.T, self.shape[0]):
+            self.hidden = self.head.hidden[t].to(self.dtype)  # (t, D)
+            self.low_rank_hidden = self.head.low_rank_hidden[t].to(self.dtype)  # (t, R)
+            yield t
+
+    def vocabulary(self) -> Iterator[slice]:
+        for v in spans(self.V, self.shape[1]):
+            self.weight = self.head.weight[v].to(self.dtype)  # (v, D)
+            self.bias = self.head.bias[v].to(self.dtype)  # (v,) or (0,)
+            self.low_rank_weight = self.head.low_rank_weight[v].to(self.dtype)  # (v, R)
+            yield v
+
+    def logits(self) -> tuple[Tensor, Tensor | None]:  # (t, v), (t, v)
+        """The logits of the blocks at hand and, under softcap, the derivative of the cap."""
+        z = self.hidden @ self.weight.T
+        if self.low_rank_weight.shape[1]:
+            z.addmm_(self.low_rank_hidden, self.low_rank_weight.T)
+        if self.bias.numel():
+            z += self.bias
+        return _to_logits(z, self.options)
 
 
 def _to_logits(z: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor | None]:
@@ -77,37 +88,39 @@ def _to_logits(z: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor | None]:
     return z.div_(options.temperature), d_cap
 
 
+def _add_gemm(
+    out: Tensor,  # (t, n), added to
+    a: Tensor,  # (t, k)
+    b: Tensor,  # (k, n)
+) -> None:
+    """out += a @ b, by parts of the sum. Some kernels of MKL add thousands of small terms one by one to what one large
+    term, a token's target, has left.
+    """
+    for part in spans(a.shape[1], 2048):
+        out += a[:, part] @ b[part]
+
+
 def forward_in_blocks(
-    hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    low_rank_hidden: Tensor | None,  # (T, R)
-    low_rank_weight: Tensor | None,  # (V, R)
+    head: Head,  # (T, .) rows
     targets: Tensor,  # (T,) int64, all valid
     options: HeadOptions,
 ) -> LogpStats:
     """All per-row results by online log-sum-exp over vocabulary blocks, with lse in float64. It takes 2 T D V FLOP, and
     keeps its workspace within the budget.
     """
-    dtype = accumulator(hidden.dtype)
-    (T, D), V = hidden.shape, weight.shape[0]
-    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
-    rows, columns = block_shape(T, D + R, V, options.workspace_bytes, dtype.itemsize)
-    new = hidden.new_zeros
+    blocks = HeadBlocks(head, options)
+    new, dtype = head.hidden.new_zeros, blocks.dtype
     dtypes = (dtype, torch.float64, dtype, dtype, dtype, torch.bool)
-    results = [new(T, dtype=x) for x in dtypes]
-    for t in _spans(T, rows):
-        h, y = hidden[t].to(dtype), targets[t]
-        x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
-        n = h.shape[0]
+    results = [new(blocks.T, dtype=x) for x in dtypes]
+    for t in blocks.tokens():
+        y = targets[t]
+        n = y.shape[0]
         top = new(n, dtype=dtype).fill_(-math.inf)
         top_id = new(n, dtype=torch.long)
         total, weighted, squares, plain, target_logits = (new(n, dtype=dtype) for _ in range(5))
-        for v in _spans(V, columns):
-            b = None if bias is None else bias[v].to(dtype)
-            u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
-            z, _ = _block_logits(h, weight[v].to(dtype), b, x, u, options)
-            target_logits += _at_target(z, y, v)
+        for v in blocks.vocabulary():
+            z, _ = blocks.logits()
+            target_logits += at_target(z, y, v)
             plain += z.sum(1)
             block_top, block_id = z.max(1)
             # The comparison is strict, so that among ties the first block, and in it the first id, stays. NaN stays.
@@ -124,12 +137,12 @@ def forward_in_blocks(
             total = total * rescale + e.sum(1)
             squares = squares * rescale * rescale + (e * e).sum(1)
             top = new_top
-        lse = _lse(torch.where(torch.isfinite(top), top, 0), total)
+        lse = lse_of(torch.where(torch.isfinite(top), top, 0), total)
         values = (
             log_probs(target_logits, lse),
             lse,
             total.log() - weighted / total,
-            plain / V,
+            plain / blocks.V,
             squares.log() - 2 * total.log(),
             top_id == y,
         )
@@ -138,14 +151,28 @@ def forward_in_blocks(
     return LogpStats(*results)
 
 
-def _lse(shift: Tensor, total: Tensor) -> Tensor:  # (t,), (t,) sum exp(logits - shift) -> (t,) float64
+def lse_of(shift: Tensor, total: Tensor) -> Tensor:  # (t,), (t,) sum exp(logits - shift) -> (t,) float64
     return shift.double() + total.double().log()
 
 
-def _at_target(block: Tensor, targets: Tensor, v: slice) -> Tensor:  # (t, v), (t,) -> (t,)
+def at_target(block: Tensor, targets: Tensor, v: slice) -> Tensor:  # (t, v), (t,) -> (t,)
     """The entries of the targets, 0 in rows whose target lies outside this block of the vocabulary."""
     at = (targets - v.start).clamp(0, block.shape[1] - 1)[:, None]
     return torch.where((targets >= v.start) & (targets < v.stop), block.gather(1, at)[:, 0], 0)
+
+
+def slopes_at_target(slope: Tensor | None, targets: Tensor, v: slice) -> Tensor:  # (t, v), (t,) -> (t,)
+    """The cap's slopes at the targets, 1 without a cap; 0 in rows whose target lies outside this block."""
+    if slope is None:
+        return (targets >= v.start) & (targets < v.stop)
+    return at_target(slope, targets, v)
+
+
+def set_at_target(block: Tensor, targets: Tensor, v: slice, value: float) -> None:  # (t, v) in place, (t,)
+    """Sets the entries of the targets that lie in this block of the vocabulary."""
+    here = (targets >= v.start) & (targets < v.stop)
+    at = (targets - v.start).clamp(0, block.shape[1] - 1)[:, None]
+    block.scatter_(1, at, torch.where(here, value, block.gather(1, at)[:, 0])[:, None])
 
 
 def _first_argmax(z: Tensor, top: Tensor, index: Tensor) -> Tensor:
@@ -155,17 +182,13 @@ def _first_argmax(z: Tensor, top: Tensor, index: Tensor) -> Tensor:
 
 
 def backward_in_blocks(
-    hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    low_rank_hidden: Tensor | None,  # (T, R)
-    low_rank_weight: Tensor | None,  # (V, R)
+    head: Head,  # (T, .) rows
     targets: Tensor,  # (T,) int64, all valid
     lse: Tensor,  # (T,) float64, from the forward
     d_target: Tensor,  # (T,) from reference.row_gradients, as is d_softmax
     d_softmax: Tensor,  # (T,)
     options: HeadOptions,
-    needs: tuple[bool, ...],  # which fields of HeadGradients are needed
+    needs: Needs,
 ) -> HeadGradients:
     """The needed gradients from logits rebuilt block by block: 2 T D V FLOP and as many again for each of d_hidden and
     d_weight.
@@ -173,81 +196,81 @@ def backward_in_blocks(
     The outer loop is over vocabulary blocks: a block of d_weight is accumulated over all rows and rounded once;
     d_hidden is accumulated in one float32 (T, D) buffer.
     """
-    dtype = accumulator(hidden.dtype)
-    (T, D), V = hidden.shape, weight.shape[0]
-    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
-    rows, columns = block_shape(T, D + R, V, options.workspace_bytes, dtype.itemsize)
-    inputs = (hidden, weight, bias, low_rank_hidden, low_rank_weight)
-    # Gradients by row (0 and 3) are accumulated over the whole loop, those by vocabulary (1, 2, 4) a block at a time.
-    out: list[Tensor | None] = [None] * 5
-    mass = hidden.new_zeros(T, dtype=dtype) if needs[5] else None
+    blocks = HeadBlocks(head, options)
+    dtype = blocks.dtype
+
+    def zeros(like: Tensor, dtype: torch.dtype, needed: bool) -> Tensor | None:
+        return torch.zeros(like.shape, dtype=dtype, device=like.device) if needed else None
+
+    # Gradients by row are accumulated over the whole loop, those by vocabulary a block at a time.
+    d_hidden = zeros(head.hidden, dtype, needs.hidden)
+    d_low_rank_hidden = zeros(head.low_rank_hidden, dtype, needs.low_rank_hidden)
+    by_vocabulary = [
+        zeros(x, x.dtype, needed)
+        for x, needed in (
+            (head.weight, needs.weight),
+            (head.low_rank_weight, needs.low_rank_weight),
+            (head.bias, needs.bias),
+        )
+    ]
+    mass = head.hidden.new_zeros(blocks.T, dtype=dtype) if needs.mass else None
     shift, d_softmax, factor = known_softmax(lse, d_softmax.to(dtype))
-    for i, needed in enumerate(needs[:5]):
-        if needed:
-            source = inputs[i]
-            assert source is not None  # needs comes from autograd: an absent input needs nothing
-            out[i] = torch.zeros(source.shape, dtype=dtype if i in (0, 3) else source.dtype, device=source.device)
-    for v in _spans(V, columns):
-        w = weight[v].to(dtype)
-        b = None if bias is None else bias[v].to(dtype)
-        u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
-        shapes = {1: w.shape, 2: w.shape[:1], 4: None if u is None else u.shape}
-        block = {i: w.new_zeros(shape) for i, shape in shapes.items() if needs[i] and shape is not None}
-        for t in _spans(T, rows):
-            h = hidden[t].to(dtype)
-            x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
-            z, d_cap = _block_logits(h, w, b, x, u, options)
+    for v in blocks.vocabulary():
+        of_block = [None if g is None else zeros(g[v], dtype, True) for g in by_vocabulary]
+        for t in blocks.tokens():
+            z, d_cap = blocks.logits()
             e = torch.exp(z.sub_(shift[t, None]))
             if mass is not None:
                 mass[t] += e.sum(1)
             d_raw = e.mul_(d_softmax[t, None])
             local = targets[t] - v.start
-            r = ((local >= 0) & (local < w.shape[0])).nonzero()[:, 0]
+            r = ((local >= 0) & (local < v.stop - v.start)).nonzero()[:, 0]
             d_raw[r, local[r]] = d_target[t][r].to(dtype)
             if d_cap is not None:
                 d_raw *= d_cap
             d_raw *= options.logit_scale / options.temperature
-            if (d_hidden := out[0]) is not None:
-                _add_gemm(d_hidden[t], d_raw, w)
-            if (d_x := out[3]) is not None and u is not None:
-                _add_gemm(d_x[t], d_raw, u)
-            if 1 in block:
-                block[1].addmm_(d_raw.T, h)
-            if 2 in block:
-                block[2] += d_raw.sum(0)
-            if 4 in block and x is not None:
-                block[4].addmm_(d_raw.T, x)
-        for i, gradient in block.items():
-            target = out[i]
-            assert target is not None
-            target[v] = gradient.to(target.dtype)
-    for i in (0, 3):
-        if (gradient_out := out[i]) is not None:
-            out[i] = gradient_out.to(hidden.dtype)
-    return HeadGradients._make([*out, None if mass is None else mass * factor])
+            if d_hidden is not None:
+                _add_gemm(d_hidden[t], d_raw, blocks.weight)
+            if d_low_rank_hidden is not None:
+                _add_gemm(d_low_rank_hidden[t], d_raw, blocks.low_rank_weight)
+            d_weight, d_low_rank_weight, d_bias = of_block
+            if d_weight is not None:
+                d_weight.addmm_(d_raw.T, blocks.hidden)
+            if d_low_rank_weight is not None:
+                d_low_rank_weight.addmm_(d_raw.T, blocks.low_rank_hidden)
+            if d_bias is not None:
+                d_bias += d_raw.sum(0)
+        for gradient, part in zip(by_vocabulary, of_block):
+            if gradient is not None and part is not None:
+                gradient[v] = part
+    d_hidden, d_low_rank_hidden = (
+        None if x is None else x.to(head.hidden.dtype) for x in (d_hidden, d_low_rank_hidden)
+    )
+    d_weight, d_low_rank_weight, d_bias = by_vocabulary
+    mass = None if mass is None else mass * factor
+    return HeadGradients(d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight, mass)
 
 
 def target_logits(
-    hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    low_rank_hidden: Tensor | None,  # (T, R)
-    low_rank_weight: Tensor | None,  # (V, R)
+    head: Head,  # (T, .) rows
     targets: Tensor,  # (T,) int64, all valid
     options: HeadOptions,
 ) -> Tensor:  # (T,) float32 | float64
     """logits[t, targets[t]] alone, in blocks of rows: 2 T D FLOP. token_logps need no more where the lse is known."""
-    dtype = accumulator(hidden.dtype)
-    T, D = hidden.shape
-    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
-    out = hidden.new_empty(T, dtype=dtype)
-    for t in _spans(T, max(16, options.workspace_bytes // (4 * (D + R) * dtype.itemsize))):
+    dtype = accumulator(head.hidden.dtype)
+    (T, D), R = head.hidden.shape, head.low_rank_weight.shape[1]
+    out = head.hidden.new_empty(T, dtype=dtype)
+
+    def at(factor: Tensor, ids: Tensor) -> Tensor:
+        return factor[ids].to(dtype)
+
+    for t in spans(T, max(16, options.workspace_bytes // (4 * (D + R) * dtype.itemsize))):
         y = targets[t]
-        z = (hidden[t].to(dtype) * weight[y].to(dtype)).sum(1)
-        if low_rank_hidden is not None and low_rank_weight is not None:
-            z += (low_rank_hidden[t].to(dtype) * low_rank_weight[y].to(dtype)).sum(1)
-        if bias is not None:
-            z += bias[y].to(dtype)
+        z = (head.hidden[t].to(dtype) * at(head.weight, y)).sum(1)
+        if R:
+            z += (head.low_rank_hidden[t].to(dtype) * at(head.low_rank_weight, y)).sum(1)
+        if head.bias.numel():
+            z += at(head.bias, y)
         out[t] = _to_logits(z, options)[0]
     return out
 
@@ -268,17 +291,13 @@ class Expectations(NamedTuple):
     lse: Tensor  # (T,) float64
     coefficients: Tensor  # (T,) c_y (1 - p_y)
     expected_weight: Tensor  # (T, D) sum over v != y of p_v c_v weight_v
-    expected_low_rank: Tensor | None  # (T, R) sum over v != y of p_v c_v low_rank_weight_v
-    doubts: Tensor | None = None  # (T,) non-target probability 1 - p_y; None without a tolerance
-    dropped: Tensor | None = None  # (T,) at least the sum of p_v that is left out; None without a tolerance
+    expected_low_rank: Tensor  # (T, R) sum over v != y of p_v c_v low_rank_weight_v
+    non_target_probs: Tensor  # (T,) 1 - p_y; (0,) without a tolerance, as the next
+    dropped: Tensor  # (T,) at least the sum of p_v that is left out
 
 
 def expectations_in_blocks(
-    hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    low_rank_hidden: Tensor | None,  # (T, R)
-    low_rank_weight: Tensor | None,  # (V, R)
+    head: Head,  # (T, .) rows
     targets: Tensor,  # (T,) int64, all valid
     options: HeadOptions,
     grad_tol: float = 0.0,
@@ -290,35 +309,32 @@ def expectations_in_blocks(
     the expectations, as long as all that is left out so far is at most grad_tol of the sum of 1 - p_y so far, over the
     rows of a block of tokens.
     """
-    dtype = accumulator(hidden.dtype)
-    (T, D), V = hidden.shape, weight.shape[0]
-    R = 0 if low_rank_weight is None else low_rank_weight.shape[1]
-    rows, columns = block_shape(T, D + R, V, options.workspace_bytes, dtype.itemsize)
-    z_target, coefficients, doubts, left_out = (hidden.new_zeros(T, dtype=dtype) for _ in range(4))
-    lse = hidden.new_zeros(T, dtype=torch.float64)
-    expected_weight = hidden.new_zeros((T, D), dtype=dtype)
-    expected_low_rank = None if low_rank_weight is None else hidden.new_zeros((T, R), dtype=dtype)
-    for t in _spans(T, rows):
-        h, y = hidden[t].to(dtype), targets[t]
-        x = None if low_rank_hidden is None else low_rank_hidden[t].to(dtype)
-        top, rest = h.new_full((h.shape[0],), -math.inf), h.new_zeros(h.shape[0])  # rest leaves out the target
+    blocks = HeadBlocks(head, options)
+    dtype, T = blocks.dtype, blocks.T
+    new = head.hidden.new_zeros
+    z_target, coefficients, non_target_probs, left_out = (new(T, dtype=dtype) for _ in range(4))
+    lse = new(T, dtype=torch.float64)
+    expected_weight, expected_low_rank = (
+        new((T, x.shape[1]), dtype=dtype) for x in (head.weight, head.low_rank_weight)
+    )
+    for t in blocks.tokens():
+        y = targets[t]
+        top, rest = new(y.shape[0], dtype=dtype).fill_(-math.inf), new(y.shape[0], dtype=dtype)  # without the target
         dropped = torch.zeros_like(rest)
-        # The target's logit bounds the row's sum of exponentials from below, from the first block on.
-        ahead = target_logits(hidden[t], weight, bias, x, low_rank_weight, y, options) if grad_tol > 0 else None
-        for v in _spans(V, columns):
-            w = weight[v].to(dtype)
-            b = None if bias is None else bias[v].to(dtype)
-            u = None if low_rank_weight is None else low_rank_weight[v].to(dtype)
-            z, slope = _block_logits(h, w, b, x, u, options)
-            here = (y >= v.start) & (y < v.stop)
-            at = (y - v.start).clamp(0, z.shape[1] - 1)[:, None]
-            z_target[t] += _at_target(z, y, v)
-            coefficients[t] += here.to(dtype) if slope is None else _at_target(slope, y, v)
+        ahead = None
+        if grad_tol > 0:
+            # The target's logit bounds the row's sum of exponentials from below, from the first block on.
+            rows = head._replace(hidden=head.hidden[t], low_rank_hidden=head.low_rank_hidden[t])
+            ahead = target_logits(rows, y, options)
+        for v in blocks.vocabulary():
+            z, slope = blocks.logits()
+            z_target[t] += at_target(z, y, v)
+            coefficients[t] += slopes_at_target(slope, y, v)
             new_top = torch.maximum(top, z.max(1).values)
             shift = torch.where(torch.isfinite(new_top), new_top, 0)
             rescale = torch.exp(torch.where(top == -math.inf, -math.inf, top - shift))
             e = torch.exp(z - shift[:, None])
-            e.scatter_(1, at, torch.where(here, 0, e.gather(1, at)[:, 0])[:, None])
+            set_at_target(e, y, v, 0.0)
             rest, dropped = rest * rescale + e.sum(1), dropped * rescale
             if ahead is not None:
                 total = rest + torch.exp(ahead - shift)
@@ -328,25 +344,23 @@ def expectations_in_blocks(
                 e -= torch.where(skips[:, None], unlikely, 0)
             if slope is not None:
                 e *= slope
-            for expected, factor in ((expected_weight, w), (expected_low_rank, u)):
-                if expected is not None and factor is not None:
-                    expected[t].mul_(rescale[:, None]).addmm_(e, factor)
+            for expected, factor in ((expected_weight, blocks.weight), (expected_low_rank, blocks.low_rank_weight)):
+                expected[t].mul_(rescale[:, None]).addmm_(e, factor)
             top = new_top
         shift = torch.where(torch.isfinite(top), top, 0)
         total = rest + torch.exp(z_target[t] - shift)
-        lse[t] = _lse(shift, total)
-        total = _finite_or_nan(total)
+        lse[t] = lse_of(shift, total)
+        total = finite_or_nan(total)
         coefficients[t] *= rest / total
-        doubts[t] = rest / total
-        left_out[t] = torch.where(dropped == 0, 0, dropped / total + SUM_ERROR * doubts[t])
+        non_target_probs[t] = rest / total
+        left_out[t] = torch.where(dropped == 0, 0, dropped / total + SUM_ERROR * non_target_probs[t])
         for expected in (expected_weight, expected_low_rank):
-            if expected is not None:
-                expected[t] /= total[:, None]
-    bound = (doubts, left_out) if grad_tol > 0 else ()
+            expected[t] /= total[:, None]
+    bound = (non_target_probs, left_out) if grad_tol > 0 else (new(0, dtype=dtype), new(0, dtype=dtype))
     return Expectations(log_probs(z_target, lse), lse, coefficients, expected_weight, expected_low_rank, *bound)
 
 
-def _finite_or_nan(total: Tensor) -> Tensor:  # (t,) -> (t,)
+def finite_or_nan(total: Tensor) -> Tensor:  # (t,) -> (t,)
     """NaN in place of an infinite sum of exponentials: where a logit is infinite, no probability of the row exists."""
     return torch.where(torch.isinf(total), torch.nan, total)
 
@@ -358,25 +372,20 @@ def _affordable(cost: Tensor, allowance: Tensor) -> Tensor:  # (t,), (t,) -> (t,
     return torch.zeros_like(fits).scatter_(0, order, fits)
 
 
-def jacobian(
+def derivative(
     found: Expectations,
     head: Head,  # live rows, as are targets
     targets: Tensor,  # (T,) int64, all valid
     options: HeadOptions,
-) -> tuple[Tensor, Tensor | None]:  # (T, D), (T, R) in the dtype of hidden
-    """d token_logps / d hidden and, with low_rank, d token_logps / d low_rank_hidden. Overwrites the expectations."""
+) -> tuple[Tensor, Tensor]:  # (T, D), (T, R) in the dtype of hidden
+    """d token_logps / d hidden and d token_logps / d low_rank_hidden. Overwrites the expectations."""
     chain = options.logit_scale / options.temperature
-    out: list[Tensor | None] = [None, None]
-    for i, (expected, factor) in enumerate(
-        ((found.expected_weight, head.weight), (found.expected_low_rank, head.low_rank_weight))
-    ):
-        if expected is None or factor is None:
-            continue
-        step = max(16, options.workspace_bytes // (4 * factor.shape[1] * expected.element_size()))
-        for t in _spans(targets.shape[0], step):
+
+    def of(expected: Tensor, factor: Tensor) -> Tensor:
+        step = max(16, options.workspace_bytes // (4 * max(1, factor.shape[1]) * expected.element_size()))
+        for t in spans(targets.shape[0], step):
             at_target = factor[targets[t]].to(expected.dtype).mul_(found.coefficients[t, None])
             expected[t].sub_(at_target).mul_(-chain)
-        out[i] = expected.to(head.hidden.dtype)
-    gradient = out[0]
-    assert gradient is not None
-    return gradient, out[1]
+        return expected.to(head.hidden.dtype)
+
+    return of(found.expected_weight, head.weight), of(found.expected_low_rank, head.low_rank_weight)

@@ -16,10 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..reference import HeadOptions, log_probs, row_gradients
+from ..reference import Head, HeadOptions, Needs, log_probs, row_gradients
 from . import ops
 from .autograd import OfHead
-from .ops import Head
 
 _IGNORED = -100  # for the ids of a shard, among which the caller's ignore_index could be valid
 
@@ -35,9 +34,9 @@ class ShardedLinearLogps(OfHead):
         hidden: Tensor,  # (..., D)
         weight: Tensor,  # (V of this rank, D)
         targets: Tensor,  # (...) int64, global ids
-        bias: Tensor | None,  # (V of this rank,)
-        low_rank_hidden: Tensor | None,  # (..., R)
-        low_rank_weight: Tensor | None,  # (V of this rank, R)
+        bias: Tensor,  # (V of this rank,) or (0,)
+        low_rank_hidden: Tensor,  # (..., R)
+        low_rank_weight: Tensor,  # (V of this rank, R)
         options: HeadOptions,
         stats: bool,
         impl: str,
@@ -100,7 +99,7 @@ class ShardedLinearLogps(OfHead):
         *tensors, token_logps, lse, ids, inside, wrong = ctx.saved_tensors
         head = Head(*tensors)
         need = ctx.needs_input_grad
-        needs = (need[0], need[1], need[3], need[4], need[5], False)
+        needs = Needs(need[0], need[1], need[3], need[4], need[5])
         d_target, d_softmax = row_gradients(token_logps, d_token_logps, d_lse)
         d_softmax = torch.where(wrong, torch.nan, d_softmax)
         # A row whose target is on another rank has id 0 here, which must count as an entry like any other.

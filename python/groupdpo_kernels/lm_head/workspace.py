@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 BLOCK_ROWS, BLOCK_COLUMNS = 1024, 2048  # the most tokens and vocabulary entries of a block of logits on a CPU
+_OPS = ("linear_logps_forward", "linear_logps_backward", "frozen_head")
 
 
 class Workspace(NamedTuple):
@@ -23,8 +24,8 @@ class Workspace(NamedTuple):
 
 def workspace_of(op: str, args: Any, device: str) -> Workspace:
     """The workspace of a call of one of this package's ops, by the op's name and arguments; none for other ops."""
-    name = op.replace("keeping_", "")
-    if not name.startswith("linear_logps"):
+    name = op.replace("logit_cache", "linear_logps")
+    if name not in _OPS:
         return Workspace()
     hidden, weight = args[0], args[1]
     T, D = hidden.numel() // hidden.shape[-1], hidden.shape[-1]
@@ -42,7 +43,7 @@ def head_workspace(
     A forward holds a block of partial sums (cuda) or of logits (cpu). The other ops hold a block of logits and, where
     hidden is not float32, its gradient in float32, which alone may exceed workspace_bytes.
     """
-    if op not in ("linear_logps_forward", "linear_logps_backward", "linear_logps_jacobian"):
+    if op not in _OPS:
         return Workspace()
     forward, narrow = op == "linear_logps_forward", itemsize < 4
 
@@ -57,5 +58,5 @@ def head_workspace(
             size = min(T * V * itemsize, workspace_bytes // 2) + workspace_bytes // 4
         return min(size, workspace_bytes)
 
-    wide = 0 if forward else 4 * T * D * (narrow or op == "linear_logps_jacobian")
+    wide = 0 if forward else 4 * T * D * (narrow or op == "frozen_head")
     return Workspace(block(T), wide, block(2**62))

@@ -121,7 +121,7 @@ class MemoryTracker(TorchDispatchMode):
             # Two dispatches of three only ask where a fake tensor is. torch's answer, without its way there.
             return _META if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         out = _run_fake(func, args, kwargs or {}) if self.fake else func(*args, **(kwargs or {}))
-        name = func._overloadpacket.__name__.replace("keeping_", "")  # ops with a logit cache count like others
+        name = func._overloadpacket.__name__.replace("logit_cache", "linear_logps")  # counts like ops without one
         if self.steps is not None:
             self.steps += 1
             self._enter(f"head, operation {self.steps}")

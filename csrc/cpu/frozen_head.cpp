@@ -118,16 +118,17 @@ void scale_row(const Matrix& m, int64_t i, float factor) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_expectations(
-    const Head& head, const Tensor& targets, const std::optional<Tensor>& target_logits, const HeadOptions& options,
-    double grad_tol, double least) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frozen_head(const Head& head, const Tensor& targets,
+                                                                               const Tensor& target_logits,
+                                                                               const HeadOptions& options,
+                                                                               double grad_tol, double least) {
   const NoGrad no_grad;
   check(head, targets);
   const int64_t T = head.hidden.size(0), D = head.hidden.size(1), V = head.weight.size(0);
-  const int64_t R = head.low_rank_weight ? head.low_rank_weight->size(1) : 0;
+  const int64_t R = head.low_rank_weight.size(1);
   const bool sparse = grad_tol > 0;
-  STD_TORCH_CHECK(!sparse || (target_logits && least > 0), "grad_tol > 0 wants target_logits and a positive least");
-  if (sparse) check_row_vector(*target_logits, "target_logits", T);
+  STD_TORCH_CHECK(!sparse || least > 0, "grad_tol > 0 wants a positive least; got ", least);
+  if (sparse) check_row_vector(target_logits, "target_logits", T);
   const int64_t per_row = HeadBlocks::scratch_per_row(head) + static_cast<int64_t>(sizeof(RowState) / sizeof(float)) +
                           (sparse ? std::max(D, R) + static_cast<int64_t>(kMostLikely) : 0);
   const BlockShape shape = block_shape(T, V, per_row, HeadBlocks::scratch_per_column(head),
@@ -142,8 +143,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
   };
   const Tensor token_logps = result({T}), coefficients = result({T});
   const Tensor lse = torch::stable::new_zeros(head.hidden, {T}, ScalarType::Double);
-  const Tensor expected_weight = result({T, D}), expected_low_rank = result({R ? T : 0, R});
-  const Tensor doubts = result({sparse ? T : 0}), dropped = result({sparse ? T : 0});
+  const Tensor expected_weight = result({T, D}), expected_low_rank = result({T, R});
+  const Tensor non_target_probs = result({sparse ? T : 0}), dropped = result({sparse ? T : 0});
   const int64_t* target = targets.const_data_ptr<int64_t>();
 
   for (int64_t t0 = 0; t0 < T; t0 += shape.rows) {
@@ -151,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
     const RowUnits units(rows, in_bf16(head));
     std::vector<RowState> states(rows);
     if (sparse) {
-      for (int64_t i = 0; i < rows; ++i) states[i].expected_target = target_logits->const_data_ptr<float>()[t0 + i];
+      for (int64_t i = 0; i < rows; ++i) states[i].expected_target = target_logits.const_data_ptr<float>()[t0 + i];
     }
     blocks.take_tokens(t0, rows);
     const auto accumulator = [&](const Tensor& x) {
@@ -224,20 +225,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
     for (int64_t i = 0; i < rows; ++i) {
       const RowState& state = states[i];
       const double sum = state.rest + std::exp(static_cast<double>(state.target_logit) - state.shift);
-      const double row_lse = state.shift + std::log(sum), total = finite_or_nan(sum), doubt = state.rest / total;
+      const double row_lse = state.shift + std::log(sum), total = finite_or_nan(sum), non_target = state.rest / total;
       token_logps.mutable_data_ptr<float>()[t0 + i] = log_prob(state.target_logit, row_lse);
       lse.mutable_data_ptr<double>()[t0 + i] = row_lse;
-      coefficients.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(state.target_slope * doubt);
+      coefficients.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(state.target_slope * non_target);
       if (sparse) {
-        doubts.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(doubt);
+        non_target_probs.mutable_data_ptr<float>()[t0 + i] = static_cast<float>(non_target);
         dropped.mutable_data_ptr<float>()[t0 + i] =
-            state.dropped == 0 ? 0 : static_cast<float>(state.dropped / total + doubt * kSumError);
+            state.dropped == 0 ? 0 : static_cast<float>(state.dropped / total + non_target * kSumError);
       }
       scale_row(weight, i, static_cast<float>(1 / total));
       if (R) scale_row(low_rank, i, static_cast<float>(1 / total));
     }
   }
-  return {token_logps, lse, coefficients, expected_weight, expected_low_rank, doubts, dropped};
+  return {token_logps, lse, coefficients, expected_weight, expected_low_rank, non_target_probs, dropped};
 }
 
 }  // namespace groupdpo_kernels

@@ -73,8 +73,8 @@ class Collector {
   }
 
   // Leaves the candidates in order of their ids; the rest of the row is probability `dropped`.
-  void finish(RowState& state, Entry* gathered, Tail* tail, double row_lse, double doubt, int32_t* ids, float* weights,
-              float& dropped) const {
+  void finish(RowState& state, Entry* gathered, Tail* tail, double row_lse, double non_target, int32_t* ids,
+              float* weights, float& dropped) const {
     double kept = 0;
     if (state.overflows < 2 || tail) {
       raise(state, squashed_at(row_lse + log_least_, map_));
@@ -90,7 +90,7 @@ class Collector {
         weights[k] = static_cast<float>(p * squashed_slope(gathered[k].squashed, map_));
       }
     }
-    dropped = static_cast<float>((doubt - kept < 0 ? 0 : doubt - kept) + doubt * kSumError);
+    dropped = static_cast<float>((non_target - kept < 0 ? 0 : non_target - kept) + non_target * kSumError);
   }
 
  private:
@@ -146,7 +146,7 @@ class Collector {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_candidates(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_forward(
     const Head& head, const Tensor& targets, const Tensor& target_logits, const HeadOptions& options, double least,
     int64_t most, std::optional<int64_t> seed) {
   const NoGrad no_grad;
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
   HeadBlocks blocks(head, shape);
 
   const auto result = [&] { return torch::stable::new_empty(head.hidden, {T}, ScalarType::Float); };
-  const Tensor token_logps = result(), doubts = result(), slopes = result(), dropped = result();
+  const Tensor token_logps = result(), non_target_probs = result(), target_slopes = result(), dropped = result();
   const Tensor lse = torch::stable::new_empty(head.hidden, {T}, ScalarType::Double);
   const int64_t width = most + (seed ? kTailSamples : 0);
   const Tensor ids = torch::stable::new_zeros(head.hidden, {T, width}, ScalarType::Int);
@@ -200,20 +200,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_
         RowState& state = states[i];
         const int64_t t = t0 + i;
         const double sum = state.rest + std::exp(static_cast<double>(state.target_logit) - state.shift);
-        const double row_lse = state.shift + std::log(sum), total = finite_or_nan(sum), doubt = state.rest / total;
+        const double row_lse = state.shift + std::log(sum), total = finite_or_nan(sum), non_target = state.rest / total;
         token_logps.mutable_data_ptr<float>()[t] = log_prob(state.target_logit, row_lse);
         lse.mutable_data_ptr<double>()[t] = row_lse;
-        doubts.mutable_data_ptr<float>()[t] = static_cast<float>(doubt);
-        slopes.mutable_data_ptr<float>()[t] = state.target_slope;
+        non_target_probs.mutable_data_ptr<float>()[t] = static_cast<float>(non_target);
+        target_slopes.mutable_data_ptr<float>()[t] = state.target_slope;
         int32_t* row_ids = ids.mutable_data_ptr<int32_t>() + t * width;
         float* row_weights = weights.mutable_data_ptr<float>() + t * width;
-        collector.finish(state, gathered(mine, i - begin), seed ? &tails[i] : nullptr, row_lse, doubt, row_ids,
+        collector.finish(state, gathered(mine, i - begin), seed ? &tails[i] : nullptr, row_lse, non_target, row_ids,
                          row_weights, dropped.mutable_data_ptr<float>()[t]);
         if (seed) tails[i].write(total, map, row_ids + most, row_weights + most);
       }
     });
   }
-  return {token_logps, lse, doubts, slopes, dropped, ids, weights};
+  return {token_logps, lse, non_target_probs, target_slopes, dropped, ids, weights};
 }
 
 }  // namespace groupdpo_kernels
