@@ -200,3 +200,5 @@ def test_auto_takes_triton_where_it_runs() -> None:
     inputs = make_inputs(PLAIN)
     with triton_on_cpu():
         assert explain(inputs.hidden, inputs.weight, inputs.targets).impl == "triton"
+        found = explain(inputs.hidden, inputs.weight, inputs.targets, grad_tol=0.01)
+        assert found.path == "candidates" and "rows run in Triton, not in CUDA C++" in str(found)

@@ -14,7 +14,7 @@ from torch import Tensor
 from groupdpo_kernels import linear_logps
 from groupdpo_kernels.kernels import sparse_backward
 from groupdpo_kernels.kernels import sparse_forward as launcher
-from groupdpo_kernels.lm_head import host, ops, sparse, torch_blocks
+from groupdpo_kernels.lm_head import extension, host, ops, sparse, torch_blocks
 from groupdpo_kernels.reference import Candidates, HeadGradients, HeadOptions, Needs, logits
 from groupdpo_kernels.testing import CASES, Case, Inputs, make_inputs, triton_on_cpu
 
@@ -274,6 +274,33 @@ def test_each_gradient_alone() -> None:
         for j, (a, b) in enumerate(zip(alone, full)):
             assert (a is None) == (j != i) or b is None
             assert a is None or (b is not None and torch.equal(a, b))
+
+
+def test_sums_of_rows_by_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where device code runs, the op of the extension gets what its checks ask for, and sums what the kernel would."""
+    case = trained(V=150, T=24, dtype=torch.bfloat16, bias=True, R=4)
+    inputs = sure_inputs(case)
+    found = candidates(inputs, case.options)
+    expected, sums = backward(inputs, found, case.options), []
+
+    def add(out: Tensor, source: Tensor, begins: Tensor, ends: Tensor, index: Tensor, by: Tensor) -> None:
+        assert out.is_contiguous() and source.dim() == 2 and source.dtype == out.dtype
+        assert source.stride(1) == 1 or source.shape[1] == 1
+        assert begins.dtype == ends.dtype == index.dtype == torch.int64 and by.dtype == torch.float32
+        assert begins.shape == ends.shape == out.shape[:1] and index.shape == by.shape
+        assert all(x.is_contiguous() for x in (begins, ends, index, by))
+        sums.append(out.shape)
+        for i in range(out.shape[0]):
+            j = torch.arange(int(begins[i]), int(ends[i]))
+            j = j[by[j] != 0]
+            out[i] += (by[j, None] * source[index[j]].float()).sum(0).to(out.dtype)
+
+    monkeypatch.setattr(extension, "cuda_rows", lambda device: add)
+    for x, y in zip(backward(inputs, found, case.options), expected):
+        assert (x is None) == (y is None)
+        if x is not None and y is not None:
+            torch.testing.assert_close(x, y, rtol=2**-6, atol=2**-8)
+    assert sums == [(case.T, case.D), (case.T, case.R), (case.V, case.D), (case.V, case.R), (case.V, 1)]
 
 
 def test_entries_in_several_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

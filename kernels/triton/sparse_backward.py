@@ -8,12 +8,14 @@ of the backward; for each of d_hidden and d_weight 2 D FLOP and D reads an entry
 within the byte budget by row chunks (one up to 20000 rows at the default budget; d_weight is rounded
 once a chunk). No atomics, a
 fixed order: the same bits every time. Nothing is read back: programs stride over lists that end on the device.
-In Triton, not CUDA C++: one gather and one sum, bound by memory, and the sort is PyTorch's. docs/math.md, section
-1. Precondition: no sparse row is of a wrong id or not finite (their dropped is NaN, so they are exact).
+The sort is PyTorch's. Sums in CUDA C++ (csrc/cuda/weighted_rows.cu), which cuts the thousands of entries of a frequent
+id among warps, take the place of the kernel here where the caller has them. docs/math.md, section 1. Precondition: no
+sparse row is of a wrong id or not finite (their dropped is NaN, so they are exact).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -78,6 +80,11 @@ def weighted_rows_kernel(
 ENTRY_BYTES = 48
 
 
+# (out, source, begins, ends, index, coefficients): extension.add_weighted_rows_cuda, or None where it does not run.
+CudaRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] | None
+INDEX_BYTES = 8  # its index is int64: more workspace for each entry
+
+
 class Owned(NamedTuple):
     """Which entries each row of a gradient owns: the arguments of weighted_rows_kernel."""
 
@@ -94,13 +101,20 @@ def add_weighted_rows(
     source: Tensor,  # (..., N): row r is the r-th in row-major order of the leading dimensions
     owned: Owned,
     row0: int = 0,
+    cuda_rows: CudaRows = None,
 ) -> None:
     """out[row0 + i] += sum of coefficients[j] source[sources[j]] over the entries j that i owns; rounded once."""
+    N = out.shape[1]
+    # It reads a matrix whose columns lie side by side.
+    is_matrix = (source.dim() == 2 or source.is_contiguous()) and (source.stride(-1) == 1 or N == 1)
+    if cuda_rows is not None and is_matrix:
+        rows, matrix = out[row0 : row0 + owned.starts.shape[0]], source.reshape(-1, N).to(out.dtype)
+        cuda_rows(rows, matrix, owned.starts, owned.ends, owned.sources.long(), owned.coefficients)
+        return
     if source.dim() > 3:
         source = source.flatten(0, -3)  # a view where strides allow, else a copy
     while source.dim() < 3:
         source = source.unsqueeze(-2)
-    N = out.shape[1]
     BLOCK_N = min(512, triton.next_power_of_2(N))
     weighted_rows_kernel[_programs(owned.starts.shape[0] * triton.cdiv(N, BLOCK_N), out.device)](
         out, source, *owned, row0, source.shape[1], N, *source.stride(),
@@ -125,6 +139,7 @@ def sparse_backward(
     d_lse: Tensor,  # (...) float32
     options: HeadOptions,
     needs: Needs,
+    cuda_rows: CudaRows = None,
 ) -> HeadGradients:
     """The needed gradients, in the input dtype."""
     V, T, most = head.weight.shape[0], targets.numel(), found.ids.shape[-1]
@@ -159,7 +174,8 @@ def sparse_backward(
     flat = [x.reshape(-1) for x in (targets, live, found.target_slopes, d_target, d_softmax)]
     ids, weights = found.ids.view(T, most), found.weights.view(T, most)
     chain = options.logit_scale / options.temperature
-    rows = min(T, max(1, workspace_bytes // (ENTRY_BYTES * (most + 1))))
+    entry_bytes = ENTRY_BYTES + (0 if cuda_rows is None else INDEX_BYTES)
+    rows = min(T, max(1, workspace_bytes // (entry_bytes * (most + 1))))
     for row0 in range(0, T, rows):
         span = slice(row0, min(row0 + rows, T))
         y, sparse, slope, at_target, at_others = (x[span] for x in flat)
@@ -175,11 +191,11 @@ def sparse_backward(
         if by_row:
             owned = _owned_by_row(sparse, columns, coefficients)
             for gradient, source in by_row:
-                add_weighted_rows(gradient, source, owned, row0)
+                add_weighted_rows(gradient, source, owned, row0, cuda_rows)
         if by_id:
             owned = _owned_by_id(columns, coefficients, V, row0)
             for gradient, source in by_id:
-                add_weighted_rows(gradient, source, owned)
+                add_weighted_rows(gradient, source, owned, cuda_rows=cuda_rows)
     return gradients
 
 

@@ -21,6 +21,7 @@ from ..checks import INTEGERS, check_number, check_tensors
 from ..reference import HeadOptions, LogpStats, head_of
 from .autograd import CallOptions, RefuseGradient
 from .dispatch import PATHS, Call, run
+from .extension import cuda_extension_why_not
 from .implementations import IMPLS, check_tail, resolve, why_not
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -139,12 +140,14 @@ def linear_logp_stats(
 class Explanation:
     """The implementation that impl="auto" picks, with the reasons against each other one (none for one that could run
     but comes later); and the path that the call takes (dispatch.py), with the reason against each path before it.
+    `detail` says what else decides how that path runs, if anything does.
     """
 
     impl: str
     why_not: dict[str, list[str]]
     path: str
     path_why_not: dict[str, str]
+    detail: str = ""
 
     def __str__(self) -> str:
         lines = [f"auto picks {self.impl!r}"]
@@ -154,6 +157,7 @@ class Explanation:
                     f"  {name}: " + ("; ".join(reasons) if reasons else f"could run; {self.impl!r} comes first")
                 )
         lines.append(f"the path is {self.path!r}: {next(x.computes for x in PATHS if x.name == self.path)}")
+        lines += [f"  {self.detail}"] * bool(self.detail)
         return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.path_why_not.items())])
 
 
@@ -190,7 +194,19 @@ def explain(
         call = call._replace(options=replace(options, impl="auto"))
     against = {path.name: path.why_not(call) for path in PATHS}
     path = next(name for name, reason in against.items() if not reason)
-    return Explanation(first, reasons, path, dict(list(against.items())[: list(against).index(path)]))
+    before = dict(list(against.items())[: list(against).index(path)])
+    return Explanation(first, reasons, path, before, _sums_of(call) if path == "candidates" else "")
+
+
+def _sums_of(call: Call) -> str:
+    """What sums the rows in a backward over candidates."""
+    hidden, weight = call.head[:2]
+    if resolve(call.options.impl, hidden, weight) != "triton":
+        return ""
+    against = cuda_extension_why_not(hidden.device)
+    if not against:
+        return "its sums of rows run in CUDA C++ (add_weighted_rows_cuda)"
+    return f"its sums of rows run in Triton, not in CUDA C++: {'; '.join(against)}"
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments

@@ -1,7 +1,8 @@
 """Loads the C++ extension `groupdpo_kernels._C`, or says why it or its device code cannot be used.
 
 `add_weighted_rows_cuda`, the op of its device code (csrc/cuda/weighted_rows.cu), is sparse.add_weighted_rows on a GPU
-with separate begins and ends. The extension loads on first use, never on import, and reads no value of a tensor here.
+with separate begins and ends; the backward over candidates runs it where it can. The extension loads on first use,
+never on import, and reads no value of a tensor here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -59,6 +61,12 @@ def cuda_extension_why_not(device: torch.device) -> list[str]:
         if error := module.cuda_error(index):
             reasons.append(f"{torch.cuda.get_device_name(index)} cannot run the extension's device code: {error}")
     return reasons
+
+
+@functools.cache  # asked in each backward
+def cuda_rows(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] | None:
+    """add_weighted_rows_cuda where it runs, else None: the Triton kernel then sums."""
+    return None if cuda_extension_why_not(device) else add_weighted_rows_cuda
 
 
 def add_weighted_rows_cuda(

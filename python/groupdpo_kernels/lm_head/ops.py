@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..reference import Candidates, Head, HeadGradients, HeadOptions, LogpStats, Needs, accumulator
-from . import host, sparse
+from . import extension, host, sparse
 from .extension import extension_why_not, warn_of_the_slow_path
 from .host import FrozenHead
 from .implementations import check_tail, cpu_why_not, resolve
@@ -193,7 +193,7 @@ def _sparse_backward(*arguments):
             live = targets != options.ignore_index
             exact = sparse.exact_rows(found.non_target_probs, found.dropped, d_token_logps, d_lse, live, grad_tol)
             arguments = (head, targets, exact, found, d_token_logps, d_lse, options, Needs(*needs))
-            gradients = _launcher("sparse_backward")(*arguments)
+            gradients = _launcher("sparse_backward")(*arguments, extension.cuda_rows(head.hidden.device))
         else:
             tolerance = (options, grad_tol, Needs(*needs), impl)
             gradients = host.sparse_backward(head, targets, found, d_token_logps, d_lse, *tolerance)
