@@ -58,7 +58,7 @@ def run(call: Call) -> tuple[LogpStats, Tensor]:
         plan = path.plan(call)
         if not isinstance(plan, str):
             return plan()
-    raise AssertionError("the last path takes every call")
+    raise AssertionError  # the last path takes every call
 
 
 # --------------------------------------------------------------------------------------------------------------- paths
