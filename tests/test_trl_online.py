@@ -283,6 +283,8 @@ def test_two_ranks_step_as_one_process(bpe: Any, tmp_path: Path) -> None:
         port = free.getsockname()[1]
     assert not (failure := run_ranks(run_as_rank, port, str(tmp_path))), failure
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    evaluated, others = (rank["evaluated"] for rank in both)
+    assert 0 < evaluated["eval_loss"] == others["eval_loss"] and evaluated["eval_groups/dropped"] == 0
     assert both[0]["failed"].startswith("IndexError") and "the first rank it raised IndexError" in both[1]["failed"]
     for strategy, size, kept in (("two_pass", 6, [2, 1]), ("coupled", 8, [2, 2])):
         (kind, calls, seen, states, rows), (_, others, also, _, others_rows) = (rank[strategy] for rank in both)

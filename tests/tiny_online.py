@@ -134,6 +134,7 @@ def run_as_rank(rank: int, port: int, folder: str) -> None:
         rewards, gradients = Rewards(*PROMPTS[2:]), Gradients()
         more = {"strategy": strategy, "shuffle_dataset": False, "max_steps": 2, "micro_batch_sequences": 3}
         more |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        more |= {"per_device_eval_batch_size": 2}
         config = OnlineGroupDPOConfig(output_dir=f"{folder}/{strategy}-{rank}", **ONLINE | more)
         trainer = OnlineGroupDPOTrainer(
             llama(),
@@ -149,7 +150,8 @@ def run_as_rank(rank: int, port: int, folder: str) -> None:
         ends = {
             name: x.detach().clone() for name, x in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
         }
-        found[strategy] = kind, rewards.calls, gradients.seen, [*gradients.states, ends], rows
+        found[strategy] = kind, [*rewards.calls], gradients.seen, [*gradients.states, ends], rows
+    found["evaluated"] = trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS[:2]}))
     try:
         trainer._from_first_rank(lambda: [][0])
     except (IndexError, ValueError) as error:
