@@ -9,13 +9,14 @@ RESULTS ?= bench/results
 # Without bytecode on disk each of the tests' hundred processes would compile torch and transformers again: 20 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup test test-processors demo bench profile docs lint clean
+.PHONY: help setup test test-distributed test-processors demo bench profile docs lint clean
 .PHONY: device device-losses device-memory device-steps device-counters
 
 help:
 	@echo "make setup    .venv with torch, the package and its C++ extension (TORCH=$(TORCH))"
 	@echo "make demo     train a small causal LM on groups of responses; writes demo/"
 	@echo "make test     every test that needs no GPU"
+	@echo "make test-distributed  every engine on two and four processes, against one process"
 	@echo "make test-processors  a slice of the tests as on a processor with SSE alone, with AVX2, with all that is here"
 	@echo "make bench    time and memory against the alternatives, on this machine"
 	@echo "make profile  peak memory and time of a training step against the size of its group; writes profile/"
@@ -48,7 +49,11 @@ install = mkdir -p build && $(1) -m pip install -v --no-build-isolation --no-dep
 
 # worksteal: each worker takes half of the files in order, so that what a file sets up is seldom set up twice.
 test: setup
-	$(RUN) -m pytest -m 'not gpu' -n 2 --dist worksteal $(ARGS)
+	$(RUN) -m pytest -m 'not gpu and not distributed' -n 2 --dist worksteal $(ARGS)
+
+# Each family of engines starts its processes once, so that the tests run one after the other.
+test-distributed: setup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m distributed -p no:xdist tests/test_distributed.py tests/test_distributed_rest.py $(ARGS)
 
 # What a processor of less would use: torch's kernels, the matrix products of its libraries, NumPy's under the
 # interpreter, and our loops. torch does as it is told, so AVX2 is asked for only where it is; the last run takes all that

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import datetime
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -45,6 +46,7 @@ from groupdpo_kernels import (
     preference_loss,
 )
 from groupdpo_kernels.data import collate
+from groupdpo_kernels.stepwise import reference_logps
 from groupdpo_kernels.trainers.reference import as_reference, check_on_one_device, frozen_copy
 
 WORLD, STEPS, LR = 2, 3, 0.05
@@ -185,6 +187,30 @@ def fsdp1_counts_differ(rank: int) -> None:
     same_as_one_process(rank, (3, 2), fsdp1)
 
 
+def fsdp_shared_prompts(rank: int) -> None:
+    """Ranks differ in their numbers of prompts, in the micro-batches after each, and in what comes first."""
+    shapes = [[(1, [2, 2, 1]), (9, [5, 3, 7])], [(6, [4, 2, 3, 1, 2]), (8, [2, 2, 5]), (1, [3, 1])]]
+    single = make("llama", num_hidden_layers=1).double()
+    start = {n: p.detach().clone() for n, p in single.named_parameters()}
+    for other in range(WORLD):
+        step = collate(groups_of(*shapes[other], seed=other))
+        logps, offsets, _ = forward_parts(step.parts, SharedPromptForward(single))
+        (preference_loss(logps, offsets, step.groups, OBJECTIVE, ref_logps(step)).loss / WORLD).backward()
+    for wrap, options in itertools.product((units, fsdp1), ({}, {"process_group": dist.group.WORLD})):
+        bare = make("llama", num_hidden_layers=1).double()
+        wrapped = wrap(bare)
+        step = collate(groups_of(*shapes[rank], seed=rank), max_sequences=2, share_prompt=True, prompts_together=False)
+        assert sum(isinstance(part, SharedPrompt) for part in step.parts) == 1 + rank
+        forward = SharedPromptForward(wrapped)
+        group_backward(step.parts, forward, step.groups, OBJECTIVE, ref_logps(step), **options)
+        torch.optim.SGD(wrapped.parameters(), lr=1.0).step()
+        largest = max(float(p.grad.abs().max()) for p in single.parameters())
+        for name, found in named(wrapped).items():
+            expected = start[name] - single.get_parameter(name).grad
+            # Norms and rotary tables of Llama round to float32 in any model.
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-7 * largest, msg=lambda m, n=name: f"{n}: {m}")
+
+
 # ------------------------------------------------------------------------------------------------- adapters under FSDP2
 
 
@@ -254,21 +280,6 @@ def one_pass_is_refused_under_fsdp(rank: int) -> None:
     raises("parameters must be None", sharded, *data_of(rank, 2, 0), parameters=[*sharded.parameters()])
 
 
-def shared_prompts_are_refused_under_fsdp(rank: int) -> None:
-    """On every rank, also if one alone has them, and before anything runs; however the wrapper becomes known."""
-    shapes = [(9, [5, 3])] if rank == 0 else [(1, [2, 4])]
-    step = collate(groups_of(*shapes), share_prompt=True)
-    assert isinstance(step.parts[0], SharedPrompt) == (rank == 0)
-    arguments = step.groups, OBJECTIVE, ref_logps(step)
-    for wrap, name in ((units, "FSDP2"), (fsdp1, "FullyShardedDataParallel")):
-        wrapped = wrap(make("llama", num_hidden_layers=1))
-        message = f"micro_batches must not share a prompt under {name}; got a SharedPrompt"
-        for options in ({}, {"model": wrapped}, {"process_group": dist.group.WORLD}):
-            with pytest.raises(ValueError, match=f"^{message}"):
-                group_backward(step.parts, SharedPromptForward(wrapped), *arguments, **options)
-        assert all(p.grad is None for p in wrapped.parameters())
-
-
 def an_error_of_one_rank_is_one_of_all(rank: int) -> None:
     ddp = DistributedDataParallel(make("llama", num_hidden_layers=1))
     batches, groups, ref_logps = data_of(rank, 2, 0)
@@ -321,6 +332,43 @@ def a_micro_batch_without_live_tokens(rank: int) -> None:
     found.sum().backward()
     for parameter, expected in zip(ddp.parameters(), model.parameters()):
         torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- the reference
+
+
+def references_are_scored_in_parts(rank: int) -> None:
+    """Each row by one rank, all ranks equally often; a lost file is scored again, and an error of one is one of all."""
+    model, seen = nn.Linear(1, 1), []
+    place = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(place)
+
+    def score(model: nn.Module, rows: list[float]) -> Tensor:
+        seen.append(rows)
+        return torch.tensor([2.0 * row for row in rows])
+
+    def reference(rows: list[float]) -> Tensor:
+        seen.clear()
+        for parameter in model.parameters():
+            nn.init.ones_(parameter)
+        return reference_logps(model, rows, place[0], score=score, chunk_size=2, spread=True)
+
+    rows = [float(i) for i in range(9)]  # five chunks
+    assert reference(rows).tolist() == [2 * row for row in rows]
+    assert seen == ([rows[0:2], rows[4:6], rows[8:]] if rank == 0 else [rows[2:4], rows[6:8], []])
+    assert reference(rows).tolist() == [2 * row for row in rows] and seen == []
+    dist.barrier()
+    if rank == 0:
+        next(Path(place[0]).glob("ref-*/000003.pt")).unlink()
+    dist.barrier()
+    assert reference(rows).tolist() == [2 * row for row in rows]
+    assert seen == ([rows[6:8]] if rank == 0 else [[]])
+    message = "row 8 has nan" if rank == 0 else "scoring stops on every rank"
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        reference([*rows[:8], math.nan])
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(place[0])
 
 
 # --------------------------------------------------------------------------------------------------- tensor parallelism
@@ -429,14 +477,15 @@ CASES: list[Callable[[int], None]] = [
     ddp_shared_prompt,
     fsdp2_counts_differ,
     fsdp1_counts_differ,
+    fsdp_shared_prompts,
     reference_by_disable_adapter,
     reference_by_the_models_own_logits,
     reference_of_the_trainers,
     one_pass_is_refused_under_fsdp,
-    shared_prompts_are_refused_under_fsdp,
     an_error_of_one_rank_is_one_of_all,
     a_bare_model_waits_for_nobody,
     a_micro_batch_without_live_tokens,
+    references_are_scored_in_parts,
     a_sharded_model_is_no_trainers,
     a_model_sharded_by_transformers,
     zero_1,

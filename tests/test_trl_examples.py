@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.commands.config.config_args import ClusterConfig
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -70,3 +74,16 @@ def test_the_task_is_what_it_says(example: Any) -> None:
             )
     assert not {group["prompt"] for group in training} & {group["prompt"] for group in held_out}
     assert task.make_tokenizer()("47:135")["input_ids"] == [task.SYMBOLS.index(symbol) for symbol in "47:135"]
+
+
+def test_distributed(tmp_path: Path) -> None:
+    """On two processes, as from a fresh clone. Every file for GPUs is one that accelerate reads."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += [str(EXAMPLES / "distributed" / "train.py"), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "2 processes, prompts shared: True, reward accuracy " in done.stdout
+    assert float(done.stdout.split()[-1]) > 0.9 and (tmp_path / "model" / "model.safetensors").exists()
+    for name in ("ddp", "fsdp2", "zero2", "zero3"):
+        config = ClusterConfig.from_yaml_file(str(EXAMPLES / "distributed" / f"{name}.yaml"))
+        assert config.num_processes == 8 and config.mixed_precision == "bf16"

@@ -2,8 +2,9 @@
 
 A wrapper reduces gradients by collectives that every rank must join: DistributedDataParallel once for each backward
 outside no_sync, FSDP and ZeRO in each forward and each backward. Ranks whose groups differ in size differ in their
-number of micro-batches. So before the first micro-batch runs, one all-reduce agrees on that number, and after pass 1
-another one says whether a rank has failed: then all raise, before any gradient is written.
+number of micro-batches and of shared prompts. So before the first micro-batch runs, one all-reduce (with prompts, two)
+agrees on these numbers, and after pass 1 another one says whether a rank has failed: then all raise, before any
+gradient is written.
 
 Wrappers are found in `model` or, where none is given, by a hook on the first modules that `forward` calls, which runs
 before the wrapper's own forward and so before its first collective. Without a wrapper, without a process group and
@@ -42,12 +43,6 @@ def is_dtensor(x: Tensor) -> bool:
     return "torch.distributed.tensor" in sys.modules and isinstance(x, torch.distributed.tensor.DTensor)
 
 
-def device_of(group: Any) -> torch.device:
-    """The device of tensors that the collectives of a process group take; None means the default group."""
-    on_gpu = "nccl" in torch.distributed.get_backend(group)
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-
 def reshard(model: nn.Module) -> None:
     """Returns every unit of FSDP2 to its shards, and gives these the requires_grad of the gathered parameters.
 
@@ -66,10 +61,43 @@ def reshard(model: nn.Module) -> None:
             parameter.requires_grad_(wanted[name])
 
 
+def shards(model: nn.Module) -> bool:
+    """Whether each forward and each backward of the model may be a collective call: it has a wrapper other than DDP, or
+    its parameters are ZeRO-3's."""
+    if any(kind_of(m) not in (None, DDP) for m in model.modules()):
+        return True
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def device_of(group: Any) -> torch.device:
+    """The device of tensors that the collectives of a process group take; None means the default group."""
+    on_gpu = "nccl" in torch.distributed.get_backend(group)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def maxima(values: list[int], groups: Sequence[Any] = (None,)) -> list[int]:
+    """The maximum of each number over the ranks of these process groups, one after the other; None means all ranks.
+    A collective call; lists of different lengths are `joint`'s."""
+    joined = torch.tensor(values, dtype=torch.int64, device=device_of(groups[0]))
+    for group in groups:
+        torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX, group)
+    return joined.tolist()
+
+
+def joint(calls: list[int], groups: Sequence[Any] = (None,)) -> list[int]:
+    """The shortest list of calls that holds those of every rank: two collective calls.
+
+    A list begins with the number of forwards and backwards before the first shared prompt, and has one number more for
+    each prompt: its own and those that follow it. A prompt begins with a forward alone.
+    """
+    (length,) = maxima([len(calls)], groups)
+    return maxima(calls + [0] * (length - len(calls)), groups)
+
+
 class Ranks:
     """The other ranks, as one call of group_backward sees them.
 
-    count, shares: functions that give the number of this rank's micro-batches, and whether some share a prompt.
+    count, calls: functions that give the number of this rank's micro-batches, and its list of calls as in `joint`.
     strategy: its index among the strategies of group_backward. own_sync: whether the caller's own no_sync decides which
     backward synchronises. spanned: the process groups whose ranks hold parts of the same preference groups; they agree
     unless process_group or a wrapper says which ranks do. apart: whether no forward is a collective call of theirs.
@@ -79,14 +107,14 @@ class Ranks:
         self,
         process_group: Any,
         count: Callable[[], int],
-        shares: Callable[[], bool],
+        calls: Callable[[], list[int]],
         strategy: int,
         one_pass: bool,
         own_sync: bool,
         spanned: Sequence[Any] = (),
         apart: bool = False,
     ) -> None:
-        self.count, self.shares, self.strategy = count, shares, strategy
+        self.count, self.calls, self.strategy = count, calls, strategy
         self.one_pass, self.own_sync = one_pass, own_sync
         self.wrappers: list[nn.Module] = []
         self.again = False  # whether pass 2 has begun
@@ -96,8 +124,9 @@ class Ranks:
         self._known = bool(self._groups)  # whether it is known which ranks must agree
         self._settled = process_group is not None  # whether the caller or a wrapper says so
         self._apart = apart
-        self._own = self._most = 0
-        self._shares: bool | None = None  # None until a wrapper is known under which it matters
+        self._own = 0
+        self._own_calls: list[int] | None = None  # None until it is known that forwards may be collective calls
+        self._all_calls: list[int] | None = None  # of all ranks, once agreed
         self._met = self._last = self._in_forward = False
         self._open: contextlib.ExitStack | None = None  # contexts of the micro-batch that runs
 
@@ -110,8 +139,8 @@ class Ranks:
         self.meet(error)
 
     def meet(self, error: Exception | None = None) -> None:
-        """Raises on every rank if one brings an error, if their strategies differ, if one has no micro-batch, or if one
-        shares prompts where each forward is a collective call."""
+        """Raises on every rank if one brings an error, if their strategies differ, or if one has no micro-batch. Where
+        forwards may be collective calls it agrees on their number and order."""
         if not self._known:
             if error is not None:
                 raise error
@@ -119,13 +148,14 @@ class Ranks:
         if error is None:
             try:
                 self._own = self._own if self._met else self.count()
-                if self._shares is None and self._sharded is not None:
-                    self._shares = self.shares()
+                if self._own_calls is None and self.counted:
+                    self._own_calls = self.calls()
             except Exception as raised:  # the caller's iterable may raise anything, and the other ranks must know
                 error = raised
         self._met = True
-        own = [self._own, -self._own, int(error is not None), self.strategy, -self.strategy, int(bool(self._shares))]
-        most, least, failed, high, low, shares = self._maximum(own)
+        calls = self._own_calls or [0]
+        own = [self._own, -self._own, int(error is not None), self.strategy, -self.strategy, calls[0], len(calls)]
+        most, least, failed, high, low, before, length = maxima(own, self._groups)
         if error is not None:
             raise error
         if failed:
@@ -135,20 +165,12 @@ class Ranks:
             )
         if high != -low:
             raise ValueError("strategy must be the same on every rank; got different ones")
-        if shares:  # the forward of a prompt would be one more collective call, which other ranks do not make
-            raise ValueError(f"micro_batches must not share a prompt under {self._sharded}; got a SharedPrompt")
         if least == 0:
             raise ValueError(
                 f"micro_batches must hold at least one on every rank; got from 0 to {most}, {self._own} here"
             )
-        self._most = most
-
-    def _maximum(self, values: list[int]) -> list[int]:
-        """The maximum of each value over the ranks."""
-        joined = torch.tensor(values, dtype=torch.int64, device=device_of(self._groups[0]))
-        for group in self._groups:
-            torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX, group)
-        return joined.tolist()
+        if self._all_calls is None and self._own_calls is not None:
+            self._all_calls = [before] if length == 1 else joint(calls, self._groups)
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -190,19 +212,39 @@ class Ranks:
         return bool(self.wrappers) and all(kind_of(w) == DDP for w in self.wrappers)
 
     @property
+    def counted(self) -> bool:
+        """Whether forwards are collective calls, or may be: each rank must then make equally many, in one order."""
+        return self._settled and not self._only_ddp
+
+    @property
     def forwards_apart(self) -> bool:
-        """Whether it is known that no forward and no backward is a collective call."""
+        """Whether no forward and no backward is a collective call of the ranks that groups span, nor of a wrapper so
+        far."""
         return self._apart and not self._settled
 
     @property
-    def _sharded(self) -> str | None:
-        """The kind of a wrapper whose forwards are collective calls; None where there is none."""
-        return next((kind for kind in map(kind_of, self.wrappers) if kind != DDP), None)
+    def free(self) -> bool:
+        """Whether it is known that forwards are no collective calls."""
+        return self._only_ddp or not _distributed()
 
     @property
-    def missing(self) -> int:
-        """How many micro-batches fewer than another rank this one has, where each of them is a collective."""
-        return self._most - self._own if self._settled and not self._only_ddp else 0
+    def all_calls(self) -> int:
+        """The number of forwards with a backward that every rank makes, where calls are counted."""
+        return sum(self._all_calls or ())
+
+    def missing(self, section: int | None = None) -> int:
+        """How many calls fewer than other ranks this one makes: after the prompt of this number (0: before the first),
+        or in all."""
+        if not self.counted or self._all_calls is None or self._own_calls is None:
+            return 0
+        if section is None:
+            return self.all_calls - sum(self._own_calls)
+        return self._all_calls[section] - (self._own_calls[section] if section < len(self._own_calls) else 0)
+
+    @property
+    def sections(self) -> int:
+        """One more than the most prompts of a rank."""
+        return len(self._all_calls or ())
 
     # -------------------------------------------------------------------------------------------------------- wrappers
 
@@ -225,8 +267,7 @@ class Ranks:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """A context that finds the wrappers that a forward calls, and agrees with the other ranks before they run."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self.wrappers or not distributed:
+        if self.wrappers or not _distributed():
             yield
             return
         first: list[nn.Module] = []
@@ -242,7 +283,7 @@ class Ranks:
                 if self.wrappers:
                     if self.again and not self._only_ddp:
                         raise ValueError("model must be given where pass 1 does not run the wrapper that pass 2 runs")
-                    if not self._met or (self._shares is None and self._sharded is not None):
+                    if not self._met:
                         self.meet()
                     hook.remove()  # after an error it stays, and raises it wherever a forward is tried again
                     for wrapper in self.wrappers:
@@ -294,6 +335,10 @@ def _boundary(engine: Any, last: bool) -> Iterator[None]:
         yield
     finally:
         engine._is_gradient_accumulation_boundary = before  # None restores the engine's own count
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _group_of(wrapper: Any) -> Any:

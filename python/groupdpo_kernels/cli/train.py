@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def train(
     for name, flag in {"model": "--model", "data": "--data", "output_dir": "--out"}.items():
         if name not in settings:
             raise ValueError(f"{flag} must be given, or {name} in the config file")
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    first = int(os.environ.get("RANK", 0)) == 0  # of the ranks that torchrun or accelerate launch started
+    console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=not first)
     with bar(console) as progress:
         task = progress.add_task("training", total=None)
 

@@ -9,8 +9,12 @@
 The steps are those of `trainers.GroupDPOTrainer`, a transformers.Trainer, whose checkpoints, schedules, adapters and
 mixed precision another loop would have to repeat.
 
+Under `torchrun` or `accelerate launch` all ranks run the same settings; the first one writes the report and speaks.
+FSDP and DeepSpeed are those of `accelerate launch`, or of `fsdp` and `deepspeed` among the options of training.
+
 A run never trains on other data, settings or weights than those that the folder was begun with, or shows a half-written
-model under its name. It needs one process a folder. The cost is the trainer's, and a hash of weights and data.
+model under its name. It needs one run a folder, on a disk that all ranks see. The cost is the trainer's, and a hash of
+weights and data.
 """
 
 from __future__ import annotations
@@ -151,12 +155,16 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str
     Raises ValueError, TypeError or OSError before the first step for whatever is wrong with the settings, the data,
     the model or the folder.
     """
+    from ..trainers.engines import engine_asked, not_sharded_by_transformers
+
     listener = listener or Listener()
     one_of("device", settings.device, ("auto", "cpu", "cuda"))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"train runs in one process; got WORLD_SIZE={os.environ['WORLD_SIZE']}: take GroupDPOTrainer")
-    if settings.device != "cpu" and torch.cuda.device_count() > 1:
-        raise ValueError(f"train takes one GPU; torch finds {torch.cuda.device_count()}: set CUDA_VISIBLE_DEVICES")
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if alone and settings.device != "cpu" and torch.cuda.device_count() > 1:
+        raise ValueError(
+            f"train takes one GPU a process; torch finds {torch.cuda.device_count()}: start it with accelerate launch,"
+            " or set CUDA_VISIBLE_DEVICES"
+        )
     objective = make_objective(settings.objective)
     folder, data = Path(settings.output_dir), {"train": existing("data", Path(settings.data))}
     if settings.eval_data is not None:
@@ -168,7 +176,10 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str
             raise ValueError(f"{data[name]} must hold at least one row; it is empty")
     tokenizer = load_tokenizer(settings.model if settings.tokenizer is None else settings.tokenizer)
     token_hash = tokenizer_digest(tokenizer)
-    model = load_model(settings.model, settings.dtype, device_of(settings.device), config.seed)
+    # An engine takes the whole model, and shards it when training begins.
+    device = torch.device("cpu") if engine_asked(config) else config.device if not alone else device_of(settings.device)
+    with not_sharded_by_transformers():
+        model = load_model(settings.model, settings.dtype, device, config.seed)
     check_fit(model, tokenizer)
     identity = {
         "model": digest([description(model), tensor_digests(model)]),
@@ -181,7 +192,12 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str
         return done
     with _wider_log(listener):
         trainer = _make_trainer(model, config, objective, settings, rows, tokenizer, listener)
-    write_json(folder / "run.json", identity)  # last, so that a refused run does not claim the folder
+    ranks = trainer.accelerator
+    ranks.wait_for_everyone()  # every rank has looked at what the folder holds
+    if ranks.is_main_process:
+        write_json(folder / "run.json", identity)  # last, so that a refused run does not claim the folder
+        _remove_incomplete(folder)
+    ranks.wait_for_everyone()
     for name in data:
         listener.note(f"{data[name]}: {trainer.report[name]}")
     checkpoint = _last_whole(folder)
@@ -194,8 +210,10 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str
     _save_model(trainer, folder / "model")
     report = _report(trainer, identity, began, checkpoint)
     title = f"{objective.loss}, {report['steps']} steps of {report['groups_per_step']} groups, {settings.model}"
-    draw(report["history"], folder / "curves.png", title)
-    write_json(folder / "report.json", report)
+    if ranks.is_main_process:
+        draw(report["history"], folder / "curves.png", title)
+        write_json(folder / "report.json", report)
+    ranks.wait_for_everyone()
     return report
 
 
@@ -249,7 +267,10 @@ def _make_trainer(
             listener.step(state.global_step, state.max_steps, dict(logs or {}))
 
         def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "whole", {"step": state.global_step})
+            args.distributed_state.wait_for_everyone()  # each rank has written its part
+            if args.should_save:
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                write_json(folder / "whole", {"step": state.global_step})
 
     adapter = None
     if settings.lora is not None:
@@ -330,26 +351,34 @@ def _changes(was: Any, now: Any, name: str = "") -> Iterator[str]:
         yield f"{name} was {was!r} and is {now!r}"
 
 
-def _last_whole(folder: Path) -> Path | None:
-    """The newest complete checkpoint. Incomplete ones are removed, as they would count among those that are kept."""
-    found = []
+def _remove_incomplete(folder: Path) -> None:
+    """Removes checkpoints that are not complete: they would count among those that are kept."""
     for path in folder.glob("checkpoint-*"):
-        if (path / "whole").exists():
-            found.append(path)
-        else:
+        if not (path / "whole").exists():
             shutil.rmtree(path)
+
+
+def _last_whole(folder: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "whole").exists()]
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def _save_model(trainer: Any, place: Path) -> None:
-    beside = place.with_name(f".{place.name}.tmp")
-    for path in (beside, place):
-        shutil.rmtree(path, ignore_errors=True)
+    beside, ranks = place.with_name(f".{place.name}.tmp"), trainer.accelerator
+    if ranks.is_main_process:
+        for path in (beside, place):
+            shutil.rmtree(path, ignore_errors=True)
+    ranks.wait_for_everyone()
     trainer.save_model(str(beside))
-    os.replace(beside, place)
+    ranks.wait_for_everyone()
+    if ranks.is_main_process:
+        os.replace(beside, place)
 
 
 def _report(trainer: Any, identity: dict[str, Any], began: float, checkpoint: Path | None) -> dict[str, Any]:
+    from ..trainers.engines import size_of
+
     history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
     parameters = list(trainer.model.parameters())
     curve = [row for row in history if "loss" in row]
@@ -357,9 +386,11 @@ def _report(trainer: Any, identity: dict[str, Any], began: float, checkpoint: Pa
     names = [name for name, value in curve[-1].items() if isinstance(value, (int, float)) and name != "step"]
     report = {
         "steps": trainer.state.global_step,
-        "groups_per_step": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "groups_per_step": trainer.args.train_batch_size
+        * trainer.args.gradient_accumulation_steps
+        * trainer.args.world_size,
+        "parameters": sum(map(size_of, parameters)),
+        "trainable_parameters": sum(size_of(p) for p in parameters if p.requires_grad),
         "device": str(trainer.args.device),
         "seconds": round(time.time() - began, 2),
         "resumed_from": None if checkpoint is None else checkpoint.name,

@@ -11,7 +11,7 @@ from .batches import (
     Prompts,
     TokenGroup,
     collate,
-    empty_micro_batch,
+    empty_part,
     tokenize_groups,
 )
 from .formats import FORMATS, BadRow, Group, Report
@@ -29,7 +29,7 @@ __all__ = [
     "TokenGroup",
     "best_vs_rest",
     "collate",
-    "empty_micro_batch",
+    "empty_part",
     "margin",
     "merge_prompts",
     "ranks",

@@ -369,9 +369,13 @@ class PreferenceBatch:
 
     @property
     def computed_tokens(self) -> int:
-        """The number of positions that a forward of all parts computes, with padding, without empty micro-batches."""
-        prompts = [part.prompt for part in self.parts if isinstance(part, SharedPrompt)]
+        """The number of positions that a forward of all parts computes, with padding, without empty parts."""
         rows = [mb for mb in self.micro_batches if len(mb.live_index)]
+        prompts = [
+            part.prompt
+            for part in self.parts
+            if isinstance(part, SharedPrompt) and any(len(mb.live_index) for mb in part.micro_batches)
+        ]
         return sum(x.input_ids.numel() for x in (*prompts, *rows))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
@@ -451,14 +455,17 @@ def collate(
     )
 
 
-def empty_micro_batch(like: MicroBatch) -> MicroBatch:
-    """A micro-batch of two tokens that scores nothing, with the inputs that `like` has, on its device."""
-    ids = like.input_ids.new_ones(1, 2)
-    inputs = {
-        name: torch.arange(2, device=x.device)[None].to(x.dtype) if name == "position_ids" else x.new_ones(1, 2)
-        for name, x in like.inputs.items()
-    }
-    return MicroBatch(ids, torch.full_like(ids, -100), inputs, like.cu_seqlens[:1], like.live_index[:0])
+def empty_part(device: torch.device | str, with_prompt: bool = False) -> MicroBatch | SharedPrompt:
+    """A micro-batch of two tokens that scores nothing, or one after a prompt of one token: a part of a step for a rank
+    that must run a forward where it has nothing left."""
+    ids = torch.ones(1, 2, dtype=torch.long, device=device)
+    targets, none = torch.full_like(ids, -100), ids[0, :0]
+    offsets = torch.zeros(1, dtype=torch.int32, device=device)
+    if not with_prompt:
+        return MicroBatch(ids, targets, {"attention_mask": ids}, offsets, none)
+    first = torch.zeros_like(ids[:, :1])
+    places = {"position_ids": torch.arange(1, 3, device=device)[None]}
+    return SharedPrompt(Prompts(ids[:, :1], {"position_ids": first}), [MicroBatch(ids, targets, places, offsets, none)])
 
 
 def micro_batches(

@@ -116,9 +116,9 @@ def _set(model: Any, names: list[str]) -> None:
         layer.set_adapter(chosen)
 
 
-def save_adapter(model: Any, folder: str) -> None:
+def save_adapter(model: Any, folder: str, state_dict: Any = None) -> None:
     """Writes the active adapter of a transformers model into `folder` in PEFT's format; several active adapters go into
-    folders of their names in there."""
+    folders of their names in there. state_dict: whole weights, where the model holds shards; None takes the model's."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -126,7 +126,7 @@ def save_adapter(model: Any, folder: str) -> None:
     for name in active:
         place = folder if len(active) == 1 else os.path.join(folder, name)
         os.makedirs(place, exist_ok=True)
-        found = get_peft_model_state_dict(model, adapter_name=name)
+        found = get_peft_model_state_dict(model, state_dict=state_dict or None, adapter_name=name)
         tensors = {f"base_model.model.{key}": x.detach().cpu().contiguous() for key, x in found.items()}
         save_file(tensors, os.path.join(place, "adapter_model.safetensors"), metadata={"format": "pt"})
         model.peft_config[name].save_pretrained(place)

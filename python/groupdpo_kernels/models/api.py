@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..distributed import is_dtensor, reshard
+from ..distributed import is_dtensor, reshard, shards
 from .adapters import why_not_scored
 from .head_call import HeadCall, LogitMap, ScoreOptions, Tie, leaf_of, logps_in_chunks
 from .layouts import check_packed, why_not_shared
@@ -122,11 +122,14 @@ class SharedPromptForward:
         step = collate(groups, max_sequences=4, share_prompt=True)
         result = group_backward(step.parts, SharedPromptForward(model), step.groups, objective, ref_logps)
 
-    The options are those of `attach`.
+    The options are those of `attach`. All ranks of a sharded model must make it at the same time: whether the model can
+    share a prompt is then measured, by forwards of a few tokens, once.
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         self.score = attach(model, **options)
+        if shards(model):
+            why_not_shared(model, 0)
 
     def prefix(self, prompts: Any) -> Prefix:
         return self.score.prefix(prompts.input_ids, **prompts.inputs)
@@ -225,8 +228,13 @@ class AttachedModel:
             raise ValueError(f"model must be one that can share a prompt; {why}")
         cache = prefix_cache()
         targets = torch.full_like(input_ids, self.options.ignore_index)
-        outputs = self._with_cache(cache, input_ids, targets, inputs).outputs
-        return cache.take(), outputs
+        token_logps, outputs = self._with_cache(cache, input_ids, targets, inputs)
+        prefix = cache.take()
+        if token_logps.requires_grad and shards(self.model):
+            # The gradient enters at keys and values, below the outputs whose hooks gather the weights of each layer.
+            at = max(i for i, x in enumerate(prefix) if x is not None)
+            prefix = (*prefix[:at], Tie.apply(prefix[at], token_logps), *prefix[at + 1 :])
+        return prefix, outputs
 
     def _with_cache(
         self,

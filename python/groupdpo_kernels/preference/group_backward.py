@@ -15,7 +15,8 @@ sequences; forward is then an object with two methods, prefix(prompt) and rows(m
 forward once for all of its micro-batches: in two_pass once a pass, or once in all if the step has nothing else. They
 add their gradients at leaves of the prefix's tensors (keys and values), and one backward takes the sum through the
 prompt, together with that of the last micro-batch. Only one prompt's graph is alive at a time, but for one_pass, which
-keeps all until the loss is known.
+keeps all until the loss is known. Where FSDP or DeepSpeed shards the model, a forward with a graph must be followed by
+its backward, so that a prompt of pass 2 runs without a graph for its micro-batches, and with one after them.
 
 Both give the gradient of the whole group, dropout included: two_pass saves the random state of each micro-batch and
 replays it. Gradients are of first order only. distributed.py describes several processes.
@@ -58,7 +59,11 @@ class SharedForward(Protocol):
     """A forward in two parts, for micro-batches that share a prompt."""
 
     def prefix(self, prompt: Any) -> Sequence[Tensor | None]:
-        """All that the rows read of the prompt, as tensors: what does not pass through them gets no gradient."""
+        """All that the rows read of the prompt, as tensors: what does not pass through them gets no gradient.
+
+        Where the model is sharded, one of them must lead through the model's outputs, whose hooks gather the weights
+        for the backward: `attach(model).prefix` sees to it.
+        """
 
     def rows(self, micro_batch: Any, prefix: Sequence[Tensor | None]) -> Sequence[Tensor]:
         """What a forward without a shared prompt returns; `prefix` is empty for a micro-batch without one."""
@@ -110,8 +115,9 @@ def group_backward(
 
     With several processes, every rank calls group_backward with groups of its own. Wrappers average the gradient over
     ranks, so it is that of one process with all groups where ranks have equally many (else pass scale = ranks * own
-    groups / all groups). Under FSDP and DeepSpeed each micro-batch is a collective call, so a rank with fewer of them
-    runs its smallest one again with weight zero. one_pass and shared prompts work with DistributedDataParallel alone.
+    groups / all groups). Under FSDP and DeepSpeed each micro-batch and each prompt is a collective call, so a rank with
+    fewer of them runs its smallest one again with weight zero. Prompts run there once more, without a graph, before
+    their micro-batches of pass 2. one_pass works with DistributedDataParallel alone.
 
     Where `groups` themselves span ranks, micro-batches hold this rank's responses, or its tokens of each. Ranks
     exchange S numbers between the passes, and the average of their gradients is that of one process, however many
@@ -122,18 +128,17 @@ def group_backward(
 
     Raises ValueError or TypeError for what preference_loss refuses, for micro-batches that cannot be iterated twice or
     do not hold the sequences of groups, for a forward that returns something else or, with a SharedPrompt, lacks its
-    two methods or runs under FSDP or DeepSpeed, for reentrant checkpoints with
-    `parameters`, for parameters or one_pass where FSDP or DeepSpeed shards, for ranks with different strategies. Before
-    pass 2 an error of one rank is raised on all (under FSDP and ZeRO-3 not if forward itself raised it); where groups
-    span ranks by a process_group alone and nothing wraps the model, in pass 2 too. It warns if pass 2 does not repeat
-    pass 1, on all ranks that groups span.
+    two methods, for reentrant checkpoints with `parameters`, for parameters or one_pass where FSDP or DeepSpeed shards,
+    for ranks with different strategies. Before pass 2 an error of one rank is raised on all (under FSDP and ZeRO-3 not
+    if forward itself raised it); where groups span ranks by a process_group alone and nothing wraps the model, in pass
+    2 too. It warns if pass 2 does not repeat pass 1, on all ranks that groups span.
     """
     names = list(STRATEGIES)
     at = names.index(strategy) if strategy in names else -1
     ranks = Ranks(
         process_group,
         lambda: _count(micro_batches),
-        lambda: any(isinstance(item, SharedPrompt) and item.prompt is not None for item in micro_batches),
+        lambda: calls_of(micro_batches),
         at,
         strategy == "one_pass",
         no_sync is not None,
@@ -170,6 +175,19 @@ def _check(strategy: str, micro_batches: Any, scale: float | Tensor, leaves: lis
 
 def _count(micro_batches: Any) -> int:
     return len(micro_batches) if isinstance(micro_batches, Sized) else sum(1 for _ in micro_batches)
+
+
+def calls_of(parts: Iterable[Any]) -> list[int]:
+    """The calls of micro-batches and SharedPrompts, forward and backward: how many before the first prompt, from it on,
+    from the second on, and so forth. Each micro-batch is one, and each prompt another one for its own backward.
+    """
+    calls = [0]
+    for item in parts:
+        part = item if isinstance(item, SharedPrompt) else SharedPrompt(None, [item])
+        if part.prompt is not None:
+            calls.append(1)
+        calls[-1] += len(part.micro_batches)
+    return calls
 
 
 def forward_parts(
@@ -255,16 +273,31 @@ class _Run(NamedTuple):
 
 
 class _Prefix:
-    """The tensors of a shared prompt, and leaves of the same values, at which its micro-batches add their gradients."""
+    """The tensors of a shared prompt, and leaves of the same values, at which its micro-batches add their gradients.
 
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+    without_graph: the tensors come without their graph, which `again` brings.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], without_graph: bool = False) -> None:
         self.tensors = tensors
-        copies = {x: x.detach().requires_grad_() for x in tensors if x is not None and x.requires_grad}
+        trains = [x for x in tensors if x is not None and (x.is_floating_point() if without_graph else x.requires_grad)]
+        copies = {x: x.detach().requires_grad_() for x in trains}
         self.roots, self.leaves = [*copies], [*copies.values()]
         self.detached = [None if x is None else copies.get(x, x) for x in tensors]
 
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         return [(x, leaf.grad) for x, leaf in zip(self.roots, self.leaves) if leaf.grad is not None]
+
+    def again(self, tensors: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+        """The same tensors with their graph, each with its gradient."""
+        if len(tensors) != len(self.tensors):
+            raise ValueError(
+                f"forward.prefix must give the same tensors when called again; got {len(self.tensors)}, and then"
+                f" {len(tensors)}"
+            )
+        pairs = {x: leaf for x, leaf in zip(tensors, self.detached) if x is not None and leaf is not None}
+        trains = {x: leaf.grad for x, leaf in pairs.items() if x.requires_grad}
+        return [(x, torch.zeros_like(x) if gradient is None else gradient) for x, gradient in trains.items()]
 
 
 @dataclass(frozen=True)
@@ -309,6 +342,18 @@ class _Step:
         with self.ranks.watching() if at == 0 else contextlib.nullcontext():
             outputs = self.ranks.call(functools.partial(_rows, self.forward, prefix), micro_batch)
         return _checked_run(outputs, at)
+
+    def run_for_others(self, smallest: SharedPrompt) -> list[Tensor]:
+        """Runs a prompt, or the one micro-batch without a prompt, as another rank runs one; returns what requires grad.
+
+        A rank that has nothing left to run does this where each forward is a collective call.
+        """
+        if smallest.prompt is not None:
+            found = _checked_prefix(self.ranks.call(self.forward.prefix, smallest.prompt))
+        else:
+            run = self.run(smallest.micro_batches[0], -1)
+            found = (run.token_logps, run.auxiliary)
+        return [x for x in found if x is not None and x.requires_grad]
 
     def check_copies(self, leaves: list[Tensor], of_prompts: int) -> None:
         """ValueError unless the S gradients of the leaves, and `of_prompts` bytes of gradients of shared prompts, fit
@@ -370,6 +415,7 @@ class _FirstPass:
     """Runs every micro-batch without a graph, and keeps what the second pass needs to repeat it.
 
     A prompt that is the only one runs once for both passes: the second would have its graph alive all the time anyway.
+    Where forwards may be collective calls it does not, since no graph may be alive there while others run.
     """
 
     def __init__(self, step: _Step) -> None:
@@ -378,7 +424,8 @@ class _FirstPass:
         self.tapes: list[LseTape] = []
         self.states: list[RandomState] = []  # before each micro-batch
         self.prompt_states: list[RandomState] = []  # before each part
-        self.smallest: Any = None  # the micro-batch of the fewest tokens
+        self.smallest: Any = None  # a SharedPrompt of what takes least to run by itself
+        self._sizes: list[tuple[bool, int]] = []
         self.prefix: _Prefix | None = None  # of the only prompt, with its graph
         self.with_graph = torch.is_grad_enabled()
 
@@ -387,45 +434,53 @@ class _FirstPass:
             for part, last in self.step.parts():
                 self.run(part, alone=last and not self.runs)
             self.after = RandomState()
-            for _ in range(self.step.ranks.missing):
-                self.step.run(self.smallest, len(self.runs))
+            for _ in range(self.step.ranks.missing()):
+                self.step.run_for_others(self.smallest)
         return self.runs
 
     def run(self, part: SharedPrompt, alone: bool) -> None:
         self.prompt_states.append(RandomState())
-        if alone and part.prompt is not None:
+        if alone and part.prompt is not None and self.step.ranks.free:
             with torch.set_grad_enabled(self.with_graph):
                 self.prefix = self.step.prefix_with_graph(part.prompt, 0)
         prefix = self.prefix.detached if self.prefix else self.step.prefix(part.prompt, len(self.runs))
+        if part.prompt is not None:
+            self._note(part, sum(x.numel() for x in prefix if x is not None))
         for micro_batch in part.micro_batches:
             self.states.append(RandomState())
             self.tapes.append(LseTape())
             with self.tapes[-1].record():
                 self.runs.append(self.step.run(micro_batch, len(self.runs), prefix))
-            if self.runs[-1].size[1] <= min(run.size[1] for run in self.runs):
-                self.smallest = micro_batch
+            if part.prompt is None:
+                self._note(SharedPrompt(None, [micro_batch]), self.runs[-1].size[1])
+
+    def _note(self, part: SharedPrompt, size: int) -> None:
+        """Notes what takes least: the micro-batch of the fewest tokens or, if all have prompts, the shortest prompt."""
+        self._sizes.append((part.prompt is not None, size))
+        if self._sizes[-1] == min(self._sizes):
+            self.smallest = part
 
 
 class _SecondPass:
-    """Runs every micro-batch again, with its graph, and each backward. No graph outlives `run`."""
+    """Runs every micro-batch again, with its graph, and each backward. No graph outlives `run`.
+
+    Where forwards are collective calls, a forward and its backward are never apart: a prompt runs without a graph for
+    its micro-batches, and once more, with its graph, after the last of them. What a rank has fewer than others it adds
+    before its next prompt, with gradients of zero.
+    """
 
     def __init__(self, step: _Step, first: _FirstPass, gradients: Sequence[Tensor]) -> None:
         self.step, self.first = step, first
         self.gradients = gradients  # of each micro-batch's token_logps
         self.seq_logps: list[Tensor] = []
-        self.parts = 0
+        self.parts = self.section = 0
+        self.calls = 0  # forwards with a backward so far, where these are counted
         self.reached = False  # whether a backward has run
 
     def run_all(self) -> None:
-        step, first = self.step, self.first
-        for part, last in step.parts():
+        for part, last in self.step.parts():
             self.run(part, last)
-        for left in reversed(range(step.ranks.missing if self.reached else 0)):
-            with step.sync(last=left == 0):
-                run = step.run(first.smallest, len(first.runs))
-                live = [(x, torch.zeros_like(x)) for x in (run.token_logps, run.auxiliary) if x is not None]
-                live = [(x, g) for x, g in live if x.requires_grad]
-                torch.autograd.backward([x for x, _ in live], [g for _, g in live], inputs=step.leaves)
+        self.finish()
 
     def incomplete(self) -> Exception | None:
         """The error of a pass that has run to its end, but did not see all micro-batches, or nothing that trains."""
@@ -437,16 +492,25 @@ class _SecondPass:
         step, first = self.step, self.first
         if self.parts == len(first.prompt_states) or len(self.seq_logps) == len(first.runs):
             raise ValueError(f"{_AGAIN}; there were {len(first.runs)}, and then more")
-        first.prompt_states[self.parts].restore()
+        again = part.prompt is not None and step.ranks.counted
+        if again:
+            self._complete_section()
+        before = first.prompt_states[self.parts]
+        before.restore()
         self.parts += 1
-        prefix = first.prefix or step.prefix_with_graph(part.prompt, len(self.seq_logps))
+        if again:
+            with torch.no_grad():
+                prefix = _Prefix(step.prefix(part.prompt, len(self.seq_logps)), without_graph=True)
+        else:
+            prefix = first.prefix or step.prefix_with_graph(part.prompt, len(self.seq_logps))
         for micro_batch, ends in _marking_last(part.micro_batches):
             at = len(self.seq_logps)
             if at == len(first.runs):
                 raise ValueError(f"{_AGAIN}; there were {at}, and then more")
+            ends = ends and not again
             torch.clear_autocast_cache()
             first.states[at].restore()
-            with step.sync(last=last and ends and step.ranks.missing == 0):
+            with self._sync(last and ends):
                 with first.tapes[at].replay():
                     run = step.run(micro_batch, at, prefix.tensors if ends else prefix.detached)
                 if run.size != first.runs[at].size:
@@ -454,6 +518,37 @@ class _SecondPass:
                     raise ValueError(f"{_AGAIN}; number {at} had {was}, and then {now}")
                 self.seq_logps.append(run.seq_logps.detach())
                 self._backward(run, self.gradients[at], prefix, ends)
+        if again:
+            before.restore()
+            torch.clear_autocast_cache()
+            with self._sync(last):
+                self._backward_through(prefix.again(step.prefix(part.prompt, len(self.seq_logps))))
+
+    def finish(self) -> None:
+        """Runs what other ranks have run more."""
+        ranks = self.step.ranks
+        if ranks.sections:
+            self._complete_section()
+        while self.section < ranks.sections:
+            with torch.no_grad():
+                self.step.run_for_others(self.first.smallest)
+            self._complete_section()
+
+    def _complete_section(self) -> None:
+        for _ in range(self.step.ranks.missing(self.section)):
+            with self._sync(False):
+                roots = self.step.run_for_others(self.first.smallest)
+                self._backward_through([(x, torch.zeros_like(x)) for x in roots])
+        self.section += 1
+
+    @contextlib.contextmanager
+    def _sync(self, last: bool) -> Iterator[None]:
+        """A context for a forward and its backward. last: whether it is the last one of this rank."""
+        self.calls += 1
+        if self.step.ranks.counted:
+            last = self.calls == self.step.ranks.all_calls
+        with self.step.sync(last):
+            yield
 
     def _backward(self, run: _Run, d_token_logps: Tensor, prefix: _Prefix, ends: bool) -> None:
         """Runs the backward of one micro-batch and, with the last one of a prompt, the prompt's own for all of them."""
@@ -461,13 +556,17 @@ class _SecondPass:
         if run.auxiliary is not None:
             upstream.append((run.auxiliary, torch.ones_like(run.auxiliary) * self.step.scale))
         live = [(x, g) for x, g in upstream if x.requires_grad] + (prefix.gradients() if ends else [])
+        self._backward_through(live, [] if ends else prefix.leaves)
+
+    def _backward_through(self, live: list[tuple[Tensor, Tensor]], more_leaves: Sequence[Tensor] = ()) -> None:
+        """Runs the backward of tensors with these gradients."""
         if not live:
             return
         inputs = self.step.leaves
         if inputs is not None and not self.reached:
             _check_reachable([x for x, _ in live])
-        if inputs is not None and not ends:
-            inputs = [*inputs, *prefix.leaves]
+        if inputs is not None:
+            inputs = [*inputs, *more_leaves]
         torch.autograd.backward([x for x, _ in live], [g for _, g in live], inputs=inputs)
         self.reached = True
 

@@ -15,7 +15,8 @@ directory. A stage that was interrupted starts again from its first step, but ke
 
 The module never changes the data, the trainer or the mode of a module, or unpickles anything but tensors and plain
 values. It needs a train that depends on its arguments, the seeded generators and `options` alone, and parts whose items
-are the same each time they are read. Under torch.distributed all ranks call, and each scores the whole part.
+are the same each time they are read. Under torch.distributed all ranks call, and each scores the whole part or, with
+spread=True, some chunks of it.
 The cost is a forward of the data, a hash of the data and one of the weights each stage; on disk the scores, and after
 each stage the tensors that differ from the model as given.
 """
@@ -171,10 +172,11 @@ def reference_logps(
     chunk_size: int = 64,
     options: Mapping[str, Any] | None = None,
     fingerprint: Callable[[nn.Module], Mapping[str, str]] = tensor_digests,
+    spread: bool = False,
 ) -> Tensor:  # (S, ...) on the CPU
     """Scores of a part under the model as it is, read from disk where they are. The arguments are `run_stages`'s."""
     _check_parts([part])
-    scorer = _Scorer(Path(directory), score, count, chunk_size, [options, description(model)])
+    scorer = _Scorer(Path(directory), score, count, chunk_size, [options, description(model)], spread)
     return scorer(model, part, _digest_rows(part), fingerprint(model), "part")
 
 
@@ -192,6 +194,7 @@ def run_stages(
     save: Callable[[nn.Module, Path], Any] | None = None,
     load: Callable[[nn.Module, Path], Any] | None = None,
     fingerprint: Callable[[nn.Module], Mapping[str, str]] = tensor_digests,
+    spread: bool = False,
 ) -> None:
     """Trains the model in place on one part after the other, and resumes where an earlier call with this directory was.
 
@@ -213,6 +216,8 @@ def run_stages(
             Under torch.distributed every rank calls them with the same path; other processes need other directories.
             None saves the changed tensors of the state dict in one file; sharded models need functions of their own.
         fingerprint: a function from the model to {name: hash of the weight}, for weights outside the state dict.
+        spread: whether ranks score different chunks, each once, instead of all chunks each. `score` is called equally
+            often on every rank, with no rows where a rank has none left: it must then give an empty tensor.
 
     Raises ValueError for no or empty parts, for scores of another length or not finite (naming the row and the value),
     and where `load` gives back other weights than `save` was given. Progress goes to the logger of this module.
@@ -222,7 +227,7 @@ def run_stages(
     parts = list(parts)
     _check_parts(parts)
     context = [options, description(model)]  # taken now, since trainers write into a model's config
-    scorer = _Scorer(Path(directory), score, count, chunk_size, context)
+    scorer = _Scorer(Path(directory), score, count, chunk_size, context, spread)
     rows = [_digest_rows(part) for part in parts]
     start, names = fingerprint(model), set(model.state_dict())
     # Stage k depends on the stages before it, not on those after it, so that parts may be added at the end.
@@ -291,10 +296,11 @@ class _Scorer:
         count: Callable[[Any], int] | None,
         chunk_size: int,
         context: list[Any],
+        spread: bool,
     ) -> None:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
-        self.directory, self.chunk_size, self.context = directory, chunk_size, context
+        self.directory, self.chunk_size, self.context, self.spread = directory, chunk_size, context, spread
         self.score = sequence_logps if score is None else score
         self.count = _num_sequences if score is None and count is None else count
         self.name = getattr(self.score, "__qualname__", type(self.score).__qualname__)
@@ -318,16 +324,41 @@ class _Scorer:
         if unusable:
             more = f" (and {len(unusable) - 1} more)" if unusable[1:] else ""
             warnings.warn(f"{unusable[0]}{more}: computed again", stacklevel=3)
-        # A forward may be a collective, so all ranks score the chunks that any of them lacks.
-        missing = sorted(set().union(*_gather(set(chunks) - set(found))))
+        held = _gather(set(found))
+        # A forward may be a collective: without `spread` all ranks score the chunks that any of them lacks.
+        lacking = set(chunks) - (set.union if self.spread else set.intersection)(*held)
+        missing, (ranks, rank) = sorted(lacking), _place() if self.spread else (1, 0)
         logger.info("%s: %d of %d chunks to score", where, len(missing), len(chunks))
         with _evaluating(model):
-            for i in missing:
-                found[i] = self._score_chunk(model, part, i * self.chunk_size, where)
-                write(paths[i], {"key": key, "chunk": i, "values": found[i]})
-                if (i + 1) % max(1, len(chunks) // 10) == 0:
-                    logger.info("%s: scored chunk %d of %d", where, i + 1, len(chunks))
+            for at in range(0, len(missing), ranks):
+                turn = missing[at : at + ranks]
+                try:
+                    for i in turn[rank : rank + 1]:
+                        found[i] = self._score_chunk(model, part, i * self.chunk_size, where)
+                        write(paths[i], {"key": key, "chunk": i, "values": found[i]})
+                    if rank >= len(turn):
+                        self.score(model, [])
+                except Exception:
+                    if ranks > 1:
+                        _gather(True)
+                    raise
+                if ranks > 1 and any(_gather(False)):
+                    raise RuntimeError(
+                        f"scoring stops on every rank, because it has failed on another; {where}: its error says why"
+                    )
+                if (turn[-1] + 1) % max(1, len(chunks) // 10) < len(turn):
+                    logger.info("%s: scored chunk %d of %d", where, turn[-1] + 1, len(chunks))
+        if self.spread:
+            self._exchange(found)
         return torch.cat([found[i] for i in chunks])
+
+    def _exchange(self, found: dict[int, Tensor]) -> None:
+        """Gives each rank the chunks that it lacks, from the first rank that holds them."""
+        held, (_, rank) = _gather(set(found)), _place()
+        lacking = set.union(*held) - set.intersection(*held)
+        sender = {i: next(r for r, has in enumerate(held) if i in has) for i in lacking}
+        for sent in _gather({i: found[i] for i in lacking if sender[i] == rank}):
+            found.update(sent)
 
     def _score_chunk(self, model: nn.Module, part: Rows, start: int, where: str) -> Tensor:
         chunk = take(part, range(start, min(start + self.chunk_size, len(part))))
@@ -380,6 +411,13 @@ def _gather(value: Any) -> list[Any]:
     values = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def _place() -> tuple[int, int]:
+    """(number of ranks, this rank)."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1, 0
+    return torch.distributed.get_world_size(), torch.distributed.get_rank()
 
 
 def _check_parts(parts: Sequence[Rows]) -> None:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import tokenizer_of
-from ..distributed import DDP, kind_of
+from ..distributed import DDP, kind_of, maxima
 from ..installed import installed_trl
 from ..models.adapters import active_adapters, adapter_configs, delete_adapter, is_peft_model, let_adapter_train
 from ..models.api import attach
@@ -69,8 +69,8 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         objective: any `Objective` of a pairwise loss, or of a callable (scores (2B,), groups) -> (B,), whose scores
             hold the chosen and the rejected response of each pair side by side.
         share_prompt: whether the prompt of a pair runs once for both, as in GroupDPOConfig. A batch whose pairs have
-            prompts that differ, or with images, runs unshared; with FSDP, DeepSpeed or a router's auxiliary loss "auto"
-            does not share, and True raises ValueError.
+            prompts that differ, or with images, runs unshared, on all ranks where FSDP or DeepSpeed shards the model;
+            with a router's auxiliary loss "auto" does not share, and True raises ValueError.
 
     Raises ValueError or TypeError, naming argument, expectation and value: for a group-wise loss; an option of
     LOSS_OPTIONS that differs from TRL's default and from the objective; `ref_model`, `precompute_ref_log_probs` or
@@ -148,9 +148,8 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         A reason against it is an error where it was asked for, and else a warning where a model is the reason.
         """
         asked = self._share_prompt
-        here = {"FSDP": self.is_fsdp_enabled, "DeepSpeed": self.is_deepspeed_enabled}
-        here["a router's auxiliary loss, which would count a prompt once"] = self.aux_loss_enabled
-        why = next((f"it does not go with {what}" for what, on in here.items() if on), "")
+        router = "it does not go with a router's auxiliary loss, which would count a prompt once"
+        why = router if self.aux_loss_enabled else ""
         options = self.args.gradient_checkpointing_kwargs
         if self.args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
             why = why or REENTRANT
@@ -166,9 +165,13 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
 
     def _logps(self, model: Any, input_ids: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor | None:
         """(2B, L) log-probabilities of pairs whose prompts run once; None where they do not."""
-        if not self.share_prompt or inputs.keys() - {"attention_mask", "use_cache", "return_dict"}:
+        if not self.share_prompt:
             return None
-        paired = PairedPrompts.of(input_ids, targets, inputs.get("attention_mask"))
+        paired = None
+        if not inputs.keys() - {"attention_mask", "use_cache", "return_dict"}:
+            paired = PairedPrompts.of(input_ids, targets, inputs.get("attention_mask"))
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and maxima([paired is None])[0]:
+            return None  # a forward is a collective call there, and another rank makes one alone
         no_sync = model.no_sync if kind_of(model) == DDP and torch.is_grad_enabled() else None
         return None if paired is None else paired.logps(model, no_sync=no_sync)
 

@@ -3,23 +3,29 @@
     FSDP2       accelerate's fsdp plugin of version 2, for policy and reference
     DeepSpeed   ZeRO 1, 2 and 3; under ZeRO 3 the reference is sharded too
 
-Each forward and backward is a collective there. So ranks agree on their number of micro-batches, and a rank with fewer
-runs empty ones, which add exact zeros. `group_backward` does the rest: boundaries, resharding, errors on all ranks.
+Each forward and backward is a collective there. So ranks agree on their numbers of prompts and of micro-batches, and a
+rank with fewer runs empty ones, which add exact zeros. `group_backward` does the rest: boundaries, resharding, errors
+on all ranks.
 
-The module never imports an engine that is not in use. The cost is one all-reduce of an integer a step.
+The module never imports an engine that is not in use. The cost is two all-reduces of a few integers a step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..data.batches import PreferenceBatch, empty_micro_batch
+from ..data.batches import empty_part
+from ..distributed import is_dtensor, joint, shards
+from ..models.layouts import why_not_packed, why_not_shared
+from ..preference.group_backward import SharedPrompt, calls_of
+from .reference import frozen_copy
 
 FSDP, DEEPSPEED = "FSDP", "DeepSpeed"
 
@@ -40,12 +46,6 @@ def check_engine_options(args: Any) -> None:
     instead = {
         "strategy": (args.strategy == "one_pass", "'two_pass' or 'coupled'", "parameters are not leaves there"),
         "micro_batch_tokens": (args.micro_batch_tokens == "auto", "a number", "the planner sizes a whole model"),
-        "precompute_ref_log_probs": (
-            args.precompute_ref_log_probs,
-            "False, with an adapter or ref_model as the reference",
-            "it would score with a whole model on every rank",
-        ),
-        "share_prompt": (args.share_prompt is True, "'auto' or False", "its collectives count forwards"),
         "fp16": (args.fp16, "False, with bf16", "the engine scales the loss itself"),
     }
     for name, (wrong, asked, why) in instead.items():
@@ -73,7 +73,7 @@ def prepared_reference(trainer: Any, ref_model: nn.Module) -> Any:
         return fsdp2_prepare_model(accelerator, ref_model).eval()
     if trainer.is_deepspeed_enabled:
         config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
-        if config["zero_optimization"]["stage"] != 3:
+        if zero_stage(trainer) != 3:
             return ref_model.to(accelerator.device).eval()
         import deepspeed  # type: ignore[import-untyped]
 
@@ -86,9 +86,80 @@ def prepared_reference(trainer: Any, ref_model: nn.Module) -> Any:
     return accelerator.prepare_model(ref_model, evaluation_mode=True).eval()
 
 
-def as_many_micro_batches(step: PreferenceBatch) -> PreferenceBatch:
-    """The step, with empty micro-batches in front so that every rank has equally many."""
-    first = step.micro_batches[0]
-    most = torch.tensor(len(step.parts), device=first.input_ids.device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return replace(step, parts=[empty_micro_batch(first)] * (int(most) - len(step.parts)) + step.parts)
+def in_step(parts: list[Any], device: torch.device | str) -> list[Any]:
+    """The parts of a step, and empty ones, so that every rank runs as many prompts, and as many micro-batches after
+    each.
+
+    Pass 1, pass 2 and a reference then make the same forwards and backwards on all ranks, in the same order.
+    """
+    sections: list[list[Any]] = [[]]  # a prompt with the micro-batches that follow it; the first has no prompt
+    for part in parts:
+        if isinstance(part, SharedPrompt):
+            sections.append([])
+        sections[-1].append(part)
+    for i, calls in enumerate(joint(calls_of(parts))):
+        if i == len(sections):
+            sections.append([empty_part(device, with_prompt=True)])
+        own = sum(calls_of(sections[i]))
+        sections[i] += [empty_part(device) for _ in range(calls - own)]
+    return [part for section in sections for part in section]
+
+
+@contextlib.contextmanager
+def whole_or_sharded(trainer: Any, model: nn.Module) -> Iterator[nn.Module]:
+    """A context that yields the model, which may be one that trains later, as the engine lets it score now.
+
+    FSDP2 and ZeRO 3 shard a model when training begins. Until then it is a copy that is sharded, and freed afterwards.
+    """
+    accelerator = trainer.accelerator
+    sharded = trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and zero_stage(trainer) == 3)
+    if not sharded or shards(model):
+        yield model.to(accelerator.device) if trainer.is_deepspeed_enabled and not sharded else model
+        return
+    engine = prepared_reference(trainer, frozen_copy(model))
+    try:
+        yield accelerator.unwrap_model(engine)
+    finally:
+        if hasattr(engine, "destroy"):
+            engine.destroy()
+
+
+def zero_stage(trainer: Any) -> int:
+    """The stage of ZeRO, under DeepSpeed."""
+    return int(trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
+
+
+@torch.no_grad()
+def take_weights(model: nn.Module, trainer: Any) -> None:
+    """Copies what a trainer under FSDP2 has trained into the whole model of which it took a copy. All ranks call it."""
+    mine = dict(model.named_parameters())
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        if parameter.requires_grad:
+            mine[name].copy_(parameter.full_tensor() if is_dtensor(parameter) else parameter)
+
+
+def size_of(parameter: torch.Tensor) -> int:
+    """The number of numbers of a parameter, all shards together."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+@contextlib.contextmanager
+def not_sharded_by_transformers() -> Iterator[None]:
+    """A context in which `from_pretrained` gives whole models, also under ZeRO 3, where it would shard them at once."""
+    from transformers.integrations import deepspeed as integration
+
+    known = getattr(integration, "_hf_deepspeed_config_weak_ref", None)
+    integration._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = known
+
+
+def measure_together(trainer: Any, *models: Any) -> None:
+    """Measures, on all ranks at once, what a forward would measure on the ranks alone that need it."""
+    for model in models:
+        if model is not None and trainer.data_collator.share_prompt:
+            why_not_shared(model, 0)
+        if model is not None and trainer.data_collator.layout == "packed":
+            why_not_packed(model)

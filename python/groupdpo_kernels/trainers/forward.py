@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import MicroBatch, PreferenceBatch, Prompts
+from ..data.batches import MicroBatch, Prompts
 from ..models.api import attach
 from ..preference.group_backward import forward_parts
 from ..preference.segments import seq_logps
@@ -22,9 +22,9 @@ Autocast = Callable[[], contextlib.AbstractContextManager[Any]]  # makes the con
 
 
 @torch.no_grad()
-def response_logps(model: Any, step: PreferenceBatch, autocast: Autocast) -> Tensor:  # (S,) float32
-    """Log-probabilities of the responses of a step, in order: what a reference's scores are."""
-    token_logps, cu_seqlens, _ = forward_parts(step.parts, StepForward(model, autocast))
+def response_logps(model: Any, parts: list[Any], autocast: Autocast) -> Tensor:  # (S,) float32
+    """Log-probabilities of the responses of a step's parts, in order: what a reference's scores are."""
+    token_logps, cu_seqlens, _ = forward_parts(parts, StepForward(model, autocast))
     return seq_logps(token_logps, cu_seqlens)
 
 
@@ -73,9 +73,10 @@ class StepForward:
         self.seen[graph].append(seq_logps(token_logps.detach(), mb.cu_seqlens))
         if not self.aux_coef:
             return token_logps, mb.cu_seqlens
-        auxiliary = self._weighted(outputs, mb.input_ids) * bool(len(mb.live_index))
+        auxiliary = self._weighted(outputs, mb.input_ids)
         if len(states) < len(prefix) and self._begins and prefix[-1] is not None:
             auxiliary = auxiliary + prefix[-1]
+        auxiliary = auxiliary * bool(len(mb.live_index))  # an empty one counts for nothing
         self._begins = False
         if graph:
             self.auxiliary.append(auxiliary.detach())

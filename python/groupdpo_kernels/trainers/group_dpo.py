@@ -35,14 +35,16 @@ from transformers import Trainer, set_seed
 
 from ..data.batches import TokenGroup, tokenizer_of
 from ..data.formats import Report
+from ..distributed import shards
 from ..memory.worker import out_of_memory
 from ..models.adapters import has_adapter, let_adapter_train
 from ..models.api import checkpoint_layers
 from ..models.limits import position_limit, token_limit
 from ..preference.objective import Objective, PreferenceLoss
 from ..stepwise.stages import reference_logps
+from ..stepwise.store import tensor_digests
 from .config import GroupDPOConfig, is_reentrant
-from .engines import as_many_micro_batches, check_engine, engine_asked, prepared_reference
+from .engines import check_engine, engine_asked, in_step, measure_together, prepared_reference, whole_or_sharded
 from .fit_check import advice, check_group_fits, memory_of, micro_batch_tokens_of, strategy_that_fits
 from .metrics import means_of
 from .misplaced import check_names, check_order
@@ -183,6 +185,8 @@ class GroupDPOTrainer(GroupSteps, Trainer):
         check_engine(self)
         self.data_collator = self.data_collator.fitting(model, ref_model)
         self.ref_model = ref_model
+        if args.precompute_ref_log_probs and engine_asked(args):
+            self._digests = tensor_digests(model if ref_model is None else ref_model)  # before they are sharded
         if ref_model is not None:
             self.ref_model = prepared_reference(self, ref_model)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -217,7 +221,7 @@ class GroupDPOTrainer(GroupSteps, Trainer):
             return {key: self._scored(value) for key, value in rows.items()}
         if rows is None or rows.ref_logps is not None or not self.objective.needs_reference:
             return rows
-        model = self.accelerator.unwrap_model(self.model) if self.ref_model is None else self.ref_model
+        model = self.accelerator.unwrap_model(self.model if self.ref_model is None else self.ref_model)
         if self.ref_model is None and self.state.global_step > 0:
             if not has_adapter(model):
                 raise ValueError(
@@ -227,14 +231,22 @@ class GroupDPOTrainer(GroupSteps, Trainer):
             check_adapter_alone_trains(model, trained=True)
         options = {"layout": self.data_collator.layout, "precision": self.accelerator.mixed_precision}
         folder = Path(str(self.args.output_dir)) / "ref_logps"
-        values = reference_logps(
-            model, rows.groups, folder, score=self.score, count=lambda group: len(group.responses), options=options
-        )
+        with whole_or_sharded(self, model) as model:
+            more: dict[str, Any] = {"options": options, "spread": True}
+            if engine_asked(self.args):
+                more["fingerprint"] = lambda _: self._digests
+            values = reference_logps(
+                model, rows.groups, folder, score=self.score, count=lambda group: len(group.responses), **more
+            )
         return GroupRows(rows.groups, values)
 
     def score(self, model: Any, groups: Sequence[TokenGroup]) -> Tensor:  # (S,) float32
         """Log-probabilities of the responses under the reference. The signature is that of `stepwise`'s `score`."""
-        return self._scores(self.data_collator([(group, None) for group in groups])["step"].to(self.args.device))
+        items = [(group, None) for group in groups]
+        parts = self.data_collator(items)["step"].to(self.args.device).parts if items else []
+        if shards(model):
+            parts = in_step(parts, self.args.device)
+        return self._scores_of(parts, model) if parts else torch.empty(0)
 
     def evaluate(self, eval_dataset: Any = None, *more: Any, **named: Any) -> dict[str, float]:
         """Evaluates as transformers.Trainer does; `eval_dataset` may be rows, as in __init__."""
@@ -257,8 +269,11 @@ class GroupDPOTrainer(GroupSteps, Trainer):
         """Fills .grad; returns the loss, both divided by the accumulation steps as Trainer does."""
         try:
             return self._training_step(model, inputs, num_items_in_batch)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+        except Exception as error:
+            if self.args.world_size > 1:
+                where = self.args.process_index, inputs["rows"].tolist(), type(error).__name__, error
+                logger.error("rank %d stops in the step of rows %s: %s: %s", *where)
+            if not isinstance(error, (RuntimeError, MemoryError)) or not out_of_memory(error):
                 raise
             ran_out = error
         traceback.clear_frames(ran_out.__traceback__)  # frees what the step held, before its memory is counted
@@ -270,10 +285,12 @@ class GroupDPOTrainer(GroupSteps, Trainer):
         raise type(ran_out)(f"{ran_out}\n{why}") from ran_out
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """Moves the step to the device; where an engine shards the model, ranks get equally many micro-batches."""
+        """Moves the step to the device; where an engine shards the model, ranks get equally many parts."""
         inputs = super()._prepare_inputs(inputs)
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not inputs.get("agreed"):
-            inputs = {**inputs, "step": as_many_micro_batches(inputs["step"]), "agreed": True}
+            measure_together(self, self.model_wrapped, self.ref_model)
+            step = inputs["step"]
+            inputs = {**inputs, "step": replace(step, parts=in_step(step.parts, self.args.device)), "agreed": True}
         return inputs
 
     def _training_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor:

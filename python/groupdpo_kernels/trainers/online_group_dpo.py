@@ -38,7 +38,7 @@ from accelerate.utils import broadcast_object_list, gather_object  # type: ignor
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..data.batches import PreferenceBatch, TokenGroup, empty_micro_batch, tokenizer_of
+from ..data.batches import PreferenceBatch, TokenGroup, empty_part, tokenizer_of
 from ..installed import installed_trl
 from ..models.adapters import let_adapter_train
 from ..preference.groups import PreferenceGroups
@@ -220,8 +220,8 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
         if some := [(group, None) for group in own if group.responses]:
             batch = self._collate(some, of)["step"]
             return batch
-        batch = self._collate([(spare, None)])["step"]
-        return PreferenceBatch([empty_micro_batch(batch.micro_batches[0])], of, batch.order[:0])
+        none = torch.zeros(0, dtype=torch.long)
+        return PreferenceBatch([empty_part(none.device)], of, none)
 
     def _count(self, groups: list[TokenGroup], drawn: int, mode: str) -> None:
         """Records the metrics of the groups of a generation, on all ranks, of which `drawn` were generated."""

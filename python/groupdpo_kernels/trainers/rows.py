@@ -23,7 +23,6 @@ from ..preference.groups import PreferenceGroups
 from ..preference.losses import LOSSES
 from ..preference.objective import Objective
 from .config import GroupDPOConfig, is_reentrant
-from .engines import engine_asked
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class Collator:
         Raises ValueError with the reason where it is True, and warns of the reason where it is "auto".
         """
         asked = args.share_prompt
-        if not asked or (asked == "auto" and (aux or args.strategy == "one_pass" or engine_asked(args))):
+        if not asked or (asked == "auto" and (aux or args.strategy == "one_pass")):
             return self
         reentrant = args.gradient_checkpointing and is_reentrant(args)
         why = REENTRANT if reentrant else ""

@@ -38,6 +38,7 @@ class GroupSteps:
     processing_class: Any
     current_gradient_accumulation_steps: int
     is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
     objective: Objective
     strategy: str
     aux_coef: float  # weight of a router's auxiliary loss; 0 leaves it out
@@ -45,8 +46,14 @@ class GroupSteps:
 
     def _scores(self, step: PreferenceBatch) -> Tensor:  # (S,) float32
         """Log-probabilities of the responses under the reference."""
-        with as_reference(self.accelerator.unwrap_model(self.model), self.ref_model) as reference:
-            return response_logps(reference, step, self.accelerator.autocast)
+        return self._scores_of(step.parts, self.accelerator.unwrap_model(self.model))
+
+    @torch.no_grad()
+    def _scores_of(self, parts: list[Any], model: Any) -> Tensor:  # (S,) float32
+        """Log-probabilities of the responses of a step's parts under the reference: ref_model, or `model` without its
+        adapter."""
+        with as_reference(model, self.ref_model) as reference:
+            return response_logps(reference, parts, self.accelerator.autocast)
 
     def _forward(self, model: Any, step: PreferenceBatch, bare: Any = None) -> StepForward:
         autocast, tokens = self.accelerator.autocast, max(1, step.computed_tokens)
@@ -122,14 +129,27 @@ class GroupSteps:
         record(self._metrics[mode], values, self.accelerator.gather, weight)
         return loss
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves what `from_pretrained` loads. Under FSDP2 too these are whole weights, whichever kind of state dict the
+        checkpoints hold: transformers would write none with SHARDED_STATE_DICT. All ranks must call it."""
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        if self.is_fsdp_enabled and not _internal_call and self._checkpoints_are_sharded:
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+
+    @property
+    def _checkpoints_are_sharded(self) -> bool:
+        return "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Saves as transformers does, but writes an adapter inside a transformers model here, for any PEFT version."""
         model = self.accelerator.unwrap_model(self.model)
         if is_peft_model(model) or not has_adapter(model):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
+        if not self.args.should_save:
+            return
         folder = str(self.args.output_dir if output_dir is None else output_dir)
-        save_adapter(model, folder)
+        save_adapter(model, folder, state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, Path(folder) / "training_args.bin")

@@ -14,6 +14,9 @@ scores, ln 2.
 after the last complete stage, and ends with the same weights. The checkpoints of a stage are in
 output_dir/trainer-<stage>; training does not resume from them.
 
+Under DistributedDataParallel and FSDP2 ranks score each part in turns. Under FSDP2 a stage shards a copy of the model,
+whose weights come back after it; the whole model is on each rank's CPU meanwhile.
+
 It never leaves an adapter "ref" or a patched forward on the model. With a GroupDPOConfig it costs a forward of the data
 and no second model; with a DPOConfig it costs TRL's reference (precompute_ref_log_probs=True saves the second model).
 """
@@ -39,6 +42,7 @@ from ..models.limits import position_limit, token_limit
 from ..preference.objective import Objective
 from ..stepwise.stages import run_stages
 from .config import GroupDPOConfig
+from .engines import DEEPSPEED, engine_asked, take_weights
 from .forward import response_logps
 from .group_dpo import GroupDPOTrainer, aux_coef_of, pad_id_of
 from .reference import check_adapter, check_no_earlier_reference
@@ -66,7 +70,8 @@ class StepwiseDPO:
     what was read and dropped in each stage (GroupDPOConfig).
 
     Raises ValueError or TypeError, naming argument, expectation and value: no or empty parts, an objective without a
-    reference, sync_ref_model, an adapter "ref" on the model, other args; and what trainer and `run_stages` raise.
+    reference, sync_ref_model, an adapter "ref" on the model, DeepSpeed, other args; and what trainer and `run_stages`
+    raise.
     """
 
     def __init__(
@@ -88,7 +93,12 @@ class StepwiseDPO:
             raise TypeError(f"args must be a GroupDPOConfig or a trl.DPOConfig; got {type(args).__name__}")
         if not isinstance(objective, Objective):
             raise TypeError(f"objective must be an Objective; got {objective!r}")
-        self.objective = objective
+        self.objective, self.engine = objective, engine_asked(args)
+        if self.engine == DEEPSPEED:
+            raise ValueError(
+                "StepwiseDPO must run on one device, under DistributedDataParallel or under FSDP2: accelerate takes one"
+                " trainer a process with DeepSpeed, and each stage has its own; got DeepSpeed"
+            )
         parts = _datasets(parts)
         if not self.objective.needs_reference:
             raise ValueError(f"objective must have a reference, which is what the stages move; got {self.objective}")
@@ -124,6 +134,7 @@ class StepwiseDPO:
             count=(lambda group: len(group.responses)) if self.grouped else None,
             options={"args": given, "objective": objective},
             seed=None,  # the trainers seed themselves
+            spread=True,
         )
         return self.model
 
@@ -137,6 +148,8 @@ class StepwiseDPO:
 
     def _score(self, model: nn.Module, groups: Sequence[TokenGroup]) -> Tensor:  # (S,) float32
         """Scores in the trainer's micro-batches and under its autocast, so that the first step finds equal scores."""
+        if not groups:
+            return torch.empty(0)
         tokens: Any = self.args.micro_batch_tokens
         if tokens == "auto":  # the limit is of a step with gradients: a forward of one sequence fits
             tokens = max(len(group.prompt) + max(map(len, group.responses)) for group in groups)
@@ -145,21 +158,25 @@ class StepwiseDPO:
         collator = collator.fitting(model).sharing(args, bool(aux_coef_of(model, args)), model)
         step = collator([(group, None) for group in groups])["step"].to(args.device)
         autocast = partial(torch.autocast, args.device.type, torch.bfloat16, enabled=bool(args.bf16))
-        return response_logps(model, step, autocast)
+        return response_logps(model, step.parts, autocast)
 
     def _train(self, model: Any, part: Any, ref_logps: Tensor, stage: int) -> None:
         args = copy.copy(self.args)
         args.output_dir = str(Path(str(args.output_dir)) / f"trainer-{stage}")
         named = {"processing_class": self.processing_class, "objective": self.objective, "callbacks": self.callbacks}
+        trained = copy.deepcopy(model.to("cpu")) if self.engine else model
         with _left_as_it_was(model):
             if self.grouped:
                 args.precompute_ref_log_probs = False  # ref_logps has them already
-                trainer: Any = GroupDPOTrainer(model, None, args, part, ref_logps=ref_logps, **named)
+                trainer: Any = GroupDPOTrainer(trained, None, args, part, ref_logps=ref_logps, **named)
             else:
                 from .dpo import DPOTrainer
 
-                trainer = DPOTrainer(model, None, args, train_dataset=part, **named)
+                trainer = DPOTrainer(trained, None, args, train_dataset=part, **named)
             trainer.train()
+        if self.engine:
+            take_weights(model, trainer)
+            model.to(args.device)
         self.history[stage] = trainer.state.log_history
 
 
@@ -197,7 +214,7 @@ def _left_as_it_was(model: Any) -> Iterator[None]:
                     module.__dict__["forward"] = before[module]
 
 
-def _no_scores(model: nn.Module, rows: Any) -> Tensor:  # (n,)
+def _no_scores(model: nn.Module, rows: Any) -> Tensor:  # (n,), also for no rows
     """Zeros for the pairs of a DPOConfig: TRL tokenises inside its trainer, which holds the reference itself."""
     return torch.zeros(len(rows))
 
