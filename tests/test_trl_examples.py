@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig
+from engine_runs import start_ranks
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -76,14 +77,19 @@ def test_the_task_is_what_it_says(example: Any) -> None:
     assert task.make_tokenizer()("47:135")["input_ids"] == [task.SYMBOLS.index(symbol) for symbol in "47:135"]
 
 
+def train_as_rank(rank: int, folder: str) -> None:
+    """What torchrun starts on each rank, with what it prints in a file."""
+    sys.argv = ["train.py", "--out", folder]
+    with open(f"{folder}/printed.{rank}", "w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(EXAMPLES / "distributed" / "train.py"), run_name="__main__")
+
+
 def test_distributed(tmp_path: Path) -> None:
-    """On two processes, as from a fresh clone. Every file for GPUs is one that accelerate reads."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += [str(EXAMPLES / "distributed" / "train.py"), "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert "2 processes, prompts shared: True, reward accuracy " in done.stdout
-    assert float(done.stdout.split()[-1]) > 0.9 and (tmp_path / "model" / "model.safetensors").exists()
+    """On two processes. Every file for GPUs is one that accelerate reads."""
+    start_ranks(train_as_rank, 2, str(tmp_path))
+    printed = (tmp_path / "printed.0").read_text()
+    assert "2 processes, prompts shared: True, reward accuracy " in printed
+    assert float(printed.split()[-1]) > 0.9 and (tmp_path / "model" / "model.safetensors").exists()
     for name in ("ddp", "fsdp2", "zero2", "zero3"):
         config = ClusterConfig.from_yaml_file(str(EXAMPLES / "distributed" / f"{name}.yaml"))
         assert config.num_processes == 8 and config.mixed_precision == "bf16"
