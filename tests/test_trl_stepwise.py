@@ -148,9 +148,9 @@ def test_bfloat16(stages: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     on: list[bool] = []
     score = HeadCall._score
 
-    def noted(call: HeadCall, hidden: torch.Tensor) -> torch.Tensor:
+    def noted(call: HeadCall, *hidden: torch.Tensor) -> torch.Tensor:
         on.append(torch.is_autocast_enabled("cpu"))
-        return score(call, hidden)
+        return score(call, *hidden)
 
     monkeypatch.setattr(HeadCall, "_score", noted)
     run.train()

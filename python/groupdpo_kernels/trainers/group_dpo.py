@@ -244,7 +244,7 @@ class GroupDPOTrainer(GroupSteps, Trainer):
         """Log-probabilities of the responses under the reference. The signature is that of `stepwise`'s `score`."""
         items = [(group, None) for group in groups]
         parts = self.data_collator(items)["step"].to(self.args.device).parts if items else []
-        if shards(model):
+        if model is not None and shards(model):
             parts = in_step(parts, self.args.device)
         return self._scores_of(parts, model) if parts else torch.empty(0)
 

@@ -40,8 +40,8 @@ def check_on_one_device(name: str, model: Any) -> None:
     split += [f"a module under {kind}" for kind in map(kind_of, model.modules()) if kind is not None]
     if split:
         raise ValueError(
-            f"{name} must be whole on every rank and not wrapped: GroupDPOTrainer runs on one device or under the"
-            f" DistributedDataParallel that it sets up itself; got {split[0]} (DistributedConfig, tp_plan, fully_shard)"
+            f"{name} must be whole on every rank and not wrapped: GroupDPOTrainer shards and wraps it itself; got"
+            f" {split[0]} (DistributedConfig, tp_plan, fully_shard)"
         )
 
 
