@@ -224,6 +224,8 @@ def one_prompt_on_all_ranks(rank: int) -> None:
     step = collate(some, max_sequences=2, share_prompt=True, of=of)
     with pytest.raises(ValueError, match="sort must be False where `of` says"):
         collate(some, sort=True, of=of)
+    with pytest.raises(ValueError, match=r"of must have the sides of these sequences, \[.*\]; got"):
+        collate([*some, some[0]], of=of)
     for strategy in ("two_pass", "one_pass"):
         model = DistributedDataParallel(copy.deepcopy(single))
         found = group_backward(
@@ -380,6 +382,23 @@ def wrong_on_one_rank(rank: int) -> None:
         group_backward(batches, failing(3), groups, MPO, ref)
     with pytest.warns(UserWarning, match="pass 2 does not repeat pass 1: a log-probability differs by 4e"):
         group_backward(batches, failing(4, 1.0), groups, MPO, ref)
+    like = Objective("mpo", beta=1 if first else 1.0)
+    assert torch.isfinite(preference_loss(logps, starts, groups, like, ref).loss)
+
+    # A wrapper that only forward knows: of these ranks, and of this rank alone.
+    own = [dist.new_group([r]) for r in range(WORLD)][rank]
+    for ranks_of_wrapper in (world, own):
+        wrapper = DistributedDataParallel(Scorer(), process_group=ranks_of_wrapper)
+
+        def before_it_is_called(part: Sequences, called: nn.Module = wrapper) -> tuple[Tensor, Tensor]:
+            if not first:
+                raise RuntimeError("out of memory")
+            return forward_of(called)(part)
+
+        for _ in range(2):  # the ranks are still in step
+            with raises("out of memory", "before any gradient is written, because it has failed on another"):
+                group_backward(batches, before_it_is_called, groups, MPO, ref)
+        assert group_backward(batches, forward_of(wrapper), groups, MPO, ref).loss > 0
 
 
 CASES: list[Callable[[int], None]] = [

@@ -67,6 +67,8 @@ def _run_rank(rank: int, worker: Callable[..., None], *args: Any) -> None:
     worker(rank, *args)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
     os._exit(0)
 
 
@@ -126,13 +128,13 @@ def run_script(
 
 
 def forked(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """In the place of the subprocess.run of a module that starts Python scripts."""
-    assert command[0] == sys.executable, command
-    return run_script(*command[1:], cwd=options.get("cwd"), env=options.get("env"))
+    """It takes the place of subprocess.run in a module that starts Python scripts."""
+    assert command[0] == sys.executable and options.pop("capture_output") and options.pop("text"), command
+    return run_script(*command[1:], **options)
 
 
 def _run(arguments: Sequence[str], cwd: str, environment: dict[str, str], stdout: str, stderr: str) -> None:
-    """In the new process: what `python *arguments` would do."""
+    """Does in the new process what `python *arguments` would do."""
     for number, path in ((1, stdout), (2, stderr)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)

@@ -209,6 +209,14 @@ def test_one_pass_refuses_hooks_that_would_run_twice() -> None:
         group_backward(batches, forward, groups, MPO, torch.zeros(5), strategy="one_pass")
 
 
+def test_groups_are_preference_groups() -> None:
+    _, batches, _, forward = toy()
+    with pytest.raises(TypeError, match="groups must be PreferenceGroups; got list"):
+        group_backward(batches, forward, [[True, False]], MPO, torch.zeros(5))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="groups must be PreferenceGroups; got NoneType"):
+        preference_loss(torch.zeros(2), torch.arange(3), None, MPO, torch.zeros(2))  # type: ignore[arg-type]
+
+
 # -------------------------------------------------------------------------------------------------------- data parallel
 
 

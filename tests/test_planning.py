@@ -317,7 +317,9 @@ def test_wrong_hardware_and_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         plan(Workload(model=str(tmp_path)), [2], Hardware())
     with pytest.raises(ValueError, match="must not be empty"):
         plan(Workload(), [], Hardware())
-    with pytest.raises(ValueError, match=r"ranks must be 1 with share_prompt, .*; got 2"):
+    with pytest.raises(ValueError, match="strategies must not hold 'one_pass' where FSDP shards over ranks"):
+        plan(Workload(lora_rank=4), [2], Hardware(ranks=2), ["one_pass"])
+    with pytest.raises(ValueError, match=r"ranks must be 1 with share_prompt: .*; got 2"):
         plan(Workload(prompt=9, share_prompt=True), [2], Hardware(ranks=2))
 
 

@@ -422,8 +422,12 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("parallel")
-    run_ranks(worker, str(path), ranks=WORLD)  # the reports say where one fails
+    (path / "failure").write_text(run_ranks(worker, str(path), ranks=WORLD))
     return path
+
+
+def test_all_ranks_end(folder: Path) -> None:
+    assert (folder / "failure").read_text() == ""
 
 
 @pytest.mark.parametrize("case", [c.__name__ for c in (*OF_A_ROW, *OF_ALL)])

@@ -100,7 +100,7 @@ class Ranks:
     count, calls: functions that give the number of this rank's micro-batches, and its list of calls as in `joint`.
     strategy: its index among the strategies of group_backward. own_sync: whether the caller's own no_sync decides which
     backward synchronises. spanned: the process groups whose ranks hold parts of the same preference groups; they agree
-    unless process_group or a wrapper says which ranks do. apart: whether no forward is a collective call of theirs.
+    too, before those of process_group or a wrapper. apart: whether no forward of this step is a collective call.
     """
 
     def __init__(
@@ -120,14 +120,17 @@ class Ranks:
         self.again = False  # whether pass 2 has begun
         self.error: Exception | None = None  # raised within a forward, where the caller's code may have caught it
         self.spans = bool(spanned)
-        self._groups = [*spanned] if process_group is None else [process_group]  # over which all agree; None: all ranks
-        self._known = bool(self._groups)  # whether it is known which ranks must agree
-        self._settled = process_group is not None  # whether the caller or a wrapper says so
+        self._groups = [*spanned]  # over which all agree
+        self._known = self.spans  # whether it is known which ranks must agree
+        self._settled = False  # whether the caller or a wrapper says so
+        if process_group is not None:
+            self._settle(process_group)
         self._apart = apart
         self._own = 0
         self._own_calls: list[int] | None = None  # None until it is known that forwards may be collective calls
         self._all_calls: list[int] | None = None  # of all ranks, once agreed
         self._met = self._last = self._in_forward = False
+        self._told = False  # whether all ranks know of an error
         self._open: contextlib.ExitStack | None = None  # contexts of the micro-batch that runs
 
     # ------------------------------------------------------------------------------------------------------- agreement
@@ -156,6 +159,7 @@ class Ranks:
         calls = self._own_calls or [0]
         own = [self._own, -self._own, int(error is not None), self.strategy, -self.strategy, calls[0], len(calls)]
         most, least, failed, high, low, before, length = maxima(own, self._groups)
+        self._told = bool(failed) or high != -low or least == 0
         if error is not None:
             raise error
         if failed:
@@ -179,7 +183,7 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            if self._met and (not self._in_forward or self._only_ddp or self.forwards_apart):
+            if self._met and not self._told and (not self._in_forward or self._only_ddp or self.forwards_apart):
                 self.meet(error)
             raise
         self.meet()
@@ -261,8 +265,14 @@ class Ranks:
         for root in roots:
             reshard(root)
         if self.wrappers and not self._settled:
-            self._groups, self._known, self._settled = [_group_of(self.wrappers[0])], True, True
+            self._settle(_group_of(self.wrappers[0]))
             self._met = False  # not with all of these ranks
+
+    def _settle(self, group: Any) -> None:
+        """Adds the ranks whose collectives a wrapper makes. They come last, for the others have agreed without them."""
+        group = torch.distributed.group.WORLD if group is None else group
+        self._groups += [group] * (group not in self._groups)
+        self._known = self._settled = True
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

@@ -432,6 +432,9 @@ def collate(
     if not groups:
         raise ValueError("groups must hold at least one group; got none")
     one_of("layout", layout, ("packed", "padded"))
+    sides = [positive for group in groups for positive in group.positive]
+    if of is not None and of.positive.tolist() != sides:
+        raise ValueError(f"of must have the sides of these sequences, {sides}; got {of.positive.tolist()}")
     if of is not None and sort:
         raise ValueError("sort must be False where `of` says which sequences belong together; got True")
     longest = [g.longest for g in groups]

@@ -205,7 +205,9 @@ def _sums_of(call: Call) -> str:
         return ""
     against = cuda_extension_why_not(hidden.device)
     if not against:
-        return "its sums of rows run in CUDA C++ (add_weighted_rows_cuda)"
+        return (
+            "its sums of rows run in CUDA C++ (add_weighted_rows_cuda) where the columns of a matrix lie side by side"
+        )
     return f"its sums of rows run in Triton, not in CUDA C++: {'; '.join(against)}"
 
 

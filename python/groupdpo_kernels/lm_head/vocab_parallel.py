@@ -1,9 +1,9 @@
 """linear_logps for a vocabulary split over a process group: each rank holds some rows of the head, and all ranks hold
 the same hidden states and targets.
 
-Each rank runs the ordinary ops on its rows; two all-reduces of a few floats a token join the results, and one of (T, D)
-sums the gradient of hidden. Shards may have any size and follow the order of ranks. The weight and the logits are never
-gathered. Every rank of the group must call the forward and the backward.
+Each rank runs the ordinary ops on its rows; two all-reduces of a few floats a token, after one of the sizes of their
+shards, join the results, and one of (T, D) sums the gradient of hidden. Shards may have any size and follow the order
+of ranks. The weight and the logits are never gathered. Every rank of the group must call the forward and the backward.
 """
 
 from __future__ import annotations

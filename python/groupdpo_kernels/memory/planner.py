@@ -185,7 +185,7 @@ class Prediction:
         self._traced: dict[int, dict[str, Peak]] = {}
         if workload.share_prompt and hardware.ranks > 1:
             raise ValueError(
-                f"ranks must be 1 with share_prompt, for no prompt is shared under FSDP; got {hardware.ranks}"
+                f"ranks must be 1 with share_prompt: FSDP runs a prompt in another order; got {hardware.ranks}"
             )
         size, least = workload.micro_batch, workload.prompts + workload.prompts % 2
         self.bases = {"two_pass": (2 * size, 4 * size), "pairs": (4, 4)}.get(workload.strategy, (least, 2 * least))
@@ -321,6 +321,10 @@ def plan(
     Raises ValueError for what a Workload refuses and for a model without a config, before anything long runs.
     """
     names = strategies_of(base) if strategies is None else list(strategies)
+    if hardware.ranks > 1:  # group_backward refuses one_pass there
+        if strategies is not None and "one_pass" in names:
+            raise ValueError(f"strategies must not hold 'one_pass' where FSDP shards over ranks; got {names}")
+        names = [name for name in names if name != "one_pass"]
     loads = [replace(base, strategy=name, group=group) for name in names for group in groups]
     if not loads:
         raise ValueError("groups and strategies must not be empty; got none")

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from ..distributed import Ranks, is_dtensor
 from ..replay import LseTape, RandomState
-from .groups import PreferenceGroups
+from .groups import PreferenceGroups, check_groups
 from .objective import Objective, PreferenceLoss, preference_loss
 from .segments import seq_logps
 
@@ -120,8 +120,9 @@ def group_backward(
     their micro-batches of pass 2. one_pass works with DistributedDataParallel alone.
 
     Where `groups` themselves span ranks, micro-batches hold this rank's responses, or its tokens of each. Ranks
-    exchange S numbers between the passes, and the average of their gradients is that of one process, however many
-    responses each has (`PreferenceGroups`). A rank without a response gives one micro-batch without a sequence.
+    exchange three numbers a response between the passes, and the average of their gradients is that of one process,
+    however many responses each has (`PreferenceGroups`). A rank without a response gives one micro-batch without a
+    sequence.
 
     Returns the PreferenceLoss, detached, without auxiliary losses. A loss that is not finite comes out as it is, and so
     do its gradients. A module that counts its forwards (batch normalisation) counts both passes.
@@ -133,6 +134,7 @@ def group_backward(
     if forward itself raised it); where groups span ranks by a process_group alone and nothing wraps the model, in pass
     2 too. It warns if pass 2 does not repeat pass 1, on all ranks that groups span.
     """
+    check_groups(groups)
     names = list(STRATEGIES)
     at = names.index(strategy) if strategy in names else -1
     ranks = Ranks(

@@ -3,7 +3,7 @@
 What is derived from them is vectorised over ragged groups, stays in bounds whatever the offsets, and reads nothing back
 from a device. Groups may span ranks: then each rank knows its own responses and, in `whole`, those of all ranks. The
 module never sees a loss or a model. The cost is O(S) integers, and O(pairs) where pairs are listed; groups that span
-ranks take two collective calls to make, and are read back once.
+ranks take two collective calls a process group to make, and are read back.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ from .exchange import agreed, check_group, gathered
 from .segments import as_offsets, bounded_offsets
 
 
+def check_groups(groups: Any) -> None:
+    """TypeError unless these are PreferenceGroups."""
+    if not isinstance(groups, PreferenceGroups):
+        raise TypeError(f"groups must be PreferenceGroups; got {type(groups).__name__}")
+
+
 @dataclass(frozen=True, eq=False)
 class PreferenceGroups:
     """Ragged groups of responses: group g owns sequences cu_groups[g] : cu_groups[g+1], positives anywhere among them.
@@ -30,7 +36,7 @@ class PreferenceGroups:
     may have none of a group, and G is the same on all ranks. A whole group is the responses of the first rank, then
     those of the second, and so on; that is its ranking where the loss is one of rankings. With a context_parallel_group
     the tokens of each response lie on its ranks, all of which give the same cu_groups and positive. Every rank makes
-    such groups at the same time, and what is wrong on one of them raises on all.
+    such groups at the same time, and tensors that are wrong on one of them raise on all.
 
     `preference_loss` and `group_backward` then give every rank the loss of the whole groups, and R times the gradient
     in what this rank has, where R is the number of ranks of the process_group, times that of the

@@ -31,7 +31,7 @@ from torch import Tensor
 from . import fused
 from .exchange import gathered
 from .fused import PreferenceWeights
-from .groups import PreferenceGroups
+from .groups import PreferenceGroups, check_groups
 from .losses import LOSSES, Loss, Side, log1mexp, mean
 from .segments import as_offsets, bounded_offsets, check_offsets, seq_logps
 
@@ -222,8 +222,9 @@ def preference_loss(
     Raises ValueError or TypeError for shapes that do not fit, a pairwise loss on larger groups, a missing reference;
     and, on a CPU, for values: offsets that do not cover the tokens or decrease, an empty response, a reference that
     is not finite, a ranking whose positives do not come first. Where groups span ranks an error of one is raised on
-    all, and so is an objective that differs; whether there is one is read back from the device, once a call.
+    all, and so is an objective that differs; whether there is one is read back from the device, once a process group.
     """
+    check_groups(groups)
     if groups.spans:
         x = _of_all_ranks(token_logps, cu_seqlens, groups, objective, ref_logps, impl)
     else:
@@ -381,10 +382,12 @@ def _of_all_ranks(
 
 def _mark(objective: Objective, ref_logps: Tensor | None) -> int:
     """A number that differs where the arguments differ that must be the same on every rank."""
-    values = [getattr(objective, field.name) for field in dataclasses.fields(objective)]
-    loss = objective.loss
-    values[0] = loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__name__)
-    return zlib.crc32(repr((values, ref_logps is None)).encode())
+    loss, balance = objective.loss, objective.balance
+    values = [] if balance is None else [getattr(balance, field.name) for field in dataclasses.fields(balance)]
+    values += [getattr(objective, f.name) for f in dataclasses.fields(objective) if f.name not in ("loss", "balance")]
+    values += [loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__name__), balance is None]
+    told = [float(x) if isinstance(x, numbers.Real) else x for x in (*values, ref_logps is None)]  # 1 is 1.0
+    return zlib.crc32(repr(told).encode())
 
 
 def _same(marks: list[int]) -> Exception | None:

@@ -45,7 +45,7 @@ class StepForward:
         *,
         bare: Any = None,
         aux_coef: float = 0.0,
-        tokens: int = 1,
+        tokens: float = 1,
     ) -> None:
         self.model, self.bare, self.autocast = model, model if bare is None else bare, autocast
         self.aux_coef, self.tokens = aux_coef, tokens

@@ -56,8 +56,13 @@ class GroupSteps:
             return response_logps(reference, parts, self.accelerator.autocast)
 
     def _forward(self, model: Any, step: PreferenceBatch, bare: Any = None) -> StepForward:
-        autocast, tokens = self.accelerator.autocast, max(1, step.computed_tokens)
-        return StepForward(model, autocast, bare=bare, aux_coef=self.aux_coef, tokens=tokens)
+        tokens: float = step.computed_tokens
+        if step.groups.spans and self.aux_coef:  # engines average over ranks, which have unequally many positions
+            of_all = torch.tensor(float(tokens), device=self.accelerator.device)
+            torch.distributed.all_reduce(of_all)
+            tokens = float(of_all) / torch.distributed.get_world_size()
+        autocast = self.accelerator.autocast
+        return StepForward(model, autocast, bare=bare, aux_coef=self.aux_coef, tokens=max(1, tokens))
 
     def _to_training(self, model: Any) -> None:
         model.train()
