@@ -24,7 +24,7 @@ def tiny() -> tuple[Any, Any, list[dict[str, Any]], dict[str, Any]]:
     """(model, tokenizer, rows, options) of the task in trl_task.py."""
     from trl_task import SETTINGS, make_groups, make_model, make_tokenizer  # type: ignore[import-not-found]
 
-    options = {**SETTINGS, "per_device_train_batch_size": 4, "max_steps": 30}
+    options = {**SETTINGS, "per_device_train_batch_size": 4, "max_steps": 60}
     return make_model(), make_tokenizer(), make_groups()[0], options
 
 
