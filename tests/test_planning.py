@@ -3,6 +3,7 @@ small groups as from all of them, and within 5 % of what the process takes."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -60,6 +61,12 @@ class Remembered(Prediction):
         return self.known[key]
 
 
+@functools.cache
+def whole_step(workload: Workload) -> dict[str, Peak]:
+    """The trace of all of its layers and responses."""
+    return trace(workload, build_model(workload, META), "cpu")
+
+
 def _largest(peaks: dict[str, Peak]) -> dict[str, int]:
     """Of each part; those of the head's operations, whose numbers differ where values are read, together."""
     found: dict[str, int] = {}
@@ -90,10 +97,10 @@ def test_fake_step_takes_the_bytes_of_a_real_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["coupled", "two_pass", "one_pass", "pairs"])
 def test_extrapolation_is_exact(name: str) -> None:
-    workload = replace(SMALL, layers=5, micro_batch=1, positives=1, **SETTINGS[name])
+    workload = replace(SMALL, layers=5, micro_batch=1, positives=2, **SETTINGS[name])
     group = 5  # more than the two sizes that stand for all
     found = Remembered(workload, Hardware(device="cpu")).at(group)
-    whole = trace(replace(workload, group=group), build_model(workload, META), "cpu")
+    whole = whole_step(replace(workload, group=group))
     most = max(whole.values(), key=lambda peak: peak.total)
     # Pairs: the ids of the group, 8 bytes a token, are not extrapolated.
     assert abs(found.total - most.total) <= (8 * 32 * 2 if name == "pairs" else 0)
@@ -324,13 +331,12 @@ def test_wrong_hardware_and_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("strategy", ["coupled", "two_pass", "pairs"])
-@pytest.mark.parametrize(("positives", "group"), [(1, 3), (1, 6), (2, 5)])
+@pytest.mark.parametrize(("positives", "group"), [(1, 3), (2, 5)])
 def test_groups_with_any_number_of_positives(strategy: str, positives: int, group: int) -> None:
     """Odd groups, and few layers and small groups for all: the same bytes as the whole step has."""
     workload = replace(SMALL, layers=5, micro_batch=1, strategy=strategy, group=group, positives=positives)
     found = Remembered(workload, Hardware(device="cpu")).at(group)
-    whole = trace(workload, build_model(workload, META), "cpu")
-    most = max(peak.total for peak in whole.values())
+    most = max(peak.total for peak in whole_step(workload).values())
     assert abs(found.total - most) <= (8 * 32 * group if strategy == "pairs" else 0)  # the ids of a group
     assert workload.num_pairs == positives * (group - positives)
 
