@@ -1,4 +1,7 @@
-"""The picture of group_arithmetic.py: methods side by side, told apart by colour, marker and a label at the line."""
+"""The picture of group_arithmetic.py: methods side by side, told apart by colour, marker and a label at the line.
+
+smollm2/online_arithmetic.py draws one of its panels for arms of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ STYLES: dict[str, dict[str, Any]] = {
     "sDPO": {"color": "#B5609A", "marker": "D"},
     "coupled": {"color": "#D55E00", "marker": "s"},
     "two passes": {"color": "#0072B2", "marker": "o"},
+    "online GroupDPO": {"color": "#0072B2", "marker": "o", "zorder": 4},
+    "online DPO": {"color": "#D55E00", "marker": "s"},
+    "offline GroupDPO": {"color": "#009E73", "marker": "^"},
 }
 GREY = "#666666"
 Curve = tuple[list[float], list[float]]
@@ -24,14 +30,7 @@ def draw(
     steps: int,  # of a run
     path: Path,
 ) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
-    plt.rcParams.update({"grid.color": "#E8E8E8", "axes.axisbelow": True, "axes.titlelocation": "left"})
-    figure = plt.figure(figsize=(12, 7.6), constrained_layout=True)
+    figure = new_figure(12, 7.6)
     grid = figure.add_gridspec(2, 6, height_ratios=(1.25, 1))
     accuracy, logp = figure.add_subplot(grid[0, :4]), figure.add_subplot(grid[0, 4:])
     margin, loss, peak = (figure.add_subplot(grid[1, i : i + 2]) for i in (0, 2, 4))
@@ -42,10 +41,8 @@ def draw(
         {run.name: curve(run, "accuracy") for run in runs},
         ylim=(0.47, 1.02),
     )
-    for level, what in ((0.5, "chance"), (0.95, "0.95")):
-        accuracy.axhline(level, color=GREY, linewidth=1, linestyle="--")
-        place = accuracy.get_yaxis_transform()
-        accuracy.text(0.99, level - 0.006, what, transform=place, ha="right", va="top", color=GREY, fontsize=9)
+    note_level(accuracy, 0.5, "chance")
+    note_level(accuracy, 0.95, "0.95")
     panel(logp, "Log p of right answers, a token", {run.name: curve(run, "right_logp") for run in runs})
     panel(margin, "Held-out reward margin", {run.name: curve(run, "margin") for run in runs})
     panel(loss, "Loss, MPO + NLL", {run.name: curve(run, "loss") for run in runs[:1]}, labels=False)
@@ -62,7 +59,17 @@ def draw(
     panel(peak, "Peak memory of one step (MiB)", peaks, ylim=(0, top), xlabel="G, answers to the prompt")
     peak.set_xticks(sorted({at["group"] for at in memory}))
     figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    matplotlib.rcParams.update({"axes.grid": True, "grid.color": "#E8E8E8", "axes.axisbelow": True})
+    matplotlib.rcParams.update({"axes.titlelocation": "left"})
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def curve(run: Any, name: str) -> Curve:
@@ -85,6 +92,12 @@ def panel(
     axis.set(title=title, xlabel=xlabel, xlim=(0, last or 1), ylim=ylim)
     if labels:
         label_ends(axis, {name: (x[-1], y[-1]) for name, (x, y) in curves.items()})
+
+
+def note_level(axis: Any, level: float, what: str) -> None:
+    axis.axhline(level, color=GREY, linewidth=1, linestyle="--")
+    below = {"xytext": (0, -2), "textcoords": "offset points", "ha": "right", "va": "top", "fontsize": 9}
+    axis.annotate(what, (0.99, level), xycoords=axis.get_yaxis_transform(), color=GREY, **below)
 
 
 def note_stage(axis: Any, run: Any, step: int, stage: int) -> None:

@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trainers",
         "integrations",
     },
-    "examples": {"__init__", "models", "data", "memory", "stepwise", "trainers"},
+    "examples": {"__init__", "models", "data", "memory", "stepwise", "trainers", "integrations"},
 }
 SHARED_KERNEL_MODULES = {"launch", "gemm", "row_limited_gemm", "compaction", "tile", "pair_losses"}
 # A launcher that begins with what another does.
