@@ -50,7 +50,7 @@ def test_online_arithmetic_goes_on_where_it_was_stopped(
     assert steps_of(results)["online GroupDPO"][:2] == [1, 2] and not steps_of(results)["offline GroupDPO"]
 
     status, printed = call()
-    assert status == 0 and "offline GroupDPO        4      1" in printed
+    assert status == 0 and "offline GroupDPO         4      1" in printed
     assert steps_of(results) == {"online GroupDPO": [1, 2, 4], "online DPO": [1, 2, 4], "offline GroupDPO": [2, 4]}
     points = json.loads(results.read_text())["runs"]["online GroupDPO"]["0"]
     assert all(0 <= point["accuracy"] <= 1 and 0 <= point["dropped"] < 1 for point in points)

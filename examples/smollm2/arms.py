@@ -1,6 +1,7 @@
 """The arms of online_arithmetic.py: what each is, its trainer, and the run that keeps what it measures.
 
-All train the same adapter at the same learning rate, on the same prompts in batches of the same size.
+All train the same adapter at the same learning rate, on the same prompts in the same order, so many a step. Prompts
+whose answers are all right or all wrong are left out: online a step then has fewer groups, offline it takes the next.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ class Sizes:
 
     group: int = 8  # G, answers of a prompt
     prompts: int = 4  # of a step
-    every: int = 10  # steps between two measurements
+    every: int = 5  # steps between two measurements
     held_out: int = 100  # sums
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
 
 
 class Watch(TrainerCallback):
@@ -96,7 +97,8 @@ def trainer_of(arm: Arm, seed: int, steps: int, model: Any, task: Task, rows: Ro
     set_seed(seed)  # of the new adapter
     named: dict[str, Any] = {"processing_class": task.tokenizer, "peft_config": lora(), "objective": arm.objective}
     if not arm.online:
-        config: Any = GroupDPOConfig(**common, per_device_train_batch_size=sizes.prompts)
+        in_order = {"train_sampling_strategy": "sequential"}  # which is random already, and the same online
+        config: Any = GroupDPOConfig(**common, **in_order, per_device_train_batch_size=sizes.prompts)
         return GroupDPOTrainer(model, args=config, train_dataset=rows, **named)
     config = OnlineGroupDPOConfig(
         **common,
@@ -104,6 +106,7 @@ def trainer_of(arm: Arm, seed: int, steps: int, model: Any, task: Task, rows: Ro
         num_generations=sizes.group,
         per_device_train_batch_size=sizes.group * sizes.prompts,
         max_completion_length=LENGTH,
+        shuffle_dataset=False,
     )
     return OnlineGroupDPOTrainer(model, task.reward, config, train_dataset=Dataset.from_list(rows), **named)
 
@@ -144,9 +147,11 @@ def train(
     reached = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     points[:] = [point for point in points if point["step"] <= reached]
     rows, held_out = task.rows(seed, sizes.held_out)
-    rows = rows[: steps * sizes.prompts]
+    dropped_before = None
     if not arm.online:
-        rows = first_round(model, task, rows, sizes, out / f"first-round-{seed}.json", deadline)
+        asked, kept = rows[: steps * sizes.prompts], out / f"first-round-{seed}.json"
+        rows = first_round(model, task, asked, sizes, kept, deadline)
+        dropped_before = 1 - len(rows) / len(asked)
         if time.monotonic() > deadline:
             return
     began = time.monotonic()
@@ -155,6 +160,7 @@ def train(
         nonlocal began
         seconds = (time.monotonic() - began) / (step - (points[-1]["step"] if points else 0))
         accuracy = task.accuracy(learner, held_out)
+        dropped = dropped if dropped_before is None else dropped_before
         points.append({"step": step, "accuracy": accuracy, "dropped": dropped, "seconds_a_step": seconds})
         keep()
         print(f"{name:18}{seed:5}{step:6}{accuracy:19.3f}{dropped:16.2f}{seconds:13.1f}", flush=True)

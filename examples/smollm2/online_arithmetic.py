@@ -127,15 +127,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, nargs="?", help="the folder that prepare.py has written")
     parser.add_argument("--quick", action="store_true", help="a tiny random model, to see that it runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of each arm for each; default: 0")
-    parser.add_argument("--steps", type=int, help="of each run; default: 60, with --quick 4")
+    parser.add_argument("--steps", type=int, help="of each run; default: 40, with --quick 4")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end about then; default: no limit")
     parser.add_argument("--held-out", type=int, default=100, help="sums to measure on; default: %(default)s")
-    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate; default: %(default)s")
+    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("additions"), help="folder to write; default: %(default)s")
     options = parser.parse_args()
     if options.quick == (options.checkpoint is not None):
         parser.error("give a checkpoint, which prepare.py writes, or --quick")
-    options.steps = options.steps or (4 if options.quick else 60)
+    options.steps = options.steps or (4 if options.quick else 40)
     return options
 
 
