@@ -97,8 +97,8 @@ def trainer_of(arm: Arm, seed: int, steps: int, model: Any, task: Task, rows: Ro
     set_seed(seed)  # of the new adapter
     named: dict[str, Any] = {"processing_class": task.tokenizer, "peft_config": lora(), "objective": arm.objective}
     if not arm.online:
-        in_order = {"train_sampling_strategy": "sequential"}  # which is random already, and the same online
-        config: Any = GroupDPOConfig(**common, **in_order, per_device_train_batch_size=sizes.prompts)
+        common |= {"train_sampling_strategy": "sequential"}  # the order is random already, and the same online
+        config: Any = GroupDPOConfig(**common, per_device_train_batch_size=sizes.prompts)
         return GroupDPOTrainer(model, args=config, train_dataset=rows, **named)
     config = OnlineGroupDPOConfig(
         **common,
