@@ -58,7 +58,7 @@ class Sizes:
     prompts: int = 4  # of a step
     every: int = 5  # steps between two measurements
     held_out: int = 100  # sums
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
 
 
 class Watch(TrainerCallback):

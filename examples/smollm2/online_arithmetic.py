@@ -130,7 +130,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of each run; default: 40, with --quick 4")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end about then; default: no limit")
     parser.add_argument("--held-out", type=int, default=100, help="sums to measure on; default: %(default)s")
-    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate; default: %(default)s")
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate; default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("additions"), help="folder to write; default: %(default)s")
     options = parser.parse_args()
     if options.quick == (options.checkpoint is not None):
