@@ -1,8 +1,8 @@
 """The task of this folder: a two-digit number plus a digit, in the model's chat template; a rule says what is right.
 
 The assistant's turn begins with the sum, `47 + 8 =`, so that a few tokens hold the answer. An answer is right if the
-first number in it is: ` 55.` and ` 55, which is odd` are. SmolLM2-135M-Instruct begins with some three of ten samples
-right; of other ways to ask, most left it below one of ten (without the sum in its own turn: none).
+first number in it is: ` 55.` and ` 55, which is odd` are. SmolLM2-135M-Instruct begins with a sixth of its samples
+right; without the sum in its own turn, with next to none.
 
 Held-out sums never occur in training. In the quick form the model is tiny and random, so it need only tell odd from
 even.

@@ -155,9 +155,8 @@ def main() -> int:
         status = 130
     if results.start is not None:
         show(results, results.start, sizes.held_out)
-        title = (
-            f"Held-out sums answered rightly by {'a tiny model' if options.quick else 'SmolLM2-135M'}, share of them"
-        )
+        who = "a tiny model" if options.quick else "SmolLM2-135M"
+        title = f"Share of held-out sums that {who} answers rightly"
         draw(results, results.start, title, options.out / "curves.png")
         print(f"results.json and curves.png are in {options.out}")
     return status
