@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,26 @@ def _run_rank(rank: int, worker: Callable[..., None], *args: Any) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(0)
+
+
+def report_case(case: Callable[[], None], name: str, rank: int, folder: str) -> None:
+    """Runs a case on a rank, and writes for `check_reports` whether it has passed. An error is raised on, since the
+    ranks are out of step after it: the cases that follow are not run."""
+    report = Path(folder, f"{name}.{rank}")
+    try:
+        case()
+        report.write_text("passed")
+    except BaseException:
+        report.write_text(traceback.format_exc())
+        raise
+
+
+def check_reports(folder: Path, name: str, ranks: Iterable[int]) -> None:
+    """The assertion that a case has passed on these ranks."""
+    for rank in ranks:
+        report = folder / f"{name}.{rank}"
+        assert report.exists(), f"rank {rank} did not finish this case; the first failure is in another"
+        assert report.read_text() == "passed", f"rank {rank}\n{report.read_text()}"
 
 
 class Script:

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"distributed", "lm_head"},
     "data": {"checks", "preference"},
     "memory": {"lm_head", "models", "preference"},
-    "stepwise": {"models", "preference"},
+    "stepwise": {"distributed", "models", "preference"},
     "trainers": {"checks", "installed", "distributed", "preference", "models", "data", "memory", "stepwise"},
     "integrations": {"installed", "lm_head", "models", "preference"},
     "testing": {"reference", "kernels"},

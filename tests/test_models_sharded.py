@@ -7,8 +7,8 @@ outputs of the wrapped modules. Each case runs on the same two processes; a test
 from __future__ import annotations
 
 import copy
+import functools
 import os
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_ranks
+from processes import check_reports, report_case, run_ranks
 from tiny_models import batch, eager_logps, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -220,17 +220,8 @@ def worker(rank: int, folder: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     for case in (*CASES, traffic_as_planned):
-        report = Path(folder, f"{case.__name__}.{rank}")
-        try:
-            if case is traffic_as_planned:
-                case(rank)
-            else:
-                check(case, rank)
-            report.write_text("passed")
-        except Exception:
-            # The ranks are out of step after an error: the cases that follow are not run.
-            report.write_text(traceback.format_exc())
-            raise
+        run = case if case is traffic_as_planned else functools.partial(check, case)
+        report_case(functools.partial(run, rank), case.__name__, rank, folder)
         dist.barrier()
 
 
@@ -247,7 +238,4 @@ def test_all_ranks_end(folder: Path) -> None:
 
 @pytest.mark.parametrize("case", [c.__name__ for c in (*CASES, traffic_as_planned)])
 def test_two_processes_give_the_gradients_of_one(case: str, folder: Path) -> None:
-    for rank in range(WORLD):
-        report = folder / f"{case}.{rank}"
-        assert report.exists(), f"rank {rank} did not finish this case; the first failure is in another"
-        assert report.read_text() == "passed", f"rank {rank}\n{report.read_text()}"
+    check_reports(folder, case, range(WORLD))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import functools
 import itertools
 import math
 import os
@@ -16,7 +17,6 @@ import shutil
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ import groups_over_ranks
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_ranks
+from processes import check_reports, report_case, run_ranks
 from prompt_groups import groups_of, ref_logps
 from tiny_models import batch, eager_logps, make
 from torch import Tensor, nn
@@ -504,14 +504,7 @@ def worker(rank: int, folder: str) -> None:
     store, timeout = f"file://{folder}/store", datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timeout)
     for case in CASES:
-        report = Path(folder, f"{case.__name__}.{rank}")
-        try:
-            case(rank)
-            report.write_text("passed")
-        except BaseException:
-            # The ranks are out of step after an error: the cases that follow are not run.
-            report.write_text(traceback.format_exc())
-            raise
+        report_case(functools.partial(case, rank), case.__name__, rank, folder)
         dist.barrier()
 
 
@@ -528,7 +521,4 @@ def test_all_ranks_end(folder: Path) -> None:
 
 @pytest.mark.parametrize("case", [c.__name__ for c in CASES])
 def test_two_processes_step_as_one(case: str, folder: Path) -> None:
-    for rank in range(WORLD):
-        report = folder / f"{case}.{rank}"
-        assert report.exists(), f"rank {rank} did not finish this case; the first failure is in another"
-        assert report.read_text() == "passed", f"rank {rank}\n{report.read_text()}"
+    check_reports(folder, case, range(WORLD))

@@ -13,7 +13,6 @@ import datetime
 import os
 import shutil
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_ranks
+from processes import check_reports, report_case, run_ranks
 from prompt_groups import groups_of, ref_logps
 from tiny_models import batch, check_budget, eager_logps, make, score
 from torch import Tensor, nn
@@ -409,13 +408,7 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=limit)
     row = mesh().get_local_rank("dp")
     for case in (*OF_A_ROW[row::2], *OF_ALL):
-        report = Path(folder, f"{case.__name__}.{rank}")
-        try:
-            case()
-            report.write_text("passed")
-        except Exception:
-            report.write_text(traceback.format_exc())
-            raise  # the ranks are out of step after an error: the cases that follow are not run
+        report_case(case, case.__name__, rank, folder)
         dist.barrier(tp().get_group() if case in OF_A_ROW else None)
 
 
@@ -433,9 +426,4 @@ def test_all_ranks_end(folder: Path) -> None:
 @pytest.mark.parametrize("case", [c.__name__ for c in (*OF_A_ROW, *OF_ALL)])
 def test_a_split_model_equals_one_process(case: str, folder: Path) -> None:
     row = [c.__name__ for c in OF_A_ROW]
-    for rank in range(WORLD):
-        if case in row and row.index(case) % 2 != rank // 2:
-            continue
-        report = folder / f"{case}.{rank}"
-        assert report.exists(), f"rank {rank} did not finish this case; the first failure is in another"
-        assert report.read_text() == "passed", f"rank {rank}\n{report.read_text()}"
+    check_reports(folder, case, [r for r in range(WORLD) if case not in row or row.index(case) % 2 == r // 2])

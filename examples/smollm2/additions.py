@@ -29,6 +29,14 @@ from transformers import (
 
 LENGTH = 6  # tokens of an answer at most: a space, three digits, a full stop and the end of the turn
 SYMBOLS = ["<pad>", "</s>", *"0123456789 +="]  # of the tiny model
+QUIET: dict[str, Any] = {
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}  # options of every trainer here
 
 
 @dataclass(frozen=True)

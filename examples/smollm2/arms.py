@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from additions import LENGTH, Task, lora  # type: ignore[import-not-found]  # beside this file
+from additions import LENGTH, QUIET, Task, lora  # type: ignore[import-not-found]  # beside this file
 from datasets import Dataset  # type: ignore[import-untyped]
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -78,19 +78,14 @@ class Watch(TrainerCallback):
 
 def trainer_of(arm: Arm, seed: int, steps: int, model: Any, task: Task, rows: Rows, sizes: Sizes, folder: Path) -> Any:
     common: dict[str, Any] = {
+        **QUIET,  # Watch says when to save
         "output_dir": str(folder),
         "max_steps": steps,
         "seed": seed,
         "learning_rate": sizes.learning_rate,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
-        "save_strategy": "no",  # Watch says when
         "save_total_limit": 1,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
         "strategy": "coupled",  # a step's answers are short enough to keep the graph of all
         "micro_batch_sequences": None,
     }

@@ -26,7 +26,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 import torch
-from additions import lora, start  # type: ignore[import-not-found]  # beside this file
+from additions import QUIET, lora, start  # type: ignore[import-not-found]  # beside this file
 
 from groupdpo_kernels import Objective
 from groupdpo_kernels.memory.rss import forget_peak, resident
@@ -51,16 +51,11 @@ def make_groups(groups: int, size: int, examples: int) -> list[dict[str, Any]]:
 def trainer_of(row: str, options: argparse.Namespace, folder: str) -> Any:
     groups = make_groups(options.groups, options.size, options.examples)
     common: dict[str, Any] = {
+        **QUIET,
         "output_dir": folder,
         "max_steps": options.steps,
         "learning_rate": 1e-4,
         "logging_steps": options.steps,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
     }
     model, task = start(options.checkpoint)
     named: dict[str, Any] = {"processing_class": task.tokenizer, "peft_config": lora()}

@@ -19,11 +19,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+N = TypeVar("N", int, float)
 DDP, FSDP1, FSDP2, DEEPSPEED = "DistributedDataParallel", "FullyShardedDataParallel", "FSDP2", "DeepSpeed"
 
 
@@ -37,6 +38,11 @@ def kind_of(module: nn.Module) -> str | None:
     if fsdp is not None and isinstance(module, fsdp.FSDPModule):
         return FSDP2
     return DEEPSPEED if hasattr(type(module), "set_gradient_accumulation_boundary") else None
+
+
+def is_distributed() -> bool:
+    """Whether this process is a rank of torch.distributed."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_dtensor(x: Tensor) -> bool:
@@ -75,10 +81,11 @@ def device_of(group: Any) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def maxima(values: list[int], groups: Sequence[Any] = (None,)) -> list[int]:
+def maxima(values: Sequence[N], groups: Sequence[Any] = (None,)) -> list[N]:
     """The maximum of each number over the ranks of these process groups, one after the other; None means all ranks.
-    A collective call; lists of different lengths are `joint`'s."""
-    joined = torch.tensor(values, dtype=torch.int64, device=device_of(groups[0]))
+    A collective call, with values of one type; lists of different lengths are `joint`'s."""
+    dtype = torch.float64 if isinstance(values[0], float) else torch.int64
+    joined = torch.tensor(values, dtype=dtype, device=device_of(groups[0]))
     for group in groups:
         torch.distributed.all_reduce(joined, torch.distributed.ReduceOp.MAX, group)
     return joined.tolist()
@@ -195,15 +202,12 @@ class Ranks:
             if error is not None:
                 raise error
             return drift
-        values = torch.tensor([error is not None, drift], dtype=torch.float64, device=device_of(self._groups[0]))
-        for group in self._groups:
-            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group)
-        failed, most = values.tolist()
+        failed, most = maxima([float(error is not None), drift], self._groups)
         if error is not None:
             raise error
         if failed:
             raise ValueError("pass 2 of group_backward has failed on another rank, whose error says why")
-        return float(most)
+        return most
 
     def call(self, forward: Callable[[Any], Any], micro_batch: Any) -> Any:
         self._in_forward = True  # it stays True after an error
@@ -229,7 +233,7 @@ class Ranks:
     @property
     def free(self) -> bool:
         """Whether it is known that forwards are no collective calls."""
-        return self._only_ddp or not _distributed()
+        return self._only_ddp or not is_distributed()
 
     @property
     def all_calls(self) -> int:
@@ -277,7 +281,7 @@ class Ranks:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """A context that finds the wrappers that a forward calls, and agrees with the other ranks before they run."""
-        if self.wrappers or not _distributed():
+        if self.wrappers or not is_distributed():
             yield
             return
         first: list[nn.Module] = []
@@ -345,10 +349,6 @@ def _boundary(engine: Any, last: bool) -> Iterator[None]:
         yield
     finally:
         engine._is_gradient_accumulation_boundary = before  # None restores the engine's own count
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _group_of(wrapper: Any) -> Any:

@@ -6,6 +6,7 @@ It reads values of CPU tensors; on other devices only impl="reference" comes her
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -108,7 +109,7 @@ def backward(
         op = torch.ops.groupdpo_kernels.linear_logps_backward_cpu
         cache = _no_cache(live) if logit_cache is None else logit_cache[: y.shape[0]]
         out = op(*live, y, lse, d_target, d_softmax, *_of_extension(options), *needs, cache)
-        g = HeadGradients(*(x if needed else None for x, needed in zip(out, needs)))
+        g = asked_for(out, needs)
     else:
         g = torch_blocks.backward_in_blocks(live, y, lse, d_target, d_softmax, options, needs)
     return g._replace(
@@ -116,6 +117,11 @@ def backward(
         d_low_rank_hidden=None if g.d_low_rank_hidden is None else rows.put(g.d_low_rank_hidden),
         mass=None if g.mass is None else rows.put(g.mass),
     )
+
+
+def asked_for(results: Sequence[Tensor], needs: Needs) -> HeadGradients:
+    """The results of an op, without those that are empty because nobody needs them."""
+    return HeadGradients(*(x if needed else None for x, needed in zip(results, needs)))
 
 
 class FrozenHead(NamedTuple):

@@ -155,4 +155,4 @@ def backward(
 ) -> HeadGradients:
     """ops.linear_logps_backward that reads the logit cache instead of computing those logits again."""
     op = torch.ops.groupdpo_kernels.logit_cache_backward
-    return ops.asked_for(op(*head, targets, lse, d_target, d_softmax, cache, *astuple(options), list(needs)), needs)
+    return host.asked_for(op(*head, targets, lse, d_target, d_softmax, cache, *astuple(options), list(needs)), needs)

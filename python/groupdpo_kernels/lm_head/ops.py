@@ -26,7 +26,7 @@ from torch import Tensor
 from ..reference import Candidates, Head, HeadGradients, HeadOptions, LogpStats, Needs, accumulator
 from . import extension, host, sparse
 from .extension import extension_why_not, warn_of_the_slow_path
-from .host import FrozenHead
+from .host import FrozenHead, asked_for
 from .implementations import check_tail, cpu_why_not, resolve
 
 _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
@@ -136,10 +136,6 @@ def _(*arguments):
 def without_none(gradients: HeadGradients, like: Tensor) -> tuple[Tensor, ...]:
     """The results of an op; `asked_for` is the inverse."""
     return tuple(like.new_empty(0) if x is None else x for x in gradients)
-
-
-def asked_for(results: Sequence[Tensor], needs: Needs) -> HeadGradients:
-    return HeadGradients(*(x if needed else None for x, needed in zip(results, needs)))
 
 
 def fake_gradients(head: Head, targets: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:

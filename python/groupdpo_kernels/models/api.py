@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..distributed import is_dtensor, reshard, shards
+from ..distributed import is_distributed, is_dtensor, reshard, shards
 from .adapters import why_not_scored
 from .head_call import HeadCall, LogitMap, ScoreOptions, Tie, leaf_of, logps_in_chunks
 from .layouts import check_packed, why_not_shared
@@ -352,7 +352,7 @@ def _check_whole(bare: Any, head: nn.Module | None, width: int) -> None:
     """ValueError where the head of a tensor-parallel model gives one rank's piece of the vocabulary: `width` logits,
     fewer than the rows of its weight over all ranks or than the model's vocabulary. It would pass for the whole.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return
     leaf: Any = None if head is None else leaf_of(head)
     base = leaf.get_base_layer() if hasattr(leaf, "get_base_layer") else leaf

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import is_dtensor
 from .head_call import leaf_of, swapped
 from .limits import token_limit
 from .probe import head_of, logits_of, quiet, unwrap, without_cache
 from .shared_prompt import cache_name, prefix_cache, rows_cache, why_not_cached, without_positions
+from .split_head import whole
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], str]] = weakref.WeakKeyDictionary()
 
@@ -169,7 +169,7 @@ class _Scores:
         seen: list[Tensor] = []
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            seen.append(hidden.full_tensor() if is_dtensor(hidden) else hidden)  # type: ignore[attr-defined]
+            seen.append(whole(hidden))
             return hidden[..., :1].clone()  # stands for logits, without a vocabulary dimension
 
         with quiet(self.model, head or self.model) as called, self._precise():

@@ -39,8 +39,7 @@ def seq_logps(
     check_group("process_group", process_group)
     sums, error = torch.zeros(0, dtype=torch.float64), None
     try:
-        check_tensors(token_logps=token_logps, cu_seqlens=cu_seqlens)
-        sums = _seq_logps(token_logps.double() if token_logps.is_floating_point() else token_logps, cu_seqlens)
+        sums = _seq_logps(token_logps, cu_seqlens, torch.float64)
     except Exception as raised:  # the other ranks must know
         error = raised
     rows, wrong = agreed("seq_logps", [len(sums)], error, process_group)
@@ -54,7 +53,7 @@ def seq_logps(
     return found[:, 0].sum(0).to(token_logps.dtype)
 
 
-def _seq_logps(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _seq_logps(token_logps: Tensor, cu_seqlens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     check_tensors(token_logps=token_logps, cu_seqlens=cu_seqlens)
     if token_logps.dim() != 1 or not token_logps.is_floating_point():
         raise ValueError(
@@ -68,7 +67,7 @@ def _seq_logps(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
         raise ValueError(
             f"cu_seqlens must be on the device of token_logps, {token_logps.device}; got {cu_seqlens.device}"
         )
-    return SegmentSums.apply(token_logps, as_offsets("cu_seqlens", cu_seqlens))
+    return SegmentSums.apply(token_logps.to(dtype or token_logps.dtype), as_offsets("cu_seqlens", cu_seqlens))
 
 
 @torch.library.custom_op("groupdpo_kernels::segment_sums", mutates_args=())

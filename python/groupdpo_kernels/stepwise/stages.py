@@ -36,6 +36,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..distributed import is_distributed
 from ..models.api import model_logps
 from ..preference.groups import PreferenceGroups
 from ..preference.segments import seq_logps
@@ -406,7 +407,7 @@ def _seed(seed: int) -> None:
 
 def _gather(value: Any) -> list[Any]:
     """The value of each rank, after waiting for all; that of this process alone where there are no ranks."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return [value]
     values = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
@@ -415,7 +416,7 @@ def _gather(value: Any) -> list[Any]:
 
 def _place() -> tuple[int, int]:
     """(number of ranks, this rank)."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return 1, 0
     return torch.distributed.get_world_size(), torch.distributed.get_rank()
 
