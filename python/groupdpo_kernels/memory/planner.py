@@ -33,7 +33,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..lm_head.logit_cache import nothing_kept
 from ..models.api import assume_logit_map
 from ..models.head_call import LogitMap
-from .tracker import BLOCK, MemoryTracker, Part, Peak, fake_copy, follow_layers
+from .fake import fake_copy
+from .tracker import BLOCK, MemoryTracker, Part, Peak, follow_layers
 from .workload import STRATEGIES, TrainingStep, Workload, build_model, config_of, strategies_of, take_layers
 
 GiB = 2**30

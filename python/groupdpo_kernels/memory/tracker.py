@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..lm_head.workspace import Workspace, workspace_of
+from .fake import FakeRun, tensors_in
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "head workspace", "logits")
 _DEVICE, _META = torch.ops.prim.device.default, torch.device("meta")
@@ -59,19 +60,28 @@ class MemoryTracker(TorchDispatchMode):
 
     def __init__(self, vocabulary: int, batch: int, lengths: Iterable[int], device: str | None, *, fake: bool) -> None:
         super().__init__()
-        self.vocabulary, self.device, self.fake = vocabulary, device, fake
+        self.vocabulary, self.device = vocabulary, device
+        self.run = FakeRun() if fake else lambda func, args, kwargs: func(*args, **kwargs)
         self.names = {batch: "b"} | {batch * n: f"{n} b" for n in lengths}
         self.of_prompt = False  # whether the forward that runs is a shared prompt's
         self.live = 0
         self.parts: defaultdict[Part, int] = defaultdict(int)
-        self.peaks: dict[str, Peak] = {}
+        self._peaks: dict[str, Peak] = {}
         self.new = "activations"  # the category of new tensors
         self.gradient_shapes: set[torch.Size] = set()
         self.storages: dict[int, tuple[Part, int]] = {}
         self.steps: int | None = None  # number of operations so far in the part "head"
+        self.risen = False  # whether a peak was noted whose parts are not recorded
+        self.now = Peak()
         self.begin("before")
 
     # ---------------------------------------------------------------------------------------------------------- parts
+
+    @property
+    def peaks(self) -> dict[str, Peak]:
+        """{part of the step: its peak}"""
+        self._keep()
+        return self._peaks
 
     def begin(self, name: str) -> None:
         """Counts what follows for this part, which may begin many times and has one peak.
@@ -85,11 +95,13 @@ class MemoryTracker(TorchDispatchMode):
         self._enter(name)
 
     def _enter(self, name: str) -> None:
-        self.now = self.peaks.setdefault(name, Peak())
+        self._keep()
+        self.now = self._peaks.setdefault(name, Peak())
         self._look()
 
     def adopt(self, tensors: Iterator[Tensor] | list[Tensor], category: str) -> None:
         """Counts these tensors under a category, also if they were counted under another one."""
+        self._keep()
         for x in tensors:
             key = x.untyped_storage()._cdata
             if key in self.storages:
@@ -116,16 +128,21 @@ class MemoryTracker(TorchDispatchMode):
 
     # ------------------------------------------------------------------------------------------------------- counting
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch wraps each dispatch so that torch.compile leaves it alone, at 10 us a call: nothing is compiled."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE and isinstance(args[0], FakeTensor):
             # Two dispatches of three only ask where a fake tensor is. torch's answer, without its way there.
             return _META if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
-        out = _run_fake(func, args, kwargs or {}) if self.fake else func(*args, **(kwargs or {}))
+        out = self.run(func, args, kwargs or {})
         name = func._overloadpacket.__name__.replace("logit_cache", "linear_logps")  # counts like ops without one
         if self.steps is not None:
             self.steps += 1
             self._enter(f"head, operation {self.steps}")
-        for x in _tensors((out,)):
+        for x in tensors_in((out,)):
             self._track(x, self.new, name)
         if self.device is not None and func.namespace == "groupdpo_kernels":
             self._look(workspace_of(func._overloadpacket.__name__, args, self.device))
@@ -159,61 +176,33 @@ class MemoryTracker(TorchDispatchMode):
         self.live += size
         self._look()
 
-    def _look(self, workspace: Workspace = Workspace()) -> None:  # noqa: B008  it is immutable
-        """Records the peak of this part if more is alive now than before."""
+    def _look(self, workspace: Workspace | None = None) -> None:
+        """Notes the peak of this part if more is alive now than before."""
+        if workspace is None:
+            if self.live > self.now.total:
+                self.now.total, self.risen = self.live, True
+            return
         total = self.live + workspace.block + workspace.wide
         if total > self.now.total:
-            self.now.total, self.now.most_block = total, workspace.most
-            more = {BLOCK: workspace.block, ("head workspace", "gradients inside our ops"): workspace.wide}
-            self.now.parts = {part: size for part, size in [*self.parts.items(), *more.items()] if size}
+            self.now.total, self.risen = total, False
+            self._record(workspace)
+
+    def _keep(self) -> None:
+        """Records what a noted peak holds, once before anything is freed: sums only rise until then."""
+        if self.risen:
+            self.risen = False
+            self._record(Workspace())
+
+    def _record(self, workspace: Workspace) -> None:
+        more = {BLOCK: workspace.block, ("head workspace", "gradients inside our ops"): workspace.wide}
+        self.now.most_block = workspace.most
+        self.now.parts = {part: size for part, size in [*self.parts.items(), *more.items()] if size}
 
     def _release(self, key: int) -> None:
+        self._keep()
         part, size = self.storages.pop(key)
         self.parts[part] -= size
         self.live -= size
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments or the results of an op, whose only containers are lists and tuples."""
-    for x in values:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, (list, tuple)):
-            yield from _tensors(x)
-
-
-def _run_fake(func: Any, args: Any, kwargs: Any) -> Any:
-    """Runs an operation. Small integer tensors (targets, offsets) stay real, as code reads them; other reads give 0."""
-    tensors = [*_tensors(args), *_tensors(kwargs.values())]
-    if func is torch.ops.aten._local_scalar_dense.default and isinstance(tensors[0], FakeTensor):
-        return False if tensors[0].dtype == torch.bool else 0.0
-    if any(isinstance(x, FakeTensor) for x in tensors):
-        return func(*args, **kwargs)
-    read = func in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
-    if not read and not func._schema.is_mutable:
-        made = func(*args, **kwargs)
-        # Masks of (L, L) are not read, and large ones would take the time that fake tensors save.
-        if any(x.numel() > 2**22 or (x.is_floating_point() and not tensors) for x in _tensors((made,))):
-            return made
-    with unset_fake_temporarily():
-        return func(*args, **kwargs)
-
-
-def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Gives a model on the device meta fake CPU tensors for its parameters and buffers, in place, and returns it."""
-    made: dict[int, Tensor] = {}  # by id, so that tied weights stay tied
-    with mode:
-        for module in model.modules():
-            owned: list[dict[str, Any]] = [module._parameters, module._buffers]
-            for own in owned:
-                for name, x in own.items():
-                    if x is None:
-                        continue
-                    if id(x) not in made:
-                        empty = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
-                        made[id(x)] = nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty
-                    own[name] = made[id(x)]
-    return model
 
 
 def follow_layers(layers: nn.ModuleList, tracker: MemoryTracker) -> None:
