@@ -214,13 +214,14 @@ def test_the_stock_interpreter_is_wrong() -> None:
 
 def language() -> dict[tuple[str, str], object]:
     """Everything the interpreter patches: the language's modules and classes, and the entry points of a kernel."""
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
 
     from groupdpo_kernels.kernels import launch
 
-    owners = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base, InterpreterBuilder, JITFunction, launch)
-    names = {"__index__", "__bool__", "__repr__", "__str__", "__call__"}
+    owners = (tl, tl.core, tl.math, tl.tensor, tl.block_type, tl.core.tensor_descriptor_base, JITFunction, launch)
+    owners += (interpreter, interpreter.InterpreterBuilder, interpreter.TritonSemantic)
+    names = {"__index__", "__bool__", "__repr__", "__str__", "__call__", "__init__"}
     return {
         (owner.__name__, name): member
         for owner in owners
