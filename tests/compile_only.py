@@ -12,14 +12,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from processes import CONTEXT
 
 from groupdpo_kernels.reference import HeadOptions, Needs, head_of
 from groupdpo_kernels.testing import Case
@@ -184,16 +185,13 @@ def compile_row(row: Row) -> list[Compiled]:
         knobs.compilation.disable_line_info = True
         with as_on(row.architecture, kernels=SPARSE_KERNELS if row.sparse else None) as compilations:
             launch_all(row)
-        return [describe(row, *compilation) for compilation in compilations]
+        return describe(row, compilations)
 
 
 def compile_rows(rows: Sequence[Row]) -> list[Compiled]:
-    """compile_row over processes of their own, in which Triton has not been told to interpret."""
-    context = multiprocessing.get_context("spawn")
-    with mock.patch.dict(os.environ):
-        os.environ.pop("TRITON_INTERPRET", None)
-        with ProcessPoolExecutor(min(len(rows), os.cpu_count() or 1), mp_context=context) as pool:
-            return [kernel for kernels in pool.map(compile_row, rows) for kernel in kernels]
+    """compile_row over processes of their own."""
+    with ProcessPoolExecutor(min(len(rows), os.cpu_count() or 1), mp_context=CONTEXT) as pool:
+        return [kernel for kernels in pool.map(compile_row, rows) for kernel in kernels]
 
 
 # From shared memory to a tensor in global memory, as it is or added to what is there.
@@ -269,7 +267,13 @@ def number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def describe(row: Row, name: str, kernel: Any) -> Compiled:
+def describe(row: Row, compilations: Sequence[tuple[str, Any]]) -> list[Compiled]:
+    """What was compiled for a row: the names of kernels, and what the compiler made of them."""
+    disassemble(kernel for _, kernel in compilations if "cubin" in kernel.asm)
+    return [_described(row, name, kernel) for name, kernel in compilations]
+
+
+def _described(row: Row, name: str, kernel: Any) -> Compiled:
     shared = kernel.metadata.shared
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
@@ -299,27 +303,67 @@ def tma_stores(kernel: Any) -> int:
 
 def machine_code(kernel: Any) -> str:
     """Use of resources and SASS, by the tools that come with Triton."""
-    return _disassembled(kernel.asm["cubin"])
+    disassemble([kernel])
+    return _read(_cache_of(kernel).get_file("disassembled"))
 
 
 @functools.lru_cache(maxsize=1)  # a kernel is read for its registers, its instructions and its stores
-def _disassembled(cubin: bytes) -> str:
-    """Kept in Triton's cache, because it takes as long as the compilation of a small kernel."""
+def _read(path: str) -> str:
+    return Path(path).read_text()
+
+
+def _cache_of(kernel: Any) -> Any:
     import triton
     from triton.runtime.cache import get_cache_manager
 
-    cache = get_cache_manager(hashlib.sha256(triton.__version__.encode() + cubin).hexdigest())
-    found = cache.get_file("disassembled")
-    if found is None:
-        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(cubin)
-            file.flush()
-            commands = [tools / "cuobjdump", "-res-usage"], [tools / "nvdisasm", "-c", "-ndf"]
-            run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-            text = "".join(run([*command, file.name]).stdout for command in commands)
-        found = cache.put(text, "disassembled", binary=False)
-    return Path(found).read_text()
+    return get_cache_manager(hashlib.sha256(triton.__version__.encode() + kernel.asm["cubin"]).hexdigest())
+
+
+def disassemble(kernels: Iterable[Any]) -> None:
+    """Puts the machine code of kernels into Triton's cache, beside them.
+
+    The disassembler takes 0.4 s to start, as long as the compilation of a small kernel, so it is given the code of all
+    kernels of an architecture in one piece.
+    """
+    missing: dict[int, list[Any]] = {}  # {architecture: its kernels}
+    for kernel in kernels:
+        if _cache_of(kernel).get_file("disassembled") is None:
+            missing.setdefault(kernel.metadata.target.arch, []).append(kernel)
+    for architecture, some in missing.items():
+        codes = [_code_in(kernel.asm["cubin"]) for kernel in some]
+        name = f"SM{architecture}{'a' if architecture >= 90 else ''}"
+        listing = _run_tool("nvdisasm", b"".join(codes), "-ndf", "--binary", name)
+        lines = re.findall(r"^ +/\*[0-9a-f]{4,}\*/.*", listing, re.MULTILINE)
+        if 16 * len(lines) != sum(map(len, codes)):  # 16 bytes an instruction
+            raise RuntimeError(f"the disassembler found {len(lines)} instructions: {listing[:400]}")
+        at = 0
+        for kernel, code in zip(some, codes):
+            own = lines[at : at + len(code) // 16]
+            at += len(own)
+            text = "\n".join([_run_tool("cuobjdump", kernel.asm["cubin"], "-res-usage"), *own])
+            _cache_of(kernel).put(text, "disassembled", binary=False)
+
+
+def _run_tool(name: str, data: bytes, *options: str) -> str:
+    import triton
+
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _code_in(cubin: bytes) -> bytes:
+    """The instructions of the functions in a cubin, which is an ELF file with a section for each of them."""
+    (first,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, n, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, first + i * size) for i in range(n)]
+    found = []
+    for name, _, _, _, at, length in sections:
+        if cubin[sections[names][4] + name :].startswith(b".text."):
+            found.append(cubin[at : at + length])
+    return b"".join(found)
 
 
 def worst(kernels: Sequence[Compiled]) -> list[Compiled]:

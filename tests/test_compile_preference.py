@@ -7,13 +7,12 @@ from __future__ import annotations
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from compile_only import Compiled, Row, as_on, describe
+from processes import CONTEXT
 
 EVERY = __name__ == "__main__"
 KERNELS = {"segment_sums_kernel", "preference_weights_fwd_kernel", "preference_weights_bwd_kernel"}
@@ -45,7 +44,6 @@ def launches(architecture: str) -> list[Launch]:
 
 
 def compile_launches(architecture: str) -> list[tuple[Launch, Compiled]]:
-    """In a process where Triton has not been told to interpret."""
     from groupdpo_kernels.kernels.preference_weights import preference_weights_backward, preference_weights_forward
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -66,17 +64,16 @@ def compile_launches(architecture: str) -> list[tuple[Launch, Compiled]]:
                 launch.max_group,
             )  # fmt: skip
             preference_weights_backward(meta(), coefficients, offsets[0], T)
-        found += [(launch, describe(row, *compilation)) for compilation in compilations]
-    return found
+        found += [(launch, *compilation) for compilation in compilations]
+    described = describe(row, [compilation for _, *compilation in found])
+    return [(launch, kernel) for (launch, *_), kernel in zip(found, described)]
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, list[tuple[Launch, Compiled]]]:
     names = ("sm_90", "sm_100", "sm_80", "gfx942")
-    with mock.patch.dict(os.environ):
-        os.environ.pop("TRITON_INTERPRET", None)
-        with ProcessPoolExecutor(min(len(names), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-            return dict(zip(names, pool.map(compile_launches, names)))
+    with ProcessPoolExecutor(min(len(names), os.cpu_count() or 1), mp_context=CONTEXT) as pool:
+        return dict(zip(names, pool.map(compile_launches, names)))
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_100", "sm_80", "gfx942"])

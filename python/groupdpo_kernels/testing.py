@@ -387,12 +387,12 @@ def _remembered_types() -> list[tuple[Any, str, Any]]:
         own, text = blocks[key]
         vars(self).update(own, element_ty=element_ty, name=f"<{text}, {element_ty}>")
 
-    def tensor_init(self: Any, handle: Any, type: Any) -> None:
-        key = tuple(type.shape) if type.is_block() else ()
+    def tensor_init(self: Any, handle: Any, of: Any) -> None:
+        key = tuple(of.shape) if of.is_block() else ()
         if key not in tensors:
-            of_tensor(self, handle, type)
+            of_tensor(self, handle, of)
             tensors[key] = {name: x for name, x in vars(self).items() if name not in ("handle", "type", "dtype")}
-        vars(self).update(tensors[key], handle=handle, type=type, dtype=type.scalar)
+        vars(self).update(tensors[key], handle=handle, type=of, dtype=of.scalar)
 
     def binary_op_sanitize_overflow_impl(self: Any, *args: Any) -> None:
         if self.builder.options.debug:  # if not, an assertion that nothing makes is computed in int64
