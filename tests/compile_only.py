@@ -33,6 +33,7 @@ from groupdpo_kernels.reference import HeadOptions, Needs, head_of
 from groupdpo_kernels.testing import Case
 
 TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
+TARGETS |= {name: name for name in ("gfx90a", "gfx950", "gfx1100", "gfx1201")}
 SPARSE_KERNELS = ("linear_logps_bwd_kernel", "non_target_kernel", "row_limited_gemm_kernel", "select_kernel")
 SPARSE_KERNELS += ("visit_kernel", "weighted_rows_kernel")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,7 +75,7 @@ class Driver:
 
         self.architecture = architecture
         target = TARGETS[architecture]
-        self.target = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, 64)
+        self.target = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, 32 if target.startswith("gfx1") else 64)
 
     def get_current_target(self) -> Any:
         return self.target

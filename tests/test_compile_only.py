@@ -54,7 +54,8 @@ KERNELS = [
     "gather_rows_kernel",
     "linear_logps_bwd_kernel",
     "linear_logps_fwd_kernel",
-    "rescale_kernel",
+    "rescale_block_kernel",
+    "rescale_sums_kernel",
 ]
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from groupdpo_kernels.reference import Head, HeadOptions
 
 from .compaction import compact_head, gather_rows
-from .gemm import add_gemm, block_shape
+from .gemm import add_gemm, block_shape, counted_gemms, new_block
 from .launch import on_its_device, programs, why_not
+from .row_limited_gemm import add_rows
 from .tile import exp_difference, finite_or_zero, logits_tile, rows_from, tile_position
 
 __all__ = ["frozen_head", "why_not"]
@@ -42,7 +43,7 @@ def frozen_head_fwd_kernel(
     target_slopes_ptr,  # (T,) float32
     tile_max_ptr,  # (tiles_v, rows) float32: what the tile's exponentials are relative to
     tile_sum_ptr,  # (tiles_v, rows) float32: without the target
-    block_ptr,  # (rows, stride_block) input dtype; what lies past `columns` is written but never read
+    block_ptr,  # (rows in whole tiles, stride_block) input dtype; what lies past `columns` is written but never read
     row0,  # the block is rows row0 : row0 + rows, columns column0 : column0 + columns
     rows,
     column0,
@@ -64,6 +65,7 @@ def frozen_head_fwd_kernel(
     GROUP_T: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACCURATE: tl.constexpr,  # tanh, to 2 ulp
 ):
     live = tl.minimum(tl.load(count_ptr), row0 + rows)
     tiles_t = tl.cdiv(tl.maximum(live - row0, 0), BLOCK_T)
@@ -78,7 +80,7 @@ def frozen_head_fwd_kernel(
         y = logits_tile(
             hidden, weight, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
             strides, scale,
-            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION, ACCURATE,
         )  # fmt: skip
         t = t0 + row
         target = tl.load(targets_ptr + t, mask=t < live, other=-1) - v0
@@ -97,7 +99,9 @@ def frozen_head_fwd_kernel(
             z = tl.where((column < V - v0)[None, :], z, -float("inf"))
         # Relative to the row's maximum so far: most tiles then need no rescaling.
         top = tl.maximum(tl.load(top_ptr + t, mask=t < live, other=0.0), tl.max(z, 1))
-        e = exp_difference(z, finite_or_zero(top)[:, None])
+        # cuBLAS reads the rows past the live ones: zeros, by one select a row rather than one an entry.
+        shift = tl.where(t < live, finite_or_zero(top), float("inf"))
+        e = exp_difference(z, shift[:, None])
         if hit:
             e = tl.where(column[None, :] == target_column, 0.0, e)
         at = tile_v.to(tl.int64) * rows + (t - row0)
@@ -105,14 +109,8 @@ def frozen_head_fwd_kernel(
         tl.store(tile_sum_ptr + at, tl.sum(e, 1), mask=t < live)
         if HAS_SOFTCAP:
             e *= 1.0 - y * y
-        # cuBLAS reads the rows past the live ones: they are zeros, whatever the bias is.
-        e = tl.where((t < live)[:, None], e, 0.0)
         block = block_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_block + tile_v * BLOCK_V
-        tl.store(
-            block + row[:, None] * stride_block + column[None, :],
-            e.to(block_ptr.dtype.element_ty),
-            mask=(t < row0 + rows)[:, None],
-        )
+        tl.store(block + row[:, None] * stride_block + column[None, :], e.to(block_ptr.dtype.element_ty))
     # Tiles of ignored rows: zeros, no arithmetic.
     all_tiles_t = tl.cdiv(rows, BLOCK_T)
     for tile in tl.range(tiles_t * tiles_v + tl.program_id(0), all_tiles_t * tiles_v, tl.num_programs(0)):
@@ -120,11 +118,7 @@ def frozen_head_fwd_kernel(
         tile_v = tile % tiles_v
         block = block_ptr + (tile_t * BLOCK_T).to(tl.int64) * stride_block + tile_v * BLOCK_V
         zero = tl.zeros((BLOCK_T, BLOCK_V), block_ptr.dtype.element_ty)
-        tl.store(
-            block + row[:, None] * stride_block + column[None, :],
-            zero,
-            mask=(tile_t * BLOCK_T + row < rows)[:, None],
-        )
+        tl.store(block + row[:, None] * stride_block + column[None, :], zero)
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "tiles_v"], do_not_specialize_on_alignment=["count_ptr"])
@@ -169,7 +163,7 @@ def advance_kernel(
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "tiles_v"], do_not_specialize_on_alignment=["count_ptr"])
-def rescale_kernel(
+def rescale_block_kernel(
     tile_max_ptr,  # (tiles_v, rows) float32
     top_ptr,  # (T,) float32
     count_ptr,  # (1,) int32
@@ -195,6 +189,28 @@ def rescale_kernel(
         at = local.to(tl.int64)[:, None] * stride_block + (tile_v * TILE_V + tl.arange(0, TILE_V))[None, :]
         e = tl.load(block_ptr + at, mask=stale[:, None], other=0.0).to(tl.float32) * factor[:, None]
         tl.store(block_ptr + at, e.to(block_ptr.dtype.element_ty), mask=stale[:, None])
+
+
+@triton.jit(do_not_specialize=["row0", "rows"], do_not_specialize_on_alignment=["count_ptr"])
+def rescale_sums_kernel(
+    expected_ptr,  # (T, N) float32, in place
+    rescale_ptr,  # (T,) float32
+    count_ptr,  # (1,) int32
+    row0,
+    rows,
+    N,
+    BLOCK_N: tl.constexpr,
+):
+    """What a row has summed up so far, relative to its new maximum. A row whose maximum has not moved is not read."""
+    local = tl.program_id(0)
+    t = row0 + local
+    if (local < rows) & (t < tl.load(count_ptr)):
+        factor = tl.load(rescale_ptr + t)
+        if factor != 1.0:
+            at = expected_ptr + t.to(tl.int64) * N
+            for n0 in range(0, N, BLOCK_N):
+                n = n0 + tl.arange(0, BLOCK_N)
+                tl.store(at + n, tl.load(at + n, mask=n < N, other=0.0) * factor, mask=n < N)
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["count_ptr"])
@@ -258,8 +274,8 @@ def frozen_head(
 
     rows, columns = block_shape(T, D, V, head.weight.element_size(), options.workspace_bytes, launch)
     constants = {name: value for name, value in arguments.constants.items() if name != "FLATTEN"}
-    stride = triton.cdiv(columns, launch.BLOCK_V) * launch.BLOCK_V
-    block = head.hidden.new_empty((rows, stride))
+    block = new_block(head.hidden, rows, columns, launch)
+    stride = block.shape[1]
     tiles = [new((stride // launch.BLOCK_V, rows)) for _ in range(2)]
     # (factor, its expectation by row, the derivative)
     parts = [
@@ -282,14 +298,20 @@ def frozen_head(
                 *tiles, live.live, top, rest, rescale, row0, height, tiles_v,
                 BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
             )  # fmt: skip
-            rescale_kernel[(triton.cdiv(height, 16) * tiles_v,)](
+            rescale_block_kernel[(triton.cdiv(height, 16) * tiles_v,)](
                 tiles[0], top, live.live, block, row0, height, tiles_v, stride,
                 TILE_V=launch.BLOCK_V, BLOCK_ROWS=16, num_warps=4,
             )  # fmt: skip
             for factor, expected, _ in parts:
                 if column0 > 0:
-                    expected[span].mul_(rescale[span, None])
-                add_gemm(expected[span], block[:height, :width], factor[column0 : column0 + width])
+                    rescale_sums_kernel[(height,)](
+                        expected, rescale, live.live, row0, height, factor.shape[1], BLOCK_N=1024, num_warps=4
+                    )
+                here, part = block[:height, :width], factor[column0 : column0 + width]
+                if counted_gemms(here.dtype):
+                    add_rows(expected[span], here, part, live.live, row0, launch)
+                else:
+                    add_gemm(expected[span], here, part)
 
     shift = torch.where(torch.isfinite(top), top, 0)
     total = rest + torch.exp(target_logits - shift)

@@ -1,8 +1,12 @@
-"""GEMMs of cuBLAS (on AMD of its ROCm counterpart) over a bounded block that a kernel has written: how they
-accumulate, and how large the block is.
+"""GEMMs of cuBLAS over a bounded block that a kernel has written: how they accumulate, and how large the block is. On
+AMD those of row_limited_gemm.py take their place where inputs have 16 bits.
 """
 
 from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,16 +14,65 @@ from torch import Tensor
 from .launch import Launch, chunk_rows
 
 
-def add_gemm(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b with float32 `out`, without rounding a @ b to the dtype of a and b first."""
+def counted_gemms(dtype: torch.dtype) -> bool:
+    """Whether row_limited_gemm.py multiplies by a block whatever the number of its live rows: AMD's library has no
+    float32 output for 16-bit inputs. What it adds to a sum would be rounded to 16 bits once a block.
+    """
+    return torch.version.hip is not None and dtype.itemsize == 2
+
+
+def add_gemm(
+    out: Tensor,  # (m, n) float32
+    a: Tensor,  # (m, k)
+    b: Tensor,  # (k, n)
+) -> None:
+    """out += a @ b, without rounding a @ b to the dtype of a and b first."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
-    elif a.device.type == "cuda" and not torch.version.hip:
-        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
     elif a.device.type == "cuda":
-        out.add_(torch.mm(a, b))  # ROCm has no float32 output for 16-bit inputs
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
     else:
         out.addmm_(a.float(), b.float())
+
+
+def write_gemm(
+    out: Tensor,  # (m, n), of the dtype of a and b
+    a: Tensor,  # (m, k)
+    b: Tensor,  # (k, n)
+) -> None:
+    """out = a @ b, summed in float32 and rounded once."""
+    with _float32_sums():
+        torch.mm(a, b, out=out)
+
+
+_SETTINGS = tuple(f"allow_{name}_reduced_precision_reduction" for name in ("bf16", "fp16"))
+_lock = threading.Lock()
+_users = 0
+_allowed: list[str] = []  # those of _SETTINGS that the first user found on
+
+
+@contextlib.contextmanager
+def _float32_sums() -> Iterator[None]:
+    """Within it cuBLAS adds up in float32. PyTorch lets it split a sum and add its parts in the dtype of the output,
+    which costs a gradient of bf16 its last bits. The setting is the whole process's: it changes with the first thread
+    that comes here and is put back with the last.
+    """
+    global _users
+    settings = torch.backends.cuda.matmul
+    with _lock:
+        if _users == 0:
+            _allowed[:] = [name for name in _SETTINGS if getattr(settings, name)]
+            for name in _allowed:
+                setattr(settings, name, False)
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                for name in _allowed:
+                    setattr(settings, name, True)
 
 
 def block_shape(
@@ -35,9 +88,18 @@ def block_shape(
     columns, enough for the GEMMs to run at full speed.
     """
     entries = max(launch.BLOCK_T * launch.BLOCK_V, workspace_bytes // 2 // itemsize)
-    tiles = entries // T // launch.BLOCK_V
+    tiles = entries // _whole(T, launch.BLOCK_T) // launch.BLOCK_V
     if tiles * launch.BLOCK_V >= min(V, 4096):
         return T, min(V, tiles * launch.BLOCK_V)
     widest = min(4096, workspace_bytes // 4 // (4 * D), entries // launch.BLOCK_T)
     columns = max(1, widest // launch.BLOCK_V) * launch.BLOCK_V
     return chunk_rows(T, min(V, columns) * itemsize, workspace_bytes // 2, launch), min(V, columns)
+
+
+def new_block(like: Tensor, rows: int, columns: int, launch: Launch) -> Tensor:
+    """Memory for a block in whole tiles, so that kernels store without a mask."""
+    return like.new_empty((_whole(rows, launch.BLOCK_T), _whole(columns, launch.BLOCK_V)))
+
+
+def _whole(size: int, tile: int) -> int:
+    return -(-size // tile) * tile

@@ -36,6 +36,7 @@ class Launch:
     tma: bool = False  # load through tensor descriptors; wants 16-byte aligned rows
     persistent: bool = False  # one program a multiprocessor loops over tiles
     flatten_low_rank: bool = True  # the loop over tiles is also flattened when a low-rank segment follows
+    tf32: bool = True  # the matrix units take float32 rounded to tf32
     GROUP_T: int = 16  # token tiles that share a sweep over the vocabulary, for the L2 cache
 
 
@@ -52,6 +53,14 @@ TABLE: dict[tuple[str, int], Launch] = {
     ("sm_100", 4): Launch(128, 128, 32, 8, 3),
     ("gfx942", 2): Launch(128, 128, 64, 8, 2),
     ("gfx942", 4): Launch(128, 128, 32, 8, 2),
+    ("gfx950", 2): Launch(128, 128, 64, 8, 2, tf32=False),
+    ("gfx950", 4): Launch(128, 128, 32, 8, 2, tf32=False),
+    ("gfx90a", 2): Launch(128, 128, 64, 8, 2, tf32=False),
+    ("gfx90a", 4): Launch(128, 128, 32, 8, 2, tf32=False),
+    ("gfx1100", 2): Launch(128, 64, 32, 8, 2, tf32=False),
+    ("gfx1100", 4): Launch(64, 64, 16, 8, 1, tf32=False),
+    ("gfx1201", 2): Launch(128, 128, 32, 8, 2, tf32=False),
+    ("gfx1201", 4): Launch(64, 32, 32, 4, 1, tf32=False),
 }
 UNALIGNED: dict[tuple[str, int], Launch] = {
     ("sm_90", 2): Launch(128, 128, 64, 8, 3),
@@ -62,7 +71,8 @@ UNALIGNED: dict[tuple[str, int], Launch] = {
 def architecture(device: torch.device) -> str | None:
     """The table's name for a device; None where no kernel runs."""
     if torch.version.hip:
-        return "gfx942"
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]  # what follows are features
+        return name if (name, 2) in TABLE else None
     major, minor = torch.cuda.get_device_capability(device)
     if major == 10:
         return "sm_100"
@@ -79,8 +89,13 @@ def device_why_not(name: str, device: torch.device) -> list[str]:
     if device.type != "cuda":
         reasons.append(f"{name} is on {device}: the Triton kernels want a GPU")
     elif architecture(device) is None:
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        reasons.append(f"the GPU has compute capability {capability}: the Triton kernels want 8.0 or later")
+        if torch.version.hip:
+            name = torch.cuda.get_device_properties(device).gcnArchName
+            known = ", ".join(sorted({architecture for architecture, _ in TABLE if architecture.startswith("gfx")}))
+            reasons.append(f"the GPU is {name}: the Triton kernels have launch shapes for {known}")
+        else:
+            capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            reasons.append(f"the GPU has compute capability {capability}: the Triton kernels want 8.0 or later")
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         reasons.append(f"triton is {triton.__version__}: the kernels want 3.6 or later")
     return reasons
@@ -144,19 +159,22 @@ def _aligned(weight: Tensor) -> bool:
 
 def programs(launch: Launch, tiles: int, device: torch.device) -> tuple[int]:
     """The grid for `tiles` tiles."""
-    if not launch.persistent:
-        return (tiles,)
-    processors = 3 if interpreting is not None else torch.cuda.get_device_properties(device).multi_processor_count
-    return (min(tiles, processors),)
+    return strided_programs(tiles, 1, device) if launch.persistent else (tiles,)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """float32 GEMMs follow torch's own setting, as either of its APIs has set it (the getter of the older one raises
-    where the newer was used). GEMMs of 16-bit inputs are exact either way; there "tf32" says that nobody will miss
-    the last bits of a float32.
+def strided_programs(tasks: int, per_processor: int, device: torch.device) -> tuple[int]:
+    """The grid for programs that stride over at most `tasks` tasks."""
+    if interpreting is not None:
+        return (min(tasks, 3),)
+    return (min(tasks, per_processor * torch.cuda.get_device_properties(device).multi_processor_count),)
+
+
+def precision(dtype: torch.dtype, launch: Launch) -> str:
+    """How a GEMM takes its inputs. float32 follows torch's own setting, as either of its APIs has set it (the getter of
+    the older one raises where the newer was used); inputs of 16 bits are exact as they are.
     """
-    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return "ieee" if exact else "tf32"
+    tf32 = launch.tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and tf32 else "ieee"
 
 
 def scale_and_cap(options: HeadOptions) -> tuple[float, float]:
@@ -214,7 +232,9 @@ def head_arguments(
         "GROUP_T": launch.GROUP_T,
         "TMA": launch.tma,
         "FLATTEN": launch.persistent and (R == 0 or launch.flatten_low_rank),
-        "PRECISION": precision(hidden.dtype),
+        "PRECISION": precision(hidden.dtype, launch),
+        # Nobody will miss the last bits of a float32 that was made from fewer.
+        "ACCURATE": hidden.dtype == torch.float32 and precision(hidden.dtype, launch) == "ieee",
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }

@@ -4,9 +4,9 @@ lse.
 A kernel rebuilds a bounded block of the logits and writes d_logits of it in the input dtype, the derivative in the
 result of the GEMM before bias, scale and softcap; GEMMs of cuBLAS turn the block into d_hidden and d_weight. Blocks go
 over the vocabulary: each block of d_weight is finished in one GEMM over all rows (accumulated in float32, rounded
-once), d_hidden is accumulated in one float32 (T, D) buffer. No floating-point atomics, no locks: the same bits every
-time. Cost: 2 T D V FLOP and as many again for each of d_hidden and d_weight; what is not needed is neither computed nor
-allocated. Never holds (T, V). Ignored rows cost no arithmetic here; cuBLAS runs over their zero rows,
+once), d_hidden is accumulated in one float32 (T, D) buffer. No floating-point atomics: the same bits every time. Cost:
+2 T D V FLOP and as many again for each of d_hidden and d_weight; what is not needed is neither computed nor allocated.
+Never holds (T, V). Ignored rows cost no arithmetic here; cuBLAS runs over their zero rows,
 row_limited_gemm.py, for `few` live rows, does not. docs/math.md, section 1.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from groupdpo_kernels.reference import Head, HeadGradients, HeadOptions, Needs
 
 from .compaction import LiveRows, compact_head, gather_rows
-from .gemm import add_gemm, block_shape
+from .gemm import add_gemm, block_shape, counted_gemms, new_block, write_gemm
 from .launch import on_its_device, programs, why_not
 from .row_limited_gemm import add_rows, reduce_rows
 from .tile import exp_difference, gemm_tile, halves, rows_from, squash, tile_position
@@ -42,7 +42,7 @@ def linear_logps_bwd_kernel(
     lse_ptr,  # (T,) float32: the row's lse, rounded
     d_target_ptr,  # (T,) float32: d_logits at the target
     d_softmax_ptr,  # (T,) float32: coefficient of exp(logits - lse) elsewhere
-    d_logits_ptr,  # (rows, stride_d_logits) input dtype; past `columns` zeros if FEW, else written but never read
+    d_logits_ptr,  # (rows in whole tiles, stride_d_logits) input dtype; past `columns` zeros if FEW, else never read
     d_bias_ptr,  # (token tiles, stride_d_logits) float32, or None
     mass_ptr,  # (vocabulary tiles, rows) float32, or None
     row0,  # the block is rows row0 : row0 + rows, columns column0 : column0 + columns
@@ -70,6 +70,7 @@ def linear_logps_bwd_kernel(
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACCURATE: tl.constexpr,  # tanh, to 2 ulp
 ):
     live = tl.minimum(tl.load(count_ptr), row0 + rows)
     tiles_t = tl.cdiv(rows, BLOCK_T)
@@ -100,7 +101,7 @@ def linear_logps_bwd_kernel(
         mass = tl.zeros((BLOCK_T,), tl.float32)
         for i in tl.static_range(2):
             column = i * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
-            y = squash(parts[i], bias_ptr, v0 + column, V, scale, HAS_BIAS, HAS_SOFTCAP, PRECISION)
+            y = squash(parts[i], bias_ptr, v0 + column, V, scale, HAS_BIAS, HAS_SOFTCAP, ACCURATE)
             z = cap * y if HAS_SOFTCAP else y
             e = exp_difference(z, lse[:, None])
             if NEEDS_MASS:
@@ -113,11 +114,7 @@ def linear_logps_bwd_kernel(
                 d *= 1.0 - y * y
             if FEW:
                 d = tl.where((v0 + column < V)[None, :], d, 0.0)
-            tl.store(
-                block + row[:, None] * stride_d_logits + column[None, :],
-                d.to(d_logits_ptr.dtype.element_ty),
-                mask=(t < row0 + rows)[:, None],
-            )
+            tl.store(block + row[:, None] * stride_d_logits + column[None, :], d.to(d_logits_ptr.dtype.element_ty))
             if NEEDS_BIAS:
                 tl.store(d_bias_ptr + tile_t.to(tl.int64) * stride_d_logits + tile_v * BLOCK_V + column, tl.sum(d, 0))
         if NEEDS_MASS:
@@ -132,7 +129,6 @@ def linear_logps_bwd_kernel(
             tl.store(
                 block + row[:, None] * stride_d_logits + column[None, :],
                 tl.zeros((BLOCK_T, BLOCK_V), d_logits_ptr.dtype.element_ty),
-                mask=(tile_t * BLOCK_T + row < rows)[:, None],
             )
         if NEEDS_BIAS:
             tl.store(
@@ -157,6 +153,7 @@ def linear_logps_backward(
     """
     V, D = head.weight.shape
     T, device = targets.numel(), head.hidden.device
+    few = few or counted_gemms(head.hidden.dtype)
     new = functools.partial(torch.empty, dtype=torch.float32, device=device)
     d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None for x, needed in zip(head, needs)
@@ -174,8 +171,8 @@ def linear_logps_backward(
     shift, d_target, d_softmax, owed = _rowwise(live, compact.targets, lse, d_target, d_softmax, V)
 
     rows, columns = block_shape(T, D, V, head.weight.element_size(), options.workspace_bytes, launch)
-    stride = triton.cdiv(columns, launch.BLOCK_V) * launch.BLOCK_V
-    block = head.hidden.new_empty((rows, stride))
+    block = new_block(head.hidden, rows, columns, launch)
+    stride = block.shape[1]
     # (gradient, the other factor of its GEMM, its float32 accumulator)
     by_row = [
         (g, factor, new((T, factor.shape[1])).zero_())
@@ -218,7 +215,7 @@ def linear_logps_backward(
                 elif several:
                     add_gemm(out, d_logits.T, factor[here])
                 else:
-                    torch.mm(d_logits.T, factor, out=out)
+                    write_gemm(out, d_logits.T, factor)
             if mass is not None and tile_mass is not None:
                 mass[here] += tile_mass.sum(0)
             if partial is not None and tile_sums is not None:

@@ -68,6 +68,7 @@ def linear_logps_fwd_kernel(
     TMA: tl.constexpr,
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACCURATE: tl.constexpr,  # tanh, to 2 ulp
 ):
     live = tl.minimum(tl.load(count_ptr), row0 + rows)
     tiles_t = tl.cdiv(tl.maximum(live - row0, 0), BLOCK_T)
@@ -80,7 +81,7 @@ def linear_logps_fwd_kernel(
         z = logits_tile(
             hidden, weight, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
             strides, scale,
-            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION, ACCURATE,
         )  # fmt: skip
         if HAS_SOFTCAP:
             z *= cap

@@ -325,8 +325,8 @@ def preference_weights_forward(
         token_logps.contiguous(), None if ref_logps is None else ref_logps.contiguous(), cu_seqlens, sums, ref_sums,
         seq_logps,
         rewards, balance_weights, coefficients, ticket, T,
-        REF_TOKENS=ref_logps is not None and not ref_of_sequences, REF_SEQUENCES=ref_of_sequences, BLOCK=1024,
-        num_warps=4,
+        REF_TOKENS=ref_logps is not None and not ref_of_sequences, REF_SEQUENCES=ref_of_sequences, BLOCK=256,
+        num_warps=1,
     )  # fmt: skip
     BLOCK_S = max(2, triton.next_power_of_2(max_group))
     BLOCK_G = max(1, 128 // BLOCK_S)
@@ -354,6 +354,6 @@ def preference_weights_backward(
     d_token_logps = coefficients.new_empty(T)
     S = coefficients.shape[0]
     preference_weights_bwd_kernel[(S,)](
-        d_loss, coefficients.contiguous(), cu_seqlens.contiguous(), d_token_logps, T, S, BLOCK=1024, num_warps=4
+        d_loss, coefficients.contiguous(), cu_seqlens.contiguous(), d_token_logps, T, S, BLOCK=256, num_warps=1
     )
     return d_token_logps

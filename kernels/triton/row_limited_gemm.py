@@ -54,7 +54,7 @@ def row_limited_gemm_kernel(
         # What is not known to be a multiple of 16 clamps or masks along rows alone: loads are narrow otherwise.
         a_m = m if REDUCE else tl.minimum(m, M - 1)
         a = a_ptr + a_m.to(tl.int64)[:, None] * strides_a[0] + k.to(tl.int64)[None, :] * strides_a[1]
-        b = b_ptr + k.to(tl.int64)[:, None] * strides_b[0] + n[None, :] * strides_b[1]
+        b = b_ptr + k.to(tl.int64)[:, None] * strides_b[0] + n.to(tl.int64)[None, :] * strides_b[1]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             inside = k0 + k < K
@@ -103,5 +103,5 @@ def _launch(
     row_limited_gemm_kernel[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
         a, b, out, count, row0, M, N, K, a.stride(), b.stride(), out.stride(0),
         REDUCE=reduce, ADD=add, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=launch.BLOCK_D, GROUP_M=8,
-        PRECISION=precision(a.dtype), num_warps=8, num_stages=min(3, launch.num_stages),
+        PRECISION=precision(a.dtype, launch), num_warps=8, num_stages=min(3, launch.num_stages),
     )  # fmt: skip

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from groupdpo_kernels.reference import Candidates, Head, HeadGradients, HeadOptions, Needs
 
-from . import launch
 from .compaction import live_rows
+from .launch import on_its_device, strided_programs
 from .linear_logps_backward import linear_logps_backward, why_not
 
 __all__ = ["sparse_backward", "why_not"]
@@ -116,20 +116,14 @@ def add_weighted_rows(
     while source.dim() < 3:
         source = source.unsqueeze(-2)
     BLOCK_N = min(512, triton.next_power_of_2(N))
-    weighted_rows_kernel[_programs(owned.starts.shape[0] * triton.cdiv(N, BLOCK_N), out.device)](
+    tasks = owned.starts.shape[0] * triton.cdiv(N, BLOCK_N)
+    weighted_rows_kernel[strided_programs(tasks, 8, out.device)](  # many, to hide the latency of a gather
         out, source, *owned, row0, source.shape[1], N, *source.stride(),
         BLOCK_E=min(64, 4096 // BLOCK_N), BLOCK_N=BLOCK_N, num_warps=4,
     )  # fmt: skip
 
 
-def _programs(tasks: int, device: torch.device) -> tuple[int]:
-    """The grid for at most `tasks` tasks: 8 programs a multiprocessor hide the latency of a gather."""
-    if launch.interpreting is not None:
-        return (min(tasks, 3),)
-    return (min(tasks, 8 * torch.cuda.get_device_properties(device).multi_processor_count),)
-
-
-@launch.on_its_device
+@on_its_device
 def sparse_backward(
     head: Head,  # fp32 | bf16 | fp16
     targets: Tensor,  # (...) int64

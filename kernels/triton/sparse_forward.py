@@ -10,8 +10,8 @@ because lse is not known there and compacting in its epilogue spills.
 
 Cost: 2 T D V FLOP, and 4 D BLOCK_V for each pair visited, at most T V / BLOCK_V of them; workspace 20 T V / BLOCK_V
 bytes by token chunks within half of the byte budget (the candidates themselves are the other half), and one compact
-copy of hidden. Nothing is read back: grids are for all pairs, programs past the device's counts stop at once. No
-atomics: the same bits every time. A wrong id, or a row that is not finite, has NaN for its dropped.
+copy of hidden. Nothing is read back: programs stride over lists that end on the device. No atomics: the same bits every
+time. A wrong id, or a row that is not finite, has NaN for its dropped.
 In Triton, not CUDA C++: the tiles of logits are tile.py's, and the rest is one prefix sum. docs/math.md, section 1.
 """
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from groupdpo_kernels.reference import Candidates, Head, HeadOptions
 
 from .compaction import compact_head
-from .launch import HeadArguments, Launch, chunk_rows, on_its_device, programs
+from .launch import HeadArguments, Launch, chunk_rows, on_its_device, programs, strided_programs
 from .linear_logps_forward import combine_kernel, linear_logps_fwd_kernel, why_not
 from .tile import exp_difference, finite_or_zero, log_probs, logits_tile
 
@@ -81,7 +81,7 @@ def select_kernel(
     tl.store(visited_count_ptr + tile_v, visited)
 
 
-@triton.jit(do_not_specialize=["row0", "rows", "most"])
+@triton.jit(do_not_specialize=["row0", "rows", "tiles_v", "most"])
 def visit_kernel(
     hidden_ptr,  # (T, D) compact
     weight_ptr,  # (V, D)
@@ -93,6 +93,8 @@ def visit_kernel(
     lse_ptr,  # (T,) float64, original order
     visited_ptr,  # (tiles_v, rows) int32
     visited_count_ptr,  # (tiles_v,) int32
+    task_ends_ptr,  # (tiles_v,) int32: blocks of rows to visit, of the tiles up to and with this one
+    task_tiles_ptr,  # (tasks,) int32: the vocabulary tile of a block
     tile_max_ptr,  # (tiles_v, rows) float32: what the tile's exponentials are relative to
     tile_sum_ptr,  # (tiles_v, rows) float32, out: sum without the target
     tile_rest_ptr,  # (tiles_v, rows) float32, out: sum of what is neither target nor written
@@ -101,6 +103,7 @@ def visit_kernel(
     weights_ptr,  # (T, most) float32, original order, out
     row0,
     rows,
+    tiles_v,
     V,
     most,
     log_least,
@@ -117,13 +120,17 @@ def visit_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACCURATE: tl.constexpr,  # tanh, to 2 ulp
 ):
-    """One program a vocabulary tile and block of its rows to visit: counts their candidates, or writes them."""
-    blocks = tl.cdiv(rows, BLOCK_T)  # programs side by side share the tile's weights
-    tile_v = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK_T
-    visited = tl.load(visited_count_ptr + tile_v)
-    if first < visited:
+    """Counts candidates, or writes them: a task is a vocabulary tile and a block of its rows to visit. How many there
+    are is known on the device alone, so few programs stride over them; those side by side share a tile's weights.
+    """
+    tasks = tl.load(task_ends_ptr + tiles_v - 1)
+    for task in tl.range(tl.program_id(0), tasks, tl.num_programs(0)):
+        tile_v = tl.load(task_tiles_ptr + task)
+        visited = tl.load(visited_count_ptr + tile_v)
+        # Counted from the end, where a tile's last block stands.
+        first = (task - tl.load(task_ends_ptr + tile_v) + tl.cdiv(visited, BLOCK_T)) * BLOCK_T
         inside = first + tl.arange(0, BLOCK_T) < visited
         base = tile_v.to(tl.int64) * rows
         local = tl.load(visited_ptr + base + first + tl.arange(0, BLOCK_T), mask=inside, other=0)
@@ -133,7 +140,7 @@ def visit_kernel(
         y = logits_tile(
             hidden_ptr, weight_ptr, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, t, 0, v0, V,
             strides, scale,
-            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, False, PRECISION,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, False, PRECISION, ACCURATE,
         )  # fmt: skip
         at = base + local
         shift = finite_or_zero(tl.load(tile_max_ptr + at, mask=inside, other=0.0))
@@ -275,10 +282,11 @@ def sparse_forward(
             *tiles, ends, visited, visited_count, compact.targets, live.rows, live.live, lse,
             row0, rows, math.log(least) - SLACK, TILE_V=launch.BLOCK_V, BLOCK_ROWS=1024, num_warps=4,
         )  # fmt: skip
+        task_ends, task_tiles = _tasks(visited_count, rows, visit.constants["BLOCK_T"])
         for write in (False, True):
-            visit_kernel[(triton.cdiv(rows, visit.constants["BLOCK_T"]) * tiles_v,)](
+            visit_kernel[strided_programs(task_tiles.shape[0], 4, targets.device)](
                 *compact.head[:2], *visit.tensors, compact.targets, live.rows, lse, visited, visited_count,
-                *tiles, ends, ids, weights, row0, rows, V, most, math.log(least),
+                task_ends, task_tiles, *tiles, ends, ids, weights, row0, rows, tiles_v, V, most, math.log(least),
                 visit.strides, visit.scale, visit.cap, WRITE=write, **visit.constants,
             )  # fmt: skip
             if not write:
@@ -289,6 +297,17 @@ def sparse_forward(
             HAS_SOFTCAP=options.softcap is not None, BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
         )  # fmt: skip
     return token_logps, found
+
+
+def _tasks(
+    visited_count: Tensor,  # (tiles_v,) int32
+    rows: int,
+    BLOCK_T: int,
+) -> tuple[Tensor, Tensor]:  # (tiles_v,), (most tasks there can be,) int32
+    """What visit_kernel reads of its tasks."""
+    ends = visited_count.add(BLOCK_T - 1).div_(BLOCK_T, rounding_mode="floor").cumsum(0, dtype=torch.int32)
+    tasks = torch.arange(triton.cdiv(rows, BLOCK_T) * ends.shape[0], dtype=torch.int32, device=ends.device)
+    return ends, torch.searchsorted(ends, tasks, right=True, out_int32=True)
 
 
 def _visit_arguments(arguments: HeadArguments, launch: Launch) -> HeadArguments:

@@ -108,6 +108,7 @@ def logits_tile(
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACCURATE: tl.constexpr,
 ):
     """The logits of rows t and columns v0 : v0 + BLOCK_V, under softcap divided by `cap`: (BLOCK_T, BLOCK_V) float32.
     What lies past T or V is finite; the caller masks it.
@@ -116,7 +117,7 @@ def logits_tile(
         hidden, weight, low_rank_hidden_ptr, low_rank_weight_ptr, t, t0, v0, V, strides,
         D, R, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
     )  # fmt: skip
-    return squash(acc, bias_ptr, v0 + tl.arange(0, BLOCK_V), V, scale, HAS_BIAS, HAS_SOFTCAP, PRECISION)
+    return squash(acc, bias_ptr, v0 + tl.arange(0, BLOCK_V), V, scale, HAS_BIAS, HAS_SOFTCAP, ACCURATE)
 
 
 @triton.jit
@@ -126,9 +127,9 @@ def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def tanh(x, PRECISION: tl.constexpr):
-    """float32 tanh without libdevice (which neither the interpreter nor every backend has): to 1e-7, or for "ieee" to
-    about 2 ulp.
+def tanh(x, ACCURATE: tl.constexpr):
+    """float32 tanh without libdevice (which neither the interpreter nor every backend has): to 1e-7, or if ACCURATE
+    to about 2 ulp.
 
     Near zero 1 - 2 / (e^2x + 1) cancels and would cost softcap * 6e-8 in every small logit, which float32 inputs would
     show; there an odd polynomial (Cephes tanhf) takes over. The reciprocal is a square of rsqrt, two instructions where
@@ -136,7 +137,7 @@ def tanh(x, PRECISION: tl.constexpr):
     """
     r = tl.rsqrt(tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
     y = 1.0 - 2.0 * (r * r)
-    if PRECISION == "ieee":
+    if ACCURATE:
         x2 = x * x
         small = (
             ((-5.70498872745e-3 * x2 + 2.06390887954e-2) * x2 - 5.37397155531e-2) * x2 + 1.33314422036e-1
@@ -154,14 +155,14 @@ def squash(
     scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ACCURATE: tl.constexpr,
 ):
     """scale * (acc + bias), or tanh of that under softcap: `cap` times this is the logit."""
     if HAS_BIAS:
         acc += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
     acc = acc * scale
     if HAS_SOFTCAP:
-        acc = tanh(acc, PRECISION)
+        acc = tanh(acc, ACCURATE)
     return acc
 
 
