@@ -75,7 +75,11 @@ class Driver:
 
         self.architecture = architecture
         target = TARGETS[architecture]
-        self.target = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, 32 if target.startswith("gfx1") else 64)
+        self.target = (
+            GPUTarget("cuda", target, 32)
+            if isinstance(target, int)
+            else GPUTarget("hip", target, 32 if target.startswith("gfx1") else 64)
+        )
 
     def get_current_target(self) -> Any:
         return self.target

@@ -44,7 +44,8 @@ INTERPRETED = (
 @contextlib.contextmanager
 def able(impl: str, case: Case) -> Iterator[None]:
     blocks = (64, 256, 64) if case.V < 2000 else (16, 16384, 16)
-    with triton_on_cpu(*blocks, tma=True) if impl == "triton" else contextlib.nullcontext():
+    on_cpu = impl in ("triton", "library")
+    with triton_on_cpu(*blocks, tma=True, library=impl == "library") if on_cpu else contextlib.nullcontext():
         yield
 
 
@@ -57,6 +58,7 @@ def freeze(inputs: Inputs) -> Inputs:
 
 def logps_of(inputs: Inputs, case: Case, impl: str) -> Tensor:
     options = {name: getattr(case.options, name) for name in ("logit_scale", "softcap", "temperature")}
+    impl = "triton" if impl == "library" else impl
     options |= {"workspace_bytes": case.workspace_bytes, "low_rank": inputs.low_rank, "impl": impl}
     return linear_logps(inputs.hidden, inputs.weight, inputs.targets, inputs.bias, **options)
 
@@ -75,7 +77,8 @@ def result_of(inputs: Inputs, case: Case, impl: str, interpreted: bool = True) -
 
 @pytest.mark.parametrize(
     ("impl", "case"),
-    [(impl, case) for impl in IMPLS for case in CASES if impl != "triton" or case.name in INTERPRETED],
+    [(impl, case) for impl in IMPLS for case in CASES if impl != "triton" or case.name in INTERPRETED]
+    + [("library", BY_NAME[name]) for name in ("ragged_all", "everything_fp16", "all_ignored", "tiny_workspace_bf16")],
     ids=lambda x: x if isinstance(x, str) else x.name,
 )
 def test_case(impl: str, case: Case, poisoned_memory: None) -> None:

@@ -22,7 +22,7 @@ from groupdpo_kernels.testing import CASES, Case, Result, check_budget, make_inp
 
 EVERYTHING = ("lse", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
 BY_NAME = {case.name: case for case in CASES}
-# "descriptors" and "pointers" are impl="triton", interpreted.
+# "descriptors", "pointers" and "library" are impl="triton", interpreted.
 IMPLS = ("reference", "cpu", "descriptors", "pointers")
 
 
@@ -48,7 +48,7 @@ def running(impl: str, case: Case) -> Iterator[str]:
         blocks = (64 if case.T <= 130 else 128, 256 if case.V <= 600 else 512, 64)
     else:
         blocks = (16, 16384 if case.V < 60000 else 65536, 16)
-    with triton_on_cpu(*blocks, tma=impl == "descriptors"):
+    with triton_on_cpu(*blocks, tma=impl == "descriptors", library=impl == "library"):
         yield "triton"
 
 
@@ -61,14 +61,15 @@ def same_bits(a: Result, b: Result) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# Both loads meet every shape; what comes after the product is the same code, and an interpreted tile is slow.
+# All loads meet every shape; what comes after the product is the same code, and an interpreted tile is slow.
 LOADS = ("plain", "one_column", "ragged_all", "gpt2_vocab", "ragged_bf16", "unaligned_bf16", "fp16", "everything")
 LOADS += ("everything_bf16", "low_rank_wide_bf16", "most_ignored_bf16", "strided_bf16", "tiny_workspace_bf16")
 
 
 @pytest.mark.parametrize(
     ("case", "impl"),
-    [(case, impl) for case in CASES for impl in IMPLS if impl != "pointers" or case.name in LOADS],
+    [(case, impl) for case in CASES for impl in IMPLS if impl != "pointers"]
+    + [(BY_NAME[name], impl) for name in LOADS for impl in ("pointers", "library")],
     ids=lambda x: x if isinstance(x, str) else x.name,
 )
 def test_case(case: Case, impl: str, poisoned_memory: None) -> None:

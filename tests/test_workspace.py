@@ -129,9 +129,10 @@ def host_only(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def launching_nothing(tma: bool = True) -> Iterator[None]:
+def launching_nothing(tma: bool = True, library: bool = False) -> Iterator[None]:
     """The launchers with the tile of an H200 and no device: kernels allocate nothing, so the count is that of a GPU."""
-    with triton_on_cpu(BLOCK_T=128, BLOCK_V=256, BLOCK_D=64, tma=tma), pytest.MonkeyPatch.context() as patch:
+    tile = triton_on_cpu(BLOCK_T=128, BLOCK_V=256, BLOCK_D=64, tma=tma, library=library)
+    with tile, pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **kwargs: None)
         yield
 
@@ -165,6 +166,13 @@ def on_meta(case: Case) -> Inputs:
 def test_the_peak_of_the_launchers(case: Case, outputs: tuple[str, ...], frozen: tuple[str, ...]) -> None:
     with launching_nothing():
         within_budget(*step(case, "triton", *frozen, outputs=outputs, inputs=on_meta(case)), case)
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias", "low_rank_weight")], ids=["trained_head", "frozen_head"])
+@pytest.mark.parametrize("case", FULL_SIZES[:2] + FULL_SIZES[3:4] + FULL_SIZES[-2:], ids=lambda case: case.name)
+def test_the_peak_where_a_library_multiplies(case: Case, frozen: tuple[str, ...]) -> None:
+    with launching_nothing(library=True):
+        within_budget(*step(case, "triton", *frozen, outputs=("lse", "entropy"), inputs=on_meta(case)), case)
 
 
 def test_the_target_of_the_documentation() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from groupdpo_kernels.reference import Head, HeadOptions
 
-from .launch import HeadArguments, Launch, head_arguments, launch_for
+from .launch import Launch, launch_for
 
 
 class LiveRows(NamedTuple):
@@ -107,13 +107,12 @@ def gather_rows(
 
 
 class CompactHead(NamedTuple):
-    """An LM head whose live rows come first: how its kernels are launched, and what they read."""
+    """An LM head whose live rows come first, and how kernels over its tiles are launched."""
 
     live: LiveRows
     head: Head  # hidden (T, D) and low_rank_hidden (T, R) contiguous, with zeros in rows past the live ones
     targets: Tensor  # (T,) int64
     launch: Launch
-    arguments: HeadArguments
 
 
 def compact_head(
@@ -122,8 +121,9 @@ def compact_head(
     options: HeadOptions,
     hidden_out: Tensor | None = None,  # (T, D): memory for the compact rows; new memory without it
     low_rank_out: Tensor | None = None,  # (T, R), the same
+    library: bool = True,  # products may be a library's
 ) -> CompactHead:
-    """The live rows of `head` gathered, and the arguments of the kernels over its tiles."""
+    """The live rows of `head` gathered."""
     live = live_rows(targets.reshape(-1), options.ignore_index)
 
     def gathered(x: Tensor, out: Tensor | None) -> Tensor:
@@ -131,5 +131,4 @@ def compact_head(
 
     hidden, low_rank_hidden = gathered(head.hidden, hidden_out), gathered(head.low_rank_hidden, low_rank_out)
     head = head._replace(hidden=hidden, low_rank_hidden=low_rank_hidden)
-    launch = launch_for(head)
-    return CompactHead(live, head, live.compact(targets), launch, head_arguments(head, launch, options))
+    return CompactHead(live, head, live.compact(targets), launch_for(head, library))

@@ -21,17 +21,17 @@ from torch import Tensor
 from groupdpo_kernels.reference import Head, HeadOptions
 
 from .compaction import compact_head, gather_rows
-from .gemm import add_gemm, block_shape, counted_gemms, new_block
-from .launch import on_its_device, programs, why_not
+from .gemm import add_gemm, block_shape, counted_gemms, new_block, new_products, write_products
+from .launch import head_arguments, on_its_device, programs, why_not
 from .row_limited_gemm import add_rows
-from .tile import exp_difference, finite_or_zero, logits_tile, rows_from, tile_position
+from .tile import exp_difference, finite_or_zero, logits_tile, products_pointer, rows_from, tile_position
 
 __all__ = ["frozen_head", "why_not"]
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "column0", "columns", "T"], do_not_specialize_on_alignment=["count_ptr"])
 def frozen_head_fwd_kernel(
-    hidden,  # (T, D) pointer or descriptor, compact
+    hidden,  # (T, D) pointer or descriptor, compact; or products (tile.py, products_pointer)
     weight,  # (V, D) pointer or descriptor
     bias_ptr,  # (V,)
     low_rank_hidden_ptr,  # (T, R) compact
@@ -64,6 +64,7 @@ def frozen_head_fwd_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
     TMA: tl.constexpr,
+    LIBRARY: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCURATE: tl.constexpr,  # tanh, to 2 ulp
 ):
@@ -72,6 +73,7 @@ def frozen_head_fwd_kernel(
     tiles_v = tl.cdiv(columns, BLOCK_V)
     column = tl.arange(0, BLOCK_V)
     row = tl.arange(0, BLOCK_T)
+    hidden = products_pointer(hidden, row0, column0, strides, LIBRARY)
     # Neither flattened into the loop over D nor in halves: both spill here.
     for tile in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0)):
         tile_t, tile_v = tile_position(tile, tiles_t, tiles_v, GROUP_T)
@@ -80,7 +82,7 @@ def frozen_head_fwd_kernel(
         y = logits_tile(
             hidden, weight, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
             strides, scale,
-            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION, ACCURATE,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, LIBRARY, PRECISION, ACCURATE,
         )  # fmt: skip
         t = t0 + row
         target = tl.load(targets_ptr + t, mask=t < live, other=-1) - v0
@@ -267,12 +269,14 @@ def frozen_head(
 
     # The derivatives are written last: until then their memory holds the compact rows.
     compact = compact_head(head, targets, options, *(x.view(T, x.shape[-1]) for x in derivatives))
-    live, launch, arguments = compact.live, compact.launch, compact.arguments
+    live, launch = compact.live, compact.launch
     # NaN stays where no tile holds the target: a wrong id is never a plausible number.
     target_logits, target_slopes = (torch.full_like(new(T), torch.nan) for _ in range(2))
     top, rest, rescale = torch.full_like(new(T), -torch.inf), new(T).zero_(), new(T).zero_()
 
     rows, columns = block_shape(T, D, V, head.weight.element_size(), options.workspace_bytes, launch)
+    products = new_products(compact.head, rows, columns, launch)
+    arguments = head_arguments(compact.head, launch, options, products)
     constants = {name: value for name, value in arguments.constants.items() if name != "FLATTEN"}
     block = new_block(head.hidden, rows, columns, launch)
     stride = block.shape[1]
@@ -289,6 +293,7 @@ def frozen_head(
         for column0 in range(0, V, columns):
             width = min(columns, V - column0)
             tiles_v = triton.cdiv(width, launch.BLOCK_V)
+            write_products(products, compact.head, row0, height, column0, width)
             frozen_head_fwd_kernel[programs(launch, triton.cdiv(height, launch.BLOCK_T) * tiles_v, block.device)](
                 *arguments.tensors, compact.targets, live.live, top, target_logits, target_slopes, *tiles, block,
                 row0, height, column0, width, T, V, stride, arguments.strides, arguments.scale, arguments.cap,

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from groupdpo_kernels.reference import Head
+
 from .launch import Launch, chunk_rows
 
 
@@ -19,6 +21,35 @@ def counted_gemms(dtype: torch.dtype) -> bool:
     float32 output for 16-bit inputs. What it adds to a sum would be rounded to 16 bits once a block.
     """
     return torch.version.hip is not None and dtype.itemsize == 2
+
+
+def new_products(head: Head, rows: int, columns: int, launch: Launch) -> Tensor | None:
+    """Memory for the products of a block, float32; None where kernels multiply."""
+    return new_block(head.hidden, rows, columns, launch, torch.float32) if launch.library else None
+
+
+def write_products(
+    products: Tensor | None,
+    head: Head,  # compact
+    row0: int,
+    rows: int,
+    column0: int,
+    columns: int,
+) -> None:
+    """The logits of a block before bias, scale and softcap. Nothing where kernels multiply."""
+    if products is None:
+        return
+    hidden, low_rank_hidden = (x[row0 : row0 + rows] for x in (head.hidden, head.low_rank_hidden))
+    weight, low_rank_weight = (x[column0 : column0 + columns].T for x in (head.weight, head.low_rank_weight))
+    out = products[:rows, :columns]
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, weight, out=out)
+    elif hidden.device.type == "cuda":
+        torch.ops.aten.mm.dtype_out(hidden, weight, torch.float32, out=out)
+    else:
+        torch.mm(hidden.float(), weight.float(), out=out)
+    if low_rank_weight.shape[0]:
+        add_gemm(out, low_rank_hidden, low_rank_weight)
 
 
 def add_gemm(
@@ -83,10 +114,11 @@ def block_shape(
     workspace_bytes: int,
     launch: Launch,
 ) -> tuple[int, int]:
-    """(rows, columns) of a block. Half the budget holds the block, a quarter the float32 rows of d_weight
-    when not all T rows fit in one block; the rest is for cuBLAS's own workspace. All T rows if that leaves 4096
-    columns, enough for the GEMMs to run at full speed.
+    """(rows, columns) of a block. Half the budget holds the block and a library's products, a quarter the float32 rows
+    of d_weight when not all T rows fit in one block; the rest is for cuBLAS's own workspace. All T rows if that leaves
+    4096 columns, enough for the GEMMs to run at full speed.
     """
+    itemsize += 4 * launch.library
     entries = max(launch.BLOCK_T * launch.BLOCK_V, workspace_bytes // 2 // itemsize)
     tiles = entries // _whole(T, launch.BLOCK_T) // launch.BLOCK_V
     if tiles * launch.BLOCK_V >= min(V, 4096):
@@ -96,9 +128,24 @@ def block_shape(
     return chunk_rows(T, min(V, columns) * itemsize, workspace_bytes // 2, launch), min(V, columns)
 
 
-def new_block(like: Tensor, rows: int, columns: int, launch: Launch) -> Tensor:
+def forward_shape(
+    T: int,
+    weight: Tensor,  # (V, D)
+    bytes_per_row: int,  # of what a forward keeps of a row's tiles
+    workspace_bytes: int,
+    launch: Launch,
+) -> tuple[int, int]:
+    """(rows, columns) that a forward takes at once: all columns, unless a library's products take half the budget."""
+    V, D = weight.shape
+    if not launch.library:
+        return chunk_rows(T, bytes_per_row, workspace_bytes, launch), V
+    rows = chunk_rows(T, bytes_per_row, workspace_bytes // 2, launch)
+    return block_shape(rows, D, V, 0, workspace_bytes, launch)
+
+
+def new_block(like: Tensor, rows: int, columns: int, launch: Launch, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a block in whole tiles, so that kernels store without a mask."""
-    return like.new_empty((_whole(rows, launch.BLOCK_T), _whole(columns, launch.BLOCK_V)))
+    return like.new_empty((_whole(rows, launch.BLOCK_T), _whole(columns, launch.BLOCK_V)), dtype=dtype)
 
 
 def _whole(size: int, tile: int) -> int:

@@ -36,6 +36,7 @@ class Launch:
     tma: bool = False  # load through tensor descriptors; wants 16-byte aligned rows
     persistent: bool = False  # one program a multiprocessor loops over tiles
     flatten_low_rank: bool = True  # the loop over tiles is also flattened when a low-rank segment follows
+    library: bool = False  # a library multiplies, a block at a time; kernels read its products
     tf32: bool = True  # the matrix units take float32 rounded to tf32
     GROUP_T: int = 16  # token tiles that share a sweep over the vocabulary, for the L2 cache
 
@@ -62,6 +63,9 @@ TABLE: dict[tuple[str, int], Launch] = {
     ("gfx1201", 2): Launch(128, 128, 32, 8, 2, tf32=False),
     ("gfx1201", 4): Launch(64, 32, 32, 4, 1, tf32=False),
 }
+# Whether products are a library's, where it gives them in float32. Only figures of a device can decide.
+LIBRARY = False
+
 UNALIGNED: dict[tuple[str, int], Launch] = {
     ("sm_90", 2): Launch(128, 128, 64, 8, 3),
     ("sm_100", 2): Launch(128, 128, 64, 8, 3),
@@ -123,9 +127,13 @@ def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def launch_for(head: Head) -> Launch:
-    """The launch shape for this head on its device."""
+def launch_for(head: Head, library: bool) -> Launch:
+    """The launch shape for this head on its device. `library`: its products may be a library's."""
     launch = _launch_for(head.weight)
+    if library and LIBRARY and not _rounds_products(head.weight):
+        # What is left is to read a tile and to reduce it: one that leaves registers for several programs.
+        rows = min(64, launch.BLOCK_T)
+        return replace(launch, BLOCK_T=rows, tma=False, persistent=False, num_stages=1, library=True)
     if head.low_rank_weight.shape[1] == 0 or head.weight.shape[1] > launch.BLOCK_D:
         return launch
     # A hidden size of one step leaves no loop over D. The compiler then pipelines the loop over tiles, with every step
@@ -135,15 +143,15 @@ def launch_for(head: Head) -> Launch:
 
 def _launch_for(weight: Tensor) -> Launch:
     if interpreting is not None:
-        launch = interpreting
-        return (
-            launch
-            if _aligned(weight)
-            else Launch(launch.BLOCK_T, launch.BLOCK_V, launch.BLOCK_D, 4, 1, GROUP_T=launch.GROUP_T)
-        )
+        return interpreting if _aligned(weight) else replace(interpreting, tma=False, persistent=False)
     key = (architecture(weight.device) or "", weight.element_size())
     launch = TABLE[key]
     return launch if not launch.tma or _aligned(weight) else UNALIGNED[key]
+
+
+def _rounds_products(weight: Tensor) -> bool:
+    """AMD's library has no float32 output for 16-bit inputs."""
+    return torch.version.hip is not None and weight.element_size() == 2
 
 
 def _aligned(weight: Tensor) -> bool:
@@ -208,12 +216,15 @@ def head_arguments(
     head: Head,  # hidden (T, D) and low_rank_hidden (T, R) contiguous
     launch: Launch,
     options: HeadOptions,
+    products: Tensor | None = None,  # (rows, columns) float32, of launches with `library`
 ) -> HeadArguments:
     hidden, weight, bias, _, low_rank_weight = head
-    R = low_rank_weight.shape[1]
+    R = 0 if launch.library else low_rank_weight.shape[1]
     strides = (*weight.stride(), *(low_rank_weight.stride() if R else (0, 0)))
-    sources: tuple[object, object] = (hidden, weight)
-    if launch.tma:
+    sources: tuple[object, ...] = (hidden, weight)
+    if products is not None:
+        sources, strides = (products, None), (*products.stride(), 0, 0)
+    elif launch.tma:
         sources = (
             TensorDescriptor.from_tensor(hidden, [launch.BLOCK_T, launch.BLOCK_D]),
             TensorDescriptor.from_tensor(weight, [launch.BLOCK_V, launch.BLOCK_D]),
@@ -231,6 +242,7 @@ def head_arguments(
         "BLOCK_D": launch.BLOCK_D,
         "GROUP_T": launch.GROUP_T,
         "TMA": launch.tma,
+        "LIBRARY": launch.library,
         "FLATTEN": launch.persistent and (R == 0 or launch.flatten_low_rank),
         "PRECISION": precision(hidden.dtype, launch),
         # Nobody will miss the last bits of a float32 that was made from fewer.
@@ -238,7 +250,8 @@ def head_arguments(
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
-    others = (x if x.numel() else None for x in (bias.contiguous(), head.low_rank_hidden, low_rank_weight))
+    low_rank = (head.low_rank_hidden, low_rank_weight) if R else (None, None)
+    others = (bias.contiguous() if bias.numel() else None, *low_rank)
     scale, cap = scale_and_cap(options)
     return HeadArguments((*sources, *others), strides, scale, cap, constants)
 

@@ -22,17 +22,17 @@ from torch import Tensor
 from groupdpo_kernels.reference import Head, HeadGradients, HeadOptions, Needs
 
 from .compaction import LiveRows, compact_head, gather_rows
-from .gemm import add_gemm, block_shape, counted_gemms, new_block, write_gemm
-from .launch import on_its_device, programs, why_not
+from .gemm import add_gemm, block_shape, counted_gemms, new_block, new_products, write_gemm, write_products
+from .launch import head_arguments, on_its_device, programs, why_not
 from .row_limited_gemm import add_rows, reduce_rows
-from .tile import exp_difference, gemm_tile, halves, rows_from, squash, tile_position
+from .tile import exp_difference, gemm_tile, halves, products_pointer, rows_from, squash, tile_position
 
 __all__ = ["linear_logps_backward", "why_not"]
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "column0", "columns", "T"], do_not_specialize_on_alignment=["count_ptr"])
 def linear_logps_bwd_kernel(
-    hidden,  # (T, D) pointer or descriptor, compact
+    hidden,  # (T, D) pointer or descriptor, compact; or products (tile.py, products_pointer)
     weight,  # (V, D) pointer or descriptor
     bias_ptr,  # (V,)
     low_rank_hidden_ptr,  # (T, R) compact
@@ -68,6 +68,7 @@ def linear_logps_bwd_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
     TMA: tl.constexpr,
+    LIBRARY: tl.constexpr,
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCURATE: tl.constexpr,  # tanh, to 2 ulp
@@ -78,6 +79,7 @@ def linear_logps_bwd_kernel(
     tiles_v = tl.cdiv(columns, BLOCK_V)
     row = tl.arange(0, BLOCK_T)
     slope = scale * cap
+    hidden = products_pointer(hidden, row0, column0, strides, LIBRARY)
     for tile in tl.range(tl.program_id(0), live_tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         tile_t, tile_v = tile_position(tile, live_tiles_t, tiles_v, GROUP_T)
         t0 = row0 + tile_t * BLOCK_T
@@ -85,7 +87,7 @@ def linear_logps_bwd_kernel(
         acc = gemm_tile(
             hidden, weight, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
             strides,
-            D, R, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
+            D, R, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, LIBRARY, PRECISION,
         )  # fmt: skip
         t = t0 + row
         # cuBLAS reads the rows past the live ones: lse makes them 0 * exp(-inf), whatever the bias is.
@@ -166,11 +168,13 @@ def linear_logps_backward(
 
     # d_hidden is written last: until then its memory holds the compact rows.
     memory = None if d_hidden is None else d_hidden.view(T, D)
-    compact = compact_head(head, targets, options, memory)
-    live, launch, arguments = compact.live, compact.launch, compact.arguments
+    compact = compact_head(head, targets, options, memory, library=not few)  # a library would multiply all rows
+    live, launch = compact.live, compact.launch
     shift, d_target, d_softmax, owed = _rowwise(live, compact.targets, lse, d_target, d_softmax, V)
 
     rows, columns = block_shape(T, D, V, head.weight.element_size(), options.workspace_bytes, launch)
+    products = new_products(compact.head, rows, columns, launch)
+    arguments = head_arguments(compact.head, launch, options, products)
     block = new_block(head.hidden, rows, columns, launch)
     stride = block.shape[1]
     # (gradient, the other factor of its GEMM, its float32 accumulator)
@@ -195,6 +199,7 @@ def linear_logps_backward(
             height = min(rows, T - row0)
             here = slice(row0, row0 + height)
             d_logits = block[:height, :width]
+            write_products(products, compact.head, row0, height, column0, width)
             tiles_t = triton.cdiv(height, launch.BLOCK_T)
             tile_sums = None if d_bias is None else new((tiles_t, stride))
             tile_mass = None if mass is None else new((stride // launch.BLOCK_V, height)).zero_()

@@ -17,7 +17,8 @@ from torch import Tensor
 from groupdpo_kernels.reference import Head, HeadOptions, LogpStats
 
 from .compaction import compact_head
-from .launch import chunk_rows, on_its_device, programs, why_not
+from .gemm import forward_shape, new_products, write_products
+from .launch import head_arguments, on_its_device, programs, why_not
 from .tile import (
     LOG2_E,
     exp_difference,
@@ -25,6 +26,7 @@ from .tile import (
     log_probs,
     logits_tile,
     lse_of,
+    products_pointer,
     rows_from,
     tile_position,
 )
@@ -32,9 +34,9 @@ from .tile import (
 __all__ = ["linear_logps_forward", "why_not"]
 
 
-@triton.jit(do_not_specialize=["row0", "rows", "T"], do_not_specialize_on_alignment=["count_ptr"])
+@triton.jit(do_not_specialize=["row0", "rows", "column0", "columns", "T"], do_not_specialize_on_alignment=["count_ptr"])
 def linear_logps_fwd_kernel(
-    hidden,  # (T, D) pointer or descriptor, compact
+    hidden,  # (T, D) pointer or descriptor, compact; or products (tile.py, products_pointer)
     weight,  # (V, D) pointer or descriptor
     bias_ptr,  # (V,)
     low_rank_hidden_ptr,  # (T, R) compact
@@ -48,8 +50,10 @@ def linear_logps_fwd_kernel(
     tile_weighted_ptr,  # sum of e log2(e), with e = exp(z - the tile's maximum)
     tile_squares_ptr,
     target_leads_ptr,  # (T,) int8: the target is the first maximum of its tile
-    row0,  # the chunk is rows row0 : row0 + rows
+    row0,  # the chunk is rows row0 : row0 + rows, columns column0 : column0 + columns
     rows,
+    column0,  # a multiple of BLOCK_V
+    columns,
     T,
     V,
     strides,  # of weight (v, d), then of low_rank_weight (v, r)
@@ -66,22 +70,24 @@ def linear_logps_fwd_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
     TMA: tl.constexpr,
+    LIBRARY: tl.constexpr,
     FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCURATE: tl.constexpr,  # tanh, to 2 ulp
 ):
     live = tl.minimum(tl.load(count_ptr), row0 + rows)
     tiles_t = tl.cdiv(tl.maximum(live - row0, 0), BLOCK_T)
-    tiles_v = tl.cdiv(V, BLOCK_V)
+    tiles_v = tl.cdiv(columns, BLOCK_V)
     column = tl.arange(0, BLOCK_V)
+    hidden = products_pointer(hidden, row0, column0, strides, LIBRARY)
     for tile in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         tile_t, tile_v = tile_position(tile, tiles_t, tiles_v, GROUP_T)
         t0 = row0 + tile_t * BLOCK_T
-        v0 = tile_v * BLOCK_V
+        v0 = column0 + tile_v * BLOCK_V
         z = logits_tile(
             hidden, weight, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, rows_from(t0, T, BLOCK_T), t0, v0, V,
             strides, scale,
-            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION, ACCURATE,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, LIBRARY, PRECISION, ACCURATE,
         )  # fmt: skip
         if HAS_SOFTCAP:
             z *= cap
@@ -94,7 +100,7 @@ def linear_logps_fwd_kernel(
         bits = (z - finite_or_zero(top)[:, None]) * LOG2_E
         e = tl.exp2(bits)
         # The workspace is laid out by vocabulary tile, so that a tile's rows are contiguous.
-        at = tile_v.to(tl.int64) * rows + (t - row0)
+        at = (v0 // BLOCK_V).to(tl.int64) * rows + (t - row0)
         tl.store(tile_max_ptr + at, top, mask=t < live)
         tl.store(tile_sum_ptr + at, tl.sum(e, 1), mask=t < live)
         if STATS:
@@ -212,23 +218,30 @@ def linear_logps_forward(
         return outputs
 
     compact = compact_head(head, targets, options)
-    live, launch, arguments = compact.live, compact.launch, compact.arguments
+    live, launch = compact.live, compact.launch
     # NaN stays where no tile holds the target: a wrong id is never a plausible number.
     target_logits = torch.full((T,), torch.nan, dtype=torch.float32, device=device)
     target_leads = torch.empty(T if stats else 0, dtype=torch.int8, device=device)
 
     tiles_v = triton.cdiv(V, launch.BLOCK_V)
     fields = 5 if stats else 2
-    chunk = chunk_rows(T, 4 * fields * tiles_v, options.workspace_bytes, launch)
+    chunk, width = forward_shape(T, head.weight, 4 * fields * tiles_v, options.workspace_bytes, launch)
+    products = new_products(compact.head, chunk, width, launch)
+    arguments = head_arguments(compact.head, launch, options, products)
     tiles = [torch.empty((tiles_v, chunk), dtype=torch.float32, device=device) for _ in range(fields)]
     tile_fields = (tiles * 3)[:5]
     for row0 in range(0, T, chunk):
         rows = min(chunk, T - row0)
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
-        linear_logps_fwd_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, device)](
-            *arguments.tensors, compact.targets, live.live, target_logits, *tile_fields, target_leads, row0, rows, T, V,
-            arguments.strides, arguments.scale, arguments.cap, STATS=stats, **arguments.constants,
-        )  # fmt: skip
+        for column0 in range(0, V, width):
+            columns = min(width, V - column0)
+            write_products(products, compact.head, row0, rows, column0, columns)
+            grid = triton.cdiv(rows, launch.BLOCK_T) * triton.cdiv(columns, launch.BLOCK_V)
+            linear_logps_fwd_kernel[programs(launch, grid, device)](
+                *arguments.tensors, compact.targets, live.live, target_logits, *tile_fields, target_leads,
+                row0, rows, column0, columns, T, V, arguments.strides, arguments.scale, arguments.cap,
+                STATS=stats, **arguments.constants,
+            )  # fmt: skip
         combine_kernel[(triton.cdiv(rows, 32),)](
             *tile_fields, target_leads, target_logits, compact.targets, live.rows, live.live, *outputs,
             row0, rows, V,

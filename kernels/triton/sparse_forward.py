@@ -28,7 +28,7 @@ from torch import Tensor
 from groupdpo_kernels.reference import Candidates, Head, HeadOptions
 
 from .compaction import compact_head
-from .launch import HeadArguments, Launch, chunk_rows, on_its_device, programs, strided_programs
+from .launch import HeadArguments, Launch, chunk_rows, head_arguments, on_its_device, programs, strided_programs
 from .linear_logps_forward import combine_kernel, linear_logps_fwd_kernel, why_not
 from .tile import exp_difference, finite_or_zero, log_probs, logits_tile
 
@@ -140,7 +140,7 @@ def visit_kernel(
         y = logits_tile(
             hidden_ptr, weight_ptr, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, t, 0, v0, V,
             strides, scale,
-            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, False, PRECISION, ACCURATE,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, False, False, PRECISION, ACCURATE,
         )  # fmt: skip
         at = base + local
         shift = finite_or_zero(tl.load(tile_max_ptr + at, mask=inside, other=0.0))
@@ -252,8 +252,10 @@ def sparse_forward(
     if T == 0:
         return token_logps, found
 
-    compact = compact_head(head, targets, options)
-    live, launch, arguments = compact.live, compact.launch, compact.arguments
+    # Both visits by the same products: half of them are rebuilt tile by tile.
+    compact = compact_head(head, targets, options, library=False)
+    live, launch = compact.live, compact.launch
+    arguments = head_arguments(compact.head, launch, options)
     # NaN stays where no tile holds the target: a wrong id is never a plausible number.
     target_logits = torch.full_like(new(T, dtype=torch.float32), torch.nan)
 
@@ -271,7 +273,8 @@ def sparse_forward(
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
         linear_logps_fwd_kernel[programs(launch, triton.cdiv(rows, launch.BLOCK_T) * tiles_v, targets.device)](
             *arguments.tensors, compact.targets, live.live, target_logits, *tiles[:2], *tiles, unused_int8,
-            row0, rows, T, V, arguments.strides, arguments.scale, arguments.cap, STATS=False, **arguments.constants,
+            row0, rows, 0, V, T, V, arguments.strides, arguments.scale, arguments.cap,
+            STATS=False, **arguments.constants,
         )  # fmt: skip
         combine_kernel[(triton.cdiv(rows, 32),)](
             *tiles[:2], *tiles, unused_int8, target_logits, compact.targets, live.rows, live.live,
@@ -312,5 +315,6 @@ def _tasks(
 
 def _visit_arguments(arguments: HeadArguments, launch: Launch) -> HeadArguments:
     """What the second visit takes besides hidden and weight: no descriptors, a tile of its own."""
-    constants = {name: x for name, x in arguments.constants.items() if name not in ("GROUP_T", "TMA", "FLATTEN")}
+    first_alone = ("GROUP_T", "TMA", "FLATTEN", "LIBRARY")
+    constants = {name: x for name, x in arguments.constants.items() if name not in first_alone}
     return arguments._replace(tensors=arguments.tensors[2:], constants=constants | visit_shape(launch))

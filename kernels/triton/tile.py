@@ -34,8 +34,24 @@ def rows_from(first, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def products_pointer(
+    hidden,  # if LIBRARY (rows in whole tiles, stride) float32: the products of rows row0 : and columns column0 :
+    row0,
+    column0,
+    strides,
+    LIBRARY: tl.constexpr,
+):
+    """What gemm_tile takes: if LIBRARY the place where row 0 and column 0 would stand, so that ids are those of the
+    whole head; else `hidden` as it is.
+    """
+    if LIBRARY:
+        hidden -= row0.to(tl.int64) * strides[0] + column0
+    return hidden
+
+
+@triton.jit
 def gemm_tile(
-    hidden,  # (T, D) pointer or descriptor, contiguous
+    hidden,  # (T, D) pointer or descriptor, contiguous; if LIBRARY of products_pointer
     weight,  # (V, D) pointer or descriptor
     low_rank_hidden_ptr,  # (T, R) contiguous
     low_rank_weight_ptr,  # (V, R)
@@ -51,11 +67,15 @@ def gemm_tile(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
+    LIBRARY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """hidden[t] @ weight[v0:].T + low_rank_hidden[t] @ low_rank_weight[v0:].T, (BLOCK_T, BLOCK_V) in float32. What lies
     past T or V is finite; the caller masks it.
     """
+    if LIBRARY:
+        column = v0 + tl.arange(0, BLOCK_V)
+        return tl.load(hidden + t[:, None] * strides[0] + column[None, :], mask=(column < V)[None, :], other=0.0)
     acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     v = rows_from(v0, V, BLOCK_V)
     if TMA:
@@ -87,7 +107,7 @@ def gemm_tile(
 
 @triton.jit
 def logits_tile(
-    hidden,  # (T, D) pointer or descriptor, contiguous
+    hidden,  # (T, D) pointer or descriptor, contiguous; if LIBRARY of products_pointer
     weight,  # (V, D) pointer or descriptor
     bias_ptr,  # (V,)
     low_rank_hidden_ptr,  # (T, R) contiguous
@@ -107,6 +127,7 @@ def logits_tile(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
+    LIBRARY: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCURATE: tl.constexpr,
 ):
@@ -115,7 +136,7 @@ def logits_tile(
     """
     acc = gemm_tile(
         hidden, weight, low_rank_hidden_ptr, low_rank_weight_ptr, t, t0, v0, V, strides,
-        D, R, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, PRECISION,
+        D, R, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, TMA, LIBRARY, PRECISION,
     )  # fmt: skip
     return squash(acc, bias_ptr, v0 + tl.arange(0, BLOCK_V), V, scale, HAS_BIAS, HAS_SOFTCAP, ACCURATE)
 

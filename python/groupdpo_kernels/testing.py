@@ -307,8 +307,11 @@ def check_budget(actual: Result, inputs: Inputs, options: HeadOptions, factor: f
 
 
 @contextlib.contextmanager
-def triton_on_cpu(BLOCK_T: int = 64, BLOCK_V: int = 256, BLOCK_D: int = 64, tma: bool = True) -> Iterator[None]:
-    """A context in which `impl="triton"` runs on CPU tensors: the same kernels and launchers, interpreted.
+def triton_on_cpu(
+    BLOCK_T: int = 64, BLOCK_V: int = 256, BLOCK_D: int = 64, tma: bool = True, library: bool = False
+) -> Iterator[None]:
+    """A context in which `impl="triton"` runs on CPU tensors: the same kernels and launchers, interpreted. `library`:
+    products are a library's, as with `launch.LIBRARY`.
 
     bfloat16 is rounded as on a GPU. It needs no TRITON_INTERPRET, which would keep the process from compiling. The cost
     is per operation, so use big blocks.
@@ -344,6 +347,7 @@ def triton_on_cpu(BLOCK_T: int = 64, BLOCK_V: int = 256, BLOCK_D: int = 64, tma:
         (JITFunction, "run", run),
         (JITFunction, "__call__", call),
         (launch, "interpreting", launch.Launch(BLOCK_T, BLOCK_V, BLOCK_D, 4, 1, tma=tma, persistent=tma, GROUP_T=2)),
+        (launch, "LIBRARY", library),
         *((InterpreterBuilder, name, patch) for name, patch in _gpu_arithmetic(InterpreterBuilder).items()),
         *_remembered_types(),
     ]
