@@ -10,7 +10,7 @@ RESULTS ?= bench/results
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup test test-distributed test-processors demo bench profile docs lint clean
-.PHONY: device device-losses device-memory device-steps device-counters
+.PHONY: device-first device device-losses device-memory device-steps device-counters
 
 help:
 	@echo "make setup    .venv with torch, the package and its C++ extension (TORCH=$(TORCH))"
@@ -23,6 +23,7 @@ help:
 	@echo "make docs     the documentation as a site, build/docs/index.html; a broken link is an error"
 	@echo "make lint     ruff and mypy"
 	@echo "on a GPU machine, with no network and no .venv, PYTHON=$(PYTHON), into RESULTS=$(RESULTS), one after the other:"
+	@echo "make device-first     five minutes: ceilings, errors, each kernel, both designs of the products"
 	@echo "make device           GPU tests, benchmark of the kernels beside every peer"
 	@echo "make device-losses    losses, and gradients within a tolerance"
 	@echo "make device-memory    memory and time of groups, and what was predicted"
@@ -94,6 +95,10 @@ lint: setup
 # (bench/run.py shows none of an implementation that fails its own gate). A failure of either is the exit status.
 on_device = mkdir -p $(RESULTS); export GROUPDPO_KERNELS_CUDA=$${GROUPDPO_KERNELS_CUDA:-1}; $(call install,$(PYTHON))
 on_device_pytest = status=0; $(PYTHON) -m pytest -m gpu -n 6
+
+device-first:
+	$(on_device)
+	$(PYTHON) bench/first.py --results $(RESULTS) $(ARGS)
 
 device:
 	$(on_device)

@@ -36,6 +36,7 @@ TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100"
 TARGETS |= {name: name for name in ("gfx90a", "gfx950", "gfx1100", "gfx1201")}
 SPARSE_KERNELS = ("linear_logps_bwd_kernel", "non_target_kernel", "row_limited_gemm_kernel", "select_kernel")
 SPARSE_KERNELS += ("visit_kernel", "weighted_rows_kernel")
+DEFAULT_BUDGET = (192, 0, 4096)  # registers, spilled bytes, shared bytes of what has no budget of its own
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,10 +49,12 @@ class Row:
     everything: bool = False
     aligned: bool = True
     sparse: bool = False  # the kernels that grad_tol > 0 adds, alone
+    library: bool = False  # the kernels that read a library's products
 
     def __str__(self) -> str:
         words = [self.architecture, self.dtype, "everything" if self.everything else "plain"]
-        return " ".join([*words, *["unaligned"] * (not self.aligned), *["sparse"] * self.sparse])
+        kinds = {"unaligned": not self.aligned, "sparse": self.sparse, "library": self.library}
+        return " ".join([*words, *(kind for kind, it_is in kinds.items() if it_is)])
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,8 @@ class Driver:
 
         self.architecture = architecture
         target = TARGETS[architecture]
-        self.target = (
-            GPUTarget("cuda", target, 32)
-            if isinstance(target, int)
-            else GPUTarget("hip", target, 32 if target.startswith("gfx1") else 64)
-        )
+        wavefront = 32 if str(target).startswith("gfx1") else 64
+        self.target = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, wavefront)
 
     def get_current_target(self) -> Any:
         return self.target
@@ -107,7 +107,8 @@ def all_rows() -> list[Row]:
         for architecture in ("sm_80", "sm_90", "sm_100", "gfx942")
         for everything in (False, True)
     ]
-    return [*rows, Row("sm_90", "fp16"), *sparse, Row("sm_90", "fp32", True, sparse=True)]
+    library = [Row("sm_90", "bf16", everything, library=True) for everything in (False, True)]
+    return [*rows, Row("sm_90", "fp16"), *sparse, Row("sm_90", "fp32", True, sparse=True), *library]
 
 
 @contextlib.contextmanager
@@ -186,9 +187,12 @@ def compile_row(row: Row) -> list[Compiled]:
     """Compile every kernel that the launchers launch for a row."""
     from triton import knobs
 
-    with knobs.compilation.scope():
+    from groupdpo_kernels.kernels import launch
+
+    kernels = SPARSE_KERNELS if row.sparse else TILE_KERNELS if row.library else None
+    with knobs.compilation.scope(), mock.patch.object(launch, "LIBRARY", row.library):
         knobs.compilation.disable_line_info = True
-        with as_on(row.architecture, kernels=SPARSE_KERNELS if row.sparse else None) as compilations:
+        with as_on(row.architecture, kernels=kernels) as compilations:
             launch_all(row)
         return describe(row, compilations)
 
@@ -391,9 +395,26 @@ def table(kernels: Sequence[Compiled]) -> str:
     return "\n".join(lines)
 
 
+def budgets(kernels: Sequence[Compiled]) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """What compile_budgets.py holds of a Triton version: registers with a margin of 8, spills rounded up to 64."""
+    found: dict[str, dict[str, tuple[int, int, int]]] = {str(k.row): {} for k in kernels}
+    for k in worst(kernels):
+        registers = max(k.registers, min(255, k.registers + 8))  # on AMD a thread may have more than 255
+        budget = registers, -(-k.spills // 64) * 64, k.shared
+        if any(most > default for most, default in zip(budget, DEFAULT_BUDGET)):
+            found[str(k.row)][k.kernel] = budget
+    return found
+
+
 if __name__ == "__main__":
+    import pprint
+
     import triton
 
-    wanted = [row for row in all_rows() if all(word in str(row).split() for word in sys.argv[1:])]
+    words = [word for word in sys.argv[1:] if word != "--budgets"]
+    compiled = compile_rows([row for row in all_rows() if all(word in str(row).split() for word in words)])
     print(f"triton {triton.__version__}")
-    print(table(compile_rows(wanted)))
+    if "--budgets" in sys.argv:
+        pprint.pprint(budgets(compiled), width=120, sort_dicts=False)
+    else:
+        print(table(compiled))

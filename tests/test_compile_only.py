@@ -15,6 +15,7 @@ import torch
 import triton
 from compile_budgets import BUDGETS, SHARED_LIMIT
 from compile_only import (
+    DEFAULT_BUDGET,
     SPARSE_KERNELS,
     TILE_KERNELS,
     Compiled,
@@ -69,7 +70,7 @@ def compiled() -> dict[Row, dict[str, Compiled]]:
 def test_kernels_build_within_their_budgets(row: Row, compiled: dict[Row, dict[str, Compiled]]) -> None:
     assert sorted(compiled[row]) == sorted(SPARSE_KERNELS if row.sparse else KERNELS)
     for name, kernel in compiled[row].items():
-        most, spilled, shared = BUDGETS[VERSION][str(row)].get(name, (192, 0, 4096))
+        most, spilled, shared = BUDGETS[VERSION][str(row)].get(name, DEFAULT_BUDGET)
         assert kernel.registers <= most, kernel
         assert kernel.spills <= spilled, kernel
         assert kernel.shared <= min(shared, SHARED_LIMIT[row.architecture]), kernel

@@ -129,9 +129,7 @@ def test_an_amd_gpu_goes_by_its_own_name(name: str, known: str | None, monkeypat
     assert launch.architecture(device) == known
     reasons = launch.device_why_not("hidden", device)
     assert (reasons == []) == (known is not None)
-    assert (
-        known or "the GPU is gfx1030: the Triton kernels have launch shapes for gfx1100, gfx1201" in reasons[0]
-    )
+    assert known or "the GPU is gfx1030: the Triton kernels have launch shapes for gfx1100, gfx1201" in reasons[0]
 
 
 def test_float32_is_rounded_to_tf32_only_where_matrix_units_take_it() -> None:

@@ -268,7 +268,8 @@ def frozen_head(
         return new(targets.shape), new(targets.shape, dtype=torch.float64), derivatives[0], derivatives[1]
 
     # The derivatives are written last: until then their memory holds the compact rows.
-    compact = compact_head(head, targets, options, *(x.view(T, x.shape[-1]) for x in derivatives))
+    memory = derivatives[0].view(T, -1), derivatives[1].view(T, derivatives[1].shape[-1])
+    compact = compact_head(head, targets, options, *memory)
     live, launch = compact.live, compact.launch
     # NaN stays where no tile holds the target: a wrong id is never a plausible number.
     target_logits, target_slopes = (torch.full_like(new(T), torch.nan) for _ in range(2))

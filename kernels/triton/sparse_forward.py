@@ -285,7 +285,7 @@ def sparse_forward(
             *tiles, ends, visited, visited_count, compact.targets, live.rows, live.live, lse,
             row0, rows, math.log(least) - SLACK, TILE_V=launch.BLOCK_V, BLOCK_ROWS=1024, num_warps=4,
         )  # fmt: skip
-        task_ends, task_tiles = _tasks(visited_count, rows, visit.constants["BLOCK_T"])
+        task_ends, task_tiles = _tasks(visited_count, rows, visit_shape(launch)["BLOCK_T"])
         for write in (False, True):
             visit_kernel[strided_programs(task_tiles.shape[0], 4, targets.device)](
                 *compact.head[:2], *visit.tensors, compact.targets, live.rows, lse, visited, visited_count,

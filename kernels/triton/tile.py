@@ -73,12 +73,12 @@ def gemm_tile(
     """hidden[t] @ weight[v0:].T + low_rank_hidden[t] @ low_rank_weight[v0:].T, (BLOCK_T, BLOCK_V) in float32. What lies
     past T or V is finite; the caller masks it.
     """
-    if LIBRARY:
-        column = v0 + tl.arange(0, BLOCK_V)
-        return tl.load(hidden + t[:, None] * strides[0] + column[None, :], mask=(column < V)[None, :], other=0.0)
     acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     v = rows_from(v0, V, BLOCK_V)
-    if TMA:
+    if LIBRARY:
+        column = v0 + tl.arange(0, BLOCK_V)
+        acc = tl.load(hidden + t[:, None] * strides[0] + column[None, :], mask=(column < V)[None, :], other=0.0)
+    elif TMA:
         for d0 in range(0, D, BLOCK_D):
             acc = tl.dot(hidden.load([t0, d0]), weight.load([v0, d0]).T, acc, input_precision=PRECISION)
     else:
