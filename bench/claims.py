@@ -284,7 +284,19 @@ def table(rows: list[list[str]]) -> str:
 
 
 def of_groups(runs: Runs) -> str:
-    rows = [["arm", "right", "right - that of G = 2", "accuracy", "log p", "right with NLL", "right - that of G = 2", "accuracy", "log p"]]
+    rows = [
+        [
+            "arm",
+            "right",
+            "right - that of G = 2",
+            "accuracy",
+            "log p",
+            "right with NLL",
+            "right - that of G = 2",
+            "accuracy",
+            "log p",
+        ]
+    ]
     names = [name for name in arms_of("groups") if not name.endswith("NLL")]
     for name in names:
         row = [name]
@@ -302,7 +314,9 @@ def of_adadpo(runs: Runs) -> str:
         cells = []
         for beta in BETAS:
             one, other = (f"{name}, {rate:g}, {beta:g}" for name in ("AdaDPO", "DPO"))
-            cells.append(f"{cell(runs, one, 'right')} / {cell(runs, other, 'right')} ({difference(runs, one, other, 'right')})")
+            cells.append(
+                f"{cell(runs, one, 'right')} / {cell(runs, other, 'right')} ({difference(runs, one, other, 'right')})"
+            )
         rows.append([f"{rate:g}", *cells])
     text = table(rows)
     pairs = [(f"AdaDPO, {rate:g}, {beta:g}", f"DPO, {rate:g}, {beta:g}") for rate in RATES for beta in BETAS]
@@ -383,7 +397,9 @@ def main() -> int:
                 began = time.process_time()
                 runs[str(seed)] = {k: round(x, 4) for k, x in train(start, arm, steps, seed).items()}
                 write_json(options.json, content)
-                print(f"{claim}, seed {seed}, {name}: {runs[str(seed)]}, {time.process_time() - began:.1f} s", flush=True)
+                print(
+                    f"{claim}, seed {seed}, {name}: {runs[str(seed)]}, {time.process_time() - began:.1f} s", flush=True
+                )
     for claim in options.claims:
         runs = content["runs"].get(claim, {})
         seeds = sorted({int(seed) for of_arm in runs.values() for seed in of_arm})

@@ -178,7 +178,9 @@ def _load(path: Path, changed: int) -> Recorded:
     tensors, texts = read_safetensors(path)
     whole = {"ids", "target_rank", "target_id"}
     kept = {name: x.to(torch.int32).long() if name in whole else x.float() for name, x in tensors.items()}
-    return Recorded(int(texts["V"]), int(texts["run"]), **kept, scatter=float(texts["scatter"]), made_by=texts["made_by"])
+    return Recorded(
+        int(texts["V"]), int(texts["run"]), **kept, scatter=float(texts["scatter"]), made_by=texts["made_by"]
+    )
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -121,7 +121,9 @@ def main() -> int:
 
     model: Any = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32).eval()
     torch.manual_seed(0)
-    texts = answers(model, AutoTokenizer.from_pretrained(options.checkpoint), QUESTIONS[: options.questions], options.length)
+    texts = answers(
+        model, AutoTokenizer.from_pretrained(options.checkpoint), QUESTIONS[: options.questions], options.length
+    )
     if len(texts) * RUN < options.rows:
         parser.error(f"--rows must be at most {RUN} for each answer; got {options.rows} and {len(texts)} answers")
     data = record(texts, model.lm_head.weight, options.rows)

@@ -50,4 +50,3 @@ def resolve(impl: str, hidden: Tensor, weight: Tensor) -> str:
     if reasons:
         raise ValueError(f"impl={impl!r} cannot run here: " + "; ".join(reasons))
     return impl
-

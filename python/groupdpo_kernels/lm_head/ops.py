@@ -185,7 +185,9 @@ def _sparse_backward(*arguments):
     impl = resolve(impl, head.hidden, head.weight)
     with exact_arithmetic(head.hidden.device):
         if impl == "triton":
-            exact = sparse.rows_of_the_exact_path(found, d_token_logps, d_lse, targets != options.ignore_index, grad_tol)
+            exact = sparse.rows_of_the_exact_path(
+                found, d_token_logps, d_lse, targets != options.ignore_index, grad_tol
+            )
             arguments = (head, targets, exact, found, d_token_logps, d_lse, options, Needs(*needs))
             gradients = _launcher("sparse_backward")(*arguments, extension.cuda_rows(head.hidden.device))
         else:
