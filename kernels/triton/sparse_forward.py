@@ -13,10 +13,11 @@ each tile is known by then, so every draw chooses a tile, and the pairs of a row
 once more, where the entry is that at which the tile's running sum passes a second random number. Numbers are Philox's
 of (seed, compact row, draw): no state, the same draws whatever the chunks.
 
-Cost: 2 T D V FLOP, and 4 D BLOCK_V for each pair visited, at most T V / BLOCK_V of them, 2 D BLOCK_V for each pair drawn
-from, at most TAIL_SAMPLES a row; workspace 20 T V / BLOCK_V bytes by token chunks within half of the byte budget (the
-candidates themselves are the other half), and one compact copy of hidden. Nothing is read back: grids are for all pairs, programs past the device's counts stop at once. No
-atomics: the same bits every time. A wrong id, or a row that is not finite, has NaN for its dropped.
+Cost: 2 T D V FLOP, and 4 D BLOCK_V for each pair visited, at most T V / BLOCK_V of them, 2 D BLOCK_V for each pair that
+is drawn from, at most TAIL_SAMPLES a row; workspace 20 T V / BLOCK_V bytes by token chunks within half of the byte
+budget (the candidates themselves are the other half), and one compact copy of hidden. Nothing is read back: grids are
+for all pairs, programs past the device's counts stop at once. No atomics: the same bits every time. A wrong id, or a
+row that is not finite, has NaN for its dropped.
 In Triton, not CUDA C++: the tiles of logits are tile.py's, and the rest is one prefix sum. docs/math.md, section 1.
 """
 
