@@ -1,6 +1,6 @@
-"""How peaked the rows of each profile are at a shape, beside the rows that were recorded from the trained model.
+"""How peaked the rows of each profile are at a shape, beside the rows that were recorded from models.
 
-    python bench/profiles.py                                  512 x 1024, the recorded vocabulary
+    python bench/profiles.py                                  512 x 1024, each at the vocabulary of its model
     python bench/profiles.py --shape 1024 1024 32000 --dtype float32
 
 Prints one table: means over rows of what `describe_rows` says, quantiles of the entropy, the median number of
@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from bench.recorded_rows import (
     GRAD_TOL,
     PROFILES,
+    RECORDED,
     Rows,
     draw_profile,
     load_rows,
@@ -49,8 +50,8 @@ COLUMNS = (
 )
 
 
-def line(name: str, rows: Rows, statistics: Tensor | None, shared: Any, seconds: float | None) -> str:
-    cells = [name, f"{rows.entropy:.2f}"]
+def line(name: str, V: int, rows: Rows, statistics: Tensor | None, shared: Any, seconds: float | None) -> str:
+    cells = [name, str(V), f"{rows.entropy:.2f}"]
     median = ""
     if statistics is None:
         cells += ["", "", ""]
@@ -71,40 +72,32 @@ def line(name: str, rows: Rows, statistics: Tensor | None, shared: Any, seconds:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--shape", type=int, nargs=3, metavar=("T", "D", "V"), help="default: 512 1024 and the recorded vocabulary")
+    add("--shape", type=int, nargs=3, metavar=("T", "D", "V"), help="default: 512 1024 and the vocabulary of the model")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--profiles", nargs="+", default=PROFILES, choices=PROFILES)
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
     options = parser.parse_args()
-    recorded = load_rows()
-    T, D, V = options.shape or (512, 1024, recorded.V)
-    print(f"{recorded.made_by}\n\nT = {T}, D = {D}, V = {V}, {options.dtype}; candidates: p >= 2^-12 and the target\n")
-    print(f"| rows | {' | '.join(COLUMNS)} |\n|---{'|---' * len(COLUMNS)}|")
-    print(
-        line(
-            f"model, every held-out row looked at, V = {recorded.V}",
-            Rows(*recorded.held_out.tolist()),
-            None,
-            None,
-            None,
-        )
-    )
-    print(
-        line(
-            f"model, recorded rows, V = {recorded.V}",
-            summarise(recorded.statistics),
-            recorded.statistics,
-            recorded.sharing.tolist(),
-            None,
-        )
-    )
+    print(f"{options.dtype}; candidates: p >= 2^-12 and the target\n")
+    print(f"| rows | V | {' | '.join(COLUMNS)} |\n|---|---{'|---' * len(COLUMNS)}|")
     for name in options.profiles:
+        recorded = load_rows(RECORDED.get(name, RECORDED["trained"]))
+        T, D, V = options.shape or (512, 1024, recorded.V)
+        if name in RECORDED:
+            rows = summarise(recorded.statistics)
+            print(
+                line(f"the model of {name}, all rows", recorded.V, Rows(*recorded.held_out.tolist()), None, None, None)
+            )
+            shared = recorded.sharing.tolist()
+            print(line("its recorded rows", recorded.V, rows, recorded.statistics, shared, None))
         start = time.perf_counter()
         inputs = draw_profile(name, T, D, V, getattr(torch, options.dtype), options.seed, options.device)
         seconds = time.perf_counter() - start
         statistics = row_statistics(*inputs, GRAD_TOL)
-        print(line(name, summarise(statistics), statistics, shared_candidates(*inputs[:2]), seconds), flush=True)
+        shared = shared_candidates(*inputs[:2])
+        print(line(f"{name}, {T} x {D}", V, summarise(statistics), statistics, shared, seconds), flush=True)
+    for path in RECORDED.values():
+        print(f"\n{path.name}: {load_rows(path).made_by}")
     return 0
 
 

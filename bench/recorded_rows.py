@@ -1,8 +1,10 @@
 """Hidden states, heads and targets whose rows of logits are as peaked as a model's: what a path that skips small
 probabilities is measured on. Random inputs make every row flat, where nothing can be skipped.
 
-`flat`: an untrained head. `trained`: rows recorded from a small LM that bench/train_rows.py trained. `confident`: those
-rows sharpened by one temperature to a mean entropy of 0.4 nats, the targets drawn from the sharpened rows.
+`flat`: an untrained head. `trained`: rows of held-out text, recorded from a small LM that bench/train_rows.py trained.
+`smollm2`: rows of the answers that SmolLM2-135M-Instruct gave at temperature 1, recorded by bench/sample_rows.py: what
+training on a model's own samples sees. `confident`: rows of `trained` sharpened by one temperature to a mean entropy of
+0.4 nats, the targets drawn from the sharpened rows; no model is recorded there, it bounds what a larger one may save.
 
 How a row is redrawn at any (T, D, V). A weight row is a random direction, longer for likelier ids, plus its prior (how
 likely the id is in general: its mean log-probability) along a direction that all share. hidden is the sum of: that
@@ -17,24 +19,26 @@ D = 256 with 96 of them: entropy 1.2 for 4.8). `describe_rows` says what came ou
 recorded ones repeat their curves over other ids of similar prior.
 
 Never imported by the package: tests, benchmarks and profiling import it. Deterministic for a seed, device and number of
-threads. Precondition: the repository, whose bench/data/rows.pt holds the recorded rows.
+threads. Precondition: the repository, whose bench/data holds the recorded rows.
 Cost: one to two products of 2 T D V FLOP, two more for `confident`; weight in float32, blocks of logits of 2^26 bytes.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-PROFILES = ("flat", "trained", "confident")
-ROWS = Path(__file__).resolve().parent / "data" / "rows.pt"
+PROFILES = ("flat", "trained", "smollm2", "confident")
+DATA = Path(__file__).resolve().parent / "data"
+RECORDED = {name: DATA / f"{name}.safetensors" for name in ("trained", "smollm2")}
 HEAD = 96  # first ranks that are recorded with their ids
 GRAD_TOL = 2.0**-7  # of the statistics recorded with the rows: candidates have p >= 2^-12
 CONFIDENT_ENTROPY = 0.4  # nats
@@ -65,7 +69,7 @@ def draw_profile(
         weight = torch.randn(V, D, generator=generator, device=device).mul_(0.02)
         targets = torch.randint(0, V, (T,), generator=generator, device=device)
         return hidden.to(dtype), weight.to(dtype), targets
-    recorded = load_rows()
+    recorded = load_rows(RECORDED["trained" if name == "confident" else name])
     wanted = _Wanted.draw(recorded, T, D, V, generator)
     weight, along = _weight(wanted, D, V, generator)
     rounded = weight.to(dtype)
@@ -138,7 +142,7 @@ def shared_candidates(hidden: Tensor, weight: Tensor, grad_tol: float = GRAD_TOL
 
 @dataclass(frozen=True)
 class Recorded:
-    """What bench/train_rows.py kept of N rows of a vocabulary of V. An id is a rank of the prior, from 0."""
+    """What is kept of N rows of a vocabulary of V. An id is a rank of the prior, from 0."""
 
     V: int
     run: int  # neighbouring positions of one text
@@ -163,20 +167,36 @@ def rank_grid(V: int) -> Tensor:  # (n,) int64, from 1 to V
     return torch.cat([torch.arange(1, 17), octaves, torch.tensor([V])]).clamp(max=V).unique()
 
 
-def load_rows(path: Path = ROWS) -> Recorded:
+def load_rows(path: Path) -> Recorded:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: recorded rows are in the repository; bench/train_rows.py writes them")
+        raise FileNotFoundError(f"{path}: recorded rows are in the repository; bench/train_rows.py writes such a file")
     return _load(path, path.stat().st_mtime_ns)
 
 
 @cache
 def _load(path: Path, changed: int) -> Recorded:
-    content = torch.load(path, weights_only=True)
+    tensors, texts = read_safetensors(path)
     whole = {"ids", "target_rank", "target_id"}
-    for name, x in content.items():
-        if isinstance(x, Tensor):
-            content[name] = x.to(torch.int32).long() if name in whole else x.float()
-    return Recorded(**content)
+    kept = {name: x.to(torch.int32).long() if name in whole else x.float() for name, x in tensors.items()}
+    return Recorded(
+        int(texts["V"]), int(texts["run"]), **kept, scatter=float(texts["scatter"]), made_by=texts["made_by"]
+    )
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the texts of a file. Read here, since a machine with a GPU may have torch and nothing else."""
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header: dict[str, Any] = json.loads(content[8:start])
+    texts = header.pop("__metadata__", {})
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "U16": torch.uint16, "I32": torch.int32}
+    tensors = {}
+    for name, x in header.items():
+        begin, end = x["data_offsets"]
+        size = dtypes[x["dtype"]].itemsize
+        flat = torch.frombuffer(content, dtype=dtypes[x["dtype"]], count=(end - begin) // size, offset=start + begin)
+        tensors[name] = flat.view(x["shape"]).clone()
+    return tensors, texts
 
 
 def _interpolate(

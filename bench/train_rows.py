@@ -1,6 +1,6 @@
 """Trains a small causal LM on text that this machine has, and writes what its rows of logits look like.
 
-    python bench/train_rows.py                      a few minutes on 2 cores; writes bench/data/rows.pt
+    python bench/train_rows.py                      a few minutes on 2 cores; writes bench/data/trained.safetensors
     python bench/train_rows.py --quick --out FILE   seconds: a file of the same form, of a model that knows nothing
 
 Text: sources of the Python standard library (no tests, no tables) and the documentation, licences, READMEs and metadata
@@ -33,7 +33,7 @@ from torch import Tensor
 # At the end of the path: the directory kernels/ must not come before a package of that name.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from bench.recorded_rows import GRAD_TOL, HEAD, ROWS, rank_grid, row_statistics, shared_candidates, summarise
+from bench.recorded_rows import GRAD_TOL, HEAD, RECORDED, rank_grid, row_statistics, shared_candidates, summarise
 from groupdpo_kernels import linear_logps
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3", "turtledemo"}
@@ -160,20 +160,33 @@ def train(model: Any, tokens: Tensor, steps: int, batch: int) -> None:
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
+Text = tuple[Tensor, Tensor]  # hidden (n, D), targets (n,): neighbouring rows
+
+
 @torch.no_grad()
-def record(model: Any, tokens: Tensor, rows: int, windows: int) -> dict[str, object]:
-    """What the file holds. The prior of an id is its log-probability, mean over rows; not the log of its count, for the
-    logits of rare ids do not follow that: with it 1.6 times as many ids became candidates as the model has."""
+def held_out_texts(model: Any, tokens: Tensor, windows: int) -> list[Text]:
     starts = torch.arange(0, len(tokens) - LENGTH, LENGTH)
     starts = starts[torch.linspace(0, len(starts) - 1, windows).long()]
-    weight = model.lm_head.weight
-    grid = rank_grid(len(weight))
-    V, prior = len(weight), torch.zeros(len(weight))
     texts = []
     for start in starts.tolist():
         window = tokens[start : start + LENGTH + 1]
         texts.append((model.model(window[None, :-1]).last_hidden_state[0, LENGTH // 4 :], window[1 + LENGTH // 4 :]))
-        prior += (texts[-1][0] @ weight.T).log_softmax(-1).mean(0) / len(starts)
+    return texts
+
+
+@torch.no_grad()
+def record(
+    texts: list[Text],
+    weight: Tensor,  # (V, D)
+    rows: int,
+) -> dict[str, Any]:
+    """What the file holds: RUN rows each of `rows` / RUN of the texts. The prior of an id is its log-probability, mean
+    over rows; not the log of its count, for the logits of rare ids do not follow that: with it 1.6 times as many ids
+    became candidates as the model has."""
+    grid = rank_grid(len(weight))
+    V, prior = len(weight), torch.zeros(len(weight))
+    for hidden, _ in texts:
+        prior += (hidden @ weight.T).log_softmax(-1).mean(0) / len(texts)
     prior, by_prior = prior.sort(descending=True)
     norms = tail_norms([hidden for hidden, _ in texts], weight[by_prior], prior, grid)
     prior_rank = torch.empty_like(by_prior).scatter_(0, by_prior, torch.arange(V))
@@ -182,9 +195,9 @@ def record(model: Any, tokens: Tensor, rows: int, windows: int) -> dict[str, obj
     everything = []
     for i, (hidden, targets) in enumerate(texts):
         everything.append(row_statistics(hidden, weight, targets, GRAD_TOL))
-        if i % (windows * RUN // rows):
+        if i % max(1, len(texts) * RUN // rows) or len(hidden_of_kept) * RUN == rows:
             continue
-        begin = int(torch.randint(0, len(hidden) - RUN, ()))
+        begin = int(torch.randint(0, len(hidden) - RUN + 1, ()))
         hidden, targets = hidden[begin : begin + RUN], targets[begin : begin + RUN]
         hidden_of_kept.append(hidden)
         logps = (hidden @ weight.T).log_softmax(-1)[:, by_prior]
@@ -206,7 +219,7 @@ def record(model: Any, tokens: Tensor, rows: int, windows: int) -> dict[str, obj
         }
         for name, value in values.items():
             kept.setdefault(name, []).append(value)
-    data: dict[str, object] = {name: torch.cat(values) for name, values in kept.items()}
+    data: dict[str, Any] = {name: torch.cat(values) for name, values in kept.items()}
     rank_of_id = prior_rank[256:].add(1).log()  # the first 256 are bytes
     return data | {
         "V": V,
@@ -237,16 +250,26 @@ def tail_norms(texts: list[Tensor], weight: Tensor, prior: Tensor, grid: Tensor)
     return torch.stack([x / (b - a) for x, a, b in zip(sums, edges, edges[1:])]).sqrt()
 
 
+def write(data: dict[str, Any], made_by: str, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: x.contiguous() for name, x in data.items() if isinstance(x, Tensor)}
+    texts = {name: str(x) for name, x in data.items() if name not in tensors} | {"made_by": made_by}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, texts)
+    say(f"{path}: {path.stat().st_size:,} bytes; held-out means {data['held_out']}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="a tiny model, a few steps: tests the script, not the rows")
-    add("--out", type=Path, default=ROWS)
+    add("--out", type=Path, default=RECORDED["trained"])
     add("--steps", type=int, help="of 1024 tokens; default 900")
     add("--seed", type=int, default=0)
     add("--model", type=Path, help="keep the weights here; if they are, train nothing")
     options = parser.parse_args()
-    if options.quick and options.out == ROWS:
+    if options.quick and options.out == RECORDED["trained"]:
         parser.error("--quick needs --out: its rows are not worth keeping")
     torch.set_num_threads(1)  # a model this small trains slower on two threads when another process wants a core
     torch.manual_seed(options.seed)
@@ -264,14 +287,12 @@ def main() -> int:
         train(model, tokens, steps, 2 if options.quick else 4)
         if options.model:
             torch.save(model.state_dict(), options.model)
-    data = record(model, held_tokens, rows, windows)
-    data["made_by"] = (
+    data = record(held_out_texts(model, held_tokens, windows), model.lm_head.weight, rows)
+    made_by = (
         f"bench/train_rows.py, seed {options.seed}, {steps} steps, {sizes['code']:,} characters of code and "
         f"{sizes['prose']:,} of prose, {len(tokens):,} tokens, torch {torch.__version__}"
     )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(data, options.out)
-    say(f"{options.out}: {options.out.stat().st_size:,} bytes; held-out means {data['held_out']}")
+    write(data, made_by, options.out)
     return 0
 
 

@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models",
         "data",
         "memory",
+        "stepwise",
         "trainers",
         "integrations",
     },

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_script
+from safetensors import safe_open
 
 from bench import recorded_rows
-from bench.recorded_rows import PROFILES, ROWS, Rows, describe_rows, draw_profile, load_rows
+from bench.recorded_rows import PROFILES, RECORDED, Rows, describe_rows, draw_profile, load_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -50,14 +51,15 @@ def test_confident(dtype):
     assert abs(1 - rows.not_target - p.square().sum(-1).mean()) < 0.05
 
 
-def test_trained_rows_are_as_recorded():
+@pytest.mark.parametrize("name", RECORDED)
+def test_rows_are_as_recorded(name):
     """At the recorded vocabulary, every recorded row once; and rows share their candidates as they did."""
-    recorded = load_rows()
-    inputs = draw_profile("trained", 512, 1024, recorded.V, BF16)
+    recorded = load_rows(RECORDED[name])
+    inputs = draw_profile(name, 512, 1024, recorded.V, BF16)
     found = describe_rows(*inputs)
     model = recorded_rows.summarise(recorded.statistics)
-    for name in ("entropy", "candidates", "kept_mass", "dropped_mass", "not_target"):
-        assert getattr(found, name) == pytest.approx(getattr(model, name), rel=0.15), name
+    for field in ("entropy", "candidates", "kept_mass", "dropped_mass", "not_target"):
+        assert getattr(found, field) == pytest.approx(getattr(model, field), rel=0.15), field
     assert abs(found.sparse_rows - model.sparse_rows) < 0.05
     assert recorded_rows.shared_candidates(*inputs[:2]) == pytest.approx(recorded.sharing.tolist(), rel=0.35)
 
@@ -73,20 +75,25 @@ def test_describe_rows_by_hand():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match=r"flat, trained, confident; got 'peaked'"):
+    with pytest.raises(ValueError, match=r"flat, trained, smollm2, confident; got 'peaked'"):
         draw_profile("peaked", 4, 4, 4, FP32)
     with pytest.raises(ValueError, match=r"T >= 1, D >= 2 and V >= 2; got 0, 4 and 4"):
         draw_profile("flat", 0, 4, 4, FP32)
     with pytest.raises(FileNotFoundError, match=r"bench/train_rows\.py"):
-        load_rows(Path("nowhere.pt"))
+        load_rows(Path("nowhere.safetensors"))
 
 
-def test_data_file_is_small():
-    assert ROWS.stat().st_size <= 200_000
+@pytest.mark.parametrize("name", RECORDED)
+def test_data_files_are_small_and_what_the_package_reads(name):
+    assert RECORDED[name].stat().st_size <= 200_000
+    tensors, texts = recorded_rows.read_safetensors(RECORDED[name])
+    with safe_open(RECORDED[name], "pt") as file:
+        assert texts == file.metadata() and tensors.keys() == set(file.keys())
+        assert all(torch.equal(x, file.get_tensor(key)) for key, x in tensors.items())
 
 
 def test_script_writes_rows(tmp_path):
-    path = tmp_path / "rows.pt"
+    path = tmp_path / "rows.safetensors"
     done = run_script("bench/train_rows.py", "--quick", "--out", path, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     recorded = load_rows(path)

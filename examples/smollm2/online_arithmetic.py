@@ -28,17 +28,16 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # arithmetic_curves
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # arithmetic_curves, over_seeds
 
 import transformers
 from additions import start  # type: ignore[import-not-found]  # beside this file, and so is the next
 from arithmetic_curves import STYLES, new_figure, note_level, panel  # type: ignore[import-not-found]
 from arms import ARMS, Points, Sizes, train  # type: ignore[import-not-found]
+from over_seeds import interval  # type: ignore[import-not-found]
 
 from groupdpo_kernels.stepwise.store import write_json
 
-# The quantile of Student's t for a two-sided interval of 95 %, by the number of seeds.
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 Curve = dict[int, list[float]]  # step -> accuracy of each seed
 
 
@@ -69,13 +68,6 @@ class Results:
         common = sorted(set.intersection(*map(set, by_step))) if by_step else []
         first = [] if self.start is None else [self.start] * max(1, len(runs))
         return {0: first, **{step: [of[step] for of in by_step] for step in common}}
-
-
-def interval(values: list[float]) -> float:
-    """Half the width of the interval of 95 % of the mean over seeds; NaN for one seed."""
-    if len(values) < 2:
-        return math.nan
-    return STUDENT.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def show(results: Results, begin: float, held_out: int) -> None:

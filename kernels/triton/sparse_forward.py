@@ -8,10 +8,16 @@ what is too unlikely, is summed where it stands, apart from the target: neither 
 difference, so nothing cancels in a row that is sure of its target. Candidates are not written from the first visit
 because lse is not known there and compacting in its epilogue spills.
 
-Cost: 2 T D V FLOP, and 4 D BLOCK_V for each pair visited, at most T V / BLOCK_V of them; workspace 20 T V / BLOCK_V
-bytes by token chunks within half of the byte budget (the candidates themselves are the other half), and one compact
-copy of hidden. Nothing is read back: programs stride over lists that end on the device. No atomics: the same bits every
-time. A wrong id, or a row that is not finite, has NaN for its dropped.
+With a seed, entries are drawn from what is neither target nor candidate, in proportion to their probability: its sum in
+each tile is known by then, so every draw chooses a tile, and the pairs of a row and a tile that was chosen are visited
+once more, where the entry is that at which the tile's running sum passes a second random number. Numbers are Philox's
+of (seed, compact row, draw): no state, the same draws whatever the chunks.
+
+Cost: 2 T D V FLOP, and 4 D BLOCK_V for each pair visited, at most T V / BLOCK_V of them, 2 D BLOCK_V for each pair that
+is drawn from, at most TAIL_SAMPLES a row; workspace 20 T V / BLOCK_V bytes by token chunks within half of the byte
+budget (the candidates themselves are the other half), and one compact copy of hidden. Nothing is read back: programs
+stride over lists that end on the device. No atomics: the same bits every time. A wrong id, or a row that is not finite,
+has NaN for its dropped.
 In Triton, not CUDA C++: the tiles of logits are tile.py's, and the rest is one prefix sum. docs/math.md, section 1.
 """
 
@@ -25,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from groupdpo_kernels.reference import Candidates, Head, HeadOptions
+from groupdpo_kernels.reference import TAIL_SAMPLES, Candidates, Head, HeadOptions
 
 from .compaction import compact_head
 from .launch import HeadArguments, Launch, chunk_rows, head_arguments, on_its_device, programs, strided_programs
@@ -81,7 +87,7 @@ def select_kernel(
     tl.store(visited_count_ptr + tile_v, visited)
 
 
-@triton.jit(do_not_specialize=["row0", "rows", "tiles_v", "most"])
+@triton.jit(do_not_specialize=["row0", "rows", "tiles_v", "most", "width"])
 def visit_kernel(
     hidden_ptr,  # (T, D) compact
     weight_ptr,  # (V, D)
@@ -99,13 +105,14 @@ def visit_kernel(
     tile_sum_ptr,  # (tiles_v, rows) float32, out: sum without the target
     tile_rest_ptr,  # (tiles_v, rows) float32, out: sum of what is neither target nor written
     ends_ptr,  # (tiles_v, rows) int32, out: the tile's candidates; or in: the row's, up to and with the tile
-    ids_ptr,  # (T, most) int32, original order, out
-    weights_ptr,  # (T, most) float32, original order, out
+    ids_ptr,  # (T, width) int32, original order, out
+    weights_ptr,  # (T, width) float32, original order, out
     row0,
     rows,
     tiles_v,
     V,
     most,
+    width,  # most, and the columns of what is drawn
     log_least,
     strides,  # of weight (v, d), then of low_rank_weight (v, r)
     scale,
@@ -166,8 +173,8 @@ def visit_kernel(
                 p = tl.exp(log_probs(z_c, lse))
                 if HAS_SOFTCAP:
                     p *= 1.0 - (z_c / cap) * (z_c / cap)
-                tl.store(ids_ptr + row * most + start + slot, v0 + c, mask=c < BLOCK_V)
-                tl.store(weights_ptr + row * most + start + slot, p, mask=c < BLOCK_V)
+                tl.store(ids_ptr + row * width + start + slot, v0 + c, mask=c < BLOCK_V)
+                tl.store(weights_ptr + row * width + start + slot, p, mask=c < BLOCK_V)
                 last = tl.where(c < BLOCK_V, c, last)
             e = exp_difference(z, shift[:, None])
             tl.store(tile_sum_ptr + at, tl.sum(e, 1), mask=inside)
@@ -177,7 +184,10 @@ def visit_kernel(
             tl.store(ends_ptr + at, tl.sum((z >= threshold[:, None]).to(tl.int32), 1), mask=inside)
 
 
-@triton.jit(do_not_specialize=["row0", "rows", "tiles_v"], do_not_specialize_on_alignment=["count_ptr"])
+@triton.jit(
+    do_not_specialize=["row0", "rows", "tiles_v", "most", "width", "seed"],
+    do_not_specialize_on_alignment=["count_ptr"],
+)
 def non_target_kernel(
     tile_max_ptr,  # (tiles_v, rows) float32
     tile_sum_ptr,  # (tiles_v, rows) float32: without the target
@@ -188,11 +198,17 @@ def non_target_kernel(
     non_target_probs_ptr,  # (T,) float32, in the original order, like all that follow
     target_slopes_ptr,
     dropped_ptr,
+    chosen_ptr,  # (rows, DRAWS) int32, out: the tile of each draw, -1 for none
+    weights_ptr,  # (T, width) float32, out: in the columns from `most` on, what each draw stands for
     row0,
     rows,
     tiles_v,
+    most,
+    width,
+    seed: tl.int64,
     cap,
     HAS_SOFTCAP: tl.constexpr,
+    DRAWS: tl.constexpr,  # 0 for none
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
@@ -224,11 +240,157 @@ def non_target_kernel(
     tl.store(non_target_probs_ptr + out, others / total, mask=inside)
     tl.store(target_slopes_ptr + out, 1.0 - y * y, mask=inside)
     tl.store(dropped_ptr + out, rest / total + SUM_ERROR * (others / total), mask=inside)
+    if DRAWS > 0:
+        draw = tl.arange(0, DRAWS)
+        u, _, _, _ = tl.rand4x(seed, t[:, None].to(tl.int64) * DRAWS + draw[None, :])
+        x = u * rest[:, None]
+        chosen = tl.zeros((BLOCK_ROWS, DRAWS), tl.int32)
+        before = tl.zeros((BLOCK_ROWS,), tl.float32)
+        shift = finite_or_zero(top)
+        for k0 in range(0, tiles_v, BLOCK_TILES):
+            k = k0 + tl.arange(0, BLOCK_TILES)
+            mask = (k < tiles_v)[:, None] & inside[None, :]
+            at = k[:, None].to(tl.int64) * rows + local[None, :]
+            factor = exp_difference(tl.load(tile_max_ptr + at, mask=mask, other=-float("inf")), shift[None, :])
+            mass = tl.load(tile_rest_ptr + at, mask=mask, other=0.0) * factor
+            passed = (before[None, :] + tl.cumsum(mass, 0))[:, :, None] <= x[None, :, :]
+            chosen += tl.sum((passed & mask[:, :, None]).to(tl.int32), 0)
+            before += tl.sum(mass, 0)
+        # Two sums of the same numbers may differ in their last digits.
+        chosen = tl.where((rest > 0)[:, None], tl.minimum(chosen, tiles_v - 1), -1)
+        tl.store(chosen_ptr + local[:, None] * DRAWS + draw[None, :], chosen, mask=inside[:, None])
+        slot = out[:, None].to(tl.int64) * width + most + draw[None, :]
+        share = tl.where(rest > 0, rest / total / DRAWS, 0.0)
+        tl.store(weights_ptr + slot, share[:, None] + tl.zeros((BLOCK_ROWS, DRAWS), tl.float32), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["row0", "rows"], do_not_specialize_on_alignment=["count_ptr"])
+def select_drawn_kernel(
+    chosen_ptr,  # (rows, DRAWS) int32
+    visited_ptr,  # (tiles_v, rows) int32, out: each tile's rows that draw from it, from the chunk's start, then nothing
+    visited_count_ptr,  # (tiles_v,) int32, out: how many
+    count_ptr,  # (1,) int32: live rows
+    row0,
+    rows,
+    DRAWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """One program a vocabulary tile: a stable partition of its rows."""
+    tile_v = tl.program_id(0)
+    live = tl.load(count_ptr)
+    base = tile_v.to(tl.int64) * rows
+    visited = 0
+    for r0 in range(0, rows, BLOCK_ROWS):
+        local = r0 + tl.arange(0, BLOCK_ROWS)
+        inside = (local < rows) & (row0 + local < live)
+        slots = local[:, None] * DRAWS + tl.arange(0, DRAWS)[None, :]
+        chosen = tl.load(chosen_ptr + slots, mask=inside[:, None], other=-1)
+        wanted = tl.max((chosen == tile_v).to(tl.int32), 1)
+        position = visited + tl.cumsum(wanted, 0) - 1
+        tl.store(visited_ptr + base + position, local, mask=wanted > 0)
+        visited += tl.sum(wanted, 0)
+    tl.store(visited_count_ptr + tile_v, visited)
+
+
+@triton.jit(do_not_specialize=["row0", "rows", "tiles_v", "most", "width", "seed"])
+def draw_kernel(
+    hidden_ptr,  # (T, D) compact
+    weight_ptr,  # (V, D)
+    bias_ptr,  # (V,)
+    low_rank_hidden_ptr,  # (T, R) compact
+    low_rank_weight_ptr,  # (V, R)
+    targets_ptr,  # (T,) int64, compact
+    rows_ptr,  # (T,) int32: original row of a compact one
+    lse_ptr,  # (T,) float64, original order
+    chosen_ptr,  # (rows, DRAWS) int32
+    visited_ptr,  # (tiles_v, rows) int32
+    visited_count_ptr,  # (tiles_v,) int32
+    task_ends_ptr,  # (tiles_v,) int32: blocks of rows to visit, of the tiles up to and with this one
+    task_tiles_ptr,  # (tasks,) int32: the vocabulary tile of a block
+    tile_max_ptr,  # (tiles_v, rows) float32
+    ends_ptr,  # (tiles_v, rows) int32: the row's candidates, up to and with the tile
+    ids_ptr,  # (T, width) int32, original order, out
+    weights_ptr,  # (T, width) float32, original order: what a draw stands for, out: times the cap's slope
+    row0,
+    rows,
+    tiles_v,
+    V,
+    most,
+    width,
+    seed: tl.int64,
+    log_least,
+    strides,  # of weight (v, d), then of low_rank_weight (v, r)
+    scale,
+    cap,
+    DRAWS: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACCURATE: tl.constexpr,  # tanh, to 2 ulp
+):
+    """A task is a vocabulary tile and a block of the rows that draw from it; programs stride over them as in
+    visit_kernel.
+    """
+    tasks = tl.load(task_ends_ptr + tiles_v - 1)
+    for task in tl.range(tl.program_id(0), tasks, tl.num_programs(0)):
+        tile_v = tl.load(task_tiles_ptr + task)
+        visited = tl.load(visited_count_ptr + tile_v)
+        first = (task - tl.load(task_ends_ptr + tile_v) + tl.cdiv(visited, BLOCK_T)) * BLOCK_T
+        inside = first + tl.arange(0, BLOCK_T) < visited
+        base = tile_v.to(tl.int64) * rows
+        local = tl.load(visited_ptr + base + first + tl.arange(0, BLOCK_T), mask=inside, other=0)
+        t = (row0 + local).to(tl.int64)
+        v0 = tile_v * BLOCK_V
+        column = tl.arange(0, BLOCK_V)
+        y = logits_tile(
+            hidden_ptr, weight_ptr, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, t, 0, v0, V,
+            strides, scale,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, False, False, PRECISION, ACCURATE,
+        )  # fmt: skip
+        at = base + local
+        shift = finite_or_zero(tl.load(tile_max_ptr + at, mask=inside, other=0.0))
+        row = tl.load(rows_ptr + t).to(tl.int64)
+        lse = tl.load(lse_ptr + row)
+        target = tl.load(targets_ptr + t) - v0
+        other = (column[None, :] < V - v0) & (column[None, :] != target[:, None])
+        z = tl.where(other, cap * y if HAS_SOFTCAP else y, -float("inf"))
+        # The candidates of the tile are as many of the likely entries as the row had room for.
+        start = tl.load(ends_ptr + at - rows, mask=inside & (tile_v > 0), other=0)
+        room = tl.minimum(tl.load(ends_ptr + at, mask=inside, other=0), most) - start
+        likely = z >= (lse.to(tl.float32) + log_least)[:, None]
+        written = likely & (tl.cumsum(likely.to(tl.int32), 1) <= room[:, None])
+        e = tl.where(written, 0.0, exp_difference(z, shift[:, None]))
+        sums = tl.cumsum(e, 1)
+        total = tl.max(sums, 1)
+        for draw in tl.static_range(DRAWS):
+            mine = inside & (tl.load(chosen_ptr + local * DRAWS + draw, mask=inside, other=-1) == tile_v)
+            _, u, _, _ = tl.rand4x(seed, t * DRAWS + draw)
+            passes = (sums > (u * total)[:, None]) & (e > 0)
+            c = tl.min(tl.where(passes, column[None, :], BLOCK_V), 1)
+            slot = row * width + most + draw
+            tl.store(ids_ptr + slot, tl.where(c < BLOCK_V, v0 + c, 0), mask=mine)
+            if HAS_SOFTCAP:
+                z_c = tl.sum(tl.where(column[None, :] == c[:, None], z, 0.0), 1)
+                share = tl.load(weights_ptr + slot, mask=mine, other=0.0)
+                tl.store(weights_ptr + slot, share * (1.0 - (z_c / cap) * (z_c / cap)), mask=mine)
+            # No entry, where the tile's tail has underflowed or is not finite: an id is never one that was not drawn.
+            tl.store(weights_ptr + slot, 0.0, mask=mine & (c == BLOCK_V))
 
 
 def visit_shape(launch: Launch) -> dict[str, int]:
     """Of the second visit: 64 rows, since a tile is visited for few."""
     return {"BLOCK_T": min(64, launch.BLOCK_T), "num_warps": 8, "num_stages": 3}
+
+
+def draw_shape(launch: Launch) -> dict[str, int]:
+    """Of the visit that draws: 32 rows, since beside the tile it holds its exponentials and their running sums."""
+    return {"BLOCK_T": min(32, launch.BLOCK_T), "num_warps": 8, "num_stages": 3}
 
 
 @on_its_device
@@ -238,15 +400,18 @@ def sparse_forward(
     options: HeadOptions,
     least: float,  # probability of a candidate
     most: int,  # candidates a row
+    seed: int | None = None,  # draws TAIL_SAMPLES entries a row of what is neither target nor candidate
 ) -> tuple[Tensor, Candidates]:  # (...) float32
-    """token_logps and the candidates."""
+    """token_logps and the candidates; with a seed, also a sampled tail."""
     V, T = head.weight.shape[0], targets.numel()
     new = functools.partial(torch.empty, device=head.hidden.device)
     # Ignored rows keep these zeros.
     token_logps, lse, non_target_probs, target_slopes, dropped = (
         new(targets.shape, dtype=torch.float64 if i == 1 else torch.float32).zero_() for i in range(5)
     )
-    ids = new((*targets.shape, most), dtype=torch.int32).zero_()
+    draws = 0 if seed is None else TAIL_SAMPLES
+    width = most + draws
+    ids = new((*targets.shape, width), dtype=torch.int32).zero_()
     weights = new(ids.shape, dtype=torch.float32).zero_()
     found = Candidates(lse, non_target_probs, target_slopes, dropped, ids, weights)
     if T == 0:
@@ -263,11 +428,13 @@ def sparse_forward(
     unused, unused_int8, unused_bool = (new(0, dtype=dtype) for dtype in (torch.float32, torch.int8, torch.bool))
 
     tiles_v = triton.cdiv(V, launch.BLOCK_V)
-    chunk = chunk_rows(T, 20 * tiles_v, options.workspace_bytes // 2, launch)
+    chunk = chunk_rows(T, 20 * tiles_v + 4 * draws, options.workspace_bytes // 2, launch)
     tiles = [new(tiles_v * chunk, dtype=torch.float32) for _ in range(3)]
     ends, visited = (new(tiles_v * chunk, dtype=torch.int32) for _ in range(2))
     visited_count = new(tiles_v, dtype=torch.int32)
-    visit = _visit_arguments(arguments, launch)
+    chosen = new(draws * chunk, dtype=torch.int32)
+    visit = _visit_arguments(arguments, visit_shape(launch))
+    drawing = _visit_arguments(arguments, draw_shape(launch))
     for row0 in range(0, T, chunk):
         rows = min(chunk, T - row0)
         # With fewer rows than `chunk` the workspace is used as (tiles_v, rows).
@@ -289,15 +456,28 @@ def sparse_forward(
         for write in (False, True):
             visit_kernel[strided_programs(task_tiles.shape[0], 4, targets.device)](
                 *compact.head[:2], *visit.tensors, compact.targets, live.rows, lse, visited, visited_count,
-                task_ends, task_tiles, *tiles, ends, ids, weights, row0, rows, tiles_v, V, most, math.log(least),
+                task_ends, task_tiles, *tiles, ends, ids, weights,
+                row0, rows, tiles_v, V, most, width, math.log(least),
                 visit.strides, visit.scale, visit.cap, WRITE=write, **visit.constants,
             )  # fmt: skip
             if not write:
                 ends[: tiles_v * rows].view(tiles_v, rows).cumsum_(0)
         non_target_kernel[(triton.cdiv(rows, 32),)](
-            *tiles, target_logits, live.rows, live.live, non_target_probs, target_slopes, dropped,
-            row0, rows, tiles_v, arguments.cap,
-            HAS_SOFTCAP=options.softcap is not None, BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
+            *tiles, target_logits, live.rows, live.live, non_target_probs, target_slopes, dropped, chosen, weights,
+            row0, rows, tiles_v, most, width, seed or 0, arguments.cap,
+            HAS_SOFTCAP=options.softcap is not None, DRAWS=draws, BLOCK_ROWS=32, BLOCK_TILES=64, num_warps=4,
+        )  # fmt: skip
+        if seed is None:
+            continue
+        select_drawn_kernel[(tiles_v,)](
+            chosen, visited, visited_count, live.live, row0, rows, DRAWS=draws, BLOCK_ROWS=256, num_warps=4
+        )
+        task_ends, task_tiles = _tasks(visited_count, rows, draw_shape(launch)["BLOCK_T"])
+        draw_kernel[strided_programs(task_tiles.shape[0], 4, targets.device)](
+            *compact.head[:2], *drawing.tensors, compact.targets, live.rows, lse, chosen, visited, visited_count,
+            task_ends, task_tiles, tiles[0], ends, ids, weights,
+            row0, rows, tiles_v, V, most, width, seed, math.log(least),
+            drawing.strides, drawing.scale, drawing.cap, DRAWS=draws, **drawing.constants,
         )  # fmt: skip
     return token_logps, found
 
@@ -307,14 +487,14 @@ def _tasks(
     rows: int,
     BLOCK_T: int,
 ) -> tuple[Tensor, Tensor]:  # (tiles_v,), (most tasks there can be,) int32
-    """What visit_kernel reads of its tasks."""
+    """What a later visit reads of its tasks."""
     ends = visited_count.add(BLOCK_T - 1).div_(BLOCK_T, rounding_mode="floor").cumsum(0, dtype=torch.int32)
     tasks = torch.arange(triton.cdiv(rows, BLOCK_T) * ends.shape[0], dtype=torch.int32, device=ends.device)
     return ends, torch.searchsorted(ends, tasks, right=True, out_int32=True)
 
 
-def _visit_arguments(arguments: HeadArguments, launch: Launch) -> HeadArguments:
-    """What the second visit takes besides hidden and weight: no descriptors, a tile of its own."""
+def _visit_arguments(arguments: HeadArguments, shape: dict[str, int]) -> HeadArguments:
+    """What a later visit takes besides hidden and weight: no descriptors, a tile of its own."""
     first_alone = ("GROUP_T", "TMA", "FLATTEN", "LIBRARY")
     constants = {name: x for name, x in arguments.constants.items() if name not in first_alone}
-    return arguments._replace(tensors=arguments.tensors[2:], constants=constants | visit_shape(launch))
+    return arguments._replace(tensors=arguments.tensors[2:], constants=constants | shape)

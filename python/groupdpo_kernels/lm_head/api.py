@@ -22,7 +22,7 @@ from ..reference import HeadOptions, LogpStats, head_of
 from .autograd import CallOptions, RefuseGradient
 from .dispatch import PATHS, Call, run
 from .extension import cuda_extension_why_not
-from .implementations import IMPLS, check_tail, resolve, why_not
+from .implementations import IMPLS, resolve, why_not
 
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _EXTRA = ("entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
@@ -74,7 +74,7 @@ def linear_logps(
             else computes them. "sample" replaces those less likely than grad_tol / 4 in every row by eight drawn from
             them: the gradient is unbiased, no row needs the exact path, and a variance takes the place of the bound
             (docs/math.md). Each call takes one number from torch's CPU generator: torch.manual_seed and checkpoints
-            replay it. Only "reference" and "cpu" can sample; calls in which grad_tol has no effect stay exact.
+            replay it. Calls in which grad_tol has no effect stay exact.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it, what is expected, and its value. On a GPU
@@ -188,7 +188,6 @@ def explain(
     reasons = {name: why_not(name, call.head.hidden, call.head.weight) for name in IMPLS}
     first = resolve("auto", call.head.hidden, call.head.weight)
     if grad_tail == "sample":
-        check_tail(first)
         call = call._replace(seed=torch.zeros((), dtype=torch.int64))
     if reasons.get(impl):  # an implementation that cannot run has no path
         call = call._replace(options=replace(options, impl="auto"))
@@ -347,8 +346,6 @@ def _run(call: Call, grad_tail: str) -> LogpStats:
     # The seed is drawn whether or not the call uses it, so that forwards with and without a graph draw alike.
     if grad_tail == "sample":
         call = call._replace(seed=torch.randint(2**63 - 1, (), dtype=torch.int64))
-        if not torch.compiler.is_compiling():  # under torch.compile the op checks it when it runs
-            check_tail(resolve(call.options.impl, call.head.hidden, call.head.weight))
     tape = None if call.process_group is not None else replay.active()
     if tape is not None:
         call = call._replace(options=replace(call.options, known=tape.take(call.targets.shape)))

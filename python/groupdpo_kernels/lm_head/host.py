@@ -195,14 +195,9 @@ def sparse_backward(
     needs: Needs,
     impl: str,
 ) -> HeadGradients:
-    """Gradients through the exact path for the rows that need it, over their candidates for the others. A grad_tol of
-    None means candidates with a sampled tail: then only rows that are not finite need the exact path.
-    """
+    """Gradients through the exact path for the rows that need it, over their candidates for the others."""
     live = targets != options.ignore_index
-    if grad_tol is None:
-        exact = live & ~torch.isfinite(found.lse + found.dropped + d_token_logps + d_lse)
-    else:
-        exact = sparse.exact_rows(found.non_target_probs, found.dropped, d_token_logps, d_lse, live, grad_tol)
+    exact = sparse.rows_of_the_exact_path(found, d_token_logps, d_lse, live, grad_tol)
     rest = torch.where(exact, targets, options.ignore_index)
     d_target, d_softmax = found.row_gradients(d_token_logps, d_lse)
     gradients = backward(head, rest, found.lse, d_target, d_softmax, options, needs, impl)

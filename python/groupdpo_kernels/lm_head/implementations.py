@@ -50,9 +50,3 @@ def resolve(impl: str, hidden: Tensor, weight: Tensor) -> str:
     if reasons:
         raise ValueError(f"impl={impl!r} cannot run here: " + "; ".join(reasons))
     return impl
-
-
-def check_tail(impl: str) -> None:
-    """ValueError where the implementation that runs cannot sample a tail."""
-    if impl == "triton":
-        raise ValueError("grad_tail='sample' has no Triton kernel: pass grad_tail='exact', or impl='reference' (slow)")

@@ -27,7 +27,7 @@ from ..reference import Candidates, Head, HeadGradients, HeadOptions, LogpStats,
 from . import extension, host, sparse
 from .extension import extension_why_not, warn_of_the_slow_path
 from .host import FrozenHead, asked_for
-from .implementations import check_tail, cpu_why_not, resolve
+from .implementations import cpu_why_not, resolve
 
 _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
 
@@ -152,13 +152,12 @@ def fake_gradients(head: Head, targets: Tensor, needs: Sequence[bool]) -> tuple[
 def _sparse_forward(*arguments):
     head, targets, options, _, (grad_tol, seed, impl) = arguments_of(arguments)
     impl = resolve(impl, head.hidden, head.weight)
-    if seed is not None:
-        check_tail(impl)
     with exact_arithmetic(head.hidden.device):
         if impl == "triton":
             most = sparse.capacity(targets.numel(), head.weight.shape[0], options.workspace_bytes)
-            least = sparse.least_probability(grad_tol)
-            token_logps, found = _launcher("sparse_forward")(head, targets, options, least, most)
+            least = sparse.least_probability(grad_tol, seed is not None)
+            drawn = None if seed is None else int(seed)  # on the CPU: nothing is read back
+            token_logps, found = _launcher("sparse_forward")(head, targets, options, least, most, drawn)
         else:
             token_logps, found = host.sparse_forward(head, targets, options, grad_tol, impl, seed)
     return token_logps, *found
@@ -186,8 +185,9 @@ def _sparse_backward(*arguments):
     impl = resolve(impl, head.hidden, head.weight)
     with exact_arithmetic(head.hidden.device):
         if impl == "triton":
-            live = targets != options.ignore_index
-            exact = sparse.exact_rows(found.non_target_probs, found.dropped, d_token_logps, d_lse, live, grad_tol)
+            exact = sparse.rows_of_the_exact_path(
+                found, d_token_logps, d_lse, targets != options.ignore_index, grad_tol
+            )
             arguments = (head, targets, exact, found, d_token_logps, d_lse, options, Needs(*needs))
             gradients = _launcher("sparse_backward")(*arguments, extension.cuda_rows(head.hidden.device))
         else:

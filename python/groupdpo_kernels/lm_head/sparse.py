@@ -162,6 +162,19 @@ def exact_rows(
     return exact.view_as(live) & live
 
 
+def rows_of_the_exact_path(
+    found: Candidates,
+    d_token_logps: Tensor,  # (...)
+    d_lse: Tensor,  # (...)
+    live: Tensor,  # (...) bool: not ignored
+    grad_tol: float | None,
+) -> Tensor:  # (...) bool
+    """Those of exact_rows; with a sampled tail, a grad_tol of None, only rows where anything is not finite."""
+    if grad_tol is None:
+        return live & ~torch.isfinite(found.lse + found.dropped + d_token_logps + d_lse)
+    return exact_rows(found.non_target_probs, found.dropped, d_token_logps, d_lse, live, grad_tol)
+
+
 def add_candidates(
     gradients: HeadGradients,  # changed in place
     head: Head,  # (T, .) rows
