@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, settings
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench, which is no installed package
 
+# torch.compile would start processes that import torch, to compile kernels of which these tests have few.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # Workers side by side take one thread each, and so do their children: more threads than cores wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
