@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import collectives
 import groups_over_ranks
 import pytest
 import torch
@@ -128,13 +129,7 @@ def same_as_one_process(
 
 
 def units(model: nn.Module) -> nn.Module:
-    """FSDP2 as accelerate cuts it: layers, the embedding, norm and head as one unit that stays gathered, the rest."""
-    mesh = init_device_mesh("cpu", (WORLD,))
-    base = next(m for m in model.modules() if hasattr(m, "embed_tokens"))
-    for module in (*base.layers, base.embed_tokens):
-        fully_shard(module, mesh=mesh)
-    fully_shard([base.norm, model.get_output_embeddings()], mesh=mesh, reshard_after_forward=False)
-    return fully_shard(model, mesh=mesh)
+    return collectives.units(model, init_device_mesh("cpu", (WORLD,)))
 
 
 def fsdp1(model: nn.Module) -> nn.Module:
@@ -171,6 +166,19 @@ def ddp_shared_prompt(rank: int) -> None:
         largest = max(float(p.grad.abs().max()) for p in single.parameters())
         for found, expected in zip(wrapped.parameters(), single.parameters()):
             torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-10 * largest)
+
+
+def ddp_one_prompt_on_one_rank(rank: int) -> None:
+    """Rank 0 shares its only prompt, which runs with its graph in pass 1; rank 1 has none to share. After the first step
+    the wrapper broadcasts its order of buckets before the next forward with gradients."""
+    model = DistributedDataParallel(make("llama", num_hidden_layers=1))
+    for seed in range(3):
+        step = collate(groups_of((1 + 8 * (rank == 0), [5, 3]), seed=seed), max_sequences=2, share_prompt=True)
+        assert isinstance(step.parts[0], SharedPrompt) == (rank == 0)
+        group_backward(step.parts, SharedPromptForward(model), step.groups, OBJECTIVE, ref_logps(step))
+    gradients = [torch.zeros_like(model.module.lm_head.weight.grad) for _ in range(WORLD)]
+    dist.all_gather(gradients, model.module.lm_head.weight.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
 
 
 def counted_mean(reductions: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -475,6 +483,7 @@ CASES: list[Callable[[int], None]] = [
     ddp_model_given,
     ddp_one_pass,
     ddp_shared_prompt,
+    ddp_one_prompt_on_one_rank,
     fsdp2_counts_differ,
     fsdp1_counts_differ,
     fsdp_shared_prompts,
