@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from poisoned import poisoned
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench, which is no installed package
 
@@ -53,18 +54,9 @@ def frozen() -> None:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Every uninitialised tensor holds NaN (the largest integer, True): an output that is never written shows.
-
-    torch fills in ATen, so allocations of Python, C++ and CUDA code are all reached.
-    """
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
+    """Every uninitialised tensor holds NaN: an output that is never written shows."""
+    with poisoned():
         yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.fixture(scope="module")
