@@ -93,6 +93,7 @@ def test_fake_step_takes_the_bytes_of_a_real_one(name: str) -> None:
     most = max(fake.values(), key=lambda peak: peak.total)
     assert most.by_category() == max(real.values(), key=lambda peak: peak.total).by_category()
     assert all(size > 0 for size in most.parts.values())
+    assert all(sum(peak.parts.values()) == peak.total for peak in (*fake.values(), *real.values()))
 
 
 @pytest.mark.parametrize("name", ["coupled", "two_pass", "one_pass", "pairs"])
