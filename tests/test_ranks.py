@@ -7,6 +7,7 @@ for longer than two minutes raises.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import functools
@@ -32,7 +33,7 @@ from prompt_groups import groups_of, ref_logps
 from tiny_models import batch, eager_logps, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,6 +49,7 @@ from groupdpo_kernels import (
 )
 from groupdpo_kernels.data import collate
 from groupdpo_kernels.stepwise import reference_logps
+from groupdpo_kernels.trainers.forward import StepForward
 from groupdpo_kernels.trainers.reference import as_reference, check_on_one_device, frozen_copy
 
 WORLD, STEPS, LR = 2, 3, 0.05
@@ -169,13 +171,15 @@ def ddp_shared_prompt(rank: int) -> None:
 
 
 def ddp_one_prompt_on_one_rank(rank: int) -> None:
-    """Rank 0 shares its only prompt, which runs with its graph in pass 1; rank 1 has none to share. After the first step
-    the wrapper broadcasts its order of buckets before the next forward with gradients."""
+    """Rank 0 shares its only prompt, rank 1 has none to share. The wrapper broadcasts buffers, and once its order of
+    buckets, at the first forward with a graph, which must be in pass 2 on both; pass 1 goes past it, as in the trainer.
+    """
     model = DistributedDataParallel(make("llama", num_hidden_layers=1))
     for seed in range(3):
+        forward = StepForward(model, contextlib.nullcontext, bare=model.module)
         step = collate(groups_of((1 + 8 * (rank == 0), [5, 3]), seed=seed), max_sequences=2, share_prompt=True)
         assert isinstance(step.parts[0], SharedPrompt) == (rank == 0)
-        group_backward(step.parts, SharedPromptForward(model), step.groups, OBJECTIVE, ref_logps(step))
+        group_backward(step.parts, forward, step.groups, OBJECTIVE, ref_logps(step), model=model)
     gradients = [torch.zeros_like(model.module.lm_head.weight.grad) for _ in range(WORLD)]
     dist.all_gather(gradients, model.module.lm_head.weight.grad)
     assert torch.equal(*gradients) and gradients[0].any()

@@ -198,11 +198,6 @@ class Ranks:
             )
         if self._all_calls is None and self._own_calls is not None:
             self._all_calls = [before] if length == 1 else joint(calls, self._groups)
-        # DistributedDataParallel broadcasts its order of buckets once, before the first forward with gradients that
-        # follows a step. Ranks differ in which forward that is: a rank whose only prompt is shared has one in pass 1.
-        for wrapper in self.wrappers:
-            if kind_of(wrapper) == DDP and torch.is_grad_enabled():
-                wrapper.reducer._rebuild_buckets()  # type: ignore[operator, union-attr]
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -253,8 +248,9 @@ class Ranks:
 
     @property
     def free(self) -> bool:
-        """Whether it is known that forwards are no collective calls."""
-        return self._only_ddp or not (self._settled or is_distributed())
+        """Whether it is known that no forward is a collective call. Under DistributedDataParallel one of a step is, the
+        first through the wrapper: in each pass it must be the same one on every rank."""
+        return not (self._settled or is_distributed())
 
     @property
     def all_calls(self) -> int:

@@ -11,8 +11,8 @@ Rules, not the tracker, give the workspace of this package's ops (`lm_head.works
 FSDP2 splits parameters, gradients and the optimizer's state over the ranks. The head is whole from a forward to the end
 of its backward, and so are two layers, with the gradient of one; the embedding, and the gradients of both, are whole
 where they are at work.
-ZeRO 3 splits the same. Up to 10^9 parameters are whole at a time, and up to 5 x 10^8 gradients wait for their reduction,
-as its configuration has it unless told otherwise; beside 16-bit parameters it keeps float32 ones and float32 states.
+ZeRO 3 splits the same. Up to 10^9 parameters are whole at a time, and up to 5 x 10^8 gradients wait for their sum, as
+its configuration has it unless told otherwise; it steps float32 weights of its own, with float32 states.
 A rank of tensor parallelism runs a model of its own share: attention heads, MLP, and rows of embedding and LM head are
 divided. `traffic.py` says what ranks send each other.
 `headroom` stands for what a framework takes besides tensors (about half a GiB of a GPU) and what an allocator loses to
@@ -46,11 +46,8 @@ from .workload import STRATEGIES, TrainingStep, Workload, build_model, config_of
 GiB = 2**30
 MOST_RESPONSES = 4096  # no plan looks for larger groups
 _SPLIT = ("parameters", "gradients", "optimizer")
-_ZERO3_WHOLE, _ZERO3_WAITING, _ZERO3_STEP = (
-    10**9,
-    5 * 10**8,
-    10**9,
-)  # elements, by default, that DeepSpeed holds at once
+# Elements that DeepSpeed holds at once unless told otherwise: whole parameters, gradients, what a step takes.
+_ZERO3_WHOLE, _ZERO3_WAITING, _ZERO3_STEP = 10**9, 5 * 10**8, 10**9
 
 
 @dataclass(frozen=True)
@@ -316,7 +313,7 @@ class Prediction:
         return Peak(sum(parts.values()), parts)
 
     def _as_zero3(self, what: str, parts: dict[Part, int], whole: Unit) -> dict[Part, int]:
-        """The parts of a rank under ZeRO 3, whose optimizer steps float32 weights, with float32 states and gradients."""
+        """The parts of a rank under ZeRO 3, whose optimizer steps float32 weights with float32 states and gradients."""
         item = 4 if self.workload.dtype == "float32" else 2
         trains = whole.gradients // item
         own = -(-trains // self.hardware.ranks)
@@ -402,9 +399,7 @@ def _check_split(base: Workload, hardware: Hardware) -> None:
     if split == 1:
         return
     if base.lora_rank:
-        raise ValueError(
-            f"lora_rank must be 0 with tensor_parallel, for no plan splits an adapter; got {base.lora_rank}"
-        )
+        raise ValueError(f"lora_rank must be 0 with tensor_parallel: no plan splits an adapter; got {base.lora_rank}")
     config = config_of(base)
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(config, name, None)
