@@ -97,7 +97,7 @@ def table(found: dict[tuple[str, int], float], world: int) -> str:
             for tied, share in columns
         ]
         rows.append("| ".join(["", f"{engine}, {what}, `{strategy}` ", *(f"{cell} " for cell in cells), "\n"]))
-    return "".join(rows)
+    return re.sub(" $", "", "".join(rows), flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("world", WORLDS)
