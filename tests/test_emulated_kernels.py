@@ -42,14 +42,12 @@ def test_case(path: str, name: str, architecture: str, late: bool) -> None:
     assert emulation.launches[kernel] > 0
 
 
-@pytest.mark.parametrize("late", [True, False], ids=["late", "early"])
-def test_approximate_instructions_may_err_as_much_as_they_are_allowed(late: bool) -> None:
+def test_approximate_instructions_may_err_as_much_as_they_are_allowed() -> None:
     """In any order of programs."""
-    for path in ("trained", "frozen"):
-        run_case(path, "ragged_bf16", "sm_90", late, noise=7, order=shuffled)
+    run_case("trained", "ragged_bf16", "sm_90", noise=7, order=shuffled)
 
 
-@pytest.mark.parametrize("name", ["mpo 1", "sigmoid 2", "all_pairs 1", "plackett_luce 0"])
+@pytest.mark.parametrize("name", ["mpo 1", "sigmoid 2", "plackett_luce 0"])
 def test_preference(name: str) -> None:
     """Programs in reverse: whichever comes last takes the mean."""
     emulation = run_case("preference", name, "sm_90", order=reverse)
@@ -91,12 +89,20 @@ def add_rows(ptx: str, problem: Problem, vector: bool, rows_of_a_block: int, fin
 
 
 @needs_nvcc
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_weighted_rows(dtype: torch.dtype, weighted_rows_ptx: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "n", "padding", "vector", "rows_of_a_block"),
+    [
+        (torch.float32, 37, 3, False, 8),
+        (torch.bfloat16, 264, 0, True, 32),
+        (torch.float16, 37, 0, False, 32),
+    ],
+    ids=str,
+)
+def test_weighted_rows(
+    dtype: torch.dtype, n: int, padding: int, vector: bool, rows_of_a_block: int, weighted_rows_ptx: str
+) -> None:
     """Short rows and long ones, loaded 16 bytes at a time and one by one."""
     findings: Findings = Findings()
-    lengths = tuple(min(length, 600) for length in LENGTHS)
-    for n, padding, vector, rows_of_a_block in ((264, 0, True, 32), (37, 3, False, 8)):
-        problem = make_problem(dtype, n, lengths, padding=padding)
-        check(add_rows(weighted_rows_ptx, problem, vector, rows_of_a_block, findings), problem)
+    problem = make_problem(dtype, n, tuple(min(length, 520) for length in LENGTHS), padding=padding)
+    check(add_rows(weighted_rows_ptx, problem, vector, rows_of_a_block, findings), problem)
     assert not findings
