@@ -341,16 +341,14 @@ def copy(m: Machine, i: Instruction) -> Step:
     return step, ()
 
 
+# Triton 3.6 writes shared::cluster: without clusters that is the block's own shared memory.
+TENSOR_WORDS = {
+    "async", "bulk", "tensor", "2d", "shared::cta", "shared::cluster", "global", "mbarrier::complete_tx::bytes",
+}  # fmt: skip
+
+
 def tensor_copy(m: Machine, i: Instruction) -> Step:
-    if unknown := set(i.modifiers) - {
-        "async",
-        "bulk",
-        "tensor",
-        "2d",
-        "shared::cta",
-        "global",
-        "mbarrier::complete_tx::bytes",
-    }:
+    if unknown := set(i.modifiers) - TENSOR_WORDS:
         raise PtxError(f"cp.{'.'.join(sorted(unknown))} is not emulated: {i}")
     to, source, barrier = i.operands[:3]
     if "2d" not in i.modifiers or not isinstance(source, Address):

@@ -153,7 +153,7 @@ class Block:
 REFUSED = {
     "cluster": re.compile(
         r"\.(?:reqnctapercluster|explicitcluster)|%(?:n?cluster|is_explicit)|\bmapa\b|barrier\.cluster"
-        r"|\.shared::cluster|multicast::cluster"
+        r"|multicast::cluster"
     ),
     "tensor memory": re.compile(r"\btcgen05\."),
 }
