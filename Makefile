@@ -9,7 +9,7 @@ RESULTS ?= bench/results
 # Without bytecode on disk each of the tests' hundred processes would compile torch and transformers again: 20 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup test test-distributed test-processors demo bench profile docs lint clean
+.PHONY: help setup test test-distributed test-processors emulate demo bench profile docs lint clean
 .PHONY: device-first device device-losses device-memory device-steps device-counters
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test     every test that needs no GPU"
 	@echo "make test-distributed  every engine on two and four processes, against one process"
 	@echo "make test-processors  a slice of the tests as on a processor with SSE alone, with AVX2, with all that is here"
+	@echo "make emulate  every kernel, compiled for a GPU and executed without one; writes docs/project/emulation.md; resumes"
 	@echo "make bench    time and memory against the alternatives, on this machine"
 	@echo "make profile  peak memory and time of a training step against the size of its group; writes profile/"
 	@echo "make docs     the documentation as a site, build/docs/index.html; a broken link is an error"
@@ -70,6 +71,10 @@ SLICE_OF := ((plain or everything or softcap_tight or instruction_set) and not t
 test-processors: setup
 	for units in "$(as_sse)" "$(shell grep -qsw avx2 /proc/cpuinfo && echo '$(as_avx2)')" "$(as_all)"; do \
 	    [ -z "$$units" ] || env $$units OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not gpu' -p no:xdist $(SLICE) -k '$(SLICE_OF)' $(ARGS) || exit 1; done
+
+# Each run is kept in build/emulated/, so that one that was stopped goes on.
+emulate: setup
+	OMP_NUM_THREADS=1 $(RUN) tests/emulate.py $(ARGS)
 
 demo: setup
 	$(RUN) examples/group_arithmetic.py $(ARGS)

@@ -41,10 +41,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
 # At the end of the path: the directory kernels/ must not come before a package of that name.
-sys.path.append(str(ROOT))
-sys.path.append(str(ROOT / "examples"))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 from arithmetic_task import (  # type: ignore[import-not-found]  # of examples, and so are the next two
     ANSWER,
@@ -65,7 +64,7 @@ from groupdpo_kernels import AdaBalance, Objective, PreferenceGroups, preference
 from groupdpo_kernels.stepwise import easy_to_hard
 from groupdpo_kernels.stepwise.store import write_json
 
-RESULTS = ROOT / "bench" / "results" / "epyc" / "claims.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "epyc" / "claims.json"
 HELD_OUT, WARM_UP, SIDE = 96, 120, 8  # prompts, steps to the start, right answers of a prompt and as many wrong ones
 LOSSES = ("margin", "mpo", "all_pairs", "softmax")
 SIZES = (2, 4, 8, 16)

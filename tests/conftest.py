@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from poisoned import poisoned
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench, which is no installed package
+
+# torch.compile would start processes that import torch, to compile kernels of which these tests have few.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # Workers side by side take one thread each, and so do their children: more threads than cores wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -50,18 +54,9 @@ def frozen() -> None:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Every uninitialised tensor holds NaN (the largest integer, True): an output that is never written shows.
-
-    torch fills in ATen, so allocations of Python, C++ and CUDA code are all reached.
-    """
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
+    """Every uninitialised tensor holds NaN: an output that is never written shows."""
+    with poisoned():
         yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.fixture(scope="module")

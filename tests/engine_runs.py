@@ -162,15 +162,18 @@ def one_process(case: Case, folder: Path) -> tuple[Any, Tensor, Tensor]:
     return trainer, start, trainable(trainer)
 
 
-def check_as_one(found: Any, one: tuple[Any, Tensor, Tensor]) -> None:
-    """A rank's run against that of one process: weights within 5e-6 of the way, and the same log."""
+def check_as_one(found: Any, one: tuple[Any, Tensor, Tensor]) -> float:
+    """A rank's run against that of one process: weights within 5e-6 of the way, and the same log. Returns how far the
+    weights are off, relative to the way."""
     assert not isinstance(found, str), found
     trainer, start, expected = one
     _, _, weights, logged = found
     assert (expected - start).norm() > 1e-3 * start.norm()
+    off = 0.0
     if weights:  # under some engines the first rank alone has the whole
         off = float((flat(weights, trainer) - expected).norm() / (expected - start).norm())
         assert off < 5e-6, f"{off:.1e} of the way off"
     for row, wanted in zip(logged, steps(trainer), strict=True):
         for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "num_tokens"):
             assert abs(row[key] - wanted[key]) <= 1e-5 * (1 + abs(wanted[key])), (key, row[key], wanted[key])
+    return off

@@ -7,6 +7,7 @@ begin from nothing (which modules an import loads, what is read from the environ
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -65,6 +66,7 @@ def _run_rank(rank: int, worker: Callable[..., None], *args: Any) -> None:
     In torch 2.13 that may hang. DistributedDataParallel holds the group. Where it goes last, its destructor waits for
     gloo's threads with the interpreter's lock held, and they need the lock to free what Python has given them.
     """
+    gc.freeze()  # as conftest.py does, and for the same reason
     worker(rank, *args)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

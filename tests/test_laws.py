@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preference": {"checks", "distributed", "replay", "kernels"},
     "models": {"distributed", "lm_head"},
     "data": {"checks", "preference"},
-    "memory": {"lm_head", "models", "preference"},
+    "memory": {"distributed", "lm_head", "models", "preference"},
     "stepwise": {"distributed", "models", "preference"},
     "trainers": {"checks", "installed", "distributed", "preference", "models", "data", "memory", "stepwise"},
     "integrations": {"installed", "lm_head", "models", "preference"},

@@ -10,20 +10,21 @@ import copy
 import functools
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import Collectives, units
 from processes import check_reports, report_case, run_ranks
 from tiny_models import batch, eager_logps, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from groupdpo_kernels import attach, model_logps
 from groupdpo_kernels.memory.planner import Hardware, Prediction
@@ -190,37 +191,58 @@ def check(build: Callable[[], tuple[nn.Module, nn.Module]], rank: int) -> None:
         torch.testing.assert_close(model_logps(wrapped, **mine), expected[rows], rtol=1e-5, atol=2e-5)
 
 
-class Received(TorchDispatchMode):
-    """Counts the bytes that a rank receives from the others, as the planner names them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = {"weights": 0, "gradients": 0}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        gathers = {"c10d::_allgather_base_": ("weights", 0), "c10d::_reduce_scatter_base_": ("gradients", 1)}
-        if func._schema.name in gathers:
-            name, place = gathers[func._schema.name]
-            self.bytes[name] += args[place].nbytes * (WORLD - 1) // WORLD
-        return func(*args, **(kwargs or {}))
+LOADS = {
+    "two_pass": {"group": 3, "positives": 1},
+    "coupled": {"strategy": "coupled"},
+    "pairs": {"strategy": "pairs", "lora_rank": 4},
+    "shared prompt": {"prompt": 4, "share_prompt": True, "checkpointing": True},
+    "shared prompt, coupled": {"prompt": 4, "share_prompt": True, "strategy": "coupled"},
+}
 
 
 def traffic_as_planned(rank: int) -> None:
-    for strategy in ("two_pass", "coupled", "pairs"):
-        load = Workload(strategy=strategy, group=4, tokens=8, layers=2, lora_rank=4 * (strategy == "pairs"))
-        step = TrainingStep(load, "cpu", shard(build_model(load, torch.device("cpu"))))
+    """To the byte."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for name, changes in LOADS.items():
+        load = replace(Workload(group=4, tokens=8, layers=2), **changes)
+        step = TrainingStep(load, "cpu", units(build_model(load, torch.device("cpu")), mesh))
         step.forward_backward(load)  # the first measures the model too
-        with Received() as received:
+        with Collectives(WORLD) as counted:
             step.forward_backward(load)
-        assert received.bytes == Prediction(load, Hardware(ranks=WORLD)).traffic_at(4), strategy
+        planned = Prediction(load, Hardware(ranks=WORLD)).traffic_at(load.group)
+        assert {kind: counted.bytes[kind] for kind in planned} == planned, f"{name}: {counted.bytes} for {planned}"
+
+
+def collectives_of_two_passes(rank: int) -> None:
+    """As many of each kind as the engine's own forwards, with their logits, and backwards; and two agreements."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    load = Workload(group=6, tokens=8, layers=2)
+    step = TrainingStep(load, "cpu", units(build_model(load, torch.device("cpu")), mesh))
+    step.forward_backward(load)
+    with Collectives(WORLD) as ours:
+        step.forward_backward(load)
+    with Collectives(WORLD) as own:
+        parts = step.batch(load).split(load.micro_batch)
+        for part in parts:
+            with torch.no_grad():
+                step.model(input_ids=part, use_cache=False)
+        for part in parts:
+            step.model(input_ids=part, use_cache=False).logits.sum().backward()
+    assert ours.calls == own.calls + Counter(agreements=2)
+    # Layers and embedding in each of six forwards and three backwards; norm and head as `traffic.py` says.
+    assert ours.calls["weights"] == 9 * 3 + 4 and ours.calls["gradients"] == 3 * 4
+    assert ours.bytes == own.bytes + Counter(agreements=ours.bytes["agreements"]) and ours.bytes["agreements"] < 200
+
+
+MORE = (traffic_as_planned, collectives_of_two_passes)
 
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    for case in (*CASES, traffic_as_planned):
-        run = case if case is traffic_as_planned else functools.partial(check, case)
+    for case in (*CASES, *MORE):
+        run = case if case in MORE else functools.partial(check, case)
         report_case(functools.partial(run, rank), case.__name__, rank, folder)
         dist.barrier()
 
@@ -236,6 +258,6 @@ def test_all_ranks_end(folder: Path) -> None:
     assert (folder / "failure").read_text() == ""
 
 
-@pytest.mark.parametrize("case", [c.__name__ for c in (*CASES, traffic_as_planned)])
+@pytest.mark.parametrize("case", [c.__name__ for c in (*CASES, *MORE)])
 def test_two_processes_give_the_gradients_of_one(case: str, folder: Path) -> None:
     check_reports(folder, case, range(WORLD))

@@ -52,10 +52,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 class Remembered(Prediction):
     """A prediction that traces nothing that another one in this file has traced: of the same steps it has the same."""
 
-    known: ClassVar[dict[tuple[Workload, tuple[int, ...], str], dict[str, Peak]]] = {}
+    known: ClassVar[dict[Any, dict[str, Peak]]] = {}
 
     def _trace(self, workload: Workload, layers: Sequence[int]) -> dict[str, Peak]:
-        key = (workload, tuple(layers), self.hardware.device)
+        sharded = self.hardware.ranks > 1 and workload.share_prompt
+        key = (workload, tuple(layers), self.hardware.device, sharded, self.hardware.tensor_parallel)
         if key not in self.known:
             self.known[key] = super()._trace(workload, layers)
         return self.known[key]
@@ -93,6 +94,7 @@ def test_fake_step_takes_the_bytes_of_a_real_one(name: str) -> None:
     most = max(fake.values(), key=lambda peak: peak.total)
     assert most.by_category() == max(real.values(), key=lambda peak: peak.total).by_category()
     assert all(size > 0 for size in most.parts.values())
+    assert all(sum(peak.parts.values()) == peak.total for peak in (*fake.values(), *real.values()))
 
 
 @pytest.mark.parametrize("name", ["coupled", "two_pass", "one_pass", "pairs"])
@@ -211,7 +213,14 @@ def test_prediction_is_within_five_per_cent_of_the_process(name: str, worker: Wo
 
 
 def test_sizes_of_known_models() -> None:
-    billions = {"llama-3-8b": 8.03, "llama-3.2-1b": 1.236, "qwen3-8b": 8.19, "qwen3-32b": 32.76, "gemma-3-4b": 3.88}
+    billions = {
+        "llama-3-8b": 8.03,
+        "llama-3-70b": 70.55,
+        "llama-3.2-1b": 1.236,
+        "qwen3-8b": 8.19,
+        "qwen3-32b": 32.76,
+        "gemma-3-4b": 3.88,
+    }
     billions |= {"olmo-3-7b": 7.30, "olmo-3-32b": 32.23}
     for name, expected in billions.items():
         model = build_model(Workload(model=name), META)
@@ -253,8 +262,25 @@ def test_ranks_split_what_they_hold_and_a_reference_adds() -> None:
     assert both == pytest.approx(2 * one.by_category()["parameters"], rel=1e-3)
     sent = {n: Remembered(workload, Hardware(ranks=n)).traffic_at(4)["gradients"] for n in (1, 2, 4)}
     assert sent[1] == 0 < sent[2] and sent[4] == pytest.approx(1.5 * sent[2])
-    row = {"strategy": "two_pass", "traffic": {2: {}, 4: {"weights": 3 * 2**30, "gradients": 2**30}}}
-    assert traffic_text([row]) == "Each GPU receives in a step of G = 4: two_pass 4.0 GiB (1.0 of gradients)"
+    row = {"strategy": "two_pass", "traffic": {2: {}, 4: {"weights": 3 * 2**30, "gradients": 2**30, "activations": 0}}}
+    said = "Each GPU receives in a step of G = 4: two_pass 4.0 GiB (3.0 of weights, 1.0 of gradients)"
+    assert traffic_text([row]) == said
+
+
+def test_what_engines_hold() -> None:
+    """A rank of tensor parallelism has its share of the weights; DeepSpeed has float32 states; and a prompt that runs
+    again after its rows, as engines need it, has no graph while these run."""
+    shared = replace(SMALL, layers=2, tokens=64, prompt=32, share_prompt=True, micro_batch=1)
+    alone, four = (Remembered(shared, Hardware(device="cpu", ranks=n)).parts_at(4)["backward layer -1"] for n in (1, 4))
+    assert four.by_category()["activations"] < alone.by_category()["activations"]
+    workload = replace(SMALL, layers=2, dtype="bfloat16")
+    whole, split = (Remembered(workload, Hardware(tensor_parallel=n)).parts_at(4)["optimizer"] for n in (1, 2))
+    held, share = (peak.by_category()["parameters"] for peak in (whole, split))
+    assert 0.5 < share / held < 0.501  # norms are whole
+    fsdp, zero = (
+        Remembered(workload, Hardware(ranks=4, engine=e)).parts_at(4)["optimizer"] for e in ("fsdp2", "zero3")
+    )
+    assert zero.by_category()["optimizer"] > 3 * fsdp.by_category()["optimizer"]
 
 
 def test_micro_batch_fits_and_one_more_does_not() -> None:
@@ -324,10 +350,16 @@ def test_wrong_hardware_and_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         plan(Workload(model=str(tmp_path)), [2], Hardware())
     with pytest.raises(ValueError, match="must not be empty"):
         plan(Workload(), [], Hardware())
-    with pytest.raises(ValueError, match="strategies must not hold 'one_pass' where FSDP shards over ranks"):
+    with pytest.raises(ValueError, match="engine must be one of fsdp2, zero3; got 'ddp'"):
+        Hardware(engine="ddp")
+    with pytest.raises(ValueError, match="strategies must not hold 'one_pass' where a model is split"):
         plan(Workload(lora_rank=4), [2], Hardware(ranks=2), ["one_pass"])
-    with pytest.raises(ValueError, match=r"ranks must be 1 with share_prompt: .*; got 2"):
-        plan(Workload(prompt=9, share_prompt=True), [2], Hardware(ranks=2))
+    with pytest.raises(ValueError, match="strategies must not hold 'coupled_logits' where a model is split"):
+        plan(Workload(), [2], Hardware(tensor_parallel=2), ["coupled_logits"])
+    with pytest.raises(ValueError, match="tensor_parallel must divide the model's num_key_value_heads, 2; got 4"):
+        plan(Workload(), [2], Hardware(tensor_parallel=4))
+    with pytest.raises(ValueError, match=r"lora_rank must be 0 with tensor_parallel: .*; got 4"):
+        plan(Workload(lora_rank=4), [2], Hardware(tensor_parallel=2))
 
 
 @pytest.mark.parametrize("strategy", ["coupled", "two_pass", "pairs"])

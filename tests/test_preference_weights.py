@@ -48,12 +48,17 @@ def draw(loss, seed, spread, per_token):
     return groups, cu_seqlens, logps, reference
 
 
-def evaluate(logps, cu_seqlens, groups, objective, reference, impl):
+def gradients_of(logps, cu_seqlens, groups, objective, reference, impl):
+    """All results of a loss, and its gradient."""
     leaf = logps.clone().requires_grad_()
-    with where(impl, logps.device):
-        out = preference_loss(leaf, cu_seqlens, groups, objective, reference, impl=impl)
-        (0.7 * out.loss).backward()
+    out = preference_loss(leaf, cu_seqlens, groups, objective, reference, impl=impl)
+    (0.7 * out.loss).backward()
     return {**{name: x.detach() for name, x in out._asdict().items()}, "d_token_logps": leaf.grad}
+
+
+def evaluate(logps, *arguments):
+    with where(arguments[-1], logps.device):
+        return gradients_of(logps, *arguments)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

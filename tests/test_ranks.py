@@ -7,6 +7,7 @@ for longer than two minutes raises.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import functools
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import collectives
 import groups_over_ranks
 import pytest
 import torch
@@ -31,7 +33,7 @@ from prompt_groups import groups_of, ref_logps
 from tiny_models import batch, eager_logps, make
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,6 +49,7 @@ from groupdpo_kernels import (
 )
 from groupdpo_kernels.data import collate
 from groupdpo_kernels.stepwise import reference_logps
+from groupdpo_kernels.trainers.forward import StepForward
 from groupdpo_kernels.trainers.reference import as_reference, check_on_one_device, frozen_copy
 
 WORLD, STEPS, LR = 2, 3, 0.05
@@ -128,13 +131,7 @@ def same_as_one_process(
 
 
 def units(model: nn.Module) -> nn.Module:
-    """FSDP2 as accelerate cuts it: layers, the embedding, norm and head as one unit that stays gathered, the rest."""
-    mesh = init_device_mesh("cpu", (WORLD,))
-    base = next(m for m in model.modules() if hasattr(m, "embed_tokens"))
-    for module in (*base.layers, base.embed_tokens):
-        fully_shard(module, mesh=mesh)
-    fully_shard([base.norm, model.get_output_embeddings()], mesh=mesh, reshard_after_forward=False)
-    return fully_shard(model, mesh=mesh)
+    return collectives.units(model, init_device_mesh("cpu", (WORLD,)))
 
 
 def fsdp1(model: nn.Module) -> nn.Module:
@@ -171,6 +168,21 @@ def ddp_shared_prompt(rank: int) -> None:
         largest = max(float(p.grad.abs().max()) for p in single.parameters())
         for found, expected in zip(wrapped.parameters(), single.parameters()):
             torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-10 * largest)
+
+
+def ddp_one_prompt_on_one_rank(rank: int) -> None:
+    """Rank 0 shares its only prompt, rank 1 has none to share. The wrapper broadcasts buffers, and once its order of
+    buckets, at the first forward with a graph, which must be in pass 2 on both; pass 1 goes past it, as in the trainer.
+    """
+    model = DistributedDataParallel(make("llama", num_hidden_layers=1))
+    for seed in range(3):
+        forward = StepForward(model, contextlib.nullcontext, bare=model.module)
+        step = collate(groups_of((1 + 8 * (rank == 0), [5, 3]), seed=seed), max_sequences=2, share_prompt=True)
+        assert isinstance(step.parts[0], SharedPrompt) == (rank == 0)
+        group_backward(step.parts, forward, step.groups, OBJECTIVE, ref_logps(step), model=model)
+    gradients = [torch.zeros_like(model.module.lm_head.weight.grad) for _ in range(WORLD)]
+    dist.all_gather(gradients, model.module.lm_head.weight.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
 
 
 def counted_mean(reductions: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -475,6 +487,7 @@ CASES: list[Callable[[int], None]] = [
     ddp_model_given,
     ddp_one_pass,
     ddp_shared_prompt,
+    ddp_one_prompt_on_one_rank,
     fsdp2_counts_differ,
     fsdp1_counts_differ,
     fsdp_shared_prompts,

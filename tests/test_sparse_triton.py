@@ -125,7 +125,7 @@ def test_slots_and_the_bound_on_the_rest(name: str, poisoned_memory: None) -> No
             assert not any(x[t].any() for x in found)
             continue
         assert (ids.diff() > 0).all() and y not in ids
-        assert (p[t, ids] >= sparse.least_probability(TOLERANCE) * (1 - 1e-5)).all()
+        assert (p[t, ids] >= sparse.least_probability(TOLERANCE, "triton") * (1 - 1e-5)).all()
         full += kept == found.ids.shape[1]
         p[t, y], non_target = 0, float(1 - p[t, y])
         rest = float(p[t].sum() - p[t, ids].sum())

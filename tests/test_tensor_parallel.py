@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import copy
 import datetime
+import itertools
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import Collectives, units
 from processes import check_reports, report_case, run_ranks
 from prompt_groups import groups_of, ref_logps
 from tiny_models import batch, check_budget, eager_logps, make, score
@@ -38,6 +41,8 @@ from torch.distributed.tensor.parallel import (
 from groupdpo_kernels import Objective, SharedPromptForward, attach, group_backward, model_logps
 from groupdpo_kernels.data import collate
 from groupdpo_kernels.distributed import reshard
+from groupdpo_kernels.memory.planner import Hardware, Prediction
+from groupdpo_kernels.memory.workload import TrainingStep, Workload, build_model
 from groupdpo_kernels.models.layouts import why_not_packed, why_not_shared
 from groupdpo_kernels.models.split_head import like, why_not_split
 
@@ -315,6 +320,63 @@ def shared_prompts() -> None:
         compare_gradients(split, single)
 
 
+# --------------------------------------------------------------------------------------------------- what ranks receive
+
+LOADS: dict[str, dict[str, Any]] = {
+    "two_pass": {"group": 3, "positives": 1, "prompt": 3},
+    "coupled": {"strategy": "coupled", "checkpointing": True},
+    "pairs": {"strategy": "pairs"},
+    "shared prompt": {"prompt": 4, "share_prompt": True},
+    "shared prompt, coupled": {"prompt": 4, "share_prompt": True, "strategy": "coupled", "checkpointing": True},
+}
+
+
+def traffic_as_planned() -> None:
+    """To the byte: torch's plan, the same under FSDP2, and that of transformers. A rank's share of the parameters is
+    the planned one too."""
+    import transformers
+
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    base = Workload(group=4, tokens=8, layers=2)
+    plan = {**body(), "model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
+    plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
+    try:
+        if dist.get_rank() == 0:
+            build_model(base, torch.device("cpu")).save_pretrained(folder[0])
+        dist.barrier()
+        base = replace(base, model=str(folder[0]))
+        split_by = transformers.distributed.DistributedConfig(tp_size=2, fsdp_size=2)
+        for (name, changes), engine in itertools.product(LOADS.items(), ("torch", "torch, FSDP2", "transformers")):
+            if engine == "transformers" and name != "two_pass":
+                continue
+            load = replace(base, **changes)
+            hardware = Hardware(ranks=1 if engine == "torch" else 2, tensor_parallel=2)
+            if engine == "transformers":
+                take = transformers.AutoModelForCausalLM.from_pretrained
+                split = take(folder[0], distributed_config=split_by, dtype=torch.float32).train()
+            else:
+                split = parallelize_module(build_model(load, torch.device("cpu")), tp(), plan)
+            share = sum(getattr(p, "_local_tensor", p).nbytes for p in split.parameters())
+            share *= 2 if engine == "transformers" else 1  # sharded by FSDP2 already
+            if engine == "torch, FSDP2":
+                units(split, mesh()["dp"])
+            step = TrainingStep(load, "cpu", split)
+            step.forward_backward(load)  # the first measures the model too
+            with Collectives(2) as counted:
+                step.forward_backward(load)
+            prediction = Prediction(load, hardware)
+            planned, sizes = prediction.traffic_at(load.group), prediction._sizes()
+            assert {kind: counted.bytes[kind] for kind in planned} == planned, (
+                f"{name}, {engine}: {counted.bytes} for {planned}"
+            )
+            assert share == sizes.whole(2).weights
+    finally:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder[0])  # type: ignore[arg-type]
+
+
 # ------------------------------------------------------------------------------------------------ what is not computed
 
 
@@ -398,7 +460,13 @@ OF_A_ROW: list[Callable[[], None]] = [
     heads_on_every_rank,
     lower_precision,
 ]
-OF_ALL: list[Callable[[], None]] = [sharded_by_transformers, with_fsdp, real_logits_where_need_be, reasons_in_words]
+OF_ALL: list[Callable[[], None]] = [
+    sharded_by_transformers,
+    with_fsdp,
+    traffic_as_planned,
+    real_logits_where_need_be,
+    reasons_in_words,
+]
 
 
 def worker(rank: int, folder: str) -> None:

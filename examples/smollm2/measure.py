@@ -30,6 +30,7 @@ from additions import QUIET, lora, start  # type: ignore[import-not-found]  # be
 
 from groupdpo_kernels import Objective
 from groupdpo_kernels.memory.rss import forget_peak, resident
+from groupdpo_kernels.stepwise.store import write_json
 
 ROWS = ["TRL", "TRL, patched", "GroupDPOTrainer, whole sequences", "GroupDPOTrainer, prompt shared"]
 OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
@@ -128,6 +129,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=4, help="answers of a group; default: %(default)s")
     parser.add_argument("--examples", type=int, default=12, help="worked before each question; default: %(default)s")
     parser.add_argument("--steps", type=int, default=3, help="the first is not counted; default: %(default)s")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.quick == (options.checkpoint is not None):
@@ -144,9 +146,12 @@ def main(arguments: list[str]) -> int:
         return 0
     print(f"{options.groups} groups of {options.size} answers, {torch.get_num_threads()} threads")
     print(f"{'one step of':34}{'CPU seconds':>12}{'of TRL':>8}{'peak MiB':>10}", flush=True)
-    of_trl, failed = math.nan, 0
+    of_trl, failed, kept = math.nan, 0, {}
     for row in ROWS:
-        found = measure(row, arguments)
+        found = kept[row] = measure(row, arguments)
+        if options.json is not None:
+            settings = {name: getattr(options, name) for name in ("groups", "size", "examples", "steps", "quick")}
+            write_json(options.json, settings | {"threads": torch.get_num_threads(), "rows": kept})
         if isinstance(found, str):
             failed += 1
             print(f"{row:34}{found}", flush=True)

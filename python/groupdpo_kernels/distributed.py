@@ -83,7 +83,9 @@ def device_of(group: Any) -> torch.device:
 
 def maxima(values: Sequence[N], groups: Sequence[Any] = (None,)) -> list[N]:
     """The maximum of each number over the ranks of these process groups, one after the other; None means all ranks.
-    A collective call, with values of one type; lists of different lengths are `joint`'s."""
+    A collective call, with values of one type; lists of different lengths are `joint`'s. Without a group the values."""
+    if not groups:
+        return list(values)
     dtype = torch.float64 if isinstance(values[0], float) else torch.int64
     joined = torch.tensor(values, dtype=dtype, device=device_of(groups[0]))
     for group in groups:
@@ -99,6 +101,20 @@ def joint(calls: list[int], groups: Sequence[Any] = (None,)) -> list[int]:
     """
     (length,) = maxima([len(calls)], groups)
     return maxima(calls + [0] * (length - len(calls)), groups)
+
+
+_PLANNED = [False]
+
+
+@contextlib.contextmanager
+def planned_as_sharded() -> Iterator[None]:
+    """A context in which group_backward runs in one process in the order that it has where an engine shards the model:
+    a planner counts its memory."""
+    _PLANNED[0] = True
+    try:
+        yield
+    finally:
+        _PLANNED[0] = False
 
 
 class Ranks:
@@ -128,8 +144,8 @@ class Ranks:
         self.error: Exception | None = None  # raised within a forward, where the caller's code may have caught it
         self.spans = bool(spanned)
         self._groups = [*spanned]  # over which all agree
-        self._known = self.spans  # whether it is known which ranks must agree
-        self._settled = False  # whether the caller or a wrapper says so
+        self._settled = _PLANNED[0]  # whether the caller or a wrapper says which ranks must agree
+        self._known = self.spans or self._settled  # whether it is known which
         if process_group is not None:
             self._settle(process_group)
         self._apart = apart
@@ -232,8 +248,9 @@ class Ranks:
 
     @property
     def free(self) -> bool:
-        """Whether it is known that forwards are no collective calls."""
-        return self._only_ddp or not is_distributed()
+        """Whether it is known that no forward is a collective call. Under DistributedDataParallel one of a step is, the
+        first through the wrapper: in each pass it must be the same one on every rank."""
+        return not (self._settled or is_distributed())
 
     @property
     def all_calls(self) -> int:

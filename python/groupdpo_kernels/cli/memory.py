@@ -118,13 +118,13 @@ def plan(
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    each = f" of each of {devices.ranks} GPUs" if devices.ranks > 1 else ""
+    each = f" of each of {devices.devices} GPUs" if devices.devices > 1 else ""
     what = f"{base.model}, {base.setting}, {base.tokens} tokens a response, {base.dtype}"
     typer.echo(f"{what}: GiB{each}; in brackets: does not fit\n")
     typer.echo(plan_table(rows))
     if base.share_prompt:
         typer.echo(f"\n{savings_text(rows[0])}")
-    if devices.ranks > 1:
+    if devices.devices > 1:
         typer.echo(f"\n{traffic_text(rows)}")
 
 

@@ -138,7 +138,7 @@ class FrozenHead(NamedTuple):
 def frozen_head(head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str) -> FrozenHead:
     rows, live, y = live_rows(head, targets, options)
     # The forward takes half of the tolerance, as the sizes of the upstream gradients are known in the backward only.
-    forward_tol, least = grad_tol / 2, sparse.least_probability(grad_tol)
+    forward_tol, least = grad_tol / 2, sparse.least_probability(grad_tol, impl)
     if impl == "cpu":
         op = torch.ops.groupdpo_kernels.frozen_head_cpu
         ahead = torch_blocks.target_logits(live, y, options) if grad_tol > 0 else live.hidden.new_empty(0)
@@ -169,7 +169,7 @@ def sparse_forward(
 ) -> tuple[Tensor, Candidates]:
     """token_logps and the candidates; with a seed, () int64, also a sampled tail."""
     rows, live, y = live_rows(head, targets, options)
-    least = sparse.least_probability(grad_tol, seed is not None)
+    least = sparse.least_probability(grad_tol, impl, seed is not None)
     most = sparse.capacity(targets.numel(), head.weight.shape[0], options.workspace_bytes)
     if impl == "cpu":
         ahead = torch_blocks.target_logits(live, y, options)

@@ -155,7 +155,7 @@ def _sparse_forward(*arguments):
     with exact_arithmetic(head.hidden.device):
         if impl == "triton":
             most = sparse.capacity(targets.numel(), head.weight.shape[0], options.workspace_bytes)
-            least = sparse.least_probability(grad_tol, seed is not None)
+            least = sparse.least_probability(grad_tol, impl, seed is not None)
             drawn = None if seed is None else int(seed)  # on the CPU: nothing is read back
             token_logps, found = _launcher("sparse_forward")(head, targets, options, least, most, drawn)
         else:

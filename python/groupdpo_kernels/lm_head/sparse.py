@@ -41,11 +41,15 @@ def samples(seed: Tensor | None) -> int:
     return 0 if seed is None else TAIL_SAMPLES
 
 
-def least_probability(grad_tol: float, sampled: bool = False) -> float:
-    """The least probability of a candidate. A smaller one gives more candidates and fewer rows on the exact path. With
-    a sampled tail it is larger, since another draw lowers the variance by more than a candidate below 2^-9 does.
+def least_probability(grad_tol: float, impl: str, sampled: bool = False) -> float:
+    """The least probability of a candidate. A smaller one gives more candidates and fewer rows on the exact path. The
+    C++ op finds candidates while their block of logits is in cache, so there more of them cost little; the kernels
+    visit a tile again for each. With a sampled tail it is larger, since another draw lowers the variance by more than a
+    candidate below 2^-9 does.
     """
-    return grad_tol / (4 if sampled else 64)
+    if sampled:
+        return grad_tol / 4
+    return grad_tol / (256 if impl == "cpu" else 64)
 
 
 def capacity(T: int, V: int, workspace_bytes: int) -> int:

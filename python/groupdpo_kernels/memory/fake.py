@@ -6,7 +6,8 @@ argument itself, and makes the next one from that. torch remembers results too, 
 knows.
 
 Floating tensors have no values, and a read gives 0. Small integer tensors have values, because code reads targets and
-offsets. It needs an active FakeTensorMode and tensors of fixed shapes. Cost: some 60 us an operation.
+offsets. It needs an active FakeTensorMode and tensors of fixed shapes. Cost: some 0.1 ms an
+operation, with the tracker and the model's own code.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) ->
             tensors.append(x)
             parts += (x.shape, x.stride(), x.storage_offset(), x.dtype, x.fake_device)
         elif kind in _PLAIN:
-            parts.append(x)
+            parts.append(x if x == x else "nan")  # which is not equal to itself
         elif kind is tuple or kind is list:
             parts.append(len(x))
             if not _describe(x, parts, tensors):

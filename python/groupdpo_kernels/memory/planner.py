@@ -7,10 +7,14 @@ So few layers of each kind and two group sizes give all others, exactly (layers 
 config does not name its kinds has one). Small models, and groups no larger than those that were run, are run as they
 are. A prompt that runs once is the same in all groups, so its parts of the step are kept apart from those of batches.
 
-Rules, not the tracker, give the workspace of this package's ops (`lm_head.workspace`) and FSDP, as FSDP2 does it by
-layer: parameters, gradients and the optimizer's state are split over the ranks; the embedding and the head are whole
-from the forward to the end of the backward, with their gradients, and so are two layers, with the gradient of one.
-What the ranks send each other follows from the same rules: each gathers the layers in every forward and every backward.
+Rules, not the tracker, give the workspace of this package's ops (`lm_head.workspace`) and what engines do.
+FSDP2 splits parameters, gradients and the optimizer's state over the ranks. The head is whole from a forward to the end
+of its backward, and so are two layers, with the gradient of one; the embedding, and the gradients of both, are whole
+where they are at work.
+ZeRO 3 splits the same. Up to 10^9 parameters are whole at a time, and up to 5 x 10^8 gradients wait for their sum, as
+its configuration has it unless told otherwise; it steps float32 weights of its own, with float32 states.
+A rank of tensor parallelism runs a model of its own share: attention heads, MLP, and rows of embedding and LM head are
+divided. `traffic.py` says what ranks send each other.
 `headroom` stands for what a framework takes besides tensors (about half a GiB of a GPU) and what an allocator loses to
 fragments. Masks of padded batches are not counted.
 The planner never downloads or allocates what it counts. It needs transformers, seconds a strategy, and some 100 MB.
@@ -30,16 +34,20 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..distributed import planned_as_sharded
 from ..lm_head.logit_cache import nothing_kept
 from ..models.api import assume_logit_map
 from ..models.head_call import LogitMap
 from .fake import fake_copy
 from .tracker import BLOCK, MemoryTracker, Part, Peak, follow_layers
+from .traffic import ENGINES, Sizes, Unit, batches_of, traffic
 from .workload import STRATEGIES, TrainingStep, Workload, build_model, config_of, strategies_of, take_layers
 
 GiB = 2**30
 MOST_RESPONSES = 4096  # no plan looks for larger groups
 _SPLIT = ("parameters", "gradients", "optimizer")
+# Elements that DeepSpeed holds at once unless told otherwise: whole parameters, gradients, what a step takes.
+_ZERO3_WHOLE, _ZERO3_WAITING, _ZERO3_STEP = 10**9, 5 * 10**8, 10**9
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,9 @@ class Hardware:
 
     Args:
         memory: bytes of one device.
-        ranks: number of devices over which FSDP shards the model; 1 means no FSDP.
+        ranks: number of devices over which the engine shards the model; 1 means that none does.
+        engine: what shards the model: fsdp2 or zero3.
+        tensor_parallel: number of devices that share each layer and the head; there are so many times ranks devices.
         headroom: share of the memory that must stay free.
         device: kind of device that is planned for, cuda or cpu, because the ops' workspace depends on it.
         reference: whether the device also holds a frozen copy of the model.
@@ -59,9 +69,11 @@ class Hardware:
     headroom: float = 0.05
     device: str = "cuda"
     reference: bool = False
+    engine: str = "fsdp2"
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("memory", "ranks"):
+        for name in ("memory", "ranks", "tensor_parallel"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an int of at least 1; got {value!r}")
@@ -69,6 +81,12 @@ class Hardware:
             raise ValueError(f"headroom must be in [0, 1); got {self.headroom}")
         if self.device not in ("cuda", "cpu"):
             raise ValueError(f"device must be cuda or cpu; got {self.device!r}")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {self.engine!r}")
+
+    @property
+    def devices(self) -> int:
+        return self.ranks * self.tensor_parallel
 
     @property
     def usable(self) -> int:
@@ -78,8 +96,9 @@ class Hardware:
 # -------------------------------------------------------------------------------------------------------------- a trace
 
 
-def trace(workload: Workload, model: nn.Module, device: str | None) -> dict[str, Peak]:
-    """{part of the step: its peak} of a step on fake tensors. `model` is on the device meta, and is changed."""
+def trace(workload: Workload, model: nn.Module, device: str | None, sharded: bool = False) -> dict[str, Peak]:
+    """{part of the step: its peak} of a step on fake tensors. `model` is on the device meta, and is changed. sharded:
+    whether the step is in the order that an engine needs which shards the model."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     step = TrainingStep(workload, "cpu", fake_copy(model, mode))
     step.group_of(workload.group, workload.num_positives)
@@ -88,7 +107,9 @@ def trace(workload: Workload, model: nn.Module, device: str | None) -> dict[str,
     assume_logit_map(step.model, LogitMap(vocabulary))
     tracker = tracker_of(workload, vocabulary, device, fake=True)
     follow_layers(layers_of(step.model), tracker)
-    with mode, tracker, nothing_kept() if device == "cuda" else contextlib.nullcontext():
+    with contextlib.ExitStack() as contexts:
+        for context in (mode, tracker, *[nothing_kept()] * (device == "cuda"), *[planned_as_sharded()] * sharded):
+            contexts.enter_context(context)
         return track(step, tracker)
 
 
@@ -181,13 +202,10 @@ class Prediction:
         config: Any = None,
     ) -> None:
         self.workload, self.hardware = workload, hardware
-        self.make = make or (lambda layers: build_model(workload, torch.device("meta"), layers))
+        split = hardware.tensor_parallel
+        self.make = make or (lambda layers: build_model(workload, torch.device("meta"), layers, split))
         self.config = config_of(workload) if config is None else config
         self._traced: dict[int, dict[str, Peak]] = {}
-        if workload.share_prompt and hardware.ranks > 1:
-            raise ValueError(
-                f"ranks must be 1 with share_prompt: FSDP runs a prompt in another order; got {hardware.ranks}"
-            )
         size, least = workload.micro_batch, workload.prompts + workload.prompts % 2
         self.bases = {"two_pass": (2 * size, 4 * size), "pairs": (4, 4)}.get(workload.strategy, (least, 2 * least))
 
@@ -239,54 +257,75 @@ class Prediction:
         return self._traced[group]
 
     def _trace(self, workload: Workload, layers: Sequence[int]) -> dict[str, Peak]:
-        return trace(workload, self.make(layers), self.hardware.device)
+        return trace(workload, self.make(layers), self.hardware.device, self.hardware.ranks > 1)
 
     def traffic_at(self, group: int) -> dict[str, int]:
-        """Bytes that each rank receives in a step at this group size under FSDP: weights, and sums of gradients.
-
-        A layer is gathered in each forward and again in each backward, and so are embedding and head, but once for
-        both; pass 2 of two passes finds the latter as pass 1 left them. Each backward reduces all gradients.
-        """
-        load, ranks = replace(self.workload, group=group), self.hardware.ranks
-        times = {"two_pass": -(-group // load.micro_batch), "one_pass": group, "pairs": load.num_pairs}.get(
-            load.strategy, 1
-        )
-        forwards = 2 * times if load.strategy == "two_pass" else times
-        root, layer, root_grad, layer_grad = self._sizes()
-        n = int(self.config.num_hidden_layers)
-        weights = (forwards + times) * n * layer + times * root
-        gradients = times * (n * layer_grad + root_grad)
-        return {
-            name: size * (ranks - 1) // ranks for name, size in {"weights": weights, "gradients": gradients}.items()
-        }
+        """Bytes that each rank receives in a step at this group size, by kind, as `traffic.py` says."""
+        given = self.hardware
+        layers, hidden = int(self.config.num_hidden_layers), int(self.config.hidden_size)
+        load = replace(self.workload, group=group)
+        return traffic(load, self._sizes(), layers, hidden, given.ranks, given.engine, given.tensor_parallel)
 
     # ------------------------------------------------------------------------------------------- what is not tracked
 
-    def _sizes(self) -> tuple[int, int, int, int]:
-        """Bytes of the parameters outside the layers, of one layer, and of the trainable ones of each."""
+    def _sizes(self) -> Sizes:
         if not hasattr(self, "_known_sizes"):
-            model = self.make([0])
-            layer = list(layers_of(model)[0].parameters())
-            inside = set(map(id, layer))
-            root = [p for p in model.parameters() if id(p) not in inside]
-            sums = [sum(p.nbytes for p in some) for some in (root, layer)]
-            self._known_sizes = (*sums, *(sum(p.nbytes for p in some if p.requires_grad) for some in (root, layer)))
-        return self._known_sizes  # type: ignore[return-value]
+            model: Any = self.make([0])
+            layer, table = list(layers_of(model)[0].parameters()), model.get_input_embeddings().weight
+            embedding = [table] * (table is not model.get_output_embeddings().weight)
+            inside = {id(p) for p in (*layer, *embedding)}
+            tail = [p for p in model.parameters() if id(p) not in inside]
+            self._known_sizes = Sizes(
+                *(
+                    Unit(sum(p.nbytes for p in some), sum(p.nbytes for p in some if p.requires_grad))
+                    for some in (embedding, layer, tail)
+                )
+            )
+        return self._known_sizes
 
     def _placed(self, name: str, peak: Peak) -> Peak:
-        ranks, extra = self.hardware.ranks, dict[Part, int]()
-        if ranks == 1 and not self.hardware.reference:
+        hardware, extra = self.hardware, dict[Part, int]()
+        if hardware.devices == 1 and not hardware.reference:
             return peak
-        root, layer, root_grad, layer_grad = self._sizes()
-        if self.hardware.reference:
-            extra["parameters", "the reference's"] = (root + int(self.config.num_hidden_layers) * layer) // ranks
-        if ranks > 1 and name not in ("optimizer", "end", "start"):
-            extra["parameters", "whole: embedding, head, two layers"] = root + 2 * layer
-            if name.startswith(("backward", "head")):
-                extra["gradients", "whole: embedding, head, one layer"] = root_grad + layer_grad
+        sizes, ranks = self._sizes(), hardware.ranks
+        whole = sizes.whole(int(self.config.num_hidden_layers))
+        what = name.removeprefix("prompt ")
+        if hardware.reference:
+            extra["parameters", "the reference's"] = whole.weights // ranks
+        if hardware.tensor_parallel > 1 and what.startswith("head") and self.workload.dtype != "float32":
+            extra["activations", "float32 gradient of the head's input"] = (
+                4 * max(batch.scored for batch in batches_of(self.workload, ranks > 1)) * int(self.config.hidden_size)
+            )
         parts = {part: -(-size // ranks) if part[0] in _SPLIT else size for part, size in peak.parts.items()}
-        parts |= extra
+        if ranks > 1 and hardware.engine == "zero3":
+            parts = self._as_zero3(what, parts, whole)
+        elif ranks > 1 and what not in ("optimizer", "end", "start"):
+            backward = what.startswith(("backward", "head"))
+            first, last = what == "backward layer 0", what.startswith("head") or what == "backward layer -1"
+            begins = not what.startswith(("backward", "head", "forward layer"))
+            tied = not sizes.embedding.weights
+            extra["parameters", "whole: head and two layers"] = sizes.tail.weights + 2 * sizes.layer.weights
+            extra["parameters", "whole: embedding"] = sizes.embedding.weights * (begins or first)
+            extra["gradients", "whole: one layer"] = sizes.layer.gradients * backward
+            extra["gradients", "whole: head"] = sizes.tail.gradients * (last or (tied and backward))
+            extra["gradients", "whole: embedding"] = sizes.embedding.gradients * first
+        parts |= {part: size for part, size in extra.items() if size}
         return Peak(sum(parts.values()), parts)
+
+    def _as_zero3(self, what: str, parts: dict[Part, int], whole: Unit) -> dict[Part, int]:
+        """The parts of a rank under ZeRO 3, whose optimizer steps float32 weights with float32 states and gradients."""
+        item = 4 if self.workload.dtype == "float32" else 2
+        trains = whole.gradients // item
+        own = -(-trains // self.hardware.ranks)
+        found = {part: size * (4 // item) if part[0] == "optimizer" else size for part, size in parts.items()}
+        found["optimizer", "float32 weights"] = 4 * own
+        if what == "optimizer":
+            found["optimizer", "float32 gradients"] = 4 * min(own, _ZERO3_STEP)
+        elif what not in ("end", "start"):
+            found["parameters", "whole: what DeepSpeed keeps"] = min(whole.weights, _ZERO3_WHOLE * item)
+        if what.startswith(("backward", "head")):
+            found["gradients", "whole: what waits for its sum"] = min(trains, _ZERO3_WAITING) * item
+        return found
 
 
 def _sum(start: dict[str, Peak], low: dict[str, Peak], high: dict[str, Peak], times: float) -> dict[str, Peak]:
@@ -322,10 +361,13 @@ def plan(
     Raises ValueError for what a Workload refuses and for a model without a config, before anything long runs.
     """
     names = strategies_of(base) if strategies is None else list(strategies)
-    if hardware.ranks > 1:  # group_backward refuses one_pass there
-        if strategies is not None and "one_pass" in names:
-            raise ValueError(f"strategies must not hold 'one_pass' where FSDP shards over ranks; got {names}")
-        names = [name for name in names if name != "one_pass"]
+    _check_split(base, hardware)
+    # group_backward refuses one_pass there. A head that tensor parallelism splits gives logits that are gathered.
+    without = ["one_pass"] * (hardware.ranks > 1) + ["coupled_logits"] * (hardware.tensor_parallel > 1)
+    for name in without:
+        if strategies is not None and name in names:
+            raise ValueError(f"strategies must not hold {name!r} where a model is split over ranks so; got {names}")
+        names = [other for other in names if other != name]
     loads = [replace(base, strategy=name, group=group) for name in names for group in groups]
     if not loads:
         raise ValueError("groups and strategies must not be empty; got none")
@@ -351,6 +393,20 @@ def plan(
     return [rows[name] for name in names]
 
 
+def _check_split(base: Workload, hardware: Hardware) -> None:
+    """ValueError where the workload's model has no share for each rank of tensor parallelism that is known here."""
+    split = hardware.tensor_parallel
+    if split == 1:
+        return
+    if base.lora_rank:
+        raise ValueError(f"lora_rank must be 0 with tensor_parallel: no plan splits an adapter; got {base.lora_rank}")
+    config = config_of(base)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(config, name, None)
+        if size is None or size % split:
+            raise ValueError(f"tensor_parallel must divide the model's {name}, {size}; got {split}")
+
+
 def plan_row(workload: Workload, groups: Sequence[int], hardware: Hardware) -> dict[str, Any]:
     """The row of one strategy, the workload's."""
     prediction = Prediction(workload, hardware)
@@ -367,7 +423,7 @@ def plan_row(workload: Workload, groups: Sequence[int], hardware: Hardware) -> d
         "usable": hardware.usable,
         "computed_tokens": {w.group: w.computed_tokens for w in loads},
         "unshared_tokens": {w.group: replace(w, share_prompt=False, prompts=1).computed_tokens for w in loads},
-        "traffic": {group: prediction.traffic_at(group) for group in groups} if hardware.ranks > 1 else {},
+        "traffic": {group: prediction.traffic_at(group) for group in groups} if hardware.devices > 1 else {},
     }
 
 
@@ -381,14 +437,13 @@ def savings_text(row: dict[str, Any]) -> str:
 
 
 def traffic_text(rows: Sequence[dict[str, Any]]) -> str:
-    """A text: what each rank receives in a step of the largest group, weights and gradients together."""
+    """A text: what each rank receives in a step of the largest group, and of what kinds."""
     found = []
     for row in rows:
         group, sizes = max(row["traffic"].items())
-        found.append(
-            f"{row['strategy']} {sum(sizes.values()) / GiB:.1f} GiB ({sizes['gradients'] / GiB:.1f} of gradients)"
-        )
-    return f"Each GPU receives in a step of G = {group}: {', '.join(found)}"
+        kinds = ", ".join(f"{size / GiB:.1f} of {kind}" for kind, size in sizes.items() if size)
+        found.append(f"{row['strategy']} {sum(sizes.values()) / GiB:.1f} GiB ({kinds})")
+    return f"Each GPU receives in a step of G = {group}: {'; '.join(found)}"
 
 
 def plan_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -70,6 +70,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "llama-3-70b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
     "llama-3.2-1b": {
         "model_type": "llama",
         "vocab_size": 128256,
@@ -306,8 +315,22 @@ def take_layers(config: Any, chosen: Sequence[int]) -> None:
         config.layer_types = [kinds[i] for i in chosen]
 
 
-def build_model(workload: Workload, device: torch.device, layers: Sequence[int] | None = None) -> nn.Module:
-    """The model with random weights and its adapter, in training mode, or with these layers of it (by number) alone."""
+def take_share(config: Any, split: int) -> None:
+    """Makes the config describe the share of one rank of tensor parallelism."""
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        setattr(config, name, getattr(config, name) // split)
+    config.vocab_size = -(-config.vocab_size // split)
+
+
+def build_model(
+    workload: Workload, device: torch.device, layers: Sequence[int] | None = None, split: int = 1
+) -> nn.Module:
+    """The model with random weights and its adapter, in training mode, or with these layers of it (by number) alone.
+
+    split: makes the share of one rank of so many under tensor parallelism, which divides attention heads, MLP and
+    vocabulary.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -318,6 +341,8 @@ def build_model(workload: Workload, device: torch.device, layers: Sequence[int] 
             config = config_of(workload)
             if layers is not None:
                 take_layers(config, layers)
+            if split > 1:
+                take_share(config, split)
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
             if workload.lora_rank:
                 from peft import LoraConfig, get_peft_model

@@ -12,7 +12,8 @@ sum_i c_i s_i, and a sum splits over micro-batches anywhere.
 
 Sequences that begin with the same prompt may share it. A SharedPrompt holds the prompt and the micro-batches of its
 sequences; forward is then an object with two methods, prefix(prompt) and rows(micro_batch, prefix). The prompt runs
-forward once for all of its micro-batches: in two_pass once a pass, or once in all if the step has nothing else. They
+forward once for all of its micro-batches: in two_pass once a pass, or once in all if the step of one process has
+nothing else. They
 add their gradients at leaves of the prefix's tensors (keys and values), and one backward takes the sum through the
 prompt, together with that of the last micro-batch. Only one prompt's graph is alive at a time, but for one_pass, which
 keeps all until the loss is known. Where FSDP or DeepSpeed shards the model, a forward with a graph must be followed by
@@ -417,7 +418,8 @@ class _FirstPass:
     """Runs every micro-batch without a graph, and keeps what the second pass needs to repeat it.
 
     A prompt that is the only one runs once for both passes: the second would have its graph alive all the time anyway.
-    Where forwards may be collective calls it does not, since no graph may be alive there while others run.
+    With other ranks it does not: under FSDP and ZeRO no graph may be alive while others run, and the first forward with
+    a graph through DistributedDataParallel, a collective call, must be in pass 2 on all ranks.
     """
 
     def __init__(self, step: _Step) -> None:
