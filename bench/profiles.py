@@ -94,8 +94,8 @@ def main() -> int:
         inputs = draw_profile(name, T, D, V, getattr(torch, options.dtype), options.seed, options.device)
         seconds = time.perf_counter() - start
         statistics = row_statistics(*inputs, GRAD_TOL)
-        shared = shared_candidates(*inputs[:2])
-        print(line(f"{name}, {T} x {D}", V, summarise(statistics), statistics, shared, seconds), flush=True)
+        found = shared_candidates(*inputs[:2])
+        print(line(f"{name}, {T} x {D}", V, summarise(statistics), statistics, found, seconds), flush=True)
     for path in RECORDED.values():
         print(f"\n{path.name}: {load_rows(path).made_by}")
     return 0
