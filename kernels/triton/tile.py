@@ -179,9 +179,11 @@ def squash(
     ACCURATE: tl.constexpr,
 ):
     """scale * (acc + bias), or tanh of that under softcap: `cap` times this is the logit."""
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
     acc = acc * scale
+    if HAS_BIAS:
+        # After the scale: Triton turns a GEMM of one step, and a sum that follows at once, into a GEMM that starts from
+        # the bias. Its steps would be rounded to the last digit of that, which for an offset of 1e4 is 1e-3.
+        acc += (tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32) * scale)[None, :]
     if HAS_SOFTCAP:
         acc = tanh(acc, ACCURATE)
     return acc
