@@ -191,7 +191,7 @@ def record(
     norms = tail_norms([hidden for hidden, _ in texts], weight[by_prior], prior, grid)
     prior_rank = torch.empty_like(by_prior).scatter_(0, by_prior, torch.arange(V))
     kept: dict[str, list[Tensor]] = {}
-    hidden_of_kept = []
+    hidden_of_kept: list[Tensor] = []
     everything = []
     for i, (hidden, targets) in enumerate(texts):
         everything.append(row_statistics(hidden, weight, targets, GRAD_TOL))
