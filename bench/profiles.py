@@ -88,7 +88,7 @@ def main() -> int:
             print(
                 line(f"the model of {name}, all rows", recorded.V, Rows(*recorded.held_out.tolist()), None, None, None)
             )
-            shared = recorded.sharing.tolist()
+            shared: Any = recorded.sharing.tolist()
             print(line("its recorded rows", recorded.V, rows, recorded.statistics, shared, None))
         start = time.perf_counter()
         inputs = draw_profile(name, T, D, V, getattr(torch, options.dtype), options.seed, options.device)
