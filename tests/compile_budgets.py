@@ -9,6 +9,7 @@ non_target_kernel are of Triton 3.7 in both.
 
 # Bytes of shared memory that a block may ask for.
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED_LIMIT |= {"gfx90a": 65536, "gfx950": 163840, "gfx1100": 65536, "gfx1201": 65536}
 
 BUDGETS: dict[str, dict[str, dict[str, tuple[int, int, int]]]] = {
     "3.6": {

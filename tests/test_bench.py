@@ -12,7 +12,7 @@ import pytest
 import torch
 from processes import Script, forked, run_script
 
-from bench import launches, memory, preference, scaling, shared_prompt, shared_prompt_pictures, trl_steps
+from bench import first, launches, memory, preference, scaling, shared_prompt, shared_prompt_pictures, trl_steps
 from bench import run as bench_run
 from bench.measure import Differentiated, Gate, draw
 from bench.peers import PEERS, Unavailable, load_peer, maker
@@ -347,3 +347,31 @@ def test_unavailable_peers_say_why():
 )
 def test_directory_of_a_device(name, expected):
     assert directory(name) == expected
+
+
+def test_the_first_minutes_on_a_gpu_rehearsed(tmp_path, monkeypatch):
+    """Every step runs, interpreted; one that fails is a row, and the next one runs."""
+
+    def broken(_):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(first, "REHEARSAL", replace(first.REHEARSAL, T=4, V=300))
+    monkeypatch.setattr(first, "STEPS", (broken, *first.STEPS))
+    path = tmp_path / "first.json"
+    monkeypatch.setattr(sys, "argv", ["bench/first.py", "--rehearse", "--json", str(path)])
+    assert first.main() == 1
+    report = load(path)
+    failed, *others = report["rows"]
+    assert report["complete"] and "no such instruction" in failed["why"] and "broken" in failed["where"]
+    assert [row["status"] for row in others] == ["ok"] * (len(first.STEPS) - 1), others
+    rows = {row["step"]: row for row in others}
+    assert not any("red" in str(found) for found in rows["right"].values())
+    for mode, kernel in (("forward", "linear_logps_fwd_kernel"), ("frozen", "frozen_head_fwd_kernel")):
+        milliseconds, launched = rows["kernels"][mode][kernel]
+        assert 0 < milliseconds < rows["kernels"][mode]["whole"] and launched == 1
+
+
+def test_a_program_of_the_first_minutes_says_what_it_printed(tmp_path):
+    command = [sys.executable, "-c", "import os; print(os.environ['WHO'], '{results}'); raise SystemExit(3)"]
+    found = first.program(30, {"WHO": "me"}, command, tmp_path)
+    assert found["exit"] == 3 and found["output"] == f"me {tmp_path}\n"

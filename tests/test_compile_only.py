@@ -23,6 +23,7 @@ from compile_only import (
     all_rows,
     as_on,
     compile_rows,
+    describe,
     launch_all,
     number,
     registers,
@@ -149,6 +150,16 @@ def test_shared_memory_fits_elsewhere(architecture: str) -> None:
     case = Case("", 300, 32, 4099, "", torch.bfloat16, R=128)
     for name, shared in shared_memory(architecture, case).items():
         assert shared <= SHARED_LIMIT[architecture], name
+
+
+@pytest.mark.parametrize("architecture", ["gfx90a", "gfx950", "gfx1100", "gfx1201"])
+def test_other_gpus_of_amd(architecture: str) -> None:
+    """Those whose matrix units take no tf32: a kernel that asks for it for 16-bit inputs does not compile there."""
+    for dtype in ("bf16", "fp32"):
+        with as_on(architecture, kernels=["row_limited_gemm_kernel"]) as compilations:
+            launch_all(Row(architecture, dtype, sparse=True))
+        for kernel in describe(Row(architecture, dtype), compilations):
+            assert kernel.spills == 0 and kernel.shared <= SHARED_LIMIT[architecture], kernel
 
 
 def test_every_row_has_a_budget() -> None:

@@ -22,7 +22,7 @@ SM_90 = (
     "ragged_bf16",  # tensor maps, several steps over D
     "everything_bf16",  # a low-rank segment, bias and softcap
     "unaligned_bf16",  # rows that tensor maps cannot load: pointers
-    *("column_bf16", "strided_bf16"),  # one step over D
+    *("offset_bf16", "strided_bf16"),  # one step over D, with a bias and without
     *("negative", "offset_1e2", "offset_1e4", "offset_1e6", "offset_impossible"),  # float32: no matrix units
 )
 SM_80 = ("column_bf16", "strided_bf16", "everything_bf16", "unaligned_bf16")
