@@ -334,11 +334,11 @@ def draw_kernel(
     PRECISION: tl.constexpr,
     ACCURATE: tl.constexpr,  # tanh, to 2 ulp
 ):
-    """A task is a vocabulary tile and a block of the rows that draw from it; programs stride over them as in
-    visit_kernel.
+    """A program for each task, a vocabulary tile and a block of the rows that draw from it. Their number has a small
+    bound, so there is no loop over them: it would spill up to 700 bytes a thread.
     """
-    tasks = tl.load(task_ends_ptr + tiles_v - 1)
-    for task in tl.range(tl.program_id(0), tasks, tl.num_programs(0)):
+    task = tl.program_id(0)
+    if task < tl.load(task_ends_ptr + tiles_v - 1):
         tile_v = tl.load(task_tiles_ptr + task)
         visited = tl.load(visited_count_ptr + tile_v)
         first = (task - tl.load(task_ends_ptr + tile_v) + tl.cdiv(visited, BLOCK_T)) * BLOCK_T
@@ -472,8 +472,10 @@ def sparse_forward(
         select_drawn_kernel[(tiles_v,)](
             chosen, visited, visited_count, live.live, row0, rows, DRAWS=draws, BLOCK_ROWS=256, num_warps=4
         )
-        task_ends, task_tiles = _tasks(visited_count, rows, draw_shape(launch)["BLOCK_T"])
-        draw_kernel[strided_programs(task_tiles.shape[0], 4, targets.device)](
+        BLOCK_T = draw_shape(launch)["BLOCK_T"]
+        task_ends, task_tiles = _tasks(visited_count, rows, BLOCK_T)
+        # Every tile may end in a block that is not full.
+        draw_kernel[(min(task_tiles.shape[0], tiles_v + rows * draws // BLOCK_T),)](
             *compact.head[:2], *drawing.tensors, compact.targets, live.rows, lse, chosen, visited, visited_count,
             task_ends, task_tiles, tiles[0], ends, ids, weights,
             row0, rows, tiles_v, V, most, width, seed, math.log(least),
