@@ -234,7 +234,37 @@ def collectives_of_two_passes(rank: int) -> None:
     assert ours.bytes == own.bytes + Counter(agreements=ours.bytes["agreements"]) and ours.bytes["agreements"] < 200
 
 
-MORE = (traffic_as_planned, collectives_of_two_passes)
+def mixed_precision_is_the_model_in_bfloat16(rank: int) -> None:
+    """Under MixedPrecisionPolicy a step is that of the model with its weights rounded to bfloat16, norms and what goes
+    from layer to layer included. Autocast keeps those in float32, and so ends elsewhere.
+    """
+    model = make("llama")
+    rounded, autocast = copy.deepcopy(model), copy.deepcopy(model)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.bfloat16()
+    shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    rows = slice(2 * rank, 2 * rank + 2)
+    mine = {k: v[rows] for k, v in batch(B=4, L=17).items()}
+    weights = torch.randn(4, 17, generator=torch.Generator().manual_seed(9))[rows]
+
+    def gradient(model: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            step(model, model_logps, mine, weights)
+        whole = []
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            sharded = hasattr(parameter.grad, "full_tensor")
+            whole.append(parameter.grad.full_tensor() if sharded else parameter.grad.float() / WORLD)
+            if not sharded:
+                dist.all_reduce(whole[-1])
+        return torch.cat([x.flatten() for x in whole])
+
+    found, same, other = gradient(model), gradient(rounded), gradient(autocast, torch.bfloat16)
+    assert (found - same).norm() <= 1e-5 * same.norm()
+    assert (found - other).norm() >= 1e-3 * same.norm()
+
+
+MORE = (traffic_as_planned, collectives_of_two_passes, mixed_precision_is_the_model_in_bfloat16)
 
 
 def worker(rank: int, folder: str) -> None:
