@@ -183,7 +183,9 @@ def test_one_compilation_serves_every_batch(architecture: str, everything: bool)
     """Number of rows, chunks and their starts change from batch to batch and must not make Triton compile again."""
     with as_on(architecture, build=False) as compilations:
         row = Row(architecture, "bf16", everything)
-        launch_all(row, T=48, D=128, V=4099)
+        launch_all(
+            row, T=48, D=128, V=4099, workspace_bytes=2**19
+        )  # several blocks: sums of a frozen head are rescaled
         first = Counter(name for name, *_ in compilations)
         assert sorted(first) == KERNELS
         assert first["linear_logps_fwd_kernel"] == first["linear_logps_bwd_kernel"] == first["combine_kernel"] == 1

@@ -312,12 +312,15 @@ def test_a_strided_bias_is_read_by_its_stride(impl: str) -> None:
 
 def test_float32_products_follow_either_of_torchs_settings() -> None:
     """The getter of the older one raises where the newer has been used, as transformers does for tf32=True."""
-    assert launch.precision(torch.float32) == "ieee" and launch.precision(torch.bfloat16) == "tf32"
+    shape = launch.TABLE["sm_90", 4]
+    assert launch.precision(torch.float32, shape) == launch.precision(torch.bfloat16, shape) == "ieee"
     try:
         torch.set_float32_matmul_precision("high")
-        assert launch.precision(torch.float32) == "tf32"
+        assert launch.precision(torch.float32, shape) == "tf32"
+        assert launch.precision(torch.bfloat16, shape) == "ieee"
     finally:
         torch.set_float32_matmul_precision("highest")
     lines = ["import torch", "torch.backends.fp32_precision = 'tf32'"]  # in a process of its own: it cannot be unset
-    lines += ["from groupdpo_kernels.kernels.launch import precision", "assert precision(torch.float32) == 'tf32'"]
+    lines += ["from groupdpo_kernels.kernels import launch", "shape = launch.TABLE['sm_90', 4]"]
+    lines += ["assert launch.precision(torch.float32, shape) == 'tf32'"]
     subprocess.run([sys.executable, "-c", "; ".join(lines)], check=True)

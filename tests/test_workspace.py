@@ -208,7 +208,7 @@ def test_no_logits(impl: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_frozen_head_costs_nothing(dtype: torch.dtype, impl: str) -> None:
     """No (V, D) tensor, in any dtype; with a trained head exactly one, in the dtype of the weight."""
-    case = Case("frozen_head", 40, 64, 1500, "", dtype, workspace_bytes=2**17)
+    case = Case("frozen_head", 40, 128, 1500, "", dtype, workspace_bytes=2**17)
     counted, inputs = step(case, impl, "weight")
     assert max(x.numel() for x in counted.made) < case.V * case.D // 4
     assert inputs.hidden.grad is not None and inputs.weight.grad is None
