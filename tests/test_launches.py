@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import types
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -159,38 +161,39 @@ def test_offsets_into_a_large_transposed_head() -> None:
     assert torch.equal(out, wanted)
 
 
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, tuple[Any, ...]]]:
-    """The growing list of what is launched on the interpreter: kernel, programs, arguments."""
-    found: list[tuple[str, int, tuple[Any, ...]]] = []
+@contextlib.contextmanager
+def launches() -> Iterator[list[tuple[str, int]]]:
+    """The growing list of what is launched within it: kernel, programs. To be left before the interpreter is, which
+    puts back what it has found.
+    """
+    found: list[tuple[str, int]] = []
     run = JITFunction.run
 
     def watched(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
-        found.append((self.fn.__name__, grid[0], args))
+        found.append((self.fn.__name__, grid[0]))
         return run(self, *args, grid=grid, warmup=warmup, **named)
 
-    monkeypatch.setattr(JITFunction, "run", watched)
-    return found
+    with mock.patch.object(JITFunction, "run", watched):
+        yield found
 
 
-def test_pairs_to_visit_are_no_programs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_to_visit_are_no_programs_of_their_own() -> None:
     """A row of 128256 entries has 501 tiles, of which a few hold candidates: a grid over all pairs would be 64,128
     programs for 8192 rows, nearly all with nothing to do.
     """
     from groupdpo_kernels.kernels.sparse_forward import sparse_forward
 
-    with launching_nothing():
-        found = launches(monkeypatch)
+    with launching_nothing(), launches() as found:
         head = head_of(torch.empty(8192, 64, device="meta"), torch.empty(128256, 64, device="meta"))
         sparse_forward(head, torch.empty(8192, dtype=torch.int64, device="meta"), HeadOptions(), 1e-4, 64)
-    assert {programs for name, programs, _ in found if name == "visit_kernel"} == {3}  # the interpreter's processors
+    assert {programs for name, programs in found if name == "visit_kernel"} == {3}  # the interpreter's processors
 
 
-def test_no_pass_over_all_sums_of_a_frozen_head(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pass_over_all_sums_of_a_frozen_head() -> None:
     """Most rows meet their maximum in one of the first blocks: from then on their sums are added to, not rescaled."""
     case = BY_NAME["tiny_workspace"]
     inputs = make_inputs(case)
-    with triton_on_cpu(), Calls() as calls:
-        found = launches(monkeypatch)
+    with triton_on_cpu(), launches() as found, Calls() as calls:
         frozen_head(inputs.head, inputs.targets, case.options)
     assert sum(name == "rescale_sums_kernel" for name, *_ in found) > 1
     assert calls.names["mul_"] == 0
