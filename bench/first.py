@@ -67,23 +67,20 @@ class First:
 
         return Differentiated(function, inputs or self.inputs, mode)
 
-    def seconds(self, function: Callable[[], Any]) -> float:
+    def seconds(self, function: Callable[[], torch.Tensor]) -> float:
         """The median time of a call."""
-        return spread([_time(function, self.device) for _ in range(1 + self.rounds)][1:], 9)["median"]
+        call = Call(function)
+        return spread([clock(call, self.device).forward for _ in range(1 + self.rounds)][1:], 9)["median"]
 
 
-def _time(function: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    torch.cuda._sleep(2_000_000)  # launches are queued by then
-    events[0].record()
-    function()
-    events[1].record()
-    torch.cuda.synchronize()
-    return events[0].elapsed_time(events[1]) / 1e3
+@dataclass(frozen=True)
+class Call:
+    """A step without a backward, for the clock."""
+
+    forward: Callable[[], torch.Tensor]
+
+    def backward(self, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ()
 
 
 # ------------------------------------------------------------------------------------------------------------ the steps

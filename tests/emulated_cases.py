@@ -15,10 +15,9 @@ from poisoned import poisoned
 from ptx_emulator import Emulation, PtxError, emulated
 from test_frozen_head import freeze, result_of
 from test_gpu import stats_of
-from test_preference_weights import BALANCES, LOSSES, TABLE, draw, gradients_of
+from test_preference_weights import BALANCES, LOSSES, TABLE, check_against_float64, gradients_of
 from test_sparse_triton import upstream_of
 
-from groupdpo_kernels import Objective
 from groupdpo_kernels.lm_head import host, ops
 from groupdpo_kernels.testing import CASES, Case, check_budget, make_inputs, run
 
@@ -68,22 +67,9 @@ def sparse(case: Case, grad_tol: float = 0.2) -> None:
 
 
 def preference(name: str) -> None:
-    """A loss with one way of balance, three draws of groups, as test_preference_weights.py has them."""
+    """A loss with one way of balance, as test_preference_weights.py has it."""
     loss, _, number = name.partition(" ")
-    balance = BALANCES[int(number)]
-    for seed, (average, reference_free, spread) in enumerate(
-        ((None, None, 1.0), (True, None, 30.0), (None, True, 5.0))
-    ):
-        objective = Objective(
-            loss, beta=0.7, average=average, reference_free=reference_free, nll_weight=0.5,
-            label_smoothing=0.1, gamma=0.3, alpha=0.05, tau=0.3, balance=balance,
-        )  # fmt: skip
-        groups, cu_seqlens, logps, reference = draw(loss, seed, spread, per_token=seed % 2 == 0)
-        arguments = (cu_seqlens, groups, objective)
-        truth = gradients_of(logps.double(), *arguments, reference.double(), "reference")
-        for field, value in gradients_of(logps, *arguments, reference, "triton").items():
-            budget = torch.finfo(torch.float32).eps * truth[field].abs().max()
-            assert (value - truth[field]).abs().max() <= budget, (name, field, seed)
+    check_against_float64(loss, BALANCES[int(number)], "triton", gradients_of)
 
 
 def run_case(

@@ -69,6 +69,11 @@ def test_every_loss_against_float64(loss, balance, impl, poisoned_memory):
         with pytest.raises(ValueError, match="balance must be None"):
             Objective(loss, balance=balance)
         return
+    check_against_float64(loss, balance, impl, evaluate)
+
+
+def check_against_float64(loss, balance, impl, results_of):
+    """Three draws of groups. results_of: gradients_of, or one that calls it where `impl` can run."""
     for seed, (average, reference_free, spread) in enumerate(
         ((None, None, 1.0), (True, None, 30.0), (None, True, 5.0))
     ):
@@ -78,8 +83,8 @@ def test_every_loss_against_float64(loss, balance, impl, poisoned_memory):
         )  # fmt: skip
         groups, cu_seqlens, logps, reference = draw(loss, seed, spread, per_token=seed % 2 == 0)
         arguments = (cu_seqlens, groups, objective)
-        found = evaluate(logps, *arguments, reference, impl)
-        truth = evaluate(logps.double(), *arguments, reference.double(), "reference")
+        found = results_of(logps, *arguments, reference, impl)
+        truth = results_of(logps.double(), *arguments, reference.double(), "reference")
         for name, value in found.items():
             # Both compute in float64: within two float32 roundings of the largest.
             budget = torch.finfo(torch.float32).eps * truth[name].abs().max()

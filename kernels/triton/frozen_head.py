@@ -21,8 +21,8 @@ from torch import Tensor
 from groupdpo_kernels.reference import Head, HeadOptions
 
 from .compaction import compact_head, gather_rows
-from .gemm import add_gemm, block_shape, counted_gemms, new_block, new_products, write_products
-from .launch import head_arguments, on_its_device, programs, why_not
+from .gemm import add_gemm, block_shape, new_block, new_products, write_products
+from .launch import head_arguments, library_rounds, on_its_device, programs, why_not
 from .row_limited_gemm import add_rows
 from .tile import exp_difference, finite_or_zero, logits_tile, products_pointer, rows_from, tile_position
 
@@ -314,7 +314,7 @@ def frozen_head(
                         expected, rescale, live.live, row0, height, factor.shape[1], BLOCK_N=1024, num_warps=4
                     )
                 here, part = block[:height, :width], factor[column0 : column0 + width]
-                if counted_gemms(here.dtype):
+                if library_rounds(here.dtype):
                     add_rows(expected[span], here, part, live.live, row0, launch)
                 else:
                     add_gemm(expected[span], here, part)

@@ -1,5 +1,5 @@
-"""GEMMs of cuBLAS over a bounded block that a kernel has written: how they accumulate, and how large the block is. On
-AMD those of row_limited_gemm.py take their place where inputs have 16 bits.
+"""GEMMs of cuBLAS over a bounded block that a kernel has written: how they accumulate, and how large the block is.
+Those of row_limited_gemm.py take their place where `launch.library_rounds`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,6 @@ from torch import Tensor
 from groupdpo_kernels.reference import Head
 
 from .launch import Launch, chunk_rows
-
-
-def counted_gemms(dtype: torch.dtype) -> bool:
-    """Whether row_limited_gemm.py multiplies by a block whatever the number of its live rows: AMD's library has no
-    float32 output for 16-bit inputs. What it adds to a sum would be rounded to 16 bits once a block.
-    """
-    return torch.version.hip is not None and dtype.itemsize == 2
 
 
 def new_products(head: Head, rows: int, columns: int, launch: Launch) -> Tensor | None:

@@ -94,9 +94,9 @@ def device_why_not(name: str, device: torch.device) -> list[str]:
         reasons.append(f"{name} is on {device}: the Triton kernels want a GPU")
     elif architecture(device) is None:
         if torch.version.hip:
-            name = torch.cuda.get_device_properties(device).gcnArchName
+            chip = torch.cuda.get_device_properties(device).gcnArchName
             known = ", ".join(sorted({architecture for architecture, _ in TABLE if architecture.startswith("gfx")}))
-            reasons.append(f"the GPU is {name}: the Triton kernels have launch shapes for {known}")
+            reasons.append(f"the GPU is {chip}: the Triton kernels have launch shapes for {known}")
         else:
             capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
             reasons.append(f"the GPU has compute capability {capability}: the Triton kernels want 8.0 or later")
@@ -130,7 +130,7 @@ def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
 def launch_for(head: Head, library: bool) -> Launch:
     """The launch shape for this head on its device. `library`: its products may be a library's."""
     launch = _launch_for(head.weight)
-    if library and LIBRARY and not _rounds_products(head.weight):
+    if library and LIBRARY and not library_rounds(head.weight.dtype):
         # What is left is to read a tile and to reduce it: one that leaves registers for several programs.
         rows = min(64, launch.BLOCK_T)
         return replace(launch, BLOCK_T=rows, tma=False, persistent=False, num_stages=1, library=True)
@@ -149,9 +149,11 @@ def _launch_for(weight: Tensor) -> Launch:
     return launch if not launch.tma or _aligned(weight) else UNALIGNED[key]
 
 
-def _rounds_products(weight: Tensor) -> bool:
-    """AMD's library has no float32 output for 16-bit inputs."""
-    return torch.version.hip is not None and weight.element_size() == 2
+def library_rounds(dtype: torch.dtype) -> bool:
+    """Whether a library rounds products to 16 bits before they are read or added: on AMD it has no float32 output for
+    16-bit inputs.
+    """
+    return torch.version.hip is not None and dtype.itemsize == 2
 
 
 def _aligned(weight: Tensor) -> bool:

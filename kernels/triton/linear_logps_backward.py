@@ -22,8 +22,8 @@ from torch import Tensor
 from groupdpo_kernels.reference import Head, HeadGradients, HeadOptions, Needs
 
 from .compaction import LiveRows, compact_head, gather_rows
-from .gemm import add_gemm, block_shape, counted_gemms, new_block, new_products, write_gemm, write_products
-from .launch import head_arguments, on_its_device, programs, why_not
+from .gemm import add_gemm, block_shape, new_block, new_products, write_gemm, write_products
+from .launch import head_arguments, library_rounds, on_its_device, programs, why_not
 from .row_limited_gemm import add_rows, reduce_rows
 from .tile import exp_difference, gemm_tile, halves, products_pointer, rows_from, squash, tile_position
 
@@ -155,7 +155,7 @@ def linear_logps_backward(
     """
     V, D = head.weight.shape
     T, device = targets.numel(), head.hidden.device
-    few = few or counted_gemms(head.hidden.dtype)
+    few = few or library_rounds(head.hidden.dtype)
     new = functools.partial(torch.empty, dtype=torch.float32, device=device)
     d_hidden, d_weight, d_bias, d_low_rank_hidden, d_low_rank_weight = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None for x, needed in zip(head, needs)

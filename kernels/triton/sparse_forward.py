@@ -87,6 +87,63 @@ def select_kernel(
     tl.store(visited_count_ptr + tile_v, visited)
 
 
+@triton.jit
+def task_rows(
+    task,
+    visited_ptr,  # (tiles_v, rows) int32
+    visited_count_ptr,  # (tiles_v,) int32
+    task_ends_ptr,  # (tiles_v,) int32: blocks of rows to visit, of the tiles up to and with this one
+    task_tiles_ptr,  # (tasks,) int32: the vocabulary tile of a block
+    rows,
+    BLOCK_T: tl.constexpr,
+):
+    """A task's vocabulary tile, its block of rows, counted from the chunk's first, (BLOCK_T,), and which there are."""
+    tile_v = tl.load(task_tiles_ptr + task)
+    visited = tl.load(visited_count_ptr + tile_v)
+    # Counted from the end, where a tile's last block stands.
+    first = (task - tl.load(task_ends_ptr + tile_v) + tl.cdiv(visited, BLOCK_T)) * BLOCK_T
+    inside = first + tl.arange(0, BLOCK_T) < visited
+    local = tl.load(visited_ptr + tile_v.to(tl.int64) * rows + first + tl.arange(0, BLOCK_T), mask=inside, other=0)
+    return tile_v, local, inside
+
+
+@triton.jit
+def other_logits(
+    hidden_ptr,  # (T, D) compact
+    weight_ptr,  # (V, D)
+    bias_ptr,  # (V,)
+    low_rank_hidden_ptr,  # (T, R) compact
+    low_rank_weight_ptr,  # (V, R)
+    targets_ptr,  # (T,) int64, compact
+    t,  # (BLOCK_T,) int64
+    v0,
+    V,
+    strides,  # of weight (v, d), then of low_rank_weight (v, r)
+    scale,
+    cap,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
+    """The logits of a tile, (BLOCK_T, BLOCK_V) float32; -inf at each row's target and past V."""
+    y = logits_tile(
+        hidden_ptr, weight_ptr, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, t, 0, v0, V,
+        strides, scale,
+        D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, False, False, PRECISION, ACCURATE,
+    )  # fmt: skip
+    column = tl.arange(0, BLOCK_V)
+    target = tl.load(targets_ptr + t) - v0
+    other = (column[None, :] < V - v0) & (column[None, :] != target[:, None])
+    return tl.where(other, cap * y if HAS_SOFTCAP else y, -float("inf"))
+
+
 @triton.jit(do_not_specialize=["row0", "rows", "tiles_v", "most", "width"])
 def visit_kernel(
     hidden_ptr,  # (T, D) compact
@@ -134,28 +191,21 @@ def visit_kernel(
     """
     tasks = tl.load(task_ends_ptr + tiles_v - 1)
     for task in tl.range(tl.program_id(0), tasks, tl.num_programs(0)):
-        tile_v = tl.load(task_tiles_ptr + task)
-        visited = tl.load(visited_count_ptr + tile_v)
-        # Counted from the end, where a tile's last block stands.
-        first = (task - tl.load(task_ends_ptr + tile_v) + tl.cdiv(visited, BLOCK_T)) * BLOCK_T
-        inside = first + tl.arange(0, BLOCK_T) < visited
-        base = tile_v.to(tl.int64) * rows
-        local = tl.load(visited_ptr + base + first + tl.arange(0, BLOCK_T), mask=inside, other=0)
+        tile_v, local, inside = task_rows(
+            task, visited_ptr, visited_count_ptr, task_ends_ptr, task_tiles_ptr, rows, BLOCK_T
+        )
         t = (row0 + local).to(tl.int64)
         v0 = tile_v * BLOCK_V
         column = tl.arange(0, BLOCK_V)
-        y = logits_tile(
-            hidden_ptr, weight_ptr, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, t, 0, v0, V,
-            strides, scale,
-            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, False, False, PRECISION, ACCURATE,
+        z = other_logits(
+            hidden_ptr, weight_ptr, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, targets_ptr, t, v0, V,
+            strides, scale, cap,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION, ACCURATE,
         )  # fmt: skip
-        at = base + local
+        at = tile_v.to(tl.int64) * rows + local
         shift = finite_or_zero(tl.load(tile_max_ptr + at, mask=inside, other=0.0))
         row = tl.load(rows_ptr + t).to(tl.int64)
         lse = tl.load(lse_ptr + row)
-        target = tl.load(targets_ptr + t) - v0
-        other = (column[None, :] < V - v0) & (column[None, :] != target[:, None])
-        z = tl.where(other, cap * y if HAS_SOFTCAP else y, -float("inf"))
         # No NaN is found, and nothing in a row that holds +inf, or -inf alone.
         threshold = lse.to(tl.float32) + log_least
         threshold = tl.where(tl.abs(threshold) == float("inf"), float("nan"), threshold)
@@ -339,27 +389,21 @@ def draw_kernel(
     """
     task = tl.program_id(0)
     if task < tl.load(task_ends_ptr + tiles_v - 1):
-        tile_v = tl.load(task_tiles_ptr + task)
-        visited = tl.load(visited_count_ptr + tile_v)
-        first = (task - tl.load(task_ends_ptr + tile_v) + tl.cdiv(visited, BLOCK_T)) * BLOCK_T
-        inside = first + tl.arange(0, BLOCK_T) < visited
-        base = tile_v.to(tl.int64) * rows
-        local = tl.load(visited_ptr + base + first + tl.arange(0, BLOCK_T), mask=inside, other=0)
+        tile_v, local, inside = task_rows(
+            task, visited_ptr, visited_count_ptr, task_ends_ptr, task_tiles_ptr, rows, BLOCK_T
+        )
         t = (row0 + local).to(tl.int64)
         v0 = tile_v * BLOCK_V
         column = tl.arange(0, BLOCK_V)
-        y = logits_tile(
-            hidden_ptr, weight_ptr, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, t, 0, v0, V,
-            strides, scale,
-            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, False, False, PRECISION, ACCURATE,
+        z = other_logits(
+            hidden_ptr, weight_ptr, bias_ptr, low_rank_hidden_ptr, low_rank_weight_ptr, targets_ptr, t, v0, V,
+            strides, scale, cap,
+            D, R, HAS_BIAS, HAS_SOFTCAP, BLOCK_R, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION, ACCURATE,
         )  # fmt: skip
-        at = base + local
+        at = tile_v.to(tl.int64) * rows + local
         shift = finite_or_zero(tl.load(tile_max_ptr + at, mask=inside, other=0.0))
         row = tl.load(rows_ptr + t).to(tl.int64)
         lse = tl.load(lse_ptr + row)
-        target = tl.load(targets_ptr + t) - v0
-        other = (column[None, :] < V - v0) & (column[None, :] != target[:, None])
-        z = tl.where(other, cap * y if HAS_SOFTCAP else y, -float("inf"))
         # The candidates of the tile are as many of the likely entries as the row had room for.
         start = tl.load(ends_ptr + at - rows, mask=inside & (tile_v > 0), other=0)
         room = tl.minimum(tl.load(ends_ptr + at, mask=inside, other=0), most) - start
@@ -417,7 +461,7 @@ def sparse_forward(
     if T == 0:
         return token_logps, found
 
-    # Both visits by the same products: half of them are rebuilt tile by tile.
+    # The kernel multiplies in both visits, since the second rebuilds single tiles, and both should round alike.
     compact = compact_head(head, targets, options, library=False)
     live, launch = compact.live, compact.launch
     arguments = head_arguments(compact.head, launch, options)

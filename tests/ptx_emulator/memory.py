@@ -170,14 +170,17 @@ class SharedMemory:
         np.bitwise_or.at(self.read_by.view(kind), index, bits)
         if (self.written_by.view(kind)[index] & ~bits).any():
             self.find("read of what another warp wrote, and no barrier between", text)
-        closed = self.closed.view(kind)[index]
-        if closed.any():
-            if (closed & kind(2 * ones)).any():
-                self.find("read of what a copy under way will write: a wait is missing", text)
-            else:
-                self.find("read of shared memory that nothing has written", text)
+        self._find_closed("read of", kind, index, ones, text)
         view = self._views[size]
         return view[at // size][:, None] if count == 1 else view[(at // size)[:, None] + np.arange(count)]
+
+    def _find_closed(self, reads: str, kind: Any, index: Array, ones: int, text: object) -> None:
+        """A finding where a read meets what nothing has written yet, or what a copy is about to write."""
+        closed = self.closed.view(kind)[index]
+        if (closed & kind(2 * ones)).any():
+            self.find(f"{reads} what a copy under way will write: a wait is missing", text)
+        elif closed.any():
+            self.find(f"{reads} shared memory that nothing has written", text)
 
     def store(self, at: Array, size: int, values: Array, warp_bits: Array, text: object) -> None:
         """`values` (accesses, count) of `size` bytes. That several threads write one value to one place is no race."""
@@ -248,12 +251,7 @@ class SharedMemory:
         """The async proxy reads chunks of 16 bytes, each once, for warps `warp_bits` until they wait for it."""
         word, index, ones = self._words(at, 16)
         kind = UNSIGNED[word]
-        closed = self.closed.view(kind)[index]
-        if closed.any():
-            if (closed & kind(2 * ones)).any():
-                self.find("a product reads what a copy under way will write: a wait is missing", text)
-            else:
-                self.find("a product reads shared memory that nothing has written", text)
+        self._find_closed("a product reads", kind, index, ones, text)
         if self.unfenced.view(kind)[index].any():
             self.find("a product reads what threads wrote, and no proxy fence between", text)
         if (self.written_by.view(kind)[index] & ~(kind(warp_bits) * kind(ones))).any():
