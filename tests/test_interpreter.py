@@ -77,6 +77,14 @@ def reduce_kernel(a_ptr, sum_ptr, max_ptr, M: tl.constexpr, N: tl.constexpr):
     tl.store(max_ptr + m, tl.max(a.to(tl.float32), 1))
 
 
+@triton.jit
+def scalars_kernel(out_ptr, plain, said: tl.float64, half: tl.bfloat16, integer):
+    tl.store(out_ptr, plain.to(tl.float64))
+    tl.store(out_ptr + 1, said)
+    tl.store(out_ptr + 2, half.to(tl.float64))
+    tl.store(out_ptr + 3, integer.to(tl.float64))
+
+
 @pytest.fixture
 def interpreted() -> Iterator[None]:
     with triton_on_cpu():
@@ -192,6 +200,15 @@ def test_reductions(interpreted: None) -> None:
     total, top = torch.empty(16), torch.empty(16)
     reduce_kernel[(1,)](a, total, top, 16, 32)
     assert torch.equal(total, a.float().sum(1)) and torch.equal(top, a.float().amax(1))
+
+
+def test_scalars_are_rounded_as_a_launch_rounds_them(interpreted: None) -> None:
+    """To float32, unless the kernel says another type; by position and by name."""
+    single, half = (float(torch.tensor(0.1, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+    for arguments, named in (((0.1, 0.1, 0.1, 3), {}), ((), {"integer": 3, "half": 0.1, "said": 0.1, "plain": 0.1})):
+        out = torch.zeros(4, dtype=torch.float64)
+        scalars_kernel[(1,)](out, *arguments, **named)
+        assert out.tolist() == [single, 0.1, half, 3.0]
 
 
 def test_the_stock_interpreter_is_wrong() -> None:

@@ -93,8 +93,8 @@ def preference_weights_fwd_kernel(
     gamma: tl.float64,
     alpha: tl.float64,
     tau: tl.float64,
-    ceiling,  # float32, as the weights that it bounds; in float64 all_pairs would spill
-    log_ceiling,
+    ceiling: tl.float64,
+    log_ceiling: tl.float64,
     LOSS: tl.constexpr,
     AVERAGE: tl.constexpr,
     SUBTRACT: tl.constexpr,

@@ -330,7 +330,18 @@ def triton_on_cpu(
     def interpreted(function: Any) -> InterpretedFunction:
         return cache.setdefault(id(function), InterpretedFunction(function.fn))
 
+    def as_passed(value: Any, parameter: Any) -> Any:
+        # A GPU gets a Python float as a float32, unless the kernel says another type; the interpreter would keep it.
+        if not isinstance(value, float) or parameter.is_constexpr:
+            return value
+        of = tl.str_to_ty(parameter.annotation_type or "fp32", None)
+        scalar = tl.tensor(interpreter.TensorHandle(np.array([value], np.float64), tl.float64), tl.float64)
+        return scalar.to(of, _semantic=interpreter.interpreter_semantic)
+
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        parameters = {parameter.name: parameter for parameter in self.params}
+        args = tuple(map(as_passed, args, self.params))
+        kwargs = {name: as_passed(x, parameters[name]) if name in parameters else x for name, x in kwargs.items()}
         # A launch patches the language as its kernel sees it, and restores it. Each nested call would patch it again,
         # and triton.language.core too, without restoring them: so that module is patched here, once.
         scope = interpreter._patch_lang(tl.max.fn)
