@@ -19,7 +19,6 @@ from groupdpo_kernels.memory.planner import (
     Hardware,
     Prediction,
     largest_micro_batch,
-    layers_of,
     plan,
     plan_table,
     skeleton,
@@ -31,6 +30,7 @@ from groupdpo_kernels.memory.planner import (
 from groupdpo_kernels.memory.sweep import Worker
 from groupdpo_kernels.memory.tracker import Peak, follow_layers
 from groupdpo_kernels.memory.workload import MODELS, TrainingStep, Workload, build_model, config_of
+from groupdpo_kernels.models.decoder_layers import layers_of
 
 META = torch.device("meta")
 SMALL = Workload(tokens=32, group=4, layers=3)

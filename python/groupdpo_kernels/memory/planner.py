@@ -37,6 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..distributed import planned_as_sharded
 from ..lm_head.logit_cache import nothing_kept
 from ..models.api import assume_logit_map
+from ..models.decoder_layers import layers_of
 from ..models.head_call import LogitMap
 from .fake import fake_copy
 from .tracker import BLOCK, MemoryTracker, Part, Peak, follow_layers
@@ -138,16 +139,6 @@ def tracker_of(workload: Workload, vocabulary: int, device: str | None, *, fake:
     sizes = {"two_pass": min(workload.micro_batch, workload.group), "one_pass": 1, "pairs": 2}
     lengths = (workload.response,) if workload.share_prompt else (workload.response, workload.tokens)
     return MemoryTracker(vocabulary, sizes.get(workload.strategy, workload.group), lengths, device, fake=fake)
-
-
-def layers_of(model: Any) -> nn.ModuleList:
-    """The decoder's layers. ValueError where a model has none under a name that transformers uses."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = bare.get_decoder() if hasattr(bare, "get_decoder") else bare
-    for name in ("layers", "h", "blocks"):
-        if isinstance(getattr(decoder, name, None), nn.ModuleList):
-            return getattr(decoder, name)
-    raise ValueError(f"model must have a decoder with layers; {type(bare).__name__} has none that is known")
 
 
 def skeleton(model: nn.Module, layers: Sequence[int] | None = None) -> nn.Module:

@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-from .planner import layers_of, track, tracker_of
+from ..models.decoder_layers import layers_of
+from .planner import track, tracker_of
 from .rss import forget_peak, limit_memory, resident, return_freed_memory
 from .tracker import Peak, follow_layers
 from .workload import TrainingStep, Workload, config_of, workload_of

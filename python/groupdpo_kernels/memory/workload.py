@@ -32,7 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.api import attach, checkpoint_layers
+from ..models.api import attach
+from ..models.decoder_layers import checkpoint_layers
 from ..models.shared_prompt import Prefix
 from ..preference.group_backward import SharedPrompt, forward_parts, group_backward
 from ..preference.groups import PreferenceGroups

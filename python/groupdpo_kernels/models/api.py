@@ -383,14 +383,3 @@ def _drop_logits(outputs: Any) -> Any:
     else:
         outputs.logits = None
     return outputs
-
-
-def checkpoint_layers(model: Any, options: Any = None) -> None:
-    """Turns gradient checkpointing on in a transformers model, by the method that the installed version has for it.
-
-    options: `gradient_checkpointing_kwargs` of TrainingArguments; every_n_layers and offload are left out.
-    """
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    rest = dict(options or {})
-    more = {name: rest.pop(name) for name in ("every_n_layers", "offload") if name in rest}
-    enable(rest or None, **more)

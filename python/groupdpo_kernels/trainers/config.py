@@ -38,8 +38,10 @@ class GroupDPOConfig(TrainingArguments):
             for others the trainer takes padded, after a warning that says why.
         share_prompt: whether the prompt of a group runs once for all its responses: the same gradient from fewer
             tokens. auto does so where the model can, but for one_pass, which would keep a gradient of the prompt's keys
-            and values for each response, and for an auxiliary loss, which counts such a prompt once. True is refused
-            where the model cannot. Responses are then padded, whatever the layout; dropout draws once for a prompt.
+            and values for each response, for an auxiliary loss, which counts such a prompt once, and for torch_compile.
+            True is refused with torch_compile and where the model cannot. Responses are then padded, whatever the
+            layout; dropout draws once for a prompt.
+        torch_compile: whether each layer of the decoder is compiled, in place; the model around them is not.
         format: format of the rows, a name in `data.FORMATS`, or auto, which tells it by their columns.
         rule: how ratings become preferred and rejected, a name in `data.RULES`.
         merge_prompts: whether rows of one prompt become one group.
@@ -93,7 +95,6 @@ class GroupDPOConfig(TrainingArguments):
                 raise ValueError(f"{name} must be {nothing}: it belongs to losses on labels; got {found!r}")
         if (seen := self.include_num_input_tokens_seen) not in ("no", False):
             raise ValueError(f"include_num_input_tokens_seen must be 'no': num_tokens is logged anyway; got {seen!r}")
-        check_not_compiled(self)
         if isinstance(self.template_options, str):
             try:
                 self.template_options = dict(json.loads(self.template_options))
@@ -150,9 +151,9 @@ def is_reentrant(args: TrainingArguments) -> bool:
 
 
 def check_not_compiled(args: TrainingArguments) -> None:
-    """ValueError for torch_compile, which would do nothing: the head's forward is replaced during each call."""
+    """ValueError for torch_compile where it would do nothing: the head's forward is replaced during each call."""
     if args.torch_compile:
         raise ValueError(
             "torch_compile must be False: a compiled model would run eagerly here; compile its layers instead"
-            " (for layer in model.model.layers: layer.compile()); got True"
+            " (for layer in model.model.layers: layer.compile()), or take GroupDPOTrainer; got True"
         )

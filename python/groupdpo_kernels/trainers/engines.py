@@ -46,6 +46,7 @@ def check_engine_options(args: Any) -> None:
     instead = {
         "strategy": (args.strategy == "one_pass", "'two_pass' or 'coupled'", "parameters are not leaves there"),
         "micro_batch_tokens": (args.micro_batch_tokens == "auto", "a number", "the planner sizes a whole model"),
+        "torch_compile": (args.torch_compile, "False", "nobody has tried compiled layers there"),
         "fp16": (args.fp16, "False, with bf16", "the engine scales the loss itself"),
     }
     for name, (wrong, asked, why) in instead.items():

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
@@ -38,7 +39,7 @@ from ..data.formats import Report
 from ..distributed import shards
 from ..memory.worker import out_of_memory
 from ..models.adapters import has_adapter, let_adapter_train
-from ..models.api import checkpoint_layers
+from ..models.decoder_layers import checkpoint_layers, compile_layers
 from ..models.limits import position_limit, token_limit
 from ..preference.objective import Objective, PreferenceLoss
 from ..stepwise.stages import reference_logps
@@ -183,6 +184,10 @@ class GroupDPOTrainer(GroupSteps, Trainer):
             optimizers=optimizers,
         )
         check_engine(self)
+        if args.torch_compile:
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole model
+            for each in filter(None, (model, ref_model)):
+                compile_layers(each, args.torch_compile_backend, args.torch_compile_mode)
         self.data_collator = self.data_collator.fitting(model, ref_model)
         self.ref_model = ref_model
         if args.precompute_ref_log_probs and engine_asked(args):

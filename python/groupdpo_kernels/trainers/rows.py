@@ -17,6 +17,7 @@ from torch import Tensor
 from ..data.batches import TokenGroup, collate, tokenize_groups
 from ..data.formats import Report
 from ..data.rules import merge_prompts, read_groups
+from ..models.decoder_layers import COMPILED
 from ..models.layouts import why_not_left_padded, why_not_packed, why_not_padded, why_not_shared
 from ..models.shared_prompt import REENTRANT, rotary_limit
 from ..preference.groups import PreferenceGroups
@@ -77,10 +78,10 @@ class Collator:
         Raises ValueError with the reason where it is True, and warns of the reason where it is "auto".
         """
         asked = args.share_prompt
-        if not asked or (asked == "auto" and (aux or args.strategy == "one_pass")):
+        if not asked or (asked == "auto" and (aux or args.strategy == "one_pass" or args.torch_compile)):
             return self
         reentrant = args.gradient_checkpointing and is_reentrant(args)
-        why = REENTRANT if reentrant else ""
+        why = REENTRANT if reentrant else COMPILED if args.torch_compile else ""
         present = [model for model in models if model is not None]
         why = why or next(filter(None, (why_not_shared(model, 0) for model in present)), "")
         if why and asked is True:
