@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 from processes import CONTEXT
 
-from groupdpo_kernels.reference import HeadOptions, Needs, head_of
+from groupdpo_kernels.reference import HeadOptions, Needs, RowGradients, head_of
 from groupdpo_kernels.testing import Case
 
 TARGETS: dict[str, int | str] = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
@@ -50,10 +50,11 @@ class Row:
     aligned: bool = True
     sparse: bool = False  # the kernels that grad_tol > 0 adds, alone
     library: bool = False  # the kernels that read a library's products
+    entropy: bool = False  # the backward with a gradient of the entropy, alone
 
     def __str__(self) -> str:
         words = [self.architecture, self.dtype, "everything" if self.everything else "plain"]
-        kinds = {"unaligned": not self.aligned, "sparse": self.sparse, "library": self.library}
+        kinds = {"unaligned": not self.aligned, "sparse": self.sparse, "library": self.library, "entropy": self.entropy}
         return " ".join([*words, *(kind for kind, it_is in kinds.items() if it_is)])
 
 
@@ -108,7 +109,12 @@ def all_rows() -> list[Row]:
         for everything in (False, True)
     ]
     library = [Row("sm_90", "bf16", everything, library=True) for everything in (False, True)]
-    return [*rows, Row("sm_90", "fp16"), *sparse, Row("sm_90", "fp32", True, sparse=True), *library]
+    entropy = [
+        Row(architecture, dtype, everything, entropy=True)
+        for architecture, dtype in (*((row.architecture, "bf16") for row in sparse[::2]), ("sm_90", "fp32"))
+        for everything in (False, True)
+    ]
+    return [*rows, Row("sm_90", "fp16"), *sparse, Row("sm_90", "fp32", True, sparse=True), *library, *entropy]
 
 
 @contextlib.contextmanager
@@ -171,16 +177,19 @@ def launch_all(row: Row, T: int = 8192, D: int = 4096, V: int = 128256, workspac
     D, R = D if row.aligned else D + 1, 16
     head = head_of(meta(T, D), meta(V, D), *((meta(V), meta(T, R), meta(V, R)) if row.everything else ()))
     targets = meta(T, dtype=torch.int64)
-    rowwise = [meta(T, dtype=dtype) for dtype in (torch.float64, torch.float32, torch.float32)]
+    lse, *rowwise = (meta(T, dtype=dtype) for dtype in (torch.float64, *[torch.float32] * 3))
     options = HeadOptions(softcap=30.0 if row.everything else None, workspace_bytes=workspace_bytes)
     if row.sparse:
         _, found = sparse_forward(head, targets, options, 1e-4, min(T, 256), seed=2**40)  # the most that is launched
         needs = Needs(True, True, *(row.everything,) * 3)
-        sparse_backward(head, targets, targets > 0, found, *rowwise[1:], options, needs)
+        sparse_backward(head, targets, targets > 0, found, *rowwise[:2], options, needs)
         return
     linear_logps_forward(head, targets, options, row.everything)
     frozen_head(head, targets, options)
-    linear_logps_backward(head, targets, *rowwise, options, Needs(True, True, *(row.everything,) * 4))
+    rows = RowGradients(*rowwise[: 3 if row.entropy else 2])
+    # The mass is wanted where the lse is known, which is where no statistics are asked for.
+    needs = Needs(True, True, *(row.everything,) * 3, row.everything and not row.entropy)
+    linear_logps_backward(head, targets, lse, rows, options, needs)
 
 
 def compile_row(row: Row) -> list[Compiled]:
@@ -190,6 +199,7 @@ def compile_row(row: Row) -> list[Compiled]:
     from groupdpo_kernels.kernels import launch
 
     kernels = SPARSE_KERNELS if row.sparse else TILE_KERNELS if row.library else None
+    kernels = ("linear_logps_bwd_kernel",) if row.entropy else kernels
     with knobs.compilation.scope(), mock.patch.object(launch, "LIBRARY", row.library):
         knobs.compilation.disable_line_info = True
         with as_on(row.architecture, kernels=kernels) as compilations:
@@ -255,14 +265,14 @@ def shared_memory(architecture: str, case: Case) -> dict[str, int]:
     T, D, V, R = case.T, case.D, case.V, case.R
     head = head_of(meta(T, D), meta(V, D), meta(V) if case.bias else None, meta(T, R), meta(V, R))
     targets, options = meta(T, dtype=torch.int64), case.options
-    lse, *rowwise = meta(T, dtype=torch.float64), *(meta(T, dtype=torch.float32) for _ in range(2))
+    rows = RowGradients(*(meta(T, dtype=torch.float32) for _ in range(3 if case.entropy else 2)))
     needs = Needs(True, True, case.bias, R > 0, R > 0, True)
     with knobs.cache.scope(), front_end_alone():
         knobs.cache.dir += "/front_end_alone"  # no launch may find what was not assembled
         with as_on(architecture, kernels=TILE_KERNELS) as compilations:
             linear_logps_forward(head, targets, options, True)
             frozen_head(head, targets, options)
-            linear_logps_backward(head, targets, lse, *rowwise, options, needs)
+            linear_logps_backward(head, targets, meta(T, dtype=torch.float64), rows, options, needs)
     found: dict[str, int] = {}
     for name, kernel in compilations:
         found[name] = max(found.get(name, 0), kernel.metadata.shared)

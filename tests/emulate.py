@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import triton
-from emulated_cases import PATHS, PREFERENCES, run_case
+from emulated_cases import PATHS, PREFERENCES, paths_of, run_case
 from ptx_emulator import PtxError, reverse
 
 from groupdpo_kernels.testing import CASES
@@ -47,7 +47,7 @@ def names() -> Iterator[tuple[str, str, str, str]]:
     """(path, case, architecture, mode); what shares compiled code side by side."""
     for case in CASES:
         for architecture in ARCHITECTURES:
-            for path in PATHS:
+            for path in paths_of(case):
                 for mode in MODES:
                     yield path, case.name, architecture, mode
     for name in PREFERENCES:

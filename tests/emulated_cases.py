@@ -23,6 +23,13 @@ from groupdpo_kernels.testing import CASES, Case, check_budget, make_inputs, run
 
 BY_NAME = {case.name: case for case in CASES}
 PATHS = ("trained", "frozen", "sparse")
+
+
+def paths_of(case: Case) -> tuple[str, ...]:
+    """The entropy has a gradient on one of them."""
+    return PATHS[:1] if case.entropy else PATHS
+
+
 PREFERENCES = tuple(
     f"{loss} {i}" for loss in LOSSES for i, balance in enumerate(BALANCES) if not (balance and TABLE[loss].no_balance)
 )

@@ -10,7 +10,7 @@ from test_reference import OPTIONS, small
 
 from groupdpo_kernels import reference
 from groupdpo_kernels.lm_head import torch_blocks
-from groupdpo_kernels.reference import HeadOptions, LogpStats, Needs
+from groupdpo_kernels.reference import HeadOptions, LogpStats, Needs, RowGradients
 from groupdpo_kernels.testing import Case, make_inputs
 
 SHAPES = [(16, 16), (7, 40), (17, 31), (100, 9), (1, 45), (30, 1), (30, 90), (1000, 1000)]
@@ -21,7 +21,7 @@ SHAPES = [(16, 16), (7, 40), (17, 31), (100, 9), (1, 45), (30, 1), (30, 90), (10
 def test_blocks_of_any_shape(options: HeadOptions, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocked forms are the specification and its autograd in float64, whatever the blocks."""
     monkeypatch.setattr(torch_blocks, "block_shape", lambda *_: shape)
-    inputs = small(T=30, D=11, V=90, R=4, ignored="none", hidden_scale=3.0)
+    inputs = small(T=30, D=11, V=90, R=4, ignored="none", hidden_scale=3.0, entropy=True)
     stats = torch_blocks.forward_in_blocks(inputs.head, inputs.targets, options)
     expected = reference.linear_logp_stats(
         inputs.hidden, inputs.weight, inputs.targets, inputs.bias, inputs.low_rank, options
@@ -29,11 +29,13 @@ def test_blocks_of_any_shape(options: HeadOptions, shape: tuple[int, int], monke
     for field, actual, wanted in zip(LogpStats._fields, stats, expected):
         torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11, msg=lambda m, f=field: f"{f}: {m}")
     assert stats.lse is not None and expected.lse is not None
+    assert expected.entropy is not None and inputs.d_entropy is not None
     upstream = (inputs.d_token_logps, inputs.d_lse)
     needs = Needs(*[True] * 6)
-    rows = reference.row_gradients(stats.token_logps, *upstream)
-    actual = torch_blocks.backward_in_blocks(inputs.head, inputs.targets, stats.lse, *rows, options, needs)
+    rows = reference.row_gradients(stats.token_logps, *upstream, stats.entropy, inputs.d_entropy)
+    actual = torch_blocks.backward_in_blocks(inputs.head, inputs.targets, stats.lse, rows, options, needs)
     loss = (expected.token_logps * upstream[0] + expected.lse * upstream[1]).sum()
+    loss = loss + (expected.entropy * inputs.d_entropy).sum()
     for name, a, b in zip(inputs.leaves, actual, torch.autograd.grad(loss, list(inputs.leaves.values()))):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"d_{n}: {m}")
     torch.testing.assert_close(actual.mass, torch.ones(30, dtype=torch.float64))
@@ -67,15 +69,15 @@ def test_expectations_are_the_derivative(
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=6)), ids=str)
 def test_blocks_compute_what_is_needed(needs: tuple[bool, ...]) -> None:
-    inputs = small(T=20, ignored="none")
+    inputs = small(T=20, ignored="none", entropy=True)
     arguments = (
         inputs.head,
         inputs.targets,
         torch_blocks.forward_in_blocks(inputs.head, inputs.targets, HeadOptions()).lse,
     )
-    upstream = (inputs.d_token_logps, inputs.d_lse)
-    full = torch_blocks.backward_in_blocks(*arguments, *upstream, HeadOptions(), Needs(*[True] * 6))
-    some = torch_blocks.backward_in_blocks(*arguments, *upstream, HeadOptions(), Needs(*needs))
+    upstream = RowGradients(inputs.d_token_logps, inputs.d_lse, inputs.d_entropy)
+    full = torch_blocks.backward_in_blocks(*arguments, upstream, HeadOptions(), Needs(*[True] * 6))
+    some = torch_blocks.backward_in_blocks(*arguments, upstream, HeadOptions(), Needs(*needs))
     for needed, a, b in zip(needs, some, full):
         assert (a is not None) == needed and (a is None or torch.equal(a, b))
 
@@ -85,11 +87,11 @@ def test_blocks_accumulate_in_float32(dtype: torch.dtype) -> None:
     """16-bit inputs are widened first: the same bits as on widened inputs, and one rounding of each gradient."""
     inputs = make_inputs(Case("wide", 40, 24, 200, "", dtype, True, 3, 1.2, 9.0, ignored="none"))
     wide, options = inputs.to(torch.float32), HeadOptions(1.2, 9.0)
-    upstream = (inputs.d_token_logps.float(), inputs.d_lse.float())
+    upstream = RowGradients(inputs.d_token_logps.float(), inputs.d_lse.float())
     results = []
     for x in ((inputs.head, inputs.targets), (wide.head, wide.targets)):
         stats = torch_blocks.forward_in_blocks(*x, options)
-        results.append((stats, torch_blocks.backward_in_blocks(*x, stats.lse, *upstream, options, Needs(*[True] * 6))))
+        results.append((stats, torch_blocks.backward_in_blocks(*x, stats.lse, upstream, options, Needs(*[True] * 6))))
     (stats, gradients), (wide_stats, wide_gradients) = results
     assert all(map(torch.equal, stats, wide_stats))
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(gradients, wide_gradients))

@@ -40,14 +40,15 @@ def forward(head: Head, targets: Tensor, options: HeadOptions, stats: bool = Tru
 def backward(
     head: Head,
     targets: Tensor,
-    rowwise: list[Tensor],  # lse, d_target, d_softmax
+    rowwise: list[Tensor],  # lse, then RowGradients
     options: HeadOptions,
     needs: Sequence[bool],  # the first of Needs
 ) -> tuple[Tensor, ...]:
     o, no_cache = options, torch.empty(targets.shape[0], 0)
     scalars = (o.logit_scale, o.softcap, o.temperature, o.workspace_bytes)
     op = torch.ops.groupdpo_kernels.linear_logps_backward_cpu
-    return op(*head, targets, *rowwise, *scalars, *Needs(*needs), no_cache)[:5]
+    lse, *rows = rowwise
+    return op(*head, targets, lse, *reference.RowGradients(*rows), *scalars, *Needs(*needs), no_cache)[:5]
 
 
 def live_rows(inputs: Inputs) -> tuple[Head, Tensor, list[Tensor], Tensor]:
@@ -55,7 +56,8 @@ def live_rows(inputs: Inputs) -> tuple[Head, Tensor, list[Tensor], Tensor]:
     rows = (inputs.targets.reshape(-1) != -100).nonzero()[:, 0]
     hidden, low_rank_hidden = (x.flatten(0, -2)[rows] for x in (inputs.head.hidden, inputs.head.low_rank_hidden))
     head = inputs.head._replace(hidden=hidden, low_rank_hidden=low_rank_hidden)
-    upstream = [x.reshape(-1)[rows].float() for x in (inputs.d_token_logps, inputs.d_lse)]
+    given = (inputs.d_token_logps, inputs.d_lse, inputs.d_entropy)
+    upstream = [x.reshape(-1)[rows].float() for x in given if x is not None]
     return head, inputs.targets.reshape(-1)[rows], upstream, rows
 
 
@@ -87,7 +89,7 @@ def test_values_and_gradients_within_the_error_budget(case: Case) -> None:
     inputs = make_inputs(case)
     head, targets, upstream, rows = live_rows(inputs)
     stats = forward(head, targets, case.options)
-    rowwise = [stats[1], *reference.row_gradients(stats[0], *upstream)]
+    rowwise = [stats[1], *reference.row_gradients(stats[0], *upstream[:2], stats[2], *upstream[2:])]
     gradients = backward(head, targets, rowwise, case.options, inputs.needs)
 
     def spread(x: Tensor, shape: torch.Size) -> Tensor:

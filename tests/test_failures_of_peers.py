@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 from groupdpo_kernels import LogpStats, linear_logp_stats, linear_logps
 from groupdpo_kernels.kernels.linear_logps_backward import linear_logps_backward
 from groupdpo_kernels.kernels.linear_logps_forward import linear_logps_forward
-from groupdpo_kernels.reference import HeadOptions, Needs, head_of
+from groupdpo_kernels.reference import HeadOptions, Needs, RowGradients, head_of
 from groupdpo_kernels.testing import (
     CASES,
     Case,
@@ -115,7 +115,7 @@ def test_grids_have_one_dimension() -> None:
         with triton_on_cpu(BLOCK_T=128, BLOCK_V=128, tma=tma), pytest.MonkeyPatch.context() as patch:
             patch.setattr(JITFunction, "run", launch)
             linear_logps_forward(head, targets, options, True)
-            linear_logps_backward(head, targets, rows, rows, rows, options, Needs(True, True))
+            linear_logps_backward(head, targets, rows, RowGradients(rows, rows), options, Needs(True, True))
     assert len(grids) > 4 and all(len(grid) == 1 and 0 < grid[0] < 2**31 for grid in grids)
 
 

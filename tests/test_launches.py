@@ -21,7 +21,7 @@ from groupdpo_kernels import linear_logps
 from groupdpo_kernels.kernels import gemm, launch, row_limited_gemm
 from groupdpo_kernels.kernels.frozen_head import frozen_head, rescale_sums_kernel
 from groupdpo_kernels.kernels.linear_logps_backward import linear_logps_backward
-from groupdpo_kernels.reference import HeadOptions, head_of
+from groupdpo_kernels.reference import HeadOptions, RowGradients, head_of
 from groupdpo_kernels.testing import CASES, make_inputs, triton_on_cpu
 
 BY_NAME = {case.name: case for case in CASES}
@@ -102,11 +102,11 @@ def test_no_block_is_rounded_before_it_is_added_on_amd(name: str, monkeypatch: p
     case = BY_NAME[name]
     inputs = make_inputs(case)
     lse = torch.full(inputs.targets.shape, 10.0, dtype=torch.float64)
-    rows = [torch.rand(inputs.targets.shape) for _ in range(2)]
+    rows = RowGradients(*(torch.rand(inputs.targets.shape) for _ in range(3)))
 
     def run() -> list[Tensor]:
         *_, d_hidden, d_low_rank_hidden = frozen_head(inputs.head, inputs.targets, case.options)
-        gradients = linear_logps_backward(inputs.head, inputs.targets, lse, *rows, case.options, inputs.needs)
+        gradients = linear_logps_backward(inputs.head, inputs.targets, lse, rows, case.options, inputs.needs)
         return [d_hidden, d_low_rank_hidden, *(x for x in gradients if x is not None)]
 
     with triton_on_cpu():

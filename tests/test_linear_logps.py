@@ -17,7 +17,7 @@ from torch import Tensor
 from groupdpo_kernels import LogpStats, linear_logp_stats, linear_logps
 from groupdpo_kernels.kernels import launch
 from groupdpo_kernels.lm_head import ops
-from groupdpo_kernels.reference import HeadGradients, HeadOptions, Needs
+from groupdpo_kernels.reference import HeadGradients, HeadOptions, Needs, RowGradients
 from groupdpo_kernels.testing import CASES, Case, Result, check_budget, make_inputs, run, triton_on_cpu
 
 EVERYTHING = ("lse", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
@@ -104,13 +104,13 @@ def test_every_subset_of_gradients(impl: str) -> None:
     case = Case("subset", 20, 24, 70, "", torch.bfloat16, True, 3, 1.3, 12.0, 0.8)
     inputs = make_inputs(case)
     head = inputs.head
-    upstream = (inputs.d_token_logps.float(), inputs.d_lse.float())
+    upstream = RowGradients(inputs.d_token_logps.float(), inputs.d_lse.float(), inputs.d_lse.float())
     with running(impl, case) as name:
         lse = ops.linear_logps_forward(head, inputs.targets, case.options, False, name).lse
         assert lse is not None
 
         def gradients(*needs: bool) -> HeadGradients:
-            return ops.linear_logps_backward(head, inputs.targets, lse, *upstream, case.options, Needs(*needs), name)
+            return ops.linear_logps_backward(head, inputs.targets, lse, upstream, case.options, Needs(*needs), name)
 
         full = gradients(*[True] * 6)
         assert not any(torch.equal(x, torch.zeros_like(x)) for x in full)

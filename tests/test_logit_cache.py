@@ -15,7 +15,7 @@ from torch.library import opcheck
 from groupdpo_kernels import _C, LinearLogps, linear_logp_stats, linear_logps
 from groupdpo_kernels.lm_head import autograd, logit_cache
 from groupdpo_kernels.lm_head.autograd import CachedLinearLogps, CallOptions
-from groupdpo_kernels.reference import head_of
+from groupdpo_kernels.reference import RowGradients, head_of
 from groupdpo_kernels.testing import Case, Inputs, make_inputs
 
 EVERYTHING = {"bias": True, "R": 3, "logit_scale": 1.3, "softcap": 15.0, "temperature": 0.8}
@@ -78,7 +78,7 @@ def test_the_same_bits_widened(case: Case) -> None:
 def test_what_is_kept_is_not_computed(case: Case) -> None:
     """The backward reads every number that is kept, in live rows, and takes its word."""
     inputs = make_inputs(case)
-    head, rows = inputs.head, [x.float() for x in (inputs.d_token_logps, inputs.d_lse)]
+    head, rows = inputs.head, RowGradients(*(x.float() for x in (inputs.d_token_logps, inputs.d_lse)))
     stats, cache = logit_cache.forward(head, inputs.targets, case.options, False, 2048)
     live = int((inputs.targets != -100).sum())
     product = inputs.hidden.reshape(-1, case.D) @ inputs.weight.T
@@ -88,7 +88,7 @@ def test_what_is_kept_is_not_computed(case: Case) -> None:
     torch.testing.assert_close(cache[:live], expected, rtol=1e-5, atol=1e-4)
 
     def gradients() -> list[Tensor]:
-        found = logit_cache.backward(head, inputs.targets, stats.lse, *rows, cache, case.options, inputs.needs)
+        found = logit_cache.backward(head, inputs.targets, stats.lse, rows, cache, case.options, inputs.needs)
         return [x for x in found if x is not None]
 
     before = gradients()
@@ -217,6 +217,8 @@ def test_opcheck(case: Case) -> None:
     for stats in (False, True):
         opcheck(torch.ops.groupdpo_kernels.logit_cache_forward.default, (*rest, stats, 2048))
     stats_, cache = logit_cache.forward(head, inputs.targets, case.options, False, 2048)
-    rows = (stats_.lse, inputs.d_token_logps.float(), inputs.d_lse.float(), cache)
+    upstream = (inputs.d_token_logps.float(), inputs.d_lse.float())
     op = torch.ops.groupdpo_kernels.logit_cache_backward.default
-    opcheck(op, (*head, inputs.targets, *rows, *astuple(case.options), list(inputs.needs)))
+    for d_entropy in (None, upstream[1]):
+        rows = (stats_.lse, *upstream, d_entropy, cache)
+        opcheck(op, (*head, inputs.targets, *rows, *astuple(case.options), list(inputs.needs)))

@@ -56,13 +56,14 @@ def test_opcheck_forward(case: Case, stats: bool, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", HOST)
+@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("needs", [(True,) * 6, (True, *(False,) * 5), (False, True, True, False, True, False)])
 @by_name
-def test_opcheck_backward(case: Case, needs: tuple[bool, ...], impl: str) -> None:
+def test_opcheck_backward(case: Case, needs: tuple[bool, ...], entropy: bool, impl: str) -> None:
     inputs = make_inputs(case)
     head = inputs.head
     lse = torch.ops.groupdpo_kernels.linear_logps_forward(*head, inputs.targets, *astuple(case.options), False, impl)[1]
-    upstream = (inputs.d_token_logps.float(), inputs.d_lse.float())
+    upstream = (inputs.d_token_logps.float(), inputs.d_lse.float(), inputs.d_lse.float() if entropy else None)
     asked = [a and b for a, b in zip(needs, inputs.needs._replace(mass=True))]
     arguments = (*head, inputs.targets, lse, *upstream, *astuple(case.options), asked, impl)
     opcheck(torch.ops.groupdpo_kernels.linear_logps_backward.default, arguments)
@@ -80,7 +81,7 @@ def test_opcheck_segment_sums(offsets: list[int], dtype: torch.dtype) -> None:
 
 def test_opcheck_refuse_gradient() -> None:
     for shape in ((0,), (4,), (2, 3)):
-        opcheck(torch.ops.groupdpo_kernels.refuse_gradient.default, (torch.zeros(shape), "entropy"))
+        opcheck(torch.ops.groupdpo_kernels.refuse_gradient.default, (torch.zeros(shape), "mean_logits"))
 
 
 # ------------------------------------------------------------------------------------------------- torch.compile
@@ -281,7 +282,7 @@ def test_every_subset_of_needs_input_grad(needs: tuple[bool, ...], monkeypatch: 
     real = ops.linear_logps_backward
 
     def backward(*arguments: object) -> object:
-        asked.append(arguments[6])  # type: ignore[arg-type]
+        asked.append(arguments[5])  # type: ignore[arg-type]
         return real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ops, "linear_logps_backward", backward)

@@ -82,8 +82,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
     const Head& head,
     const Tensor& targets,    // (T,) int64
     const Tensor& lse,        // (T,) float64, from the forward
-    const Tensor& d_target,   // (T,) float32: d_logits at the target
-    const Tensor& d_softmax,  // (T,) float32: the coefficient of the softmax elsewhere
+    const Tensor& d_target,   // (T,) float32: d_logits at the target; p (d_softmax - d_entropy log p) elsewhere
+    const Tensor& d_softmax,  // (T,) float32
+    const std::optional<Tensor>& d_entropy,  // (T,) float32, or none: 0
     const HeadOptions& options, const Needs& needs,
     const Tensor& logit_cache);  // (T, K) float32
 

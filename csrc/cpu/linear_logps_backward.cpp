@@ -13,13 +13,14 @@ namespace groupdpo_kernels {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward(
     const Head& head, const Tensor& targets, const Tensor& lse, const Tensor& d_target, const Tensor& d_softmax,
-    const HeadOptions& options, const Needs& needs, const Tensor& logit_cache) {
+    const std::optional<Tensor>& d_entropy, const HeadOptions& options, const Needs& needs, const Tensor& logit_cache) {
   const NoGrad no_grad;
   check(head, targets);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
   check_row_vector(lse, "lse", T, ScalarType::Double);
   check_row_vector(d_target, "d_target", T);
   check_row_vector(d_softmax, "d_softmax", T);
+  if (d_entropy) check_row_vector(*d_entropy, "d_entropy", T);
   STD_TORCH_CHECK(!needs.bias || head.bias.numel() > 0, "needs_bias must be false for a head without a bias");
 
   const int64_t per_column = HeadBlocks::scratch_per_column(head) +
@@ -46,6 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
   const double* row_lse = lse.const_data_ptr<double>();
   const float* at_target = d_target.const_data_ptr<float>();
   const float* elsewhere = d_softmax.const_data_ptr<float>();
+  const float* of_entropy = d_entropy ? d_entropy->const_data_ptr<float>() : nullptr;
 
   for (int64_t v0 = 0; v0 < V && T > 0; v0 += shape.columns) {
     const int64_t columns = std::min(shape.columns, V - v0);
@@ -63,10 +65,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logps_backward
             const bool known = target[t] >= 0 && target[t] < V;  // else NaN: never a plausible number
             const float d_others = known ? elsewhere[t] : std::numeric_limits<float>::quiet_NaN();
             // p = exp(logit - shift) factor: what rounding the lse costs is the same for all of a row (reference.py).
-            const float shift = static_cast<float>(row_lse[t]);
-            const double factor = std::exp(shift - row_lse[t]);
+            const float shift = static_cast<float>(row_lse[t]), entropy = of_entropy ? of_entropy[t] : 0;
+            const double owed = shift - row_lse[t], factor = std::exp(owed);
             const double seen = to_d_products(z.row(i - first), blocks.bias, columns, map, shift,
-                                              static_cast<float>(d_others * factor), at_target[t], target[t] - v0);
+                                              static_cast<float>((d_others - entropy * owed) * factor),
+                                              static_cast<float>(entropy * factor), at_target[t], target[t] - v0);
             if (row_mass) row_mass[t] += static_cast<float>(seen * factor);
             part.round(i - first);
           }

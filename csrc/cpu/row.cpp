@@ -222,14 +222,46 @@ EVERY_ISA void add_scaled(float* sums, const uint16_t* x, float factor, int64_t 
   for (int64_t j = 0; j < n; ++j) sums[j] += factor * std::bit_cast<float>(static_cast<uint32_t>(x[j]) << 16);
 }
 
+// One entry of to_squashed, in place, to exp(y) (d_softmax - d_entropy y) times the derivative of the cap, with y = logit
+// - shift. Returns exp(y).
+template <bool capped>
+ALWAYS_INLINE float to_d_entry(float& z, const LogitMap& map, float shift, float d_softmax, float d_entropy) {
+  constexpr float least = -1e4f;  // of y: exp(y) is 0 long before, and 0 times -inf is no number
+  const float x = z, y = (capped ? map.softcap * x / map.temperature : x) - shift, e = vexp(y);
+  const float d = e * (d_softmax - d_entropy * (y < least ? least : y));
+  z = capped ? d * (1 - x * x) : d;
+  return e;
+}
+
+// to_d_entry of to_squashed's result (n,). Returns sum exp(logit - shift).
+template <bool capped>
+EVERY_ISA static double to_d_entries(float* z, int64_t n, const LogitMap& all, float shift, float d_softmax,
+                                     float d_entropy) {
+  const LogitMap map = all;  // z may not point into it
+  float total[LANES] = {};
+  int64_t j = 0;
+  for (; j + LANES <= n; j += LANES) {
+    for (int64_t l = 0; l < LANES; ++l) total[l] += to_d_entry<capped>(z[j + l], map, shift, d_softmax, d_entropy);
+  }
+  for (int64_t l = 0; j < n; ++j, ++l) total[l] += to_d_entry<capped>(z[j], map, shift, d_softmax, d_entropy);
+  double sum = 0;
+  for (int64_t l = 0; l < LANES; ++l) sum += total[l];
+  return sum;
+}
+
 EVERY_ISA double to_d_products(float* z, const float* bias, int64_t n, const LogitMap& map, float shift,
-                               float d_softmax, float d_target, int64_t target) {
+                               float d_softmax, float d_entropy, float d_target, int64_t target) {
   const float chain = map.logit_scale / map.temperature, coefficient = d_softmax * chain;
   const bool bounded = to_squashed(z, bias, n, map) - shift <= 88;
   const bool here = target >= 0 && target < n;
   const float at_target = here ? d_target * chain * squashed_slope(z[target], map) : 0;
-  const double mass = squashed_to_weights(z, n, map, shift, bounded);
-  for (int64_t j = 0; j < n; ++j) z[j] *= coefficient;
+  double mass;
+  if (d_entropy == 0) {
+    mass = squashed_to_weights(z, n, map, shift, bounded);
+    for (int64_t j = 0; j < n; ++j) z[j] *= coefficient;
+  } else {
+    mass = (map.softcap > 0 ? to_d_entries<true> : to_d_entries<false>)(z, n, map, shift, coefficient, d_entropy * chain);
+  }
   if (here) z[target] = at_target;
   return mass;
 }

@@ -1,5 +1,5 @@
-"""Gradients of token log-probabilities and lse in the LM head's inputs, from tiles of logits rebuilt with the saved
-lse.
+"""Gradients of token log-probabilities, lse and entropy in the LM head's inputs, from tiles of logits rebuilt with the
+saved lse.
 
 A kernel rebuilds a bounded block of the logits and writes d_logits of it in the input dtype, the derivative in the
 result of the GEMM before bias, scale and softcap; GEMMs of cuBLAS turn the block into d_hidden and d_weight. Blocks go
@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from groupdpo_kernels.reference import Head, HeadGradients, HeadOptions, Needs
+from groupdpo_kernels.reference import (
+    LEAST_LOG_PROB,
+    Head,
+    HeadGradients,
+    HeadOptions,
+    Needs,
+    RowGradients,
+    known_softmax,
+)
 
 from .compaction import LiveRows, compact_head, gather_rows
 from .gemm import add_gemm, block_shape, new_block, new_products, write_gemm, write_products
@@ -28,6 +36,8 @@ from .row_limited_gemm import add_rows, reduce_rows
 from .tile import exp_difference, gemm_tile, halves, products_pointer, rows_from, squash, tile_position
 
 __all__ = ["linear_logps_backward", "why_not"]
+
+_LEAST_LOG_PROB = tl.constexpr(LEAST_LOG_PROB)
 
 
 @triton.jit(do_not_specialize=["row0", "rows", "column0", "columns", "T"], do_not_specialize_on_alignment=["count_ptr"])
@@ -42,6 +52,7 @@ def linear_logps_bwd_kernel(
     lse_ptr,  # (T,) float32: the row's lse, rounded
     d_target_ptr,  # (T,) float32: d_logits at the target
     d_softmax_ptr,  # (T,) float32: coefficient of exp(logits - lse) elsewhere
+    d_entropy_ptr,  # (T,) float32: that of -exp(logits - lse) (logits - lse), or None
     d_logits_ptr,  # (rows in whole tiles, stride_d_logits) input dtype; past `columns` zeros if FEW, else never read
     d_bias_ptr,  # (token tiles, stride_d_logits) float32, or None
     mass_ptr,  # (vocabulary tiles, rows) float32, or None
@@ -59,6 +70,7 @@ def linear_logps_bwd_kernel(
     R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
     NEEDS_MASS: tl.constexpr,
     FEW: tl.constexpr,  # the GEMMs are those of row_limited_gemm.py
@@ -93,6 +105,8 @@ def linear_logps_bwd_kernel(
         # cuBLAS reads the rows past the live ones: lse makes them 0 * exp(-inf), whatever the bias is.
         lse = tl.load(lse_ptr + t, mask=t < live, other=float("inf"))
         d_softmax = tl.load(d_softmax_ptr + t, mask=t < live, other=0.0) * slope
+        if HAS_ENTROPY:
+            d_entropy = tl.load(d_entropy_ptr + t, mask=t < live, other=0.0) * slope
         target = tl.load(targets_ptr + t, mask=t < live, other=-1) - v0
         inside = (target >= 0) & (target < BLOCK_V)
         hit = tl.max(inside.to(tl.int32), 0) > 0  # most tiles hold no row's target
@@ -108,7 +122,10 @@ def linear_logps_bwd_kernel(
             e = exp_difference(z, lse[:, None])
             if NEEDS_MASS:
                 mass += tl.sum(tl.where((v0 + column < V)[None, :], e, 0.0), 1)
-            d = d_softmax[:, None] * e
+            if HAS_ENTROPY:
+                d = e * (d_softmax[:, None] - d_entropy[:, None] * tl.maximum(z - lse[:, None], _LEAST_LOG_PROB))
+            else:
+                d = d_softmax[:, None] * e
             if hit:
                 d_target = tl.load(d_target_ptr + t, mask=t < live, other=0.0) * slope
                 d = tl.where(column[None, :] == target_column[:, None], d_target[:, None], d)
@@ -144,8 +161,7 @@ def linear_logps_backward(
     head: Head,  # fp32 | bf16 | fp16
     targets: Tensor,  # (...) int64
     lse: Tensor,  # (...) float64, from the forward
-    d_target: Tensor,  # (...) float32, of reference.row_gradients, as the next
-    d_softmax: Tensor,  # (...) float32
+    rows: RowGradients,  # (...) float32
     options: HeadOptions,
     needs: Needs,
     few: bool = False,
@@ -170,12 +186,12 @@ def linear_logps_backward(
     memory = None if d_hidden is None else d_hidden.view(T, D)
     compact = compact_head(head, targets, options, memory, library=not few)  # a library would multiply all rows
     live, launch = compact.live, compact.launch
-    shift, d_target, d_softmax, owed = _rowwise(live, compact.targets, lse, d_target, d_softmax, V)
+    shift, (d_target, d_softmax, d_entropy), owed = _rowwise(live, compact.targets, lse, rows, V)
 
-    rows, columns = block_shape(T, D, V, head.weight.element_size(), options.workspace_bytes, launch)
-    products = new_products(compact.head, rows, columns, launch)
+    most_rows, columns = block_shape(T, D, V, head.weight.element_size(), options.workspace_bytes, launch)
+    products = new_products(compact.head, most_rows, columns, launch)
     arguments = head_arguments(compact.head, launch, options, products)
-    block = new_block(head.hidden, rows, columns, launch)
+    block = new_block(head.hidden, most_rows, columns, launch)
     stride = block.shape[1]
     # (gradient, the other factor of its GEMM, its float32 accumulator)
     by_row = [
@@ -193,10 +209,10 @@ def linear_logps_backward(
         span = slice(column0, column0 + width)
         partial = None if d_bias is None else new(width).zero_()
         # Over several row blocks a block of d_weight is accumulated in float32; over one, the GEMM writes it straight.
-        several = rows < T
+        several = most_rows < T
         sums = [new((width, g.shape[1])).zero_() if several else g[span] for g, _ in by_column]
-        for row0 in range(0, T, rows):
-            height = min(rows, T - row0)
+        for row0 in range(0, T, most_rows):
+            height = min(most_rows, T - row0)
             here = slice(row0, row0 + height)
             d_logits = block[:height, :width]
             write_products(products, compact.head, row0, height, column0, width)
@@ -204,10 +220,11 @@ def linear_logps_backward(
             tile_sums = None if d_bias is None else new((tiles_t, stride))
             tile_mass = None if mass is None else new((stride // launch.BLOCK_V, height)).zero_()
             linear_logps_bwd_kernel[programs(launch, tiles_t * triton.cdiv(width, launch.BLOCK_V), device)](
-                *arguments.tensors, compact.targets, live.live, shift, d_target, d_softmax, d_logits, tile_sums,
-                tile_mass, row0, height, column0, width, T, V, stride,
+                *arguments.tensors, compact.targets, live.live, shift, d_target, d_softmax, d_entropy, d_logits,
+                tile_sums, tile_mass, row0, height, column0, width, T, V, stride,
                 arguments.strides, arguments.scale, arguments.cap,
-                NEEDS_BIAS=d_bias is not None, NEEDS_MASS=mass is not None, FEW=few, **arguments.constants,
+                HAS_ENTROPY=d_entropy is not None, NEEDS_BIAS=d_bias is not None, NEEDS_MASS=mass is not None, FEW=few,
+                **arguments.constants,
             )  # fmt: skip
             for _, factor, accumulator in by_row:
                 if few:
@@ -239,16 +256,10 @@ def _rowwise(
     live: LiveRows,
     targets: Tensor,  # (T,) int64, compact
     lse: Tensor,  # (...) float64
-    d_target: Tensor,  # (...) float32
-    d_softmax: Tensor,  # (...) float32
+    rows: RowGradients,  # (...) float32
     V: int,
-) -> tuple[Tensor, ...]:
-    """The compact rows of the lse rounded to float32, of d_target and d_softmax, and of the factor that the rounding
-    owes: p = exp(logits - lse) factor. d_softmax has it already, so that no entry of a tile pays for it. A wrong id
-    makes d_softmax NaN.
-    """
-    lse, d_target, d_softmax = map(live.compact, (lse, d_target, d_softmax))
-    shift = lse.float()
-    factor = torch.exp(shift - lse).float()
-    d_softmax = torch.where((targets >= 0) & (targets < V), d_softmax * factor, torch.nan)
-    return shift, d_target, d_softmax, factor
+) -> tuple[Tensor, RowGradients, Tensor]:  # (T,)
+    """reference.known_softmax of the compact rows. A wrong id makes d_softmax NaN."""
+    shift, compact, factor = known_softmax(live.compact(lse), rows.map(live.compact))
+    known = (targets >= 0) & (targets < V)
+    return shift, compact._replace(d_softmax=torch.where(known, compact.d_softmax, torch.nan)), factor

@@ -141,8 +141,8 @@ def sparse_backward(
     workspace_bytes = max(options.workspace_bytes - 8 * T * most, options.workspace_bytes // 2)
     options = replace(options, workspace_bytes=workspace_bytes)
     rest = torch.where(exact, targets, options.ignore_index)
-    d_target, d_softmax = found.row_gradients(d_token_logps, d_lse)
-    gradients = linear_logps_backward(head, rest, found.lse, d_target, d_softmax, options, needs, few=True)
+    upstream = found.row_gradients(d_token_logps, d_lse)
+    gradients = linear_logps_backward(head, rest, found.lse, upstream, options, needs, few=True)
     if T == 0 or not any(needs):
         return gradients
     ones = torch.ones((), dtype=torch.float32, device=targets.device).expand(T, 1)
@@ -165,7 +165,7 @@ def sparse_backward(
     ]
 
     live = targets.ne(options.ignore_index) & ~exact
-    flat = [x.reshape(-1) for x in (targets, live, found.target_slopes, d_target, d_softmax)]
+    flat = [x.reshape(-1) for x in (targets, live, found.target_slopes, upstream.d_target, upstream.d_softmax)]
     ids, weights = found.ids.view(T, most), found.weights.view(T, most)
     chain = options.logit_scale / options.temperature
     entry_bytes = ENTRY_BYTES + (0 if cuda_rows is None else INDEX_BYTES)

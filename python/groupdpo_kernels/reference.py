@@ -29,6 +29,7 @@ in closed form. Arithmetic is float32, or float64 for float64 inputs. Nothing he
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -102,6 +103,18 @@ class Needs(NamedTuple):
     mass: bool = False
 
 
+class RowGradients(NamedTuple):
+    """What d_logits of each row is made of: d_target at the target, p_v (d_softmax - d_entropy log p_v) elsewhere."""
+
+    d_target: Tensor  # (...)
+    d_softmax: Tensor  # (...)
+    d_entropy: Tensor | None = None  # (...), or None: nothing depends on the entropy
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> RowGradients:
+        d_entropy = None if self.d_entropy is None else f(self.d_entropy)
+        return RowGradients(f(self.d_target), f(self.d_softmax), d_entropy)
+
+
 class HeadGradients(NamedTuple):
     """Gradients in the head's inputs, and the mass that tells how exact the given lse is; None where not needed."""
 
@@ -128,10 +141,10 @@ class Candidates(NamedTuple):
     ids: Tensor  # (..., capacity) int32: the candidates, then 0; with a sampled tail TAIL_SAMPLES more columns
     weights: Tensor  # as ids: p_v c_v of each candidate, then 0; tail / TAIL_SAMPLES c_v of each drawn entry
 
-    def row_gradients(self, d_token_logps: Tensor, d_lse: Tensor) -> tuple[Tensor, Tensor]:  # (...), (...)
-        """(d_target, d_softmax) as of the function `row_gradients`, from non_target_probs."""
+    def row_gradients(self, d_token_logps: Tensor, d_lse: Tensor) -> RowGradients:  # (...), (...)
+        """As of the function `row_gradients`, from non_target_probs."""
         d_target = d_token_logps * self.non_target_probs + d_lse * (1 - self.non_target_probs)
-        return d_target, d_lse - d_token_logps
+        return RowGradients(d_target, d_lse - d_token_logps)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -166,7 +179,7 @@ def linear_logp_stats(
     low_rank: tuple[Tensor, Tensor] | None = None,  # (..., R), (V, R)
     options: HeadOptions = HeadOptions(),
 ) -> LogpStats:
-    """All per-row results from the whole logits; token_logps and lse are differentiable by autograd."""
+    """All per-row results from the whole logits; token_logps, lse and entropy are differentiable by autograd."""
     live = targets != options.ignore_index
     # `where` removes ignored rows before every GEMM and reduction, so that a NaN in such a row reaches neither result
     # nor gradient (0 * NaN would, in d_weight).
@@ -176,12 +189,13 @@ def linear_logp_stats(
     z = torch.where(live.unsqueeze(-1), logits(hidden, weight, bias, low_rank, options), 0)
     logps = torch.log_softmax(z, -1)  # subtracts the row's maximum: a common offset cancels before it rounds
     token_logps = logps.gather(-1, torch.where(live, targets, 0).unsqueeze(-1).long()).squeeze(-1)
+    p = torch.exp(logps)
+    # p = 0 adds 0 to the entropy and to its gradient, also where the logit is -inf.
+    entropy = -(p * torch.where(p == 0, 0, logps)).sum(-1)
     with torch.no_grad():
-        p = torch.exp(logps)
-        # p = 0 contributes 0 to the entropy, also where the logit is -inf.
-        rest = (-torch.where(p == 0, 0, p * logps).sum(-1), z.mean(-1), torch.logsumexp(2 * logps, -1))
+        rest = (z.mean(-1), torch.logsumexp(2 * logps, -1))
         is_top1 = (z.argmax(-1) == targets) & live
-    values = (torch.where(live, x, 0) for x in (token_logps, torch.logsumexp(z, -1), *rest))
+    values = (torch.where(live, x, 0) for x in (token_logps, torch.logsumexp(z, -1), entropy, *rest))
     return LogpStats._make([*values, is_top1])
 
 
@@ -196,30 +210,45 @@ def log_probs(
     return (logits - high) - (lse - high).to(logits.dtype)
 
 
+LEAST_LOG_PROB = -1e4  # of this and less p is 0 in every dtype; 0 times this is 0, 0 times -inf is no number
+
+
 def known_softmax(
     lse: Tensor,  # (...) float64
-    d_softmax: Tensor,  # (...) from row_gradients
-) -> tuple[Tensor, Tensor, Tensor]:  # (...), (...), (...) in the dtype of d_softmax
-    """(high, d_softmax * factor, factor), with p_v = exp(logits_v - high) * factor. A backward needs p with the digits
-    of log_probs, and each row's coefficient d_softmax takes the factor, so that no entry of (T, V) pays for the second
-    part of lse. The factor lies between 1 / V and V.
+    rows: RowGradients,
+) -> tuple[Tensor, RowGradients, Tensor]:  # (...), ..., (...) in the dtype of d_softmax
+    """(high, rows, factor) for p_v = exp(y_v) factor, with y_v = logits_v - high: d_logits is exp(y_v) (d_softmax -
+    d_entropy y_v) off the target. A backward needs p with the digits of log_probs, and the coefficients of a row take
+    what it needs, so that no entry of (T, V) pays for the second part of lse. The factor lies between 1 / V and V.
     """
+    d_target, d_softmax, d_entropy = rows
     high = lse.to(d_softmax.dtype)
-    factor = torch.exp(high - lse).to(d_softmax.dtype)
-    return high, d_softmax * factor, factor
+    owed = high - lse
+    factor = torch.exp(owed).to(d_softmax.dtype)
+    if d_entropy is None:
+        return high, RowGradients(d_target, d_softmax * factor), factor
+    d_softmax = (d_softmax - d_entropy * owed).to(d_softmax.dtype)
+    return high, RowGradients(d_target, d_softmax * factor, d_entropy * factor), factor
 
 
 def row_gradients(
     token_logps: Tensor,  # (...)
     d_token_logps: Tensor,  # (...)
     d_lse: Tensor,  # (...)
-) -> tuple[Tensor, Tensor]:  # (...), (...)
-    """(d_target, d_softmax): d_logits at the target, and the coefficient of p_v at every other entry.
+    entropy: Tensor | None = None,  # (...), as is the next
+    d_entropy: Tensor | None = None,
+) -> RowGradients:
+    """d_logits of each row from the gradients of its results: d entropy / d logits_v = -p_v (log p_v + entropy).
 
     The non-target probability 1 - p_y comes from the log-probability. As g - g p_y, with p_y rebuilt from an lse in
     float32, it would lose its digits where p_y is near 1 (at lse = 65 and p_y = 0.999 three are left).
     """
-    return d_lse * torch.exp(token_logps) - d_token_logps * torch.expm1(token_logps), d_lse - d_token_logps
+    p = torch.exp(token_logps)
+    d_target, d_softmax = d_lse * p - d_token_logps * torch.expm1(token_logps), d_lse - d_token_logps
+    if entropy is None or d_entropy is None:
+        return RowGradients(d_target, d_softmax)
+    d_target = d_target - d_entropy * torch.where(p == 0, 0, p * (token_logps + entropy))
+    return RowGradients(d_target, d_softmax - d_entropy * entropy, d_entropy)
 
 
 def linear_logps(

@@ -39,6 +39,7 @@ class Case:
     strided: bool = False  # hidden is a slice of a longer sequence: its leading dimensions do not collapse
     workspace_bytes: int = 2**28
     column: float = 0.0  # added to or subtracted from all logits of a row through one huge hidden column
+    entropy: bool = False  # the entropy has an upstream gradient too
 
     @property
     def options(self) -> HeadOptions:
@@ -93,6 +94,26 @@ CASES: tuple[Case, ...] = (
     Case("offset_options", 33, 48, 507, "an offset through every option", _FP32, True, 4, 1.3, 1e5, 0.8, shift=1e4),
     Case("offset_unlikely", 31, 48, 507, "log-probabilities of -1e3", bias=True, shift=1e4, hidden_scale=300.0),
     Case("offset_impossible", 31, 48, 507, "log-probabilities of -1e4", bias=True, shift=1e6, hidden_scale=3e3),
+    Case("entropy", 37, 64, 512, "a bonus for the entropy, as in GRPO", entropy=True),
+    Case("entropy_bf16", 130, 136, 1031, "the entropy through tensor descriptors", dtype=_BF16, entropy=True),
+    Case("entropy_everything", 66, 96, 1025, "", _FP32, True, 8, 1.3, 12.0, 0.8, hidden_scale=3.0, entropy=True),
+    Case("entropy_everything_bf16", 66, 96, 1025, "", _BF16, True, 8, 1.3, 12.0, 0.8, hidden_scale=3.0, entropy=True),
+    Case("entropy_confident", 48, 64, 640, "peaked rows: an entropy near 0", hidden_scale=8.0, entropy=True),
+    Case("entropy_one_hot", 48, 64, 640, "p = 1 but for rounding", hidden_scale=30.0, entropy=True),
+    Case("entropy_flat", 30, 48, 1500, "equal logits but for the third digit", hidden_scale=1e-3, entropy=True),
+    Case("entropy_offset", 33, 48, 507, "an offset of 1e4 beside the entropy", bias=True, shift=1e4, entropy=True),
+    Case("entropy_column", 33, 48, 507, "one of 1e6 by hidden", column=1e6, entropy=True),
+    Case(
+        "entropy_batched",
+        42,
+        48,
+        257,
+        "three leading dimensions, strided",
+        leading=(2, 3, 7),
+        strided=True,
+        entropy=True,
+    ),
+    Case("entropy_chunks", 90, 48, 900, "several chunks", bias=True, R=4, workspace_bytes=2**14, entropy=True),
 )
 
 
@@ -107,6 +128,7 @@ class Inputs:
     low_rank: tuple[Tensor, Tensor] | None  # (..., R), (V, R)
     d_token_logps: Tensor  # (...) float64
     d_lse: Tensor  # (...) float64
+    d_entropy: Tensor | None = None  # (...) float64
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -168,7 +190,7 @@ def make_inputs(case: Case, device: str | torch.device = "cpu", seed: int = 0) -
     # The last target is the last entry of the vocabulary, which lies in the ragged tile.
     if case.T > 1 and targets[-1] != -100:
         targets[-1] = case.V - 1
-    upstream = (torch.randn(*leading, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
+    upstream = (torch.randn(*leading, generator=generator, dtype=torch.float64).to(device) for _ in range(3))
 
     def leaf(x: Tensor) -> Tensor:
         return x.detach().requires_grad_()
@@ -179,7 +201,9 @@ def make_inputs(case: Case, device: str | torch.device = "cpu", seed: int = 0) -
         targets.view(leading).to(device),
         None if bias is None else leaf(bias),
         None if low_rank is None else (leaf(low_rank[0]), leaf(low_rank[1])),
-        *upstream,
+        next(upstream),
+        next(upstream),
+        next(upstream) if case.entropy else None,
     )
 
 
@@ -196,6 +220,9 @@ def run(function: Callable[..., LogpStats], inputs: Inputs, options: HeadOptions
     result = {name: x.detach() for name, x in stats._asdict().items() if x is not None}
     assert stats.lse is not None
     loss = (stats.token_logps.double() * inputs.d_token_logps + stats.lse.double() * inputs.d_lse).sum()
+    if inputs.d_entropy is not None:
+        assert stats.entropy is not None
+        loss = loss + (stats.entropy.double() * inputs.d_entropy).sum()
     leaves = inputs.leaves
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     return result | {f"d_{name}": g for name, g in zip(leaves, gradients)}
@@ -215,8 +242,9 @@ def eager(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Any, low_rank: 
     live = targets != options.ignore_index
     logps = torch.log_softmax(z, -1)
     picked = logps.gather(-1, torch.where(live, targets, 0).unsqueeze(-1)).squeeze(-1)
+    entropy = -(logps.exp() * logps).sum(-1)
     with torch.no_grad():
-        rest = (-(logps.exp() * logps).sum(-1), z.mean(-1), torch.logsumexp(2 * logps, -1))
+        rest = (entropy, z.mean(-1), torch.logsumexp(2 * logps, -1))
     return LogpStats(*(torch.where(live, x, 0) for x in (picked, torch.logsumexp(z, -1), *rest)))
 
 

@@ -110,8 +110,9 @@ def linear_logp_stats(
     """`linear_logps` with more of each row's distribution, at the same number of GEMMs.
 
     outputs: any of "lse", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1"; the others are None. token_logps is
-    always there. token_logps and lse are differentiable; a gradient into any other field raises a RuntimeError, it is
-    never a silent zero. The other arguments are those of `linear_logps`.
+    always there. token_logps, lse and entropy are differentiable, in one backward of the same number of GEMMs; a
+    gradient into any other field raises a RuntimeError, it is never a silent zero. With a field after "lse" the
+    gradient is exact whatever grad_tol is. The other arguments are those of `linear_logps`.
     """
     known = ("lse", *_EXTRA)
     if isinstance(outputs, str) or not isinstance(outputs, Iterable):
@@ -131,7 +132,7 @@ def linear_logp_stats(
     for name in known:
         if name not in outputs:
             fields[name] = None
-        elif name in _EXTRA[:-1] and stats.token_logps.requires_grad:  # is_top1 is bool and cannot carry a gradient
+        elif name in _EXTRA[1:-1] and stats.token_logps.requires_grad:  # is_top1 is bool and cannot carry a gradient
             fields[name] = RefuseGradient.apply(fields[name], stats.token_logps, name)
     return LogpStats(**fields)
 

@@ -1,8 +1,8 @@
 """The autograd Functions over the ops, which plug into any model.
 
-They save their inputs and two numbers a row, 12 bytes (for a frozen head the derivative; with a tolerance the
-candidates), and never more logits than the budget of logit_cache.py allows. Gradients are of first order: a second
-backward through them raises.
+They save their inputs and two numbers a row, 12 bytes (with statistics a third, the entropy; for a frozen head the
+derivative; with a tolerance the candidates), and never more logits than the budget of logit_cache.py allows. Gradients
+are of first order: a second backward through them raises.
 
 torch.func.grad and vjp need whatever a backward reads to be an input or an output of its forward, so some outputs serve
 the backward alone: the graph holds them once the caller has dropped them. torch.vmap raises, and says what to do.
@@ -18,7 +18,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import NotUnderVmap
-from ..reference import Candidates, Head, HeadGradients, HeadOptions, LogpStats, Needs, head_of, row_gradients
+from ..reference import (
+    Candidates,
+    Head,
+    HeadGradients,
+    HeadOptions,
+    LogpStats,
+    Needs,
+    RowGradients,
+    head_of,
+    row_gradients,
+)
 from ..replay import KnownLse
 from . import logit_cache, ops
 from .sparse import exact_rows
@@ -63,9 +73,9 @@ class LinearLogps:
 
     hidden (..., D), weight (V, D), targets (...) int64, bias (V,) or None, low_rank_hidden (..., R) and low_rank_weight
     (V, R) or None, `options` a HeadOptions, `impl` as in linear_logps, `known` None, or without `stats` a KnownLse: the
-    forward then computes the logits of the targets alone. It returns the six tensors of LogpStats in order. token_logps
-    and lse are differentiable; the other four have size 0 unless `stats`, and carry no gradient (linear_logp_stats
-    makes a gradient into them an error).
+    forward then computes the logits of the targets alone. It returns the six tensors of LogpStats in order. Those after
+    lse have size 0 unless `stats`, and those after entropy carry no gradient (linear_logp_stats makes a gradient into
+    them an error).
     """
 
     @staticmethod
@@ -107,17 +117,17 @@ class ExactLinearLogps(OfHead):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[6]
-        ctx.save_for_backward(*inputs[:6], output[0], output[6])
-        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*inputs[:6], output[0], output[2], output[6])
+        mark_differentiable(ctx, output, ctx.options.stats)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        *head, targets, token_logps, lse = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        *head, targets, token_logps, entropy, lse = ctx.saved_tensors
         options: CallOptions = ctx.options
-        rows = row_gradients(token_logps, d_token_logps, d_lse)
+        rows = rows_of(token_logps, entropy, *upstream[:3])
         needs = _needs(ctx, mass=options.known is not None)
-        g = ops.linear_logps_backward(Head(*head), targets, lse, *rows, options.head, needs, options.impl)
+        g = ops.linear_logps_backward(Head(*head), targets, lse, rows, options.head, needs, options.impl)
         if options.known is not None and g.mass is not None:
             options.known.drift = torch.where(targets == options.head.ignore_index, 0, g.mass.log())
         return _by_input(ctx, g)
@@ -146,17 +156,35 @@ class CachedLinearLogps(OfHead):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[6]
-        ctx.save_for_backward(*inputs[:6], output[0], *output[6:])
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)  # zeros for the logit cache would be as large as it is
+        ctx.save_for_backward(*inputs[:6], output[0], output[2], *output[6:])
+        mark_differentiable(ctx, output, ctx.options.stats)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_token_logps: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        *head, targets, token_logps, lse, cache = ctx.saved_tensors
-        rows = row_gradients(token_logps, *_or_zeros(token_logps, d_token_logps, d_lse))
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        *head, targets, token_logps, entropy, lse, cache = ctx.saved_tensors
+        rows = rows_of(token_logps, entropy, *upstream[:3])
         needs = _needs(ctx)
-        return _by_input(ctx, logit_cache.backward(Head(*head), targets, lse, *rows, cache, ctx.options.head, needs))
+        return _by_input(ctx, logit_cache.backward(Head(*head), targets, lse, rows, cache, ctx.options.head, needs))
+
+
+def mark_differentiable(ctx: Any, output: tuple[Tensor, ...], stats: bool) -> None:
+    """token_logps, lse and, with statistics, the entropy."""
+    ctx.mark_non_differentiable(*output[3 if stats else 2 :])
+    # None says that nobody uses the entropy's gradient; and zeros for a logit cache would be as large as it is.
+    ctx.set_materialize_grads(False)
+
+
+def rows_of(
+    token_logps: Tensor,  # (...)
+    entropy: Tensor,  # (...), or (0,) without statistics
+    d_token_logps: Tensor | None,  # (...), as are the next two
+    d_lse: Tensor | None,
+    d_entropy: Tensor | None,
+) -> RowGradients:
+    if entropy.shape != token_logps.shape:
+        d_entropy = None  # torch.compile has (0,) zeros for it
+    return row_gradients(token_logps, *_or_zeros(token_logps, d_token_logps, d_lse), entropy, d_entropy)
 
 
 def _with_lse(stats: LogpStats) -> tuple[Tensor, ...]:
@@ -222,8 +250,8 @@ class FrozenLinearLogps(OfHead):
             d_lse, live = torch.zeros_like(non_target_probs), targets != options.head.ignore_index
             rows = exact_rows(non_target_probs, dropped, d_token_logps, d_lse, live, options.grad_tol)
             rest = torch.where(rows, targets, options.head.ignore_index)
-            upstream = (d_token_logps * non_target_probs, -d_token_logps)
-            g = ops.linear_logps_backward(Head(*head), rest, lse, *upstream, options.head, needs, options.impl)
+            upstream = RowGradients(d_token_logps * non_target_probs, -d_token_logps)
+            g = ops.linear_logps_backward(Head(*head), rest, lse, upstream, options.head, needs, options.impl)
             d_hidden, d_low_rank_hidden = (
                 None if x is None or exact is None else torch.where(rows[..., None], exact, x)
                 for x, exact in ((d_hidden, g.d_hidden), (d_low_rank_hidden, g.d_low_rank_hidden))

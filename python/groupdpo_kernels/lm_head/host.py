@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import Candidates, Head, HeadGradients, HeadOptions, LogpStats, Needs, log_probs
+from ..reference import Candidates, Head, HeadGradients, HeadOptions, LogpStats, Needs, RowGradients, log_probs
 from . import sparse, torch_blocks
 
 
@@ -96,22 +96,21 @@ def backward(
     head: Head,
     targets: Tensor,
     lse: Tensor,  # float64, from forward
-    d_target: Tensor,
-    d_softmax: Tensor,
+    row_gradients: RowGradients,
     options: HeadOptions,
     needs: Needs,
     impl: str,
     logit_cache: Tensor | None = None,  # what forward has filled
 ) -> HeadGradients:
     rows, live, y = live_rows(head, targets, options)
-    lse, d_target, d_softmax = (rows.take(x) for x in (lse, d_target, d_softmax))
+    lse, taken = rows.take(lse), row_gradients.map(rows.take)
     if impl == "cpu":
         op = torch.ops.groupdpo_kernels.linear_logps_backward_cpu
         cache = _no_cache(live) if logit_cache is None else logit_cache[: y.shape[0]]
-        out = op(*live, y, lse, d_target, d_softmax, *_of_extension(options), *needs, cache)
+        out = op(*live, y, lse, *taken, *_of_extension(options), *needs, cache)
         g = asked_for(out, needs)
     else:
-        g = torch_blocks.backward_in_blocks(live, y, lse, d_target, d_softmax, options, needs)
+        g = torch_blocks.backward_in_blocks(live, y, lse, taken, options, needs)
     return g._replace(
         d_hidden=None if g.d_hidden is None else rows.put(g.d_hidden),
         d_low_rank_hidden=None if g.d_low_rank_hidden is None else rows.put(g.d_low_rank_hidden),
@@ -199,16 +198,16 @@ def sparse_backward(
     live = targets != options.ignore_index
     exact = sparse.rows_of_the_exact_path(found, d_token_logps, d_lse, live, grad_tol)
     rest = torch.where(exact, targets, options.ignore_index)
-    d_target, d_softmax = found.row_gradients(d_token_logps, d_lse)
-    gradients = backward(head, rest, found.lse, d_target, d_softmax, options, needs, impl)
+    rows = found.row_gradients(d_token_logps, d_lse)
+    gradients = backward(head, rest, found.lse, rows, options, needs, impl)
     by_row = {name: getattr(gradients, name) for name in ("d_hidden", "d_low_rank_hidden")}
     sparse.add_candidates(
         gradients._replace(**{name: None if x is None else flat(x) for name, x in by_row.items()}),
         head._replace(hidden=flat(head.hidden), low_rank_hidden=flat(head.low_rank_hidden)),
         targets.reshape(-1),
         Candidates(*(flat(x) if name in ("ids", "weights") else x.reshape(-1) for name, x in found._asdict().items())),
-        d_target.reshape(-1),
-        d_softmax.reshape(-1),
+        rows.d_target.reshape(-1),
+        rows.d_softmax.reshape(-1),
         (live & ~exact).reshape(-1),
         options,
         _add_weighted_rows if impl == "cpu" else sparse.add_weighted_rows,

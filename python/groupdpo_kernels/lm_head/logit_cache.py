@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..reference import Head, HeadGradients, HeadOptions, LogpStats, Needs
+from ..reference import Head, HeadGradients, HeadOptions, LogpStats, Needs, RowGradients
 from . import host, ops
 from .implementations import resolve
 from .workspace import BLOCK_COLUMNS, BLOCK_ROWS
@@ -110,16 +110,16 @@ def _(*arguments):
     f" -> ({', '.join(['Tensor'] * 6)})",
 )
 def _logit_cache_backward(*arguments):
-    head, targets, options, (lse, d_target, d_softmax, cache), (needs,) = ops.arguments_of(arguments, 4)
+    head, targets, options, (lse, *rows, cache), (needs,) = ops.arguments_of(arguments, 5)
     left = _left(options, cache)
     with ops.exact_arithmetic(head.hidden.device):
-        gradients = host.backward(head, targets, lse, d_target, d_softmax, left, Needs(*needs), "cpu", cache)
+        gradients = host.backward(head, targets, lse, RowGradients(*rows), left, Needs(*needs), "cpu", cache)
     return ops.without_none(gradients, head.hidden)
 
 
 @_logit_cache_backward.register_fake
 def _(*arguments):
-    head, targets, _, _, (needs,) = ops.arguments_of(arguments, 4)
+    head, targets, _, _, (needs,) = ops.arguments_of(arguments, 5)
     return ops.fake_gradients(head, targets, needs)
 
 
@@ -147,12 +147,11 @@ def backward(
     head: Head,
     targets: Tensor,
     lse: Tensor,
-    d_target: Tensor,
-    d_softmax: Tensor,
+    rows: RowGradients,
     cache: Tensor,  # (T, columns) from forward
     options: HeadOptions,
     needs: Needs,
 ) -> HeadGradients:
     """ops.linear_logps_backward that reads the logit cache instead of computing those logits again."""
     op = torch.ops.groupdpo_kernels.logit_cache_backward
-    return host.asked_for(op(*head, targets, lse, d_target, d_softmax, cache, *astuple(options), list(needs)), needs)
+    return host.asked_for(op(*head, targets, lse, *rows, cache, *astuple(options), list(needs)), needs)

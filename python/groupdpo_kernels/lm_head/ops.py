@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import Candidates, Head, HeadGradients, HeadOptions, LogpStats, Needs, accumulator
+from ..reference import Candidates, Head, HeadGradients, HeadOptions, LogpStats, Needs, RowGradients, accumulator
 from . import extension, host, sparse
 from .extension import extension_why_not, warn_of_the_slow_path
 from .host import FrozenHead, asked_for
@@ -33,7 +33,7 @@ _LIBRARY = torch.library.Library("groupdpo_kernels", "FRAGMENT")
 
 # csrc/binding.cpp registers these C++ ops for the CPU key. Their callers pass live rows and valid ids only.
 HEAD = "Tensor hidden, Tensor weight, Tensor bias, Tensor low_rank_hidden, Tensor low_rank_weight, Tensor targets"
-ROWS = "Tensor lse, Tensor d_target, Tensor d_softmax"
+ROWS = "Tensor lse, Tensor d_target, Tensor d_softmax, Tensor? d_entropy"
 _MAP = "float logit_scale, float? softcap, float temperature"
 _NEEDS = ", ".join(f"bool needs_{name}" for name in Needs._fields)
 _SIX, _SEVEN = (f"({', '.join(['Tensor'] * n)})" for n in (6, 7))
@@ -116,20 +116,20 @@ def _fake_rows(targets: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
     schema=f"({HEAD}, {ROWS}, {OPTIONS}, bool[] needs, str impl) -> {_SIX}",
 )
 def _linear_logps_backward(*arguments):
-    head, targets, options, rows, (needs, impl) = arguments_of(arguments, 3)
+    head, targets, options, (lse, *rows), (needs, impl) = arguments_of(arguments, 4)
+    tensors = (head, targets, lse, RowGradients(*rows))
     impl = resolve(impl, head.hidden, head.weight)
     with exact_arithmetic(head.hidden.device):
         if impl == "triton":
-            gradients = _launcher("linear_logps_backward")(head, targets, *rows, options, Needs(*needs))
+            gradients = _launcher("linear_logps_backward")(*tensors, options, Needs(*needs))
         else:
-            lse, d_target, d_softmax = rows
-            gradients = host.backward(head, targets, lse, d_target, d_softmax, options, Needs(*needs), impl)
+            gradients = host.backward(*tensors, options, Needs(*needs), impl)
     return without_none(gradients, head.hidden)
 
 
 @_linear_logps_backward.register_fake
 def _(*arguments):
-    head, targets, _, _, (needs, _) = arguments_of(arguments, 3)
+    head, targets, _, _, (needs, _) = arguments_of(arguments, 4)
     return fake_gradients(head, targets, needs)
 
 
@@ -234,7 +234,8 @@ def _(*arguments):
 
 def not_differentiable(name: str) -> RuntimeError:
     return RuntimeError(
-        f"{name} is not differentiable: only token_logps and lse are. Use {name}.detach() in the loss, or leave it out."
+        f"{name} is not differentiable: only token_logps, lse and entropy are. Use {name}.detach() in the loss, or"
+        " leave it out."
     )
 
 
@@ -271,14 +272,13 @@ def linear_logps_backward(
     head: Head,
     targets: Tensor,
     lse: Tensor,
-    d_target: Tensor,
-    d_softmax: Tensor,
+    rows: RowGradients,
     options: HeadOptions,
     needs: Needs,
     impl: str,
 ) -> HeadGradients:
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_backward
-    return asked_for(op(*head, targets, lse, d_target, d_softmax, *astuple(options), list(needs), impl), needs)
+    return asked_for(op(*head, targets, lse, *rows, *astuple(options), list(needs), impl), needs)
 
 
 def frozen_head(head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str) -> FrozenHead:

@@ -13,7 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import Head, HeadGradients, HeadOptions, LogpStats, Needs, accumulator, known_softmax, log_probs
+from ..reference import (
+    LEAST_LOG_PROB,
+    Head,
+    HeadGradients,
+    HeadOptions,
+    LogpStats,
+    Needs,
+    RowGradients,
+    accumulator,
+    known_softmax,
+    log_probs,
+)
 
 
 def block_shape(
@@ -185,8 +196,7 @@ def backward_in_blocks(
     head: Head,  # (T, .) rows
     targets: Tensor,  # (T,) int64, all valid
     lse: Tensor,  # (T,) float64, from the forward
-    d_target: Tensor,  # (T,) from reference.row_gradients, as is d_softmax
-    d_softmax: Tensor,  # (T,)
+    rows: RowGradients,  # (T,)
     options: HeadOptions,
     needs: Needs,
 ) -> HeadGradients:
@@ -214,7 +224,7 @@ def backward_in_blocks(
         )
     ]
     mass = head.hidden.new_zeros(blocks.T, dtype=dtype) if needs.mass else None
-    shift, d_softmax, factor = known_softmax(lse, d_softmax.to(dtype))
+    shift, (d_target, d_softmax, d_entropy), factor = known_softmax(lse, rows.map(lambda x: x.to(dtype)))
     for v in blocks.vocabulary():
         of_block = [None if g is None else zeros(g[v], dtype, True) for g in by_vocabulary]
         for t in blocks.tokens():
@@ -222,10 +232,13 @@ def backward_in_blocks(
             e = torch.exp(z.sub_(shift[t, None]))
             if mass is not None:
                 mass[t] += e.sum(1)
-            d_raw = e.mul_(d_softmax[t, None])
+            coefficients = d_softmax[t, None]
+            if d_entropy is not None:
+                coefficients = z.clamp_(min=LEAST_LOG_PROB).mul_(-d_entropy[t, None]).add_(coefficients)
+            d_raw = e.mul_(coefficients)
             local = targets[t] - v.start
             r = ((local >= 0) & (local < v.stop - v.start)).nonzero()[:, 0]
-            d_raw[r, local[r]] = d_target[t][r].to(dtype)
+            d_raw[r, local[r]] = d_target[t][r]
             if d_cap is not None:
                 d_raw *= d_cap
             d_raw *= options.logit_scale / options.temperature

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..reference import Head, HeadOptions, Needs, log_probs, row_gradients
+from ..reference import LEAST_LOG_PROB, Head, HeadOptions, Needs, RowGradients, log_probs
 from . import ops
-from .autograd import OfHead
+from .autograd import OfHead, mark_differentiable, rows_of
 
 _IGNORED = -100  # for the ids of a shard, among which the caller's ignore_index could be valid
 
@@ -88,24 +88,25 @@ class ShardedLinearLogps(OfHead):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, weight, _, bias, low_rank_hidden, low_rank_weight, options, _, ctx.impl, ctx.process_group = inputs
+        hidden, weight, _, bias, low_rank_hidden, low_rank_weight, options, stats, ctx.impl, ctx.process_group = inputs
         ctx.options = replace(options, ignore_index=_IGNORED)
-        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, output[0], *output[6:])
-        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(hidden, weight, bias, low_rank_hidden, low_rank_weight, output[0], output[2], *output[6:])
+        mark_differentiable(ctx, output, stats)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_token_logps: Tensor, d_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, token_logps, lse, ids, inside, wrong = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, token_logps, entropy, lse, ids, inside, wrong = ctx.saved_tensors
         head = Head(*tensors)
         need = ctx.needs_input_grad
         needs = Needs(need[0], need[1], need[3], need[4], need[5])
-        d_target, d_softmax = row_gradients(token_logps, d_token_logps, d_lse)
+        d_target, d_softmax, d_entropy = rows_of(token_logps, entropy, *upstream[:3])
         d_softmax = torch.where(wrong, torch.nan, d_softmax)
         # A row whose target is on another rank has id 0 here, which must count as an entry like any other.
-        p = torch.exp(ops.token_logps_of(head, ids, lse, ctx.options))
-        d_target = torch.where(inside, d_target, d_softmax * p)
-        gradients = list(ops.linear_logps_backward(head, ids, lse, d_target, d_softmax, ctx.options, needs, ctx.impl))
+        logps = ops.token_logps_of(head, ids, lse, ctx.options)
+        others = d_softmax if d_entropy is None else d_softmax - d_entropy * logps.clamp(min=LEAST_LOG_PROB)
+        rows = RowGradients(torch.where(inside, d_target, others * logps.exp()), d_softmax, d_entropy)
+        gradients = list(ops.linear_logps_backward(head, ids, lse, rows, ctx.options, needs, ctx.impl))
         for i in (0, 3):
             if (partial := gradients[i]) is not None:
                 total = partial.float() if partial.dtype.itemsize == 2 else partial
