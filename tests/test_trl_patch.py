@@ -85,7 +85,8 @@ def leaves(dtype: torch.dtype, weight: torch.dtype | None = None) -> tuple[Tenso
 
 def gradients(log_probs: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
-    return torch.autograd.grad(log_probs, inputs, torch.randn(log_probs.shape, generator=generator).to(log_probs))
+    upstream = torch.randn(log_probs.shape, generator=generator).to(log_probs)
+    return torch.autograd.grad(log_probs, inputs, upstream, retain_graph=True)
 
 
 @pytest.mark.parametrize("chunk_size", [64, TILE])
@@ -104,8 +105,11 @@ def test_all_arguments_and_outputs_are_those_of_trl(dtypes: tuple[Any, Any], chu
             if a is not None:
                 assert (a.dtype, a.requires_grad) == (b.dtype, b.requires_grad)
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        for a, b in zip(gradients(actual[0], *inputs), gradients(expected[0], *inputs)):
-            torch.testing.assert_close(a, b, rtol=max(1e-4, torch.finfo(a.dtype).eps), atol=1e-5)
+        for got, wanted in zip(actual[:2], expected[:2]):  # log_probs, and the entropy where it is asked for
+            if got is None:
+                continue
+            for a, b in zip(gradients(got, *inputs), gradients(wanted, *inputs)):
+                torch.testing.assert_close(a, b, rtol=max(1e-4, torch.finfo(a.dtype).eps), atol=1e-5)
 
 
 def test_autocast() -> None:
@@ -146,7 +150,7 @@ def test_compiled() -> None:
 
     def loss() -> Tensor:
         log_probs, entropy, *_ = current().apply(hidden, weight, None, targets, 1.0, TILE)
-        return log_probs.sum() + entropy.detach().sum()
+        return log_probs.sum() + entropy.square().sum()
 
     with patch_trl():
         compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)()
@@ -157,9 +161,6 @@ def test_compiled() -> None:
 def test_what_trl_can_and_we_cannot_is_an_error() -> None:
     hidden, weight, bias, targets = leaves(torch.float32)
     with patch_trl():
-        log_probs, entropy, *_ = current().apply(hidden, weight, bias, targets, 1.0, TILE)
-        with pytest.raises(RuntimeError, match=r"entropy is not differentiable.*entropy_coef=0.*unpatch_trl\(\)"):
-            (log_probs.sum() + 0.0 * entropy.sum()).backward()
         with pytest.raises(ValueError, match="targets must be in"):
             current().apply(hidden, weight, bias, targets - 100, 1.0, TILE)
         with pytest.raises(ValueError, match="temperature must be positive"):
@@ -293,6 +294,10 @@ def kto(model: Any, tokenizer: Any, **common: Any) -> Any:
     return trl.KTOTrainer(model, args=trl.KTOConfig(**common), train_dataset=rows, processing_class=tokenizer)
 
 
+BONUS = {"entropy_coef": 0.5}  # GRPO's bonus for the entropy: its gradient then moves the weights
+ADAPTIVE = {"use_adaptive_entropy": True, "entropy_coef": 0.3, "entropy_target": 9.0, "top_entropy_quantile": 0.7}
+
+
 def sampled(name: str, model: Any, tokenizer: Any, **common: Any) -> Any:
     """GRPO and RLOO: sampling at a temperature, an advantage that differs in the group, a reference model."""
     settings = {"num_generations": 2, "max_completion_length": 6, "temperature": 0.7, "beta": 0.1}
@@ -311,6 +316,8 @@ TRAINERS: dict[str, Callable[..., Any]] = {
     "DPO-LoRA": dpo_lora,
     "KTO": kto,
     "GRPO": lambda *args, **common: sampled("GRPO", *args, **common),
+    "GRPO with an entropy bonus": lambda *args, **common: sampled("GRPO", *args, **common, **BONUS),
+    "GRPO with an adaptive bonus": lambda *args, **common: sampled("GRPO", *args, **common, **ADAPTIVE),
     "RLOO": lambda *args, **common: sampled("RLOO", *args, **common),
 }
 

@@ -4,10 +4,10 @@ All of them call one function, `trl.trainer.utils._ChunkedLogProbFunction`, look
 `TokenStatistics` in its place and `unpatch_trl()` puts TRL's own back. The name is private: a TRL outside SUPPORTED, or
 a function whose arguments are not those in PARAMETERS, raises a RuntimeError and nothing is replaced.
 
-The numbers are TRL's, except that logits are float32 where TRL rounds them to the 16 bits of the model. What TRL can do
-and this cannot is an error, never another number: a gradient into the entropy (GRPO's entropy bonus), DeepSpeed ZeRO-3,
-a temperature that is not positive, a target outside the vocabulary. Under autocast the gradient of a float32 weight is
-rounded to the autocast dtype, as that of F.linear is; TRL's is not.
+The numbers are TRL's, except that logits are float32 where TRL rounds them to the 16 bits of the model; the entropy has
+its gradient too, which GRPO's bonus for it needs. What TRL can do and this cannot is an error, never another number:
+DeepSpeed ZeRO-3, a temperature that is not positive, a target outside the vocabulary. Under autocast the gradient of a
+float32 weight is rounded to the autocast dtype, as that of F.linear is; TRL's is not.
 
 The cost is that of `linear_logp_stats` with a workspace of the size of TRL's tile, 256 MiB; under autocast also a copy
 of the weight in the autocast dtype until the backward. docs/math.md has the formulas.
@@ -54,7 +54,7 @@ class TokenStatistics:
         outputs: tuple[str, ...] = OUTPUTS,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), each (T,) float32, is_top1 bool; None where not
-        in `outputs`. log_probs is differentiable, a gradient into entropy raises, the others have none.
+        in `outputs`. log_probs and entropy are differentiable, the others have no gradient.
         """
         _refuse_zero3(hidden, weight, bias)
         device_type = hidden.device.type
@@ -72,8 +72,6 @@ class TokenStatistics:
             outputs=[name for name in OUTPUTS if name in outputs],
         )
         entropy = None if stats.entropy is None else stats.entropy.float()
-        if entropy is not None and entropy.requires_grad and not torch.compiler.is_compiling():
-            entropy.register_hook(_refuse_entropy_gradient)
         rest = (stats.log_sum_sq_probs, stats.mean_logits)
         squares, mean = (None if x is None else x.detach().float() for x in rest)
         return stats.token_logps.float(), entropy, squares, mean, stats.is_top1
@@ -124,10 +122,3 @@ def _refuse_zero3(*tensors: Tensor | None) -> None:
             "patch_trl() cannot train an LM head that DeepSpeed ZeRO-3 has sharded: use ZeRO-2 or FSDP2, or call"
             " groupdpo_kernels.integrations.trl.unpatch_trl()"
         )
-
-
-def _refuse_entropy_gradient(_: Tensor) -> None:
-    raise RuntimeError(
-        "the entropy is not differentiable under patch_trl(): set entropy_coef=0 and use_adaptive_entropy=False, or"
-        " call groupdpo_kernels.integrations.trl.unpatch_trl()"
-    )
