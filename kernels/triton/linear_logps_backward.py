@@ -33,7 +33,7 @@ from .compaction import LiveRows, compact_head, gather_rows
 from .gemm import add_gemm, block_shape, new_block, new_products, write_gemm, write_products
 from .launch import head_arguments, library_rounds, on_its_device, programs, why_not
 from .row_limited_gemm import add_rows, reduce_rows
-from .tile import exp_difference, gemm_tile, halves, products_pointer, rows_from, squash, tile_position
+from .tile import LOG2_E, exp_difference, gemm_tile, halves, products_pointer, rows_from, squash, tile_position
 
 __all__ = ["linear_logps_backward", "why_not"]
 
@@ -105,8 +105,6 @@ def linear_logps_bwd_kernel(
         # cuBLAS reads the rows past the live ones: lse makes them 0 * exp(-inf), whatever the bias is.
         lse = tl.load(lse_ptr + t, mask=t < live, other=float("inf"))
         d_softmax = tl.load(d_softmax_ptr + t, mask=t < live, other=0.0) * slope
-        if HAS_ENTROPY:
-            d_entropy = tl.load(d_entropy_ptr + t, mask=t < live, other=0.0) * slope
         target = tl.load(targets_ptr + t, mask=t < live, other=-1) - v0
         inside = (target >= 0) & (target < BLOCK_V)
         hit = tl.max(inside.to(tl.int32), 0) > 0  # most tiles hold no row's target
@@ -119,11 +117,17 @@ def linear_logps_bwd_kernel(
             column = i * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
             y = squash(parts[i], bias_ptr, v0 + column, V, scale, HAS_BIAS, HAS_SOFTCAP, ACCURATE)
             z = cap * y if HAS_SOFTCAP else y
-            e = exp_difference(z, lse[:, None])
+            if HAS_ENTROPY:
+                z = tl.maximum(z - lse[:, None], _LEAST_LOG_PROB)
+                e = tl.exp2(z * LOG2_E)
+            else:
+                e = exp_difference(z, lse[:, None])
             if NEEDS_MASS:
                 mass += tl.sum(tl.where((v0 + column < V)[None, :], e, 0.0), 1)
             if HAS_ENTROPY:
-                d = e * (d_softmax[:, None] - d_entropy[:, None] * tl.maximum(z - lse[:, None], _LEAST_LOG_PROB))
+                # Loaded here, not before the loop: there it spills 8 bytes a thread on sm_90.
+                d_entropy = tl.load(d_entropy_ptr + t, mask=t < live, other=0.0) * slope
+                d = e * (d_softmax[:, None] - d_entropy[:, None] * z)
             else:
                 d = d_softmax[:, None] * e
             if hit:
