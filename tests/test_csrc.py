@@ -357,7 +357,7 @@ def test_the_same_bits_under_every_instruction_set(dtype: torch.dtype, softcap: 
     from groupdpo_kernels import _C
 
     head, targets = drawn(37, 48, 301, dtype)
-    upstream = [torch.linspace(-1, 1, 37), torch.linspace(1, -2, 37)]
+    upstream = [torch.linspace(-1, 1, 37), torch.linspace(1, -2, 37), torch.linspace(0, 3, 37)]
     options = HeadOptions(logit_scale=3.0, softcap=softcap, temperature=0.7)
     results, before = [], _C.build_info()["cpu_capability"]
     try:

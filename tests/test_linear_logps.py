@@ -236,8 +236,9 @@ def test_not_finite_stays_in_its_row(impl: str) -> None:
     with running(impl, case) as name:
         clean = linear_logp_stats(inputs.hidden, inputs.weight, inputs.targets, outputs=EVERYTHING, impl=name)
         dirty = linear_logp_stats(hidden, inputs.weight, inputs.targets, outputs=EVERYTHING, impl=name)
-        (d_clean,) = torch.autograd.grad((clean.token_logps * inputs.d_token_logps).sum(), inputs.hidden)
-        (d_dirty,) = torch.autograd.grad((dirty.token_logps * inputs.d_token_logps).sum(), hidden)
+        upstream = (inputs.d_token_logps.float(), inputs.d_lse.float())
+        (d_clean,) = torch.autograd.grad((clean.token_logps, clean.entropy), inputs.hidden, upstream)
+        (d_dirty,) = torch.autograd.grad((dirty.token_logps, dirty.entropy), hidden, upstream)
     for field, a, b in zip(LogpStats._fields, clean, dirty):
         assert a is not None and b is not None and torch.equal(a[others], b[others]), field
         assert field == "is_top1" or not b[rows].isfinite().any(), field
@@ -260,8 +261,9 @@ def test_masked_vocabulary(impl: str) -> None:
         masked = linear_logp_stats(inputs.hidden, inputs.weight, ids[position], bias, outputs=outputs, impl=name)
         dense = linear_logp_stats(inputs.hidden, small[0], position, small[1], outputs=outputs, impl=name)
         leaves = (inputs.hidden, inputs.weight, bias)
-        gradients = torch.autograd.grad((masked.token_logps * inputs.d_token_logps).sum(), leaves)
-        wanted = torch.autograd.grad((dense.token_logps * inputs.d_token_logps).sum(), (inputs.hidden, *small))
+        upstream = (inputs.d_token_logps.float(), inputs.d_lse.float())
+        gradients = torch.autograd.grad((masked.token_logps, masked.entropy), leaves, upstream)
+        wanted = torch.autograd.grad((dense.token_logps, dense.entropy), (inputs.hidden, *small), upstream)
         # Ids out of the vocabulary are impossible, not wrong: log 0.
         impossible = linear_logps(inputs.hidden, inputs.weight, torch.full_like(position, 1), bias, impl=name)
     assert masked.mean_logits is None and (impossible == -torch.inf).all()

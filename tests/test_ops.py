@@ -90,16 +90,17 @@ def test_opcheck_refuse_gradient() -> None:
 def training_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cu_seqlens: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a trainer compiles: a layer before, both differentiable outputs, sums by sequence, a logged statistic."""
-    stats = linear_logp_stats(
-        torch.tanh(hidden), weight, targets, bias, softcap=9.0, outputs=("lse", "entropy"), impl=impl
-    )
-    assert stats.lse is not None and stats.entropy is not None
+    """What a trainer compiles: a layer before, all differentiable outputs, sums by sequence, a logged statistic."""
+    outputs = ("lse", "entropy", "mean_logits")
+    stats = linear_logp_stats(torch.tanh(hidden), weight, targets, bias, softcap=9.0, outputs=outputs, impl=impl)
+    assert stats.lse is not None and stats.entropy is not None and stats.mean_logits is not None
     sums = seq_logps(stats.token_logps, cu_seqlens)
     return (
-        -torch.nn.functional.logsigmoid(sums[0] - sums[1]) + 1e-3 * stats.lse.square().mean(),
+        -torch.nn.functional.logsigmoid(sums[0] - sums[1])
+        + 1e-3 * stats.lse.square().mean()
+        - 1e-2 * stats.entropy.mean(),
         sums,
-        stats.entropy.detach(),
+        stats.mean_logits.detach(),
     )
 
 
@@ -123,8 +124,8 @@ def test_compile(backend: str, impl: str, dtype: torch.dtype) -> None:
         cu_seqlens = torch.tensor([0, T // 3, T])
         results = []
         for function in (training_loss, compiled):
-            loss, sums, entropy = function(inputs.hidden, inputs.weight, inputs.bias, inputs.targets, cu_seqlens, impl)
-            results.append((loss, sums, entropy, *gradients(loss, inputs)))
+            loss, sums, mean = function(inputs.hidden, inputs.weight, inputs.bias, inputs.targets, cu_seqlens, impl)
+            results.append((loss, sums, mean, *gradients(loss, inputs)))
         exact = backend == "aot_eager"
         for expected, actual in zip(*results):
             assert_close(actual, expected, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
@@ -138,8 +139,8 @@ def test_compile_every_option_and_statistic() -> None:
     results = []
     for function in (compiled, lambda: stats_of(inputs, FULL)):
         stats = function()
-        assert stats.lse is not None
-        loss = (stats.token_logps * inputs.d_token_logps + stats.lse * inputs.d_lse).sum()
+        assert stats.lse is not None and stats.entropy is not None
+        loss = (stats.token_logps * inputs.d_token_logps + stats.lse * inputs.d_lse + stats.entropy.square()).sum()
         results.append((*stats, *gradients(loss, inputs)))
     assert all(map(torch.equal, *results))
 
@@ -248,7 +249,8 @@ def test_func_grad(impl: str) -> None:
     inputs = make_inputs(PLAIN)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return (linear_logps(hidden, weight, inputs.targets, impl=impl) * inputs.d_token_logps).sum()
+        stats = linear_logp_stats(hidden, weight, inputs.targets, impl=impl)
+        return (stats.token_logps * inputs.d_token_logps + stats.entropy * inputs.d_lse).sum()
 
     actual = torch.func.grad(loss, argnums=(0, 1))(inputs.hidden.detach(), inputs.weight.detach())
     assert all(map(torch.equal, actual, gradients(loss(inputs.hidden, inputs.weight), inputs)))
@@ -298,9 +300,9 @@ def test_every_subset_of_needs_input_grad(needs: tuple[bool, ...], monkeypatch: 
         assert (gradient is not None) == needed and (gradient is None or torch.equal(gradient, expected[name]))
 
 
-@pytest.mark.parametrize("used", ["token_logps", "lse"])
+@pytest.mark.parametrize("used", ["token_logps", "lse", "entropy"])
 def test_one_output_unused(used: str) -> None:
-    """Autograd then gives zeros for the other upstream gradient; the result is the specification's."""
+    """The others then have no upstream gradient; the result is the specification's."""
     inputs = make_inputs(PLAIN)
     stats = stats_of(inputs, PLAIN)
     expected = reference.linear_logp_stats(inputs.hidden, inputs.weight, inputs.targets)

@@ -14,6 +14,7 @@ from groupdpo_kernels.testing import CASES, check_budget, make_inputs, run
 
 OUTPUTS = ("lse", "entropy", "mean_logits", "log_sum_sq_probs")
 NAMES = ("everything", "everything_bf16", "negative", "batched", "all_ignored")
+NAMES += ("entropy_everything", "entropy_everything_bf16", "entropy_one_hot", "entropy_column")
 NAMES += ("offset_1e4", "offset_1e6", "offset_unlikely", "column_1e6")
 SHARDED = [case for case in CASES if case.name in NAMES]
 

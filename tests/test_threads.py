@@ -12,14 +12,15 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from groupdpo_kernels import LinearLogps, Objective, PreferenceGroups, linear_logp_stats, linear_logps, preference_loss
-from groupdpo_kernels.reference import HeadOptions
-from groupdpo_kernels.testing import Case, Inputs, Result, check_budget, exact, make_inputs
+from groupdpo_kernels.reference import HeadOptions, LogpStats
+from groupdpo_kernels.testing import Case, Inputs, Result, check_budget, exact, make_inputs, run
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 THREADS = (1, 2, 5)
@@ -154,6 +155,21 @@ def test_bfloat16(way: str) -> None:
     plain = replace(inputs, d_lse=torch.zeros_like(inputs.d_lse))
     kept = {name: x for name, x in found.items() if name.startswith("d_") and way in EXACT}
     check_budget({"token_logps": found["value 0"], **kept}, plain, HeadOptions())
+
+
+@pytest.mark.parametrize("workspace_bytes", [2**28, 2**19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradient_of_the_entropy(shape: str, dtype: torch.dtype, workspace_bytes: int) -> None:
+    inputs = mixed_rows(shape, 3, dtype)
+    inputs = replace(inputs, d_entropy=inputs.d_lse.roll(1))
+    options = HeadOptions(workspace_bytes=workspace_bytes)
+
+    def stats(*arguments: Any) -> LogpStats:
+        *head, low_rank, _ = arguments
+        return linear_logp_stats(*head, low_rank=low_rank, workspace_bytes=workspace_bytes, impl="cpu")
+
+    check_budget(same_bits_on_any_threads(lambda: run(stats, inputs, options)), inputs, options)
 
 
 @pytest.mark.parametrize("loss", ["mpo", "all_pairs", "softmax", "margin"])
