@@ -3,8 +3,8 @@
 Made by `python tests/compile_only.py --budgets` under each version: registers with a margin of 8 (the limit is 255 on
 NVIDIA), spills rounded up to 64. What spills: float32, sm_100, and on sm_90 linear_logps_bwd_kernel and
 frozen_head_fwd_kernel with everything on. Of the kernels of `sparse` rows linear_logps_bwd_kernel spills, and on gfx942
-draw_kernel with everything on. Kernels that are not named must fit 192 registers, 4 KiB of shared memory, and spill
-nothing.
+draw_kernel with everything on; there also the backward of `entropy` rows. Kernels that are not named must fit 192
+registers, 4 KiB of shared memory, and spill nothing.
 """
 
 # Bytes of shared memory that a block may ask for.
@@ -302,6 +302,16 @@ BUDGETS: dict[str, dict[str, dict[str, tuple[int, int, int]]]] = {
             "frozen_head_fwd_kernel": (250, 0, 512),
             "linear_logps_bwd_kernel": (255, 448, 8192),
         },
+        "sm_80 bf16 plain entropy": {"linear_logps_bwd_kernel": (231, 0, 65536)},
+        "sm_80 bf16 everything entropy": {"linear_logps_bwd_kernel": (255, 0, 65536)},
+        "sm_90 bf16 plain entropy": {"linear_logps_bwd_kernel": (255, 0, 229408)},
+        "sm_90 bf16 everything entropy": {"linear_logps_bwd_kernel": (255, 64, 229408)},
+        "sm_100 bf16 plain entropy": {"linear_logps_bwd_kernel": (255, 0, 204848)},
+        "sm_100 bf16 everything entropy": {"linear_logps_bwd_kernel": (255, 128, 196656)},
+        "gfx942 bf16 plain entropy": {"linear_logps_bwd_kernel": (140, 0, 32768)},
+        "gfx942 bf16 everything entropy": {"linear_logps_bwd_kernel": (256, 128, 65536)},
+        "sm_90 fp32 plain entropy": {"linear_logps_bwd_kernel": (255, 0, 65536)},
+        "sm_90 fp32 everything entropy": {"linear_logps_bwd_kernel": (255, 832, 65536)},
     },
     "3.7": {
         "sm_80 bf16 plain": {
@@ -583,5 +593,15 @@ BUDGETS: dict[str, dict[str, dict[str, tuple[int, int, int]]]] = {
             "frozen_head_fwd_kernel": (221, 0, 512),
             "linear_logps_bwd_kernel": (255, 0, 8192),
         },
+        "sm_80 bf16 plain entropy": {"linear_logps_bwd_kernel": (229, 0, 65536)},
+        "sm_80 bf16 everything entropy": {"linear_logps_bwd_kernel": (254, 0, 65536)},
+        "sm_90 bf16 plain entropy": {"linear_logps_bwd_kernel": (255, 0, 229408)},
+        "sm_90 bf16 everything entropy": {"linear_logps_bwd_kernel": (255, 128, 229408)},
+        "sm_100 bf16 plain entropy": {"linear_logps_bwd_kernel": (255, 64, 204848)},
+        "sm_100 bf16 everything entropy": {"linear_logps_bwd_kernel": (255, 320, 196656)},
+        "gfx942 bf16 plain entropy": {"linear_logps_bwd_kernel": (168, 0, 32768)},
+        "gfx942 bf16 everything entropy": {"linear_logps_bwd_kernel": (225, 0, 65536)},
+        "sm_90 fp32 plain entropy": {"linear_logps_bwd_kernel": (255, 0, 65536)},
+        "sm_90 fp32 everything entropy": {"linear_logps_bwd_kernel": (255, 896, 65536)},
     },
 }

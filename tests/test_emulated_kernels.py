@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_cases import PATHS, run_case
+from emulated_cases import BY_NAME, paths_of, run_case
 from ptx_emulator import Findings, GlobalMemory, Program, execute, reverse, shuffled
 from ptx_emulator.launch import storage
 from test_csrc_cuda import NVCC, SOURCE, needs_nvcc
@@ -24,6 +24,7 @@ SM_90 = (
     "unaligned_bf16",  # rows that tensor maps cannot load: pointers
     *("offset_bf16", "strided_bf16"),  # one step over D, with a bias and without
     *("negative", "offset_1e2", "offset_1e4", "offset_1e6", "offset_impossible"),  # float32: no matrix units
+    "entropy_bf16",  # the backward with a gradient of the entropy
 )
 SM_80 = ("column_bf16", "strided_bf16", "everything_bf16", "unaligned_bf16")
 RUNS = [
@@ -31,7 +32,7 @@ RUNS = [
     pytest.param(path, name, architecture, (i + j) % 2 == 0, id=f"{architecture} {name} {path}")
     for architecture, names in (("sm_90", SM_90), ("sm_80", SM_80))
     for i, name in enumerate(names)
-    for j, path in enumerate(PATHS)
+    for j, path in enumerate(paths_of(BY_NAME[name]))
 ]
 
 
