@@ -103,6 +103,43 @@ def one_loss_on_all_ranks(rank: int) -> None:
         assert torch.equal(rows.groups.gathered(rows.lengths[rows.own]), rows.lengths)
 
 
+def weights_on_all_ranks(rank: int) -> None:
+    """Weights of groups, the same on both ranks, and of the responses that each has: one process has all of them."""
+    for lists, objective in ((RAGGED, MPO), (RAGGED, Objective("all_pairs", balance=AdaBalance(), policy_weight=True))):
+        rows = Rows(lists, rank)
+        of_groups = torch.tensor([0.3, 2.0, 1.1, 0.7])
+        of_responses = torch.rand(rows.whole.num_sequences, generator=torch.Generator().manual_seed(2)) + 0.1
+        sides = rows.whole.cu_groups, rows.whole.positive
+        whole = PreferenceGroups(*sides, weights=of_groups, response_weights=of_responses)
+        groups = PreferenceGroups(
+            rows.groups.cu_groups, rows.groups.positive, weights=of_groups,
+            response_weights=of_responses[rows.own], process_group=dist.group.WORLD,
+        )  # fmt: skip
+        assert torch.equal(groups.whole.weights, whole.weights)
+        assert torch.equal(groups.whole.response_weights, whole.response_weights)
+        tokens = rows.tokens.clone().requires_grad_()
+        expected = preference_loss(tokens, offsets(rows.lengths), whole, objective, rows.ref)
+        gradient = rows.own_tokens(torch.autograd.grad(expected.loss, tokens)[0])
+        own = rows.own_tokens(rows.tokens).requires_grad_()
+        found = preference_loss(own, offsets(rows.lengths[rows.own]), groups, objective, rows.ref[rows.own])
+        check(found, expected)
+        d_own = torch.autograd.grad(found.loss, own)[0]
+        torch.testing.assert_close(d_own, WORLD * gradient, rtol=1e-12, atol=1e-12)
+    sides = torch.tensor([0, 1]), torch.tensor([rank == 0])
+    world: dict[str, Any] = {"process_group": dist.group.WORLD}
+    with pytest.raises(ValueError, match=r"weights must be the same on every rank .* got 1.0 and 2.0 for group 0"):
+        PreferenceGroups(*sides, weights=torch.tensor([1.0 + rank]), **world)
+    with pytest.raises(ValueError, match="weights and response_weights must be given on every rank, or on none"):
+        PreferenceGroups(*sides, weights=torch.ones(1) if rank else None, **world)
+    with pytest.raises(ValueError, match="weights must be finite and at least 0" if rank else "another|has failed"):
+        PreferenceGroups(*sides, weights=torch.tensor([-1.0 if rank else 1.0]), **world)
+    with pytest.raises(ValueError, match="response_weights must not all be 0 on a side"):
+        PreferenceGroups(*sides, response_weights=torch.tensor([float(rank)]), **world)
+    with pytest.raises(ValueError, match="and weights must be the same on every rank of context_parallel_group"):
+        one = torch.tensor([0, 2]), torch.tensor([True, False])
+        PreferenceGroups(*one, weights=torch.tensor([1.0 + rank]), context_parallel_group=dist.group.WORLD)
+
+
 # ------------------------------------------------------------------------------------------------------ group_backward
 
 
@@ -403,6 +440,7 @@ def wrong_on_one_rank(rank: int) -> None:
 
 CASES: list[Callable[[int], None]] = [
     one_loss_on_all_ranks,
+    weights_on_all_ranks,
     one_step_on_all_ranks,
     one_prompt_on_all_ranks,
     tokens_on_all_ranks,

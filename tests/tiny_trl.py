@@ -89,9 +89,10 @@ def check_same(ours: Any, theirs: Any, *, weights: float = 1e-5, logs: float = 1
     return names
 
 
-def run_as_rank(rank: int, port: int, folder: str) -> None:
+def run_as_rank(rank: int, port: int, folder: str, weights_of_rows: list[float] | None = None) -> None:
     """Two ranks of one group each, of different numbers of micro-batches; saves what each ends with. The second rank
     has no memory for "auto" to keep a whole graph in."""
+    rows = GROUPS if weights_of_rows is None else GROUPS.add_column("weight", weights_of_rows)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **address)
     torch.set_num_threads(1)
@@ -105,7 +106,7 @@ def run_as_rank(rank: int, port: int, folder: str) -> None:
             group_dpo.memory_of = lambda *_: 1000
         options = {"per_device_train_batch_size": 1, "micro_batch_sequences": 2, "strategy": strategy}
         config = GroupDPOConfig(output_dir=f"{folder}/{strategy}-{rank}", **COMMON | options)
-        trainer = GroupDPOTrainer(llama(), args=config, train_dataset=GROUPS, processing_class=byte_level_bpe())
+        trainer = GroupDPOTrainer(llama(), args=config, train_dataset=rows, processing_class=byte_level_bpe())
         _, _, weights = run(trainer)
         assert trainer.strategy == ("two_pass" if strategy == "auto" else strategy)
         found[strategy] = type(trainer.model_wrapped).__name__, weights, steps(trainer)

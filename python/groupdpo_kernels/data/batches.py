@@ -41,6 +41,8 @@ class TokenGroup(NamedTuple):
     responses: list[Tensor]  # (n_i,) int32 each
     positive: list[bool]
     row: int  # number of the row that it was read from
+    weight: float = 1.0  # what the group counts in the loss
+    response_weights: list[float] | None = None  # what each response counts in its side; None for 1 each
 
     @property
     def longest(self) -> int:
@@ -108,20 +110,20 @@ def _tokenize_groups(
 ) -> Iterator[TokenGroup]:
     pending = iter(groups)
     while chunk := list(islice(pending, 256)):
-        rendered: list[tuple[Group, _Rendered]] = []
+        rendered: list[_Rendered] = []
         for group in chunk:
             try:
-                rendered.append((group, texts.render(group, partial(report.drop, row=group.row, on_bad=on_bad))))
+                rendered.append(texts.render(group, partial(report.drop, row=group.row, on_bad=on_bad)))
             except BadRow as bad:
                 report.drop(bad, group.row, on_bad)
-        prompts = encoder.encode([r.prompt for _, r in rendered])
-        responses = iter(encoder.continuations([text for _, r in rendered for text in r.responses]))
-        for (group, r), prompt in zip(rendered, prompts):
+        prompts = encoder.encode([r.prompt for r in rendered])
+        responses = iter(encoder.continuations([text for r in rendered for text in r.responses]))
+        for r, prompt in zip(rendered, prompts):
             mine = list(islice(responses, len(r.responses)))
             if r.plain:
                 prompt = encoder.lead + prompt
                 mine = [ids + encoder.eos if ids and ids[-1:] != encoder.eos else ids for ids in mine]
-            yield from _usable(group._replace(positive=r.positive), prompt, mine, limit, both_sides, on_bad, report)
+            yield from _usable(r.group, prompt, mine, limit, both_sides, on_bad, report)
 
 
 def _usable(
@@ -138,7 +140,7 @@ def _usable(
         report.drop(BadRow("no prompt", "its prompt has no tokens"), group.row, on_bad)
         return
     kept, room = [], limit.room(prompt)
-    for ids, side in zip(responses, group.positive):
+    for i, ids in enumerate(responses):
         if not ids:
             report.drop(BadRow("empty", "a response has no tokens"), group.row, on_bad)
         elif room is not None and len(ids) > room:
@@ -147,14 +149,14 @@ def _usable(
             choice = {"drop": "drop", "error": "error", "truncate_prompt": on_bad}[limit.too_long]
             report.drop(BadRow("too long", detail), group.row, choice)
         else:
-            kept.append((ids, side))
-    sides = [side for _, side in kept]
-    if report.has_both_sides(sides, group.row, on_bad) if both_sides else sides:
+            kept.append(i)
+    group = group.only(kept)
+    if report.has_both_sides(group.positive, group.row, on_bad) if both_sides else kept:
         report.keep("tokenized", len(kept))
-        prompt = limit.cut(prompt, max(len(ids) for ids, _ in kept))
-        flat = torch.frombuffer(array("i", chain(prompt, *(ids for ids, _ in kept))), dtype=torch.int32)
-        first, *rest = flat.split([len(prompt), *(len(ids) for ids, _ in kept)])
-        yield TokenGroup(first, rest, sides, group.row)
+        prompt = limit.cut(prompt, max(len(responses[i]) for i in kept))
+        flat = torch.frombuffer(array("i", chain(prompt, *(responses[i] for i in kept))), dtype=torch.int32)
+        first, *rest = flat.split([len(prompt), *(len(responses[i]) for i in kept)])
+        yield TokenGroup(first, rest, group.positive, group.row, group.weight, group.response_weights)
 
 
 def tokenizer_of(processing_class: Any) -> Any:
@@ -226,9 +228,9 @@ class _Encoder:
 
 
 class _Rendered(NamedTuple):
+    group: Group  # with the responses that are rendered
     prompt: str
     responses: list[str]
-    positive: list[bool]
     plain: bool  # True without a chat template
 
 
@@ -249,7 +251,7 @@ class _Texts:
         if isinstance(prompt, str):
             if any(isinstance(text, Reasoned) for text in group.responses):
                 raise BadRow("template", "an answer has reasoning_content, which a chat template alone can place")
-            return _Rendered(prompt, group.responses, group.positive, True)
+            return _Rendered(group, prompt, group.responses, True)
         if not self.tokenizer.chat_template:
             raise ValueError(f"tokenizer has no chat_template for the conversation of row {group.row}: set it, or chat")
         return self._from_template(prompt, group, drop)
@@ -267,7 +269,7 @@ class _Texts:
             raise BadRow("template", "the chat template does not continue its own prompt with the response")
         answers = [self._until_eos(text[len(head) :]) for text in whole]
         kept = _told_apart(head, answers, group, drop)
-        return _Rendered(head, [answers[i] for i in kept], [group.positive[i] for i in kept], False)
+        return _Rendered(group.only(kept), head, [answers[i] for i in kept], False)
 
     def _until_eos(self, text: str) -> str:
         bare = text.rstrip()
@@ -400,7 +402,8 @@ def collate(
     pad_responses: bool = True,
     of: PreferenceGroups | None = None,
 ) -> PreferenceBatch:
-    """One step's groups as tensors, in as many micro-batches as the limits demand, or in one without limits.
+    """One step's groups as tensors, in as many micro-batches as the limits demand, or in one without limits. Their
+    weights are those of `groups` in the result.
 
         step = collate(tokens[:8], "packed", max_tokens=16384, sort=True)
 
@@ -453,8 +456,18 @@ def collate(
             parts += _micro_batches(sequences, layout, limits, pad_id)
     return PreferenceBatch(
         parts,
-        PreferenceGroups.from_lists(groups[g].positive for g in places) if of is None else of,
+        _preference_groups([groups[g] for g in places]) if of is None else of,
         torch.tensor([i for g in places for i in range(first[g], first[g + 1])]),
+    )
+
+
+def _preference_groups(groups: Sequence[TokenGroup]) -> PreferenceGroups:
+    """Their sides, and their weights where one has any."""
+    each = [group.response_weights or [1.0] * len(group.responses) for group in groups]
+    return PreferenceGroups.from_lists(
+        [group.positive for group in groups],
+        weights=[group.weight for group in groups] if any(group.weight != 1 for group in groups) else None,
+        response_weights=each if any(group.response_weights for group in groups) else None,
     )
 
 

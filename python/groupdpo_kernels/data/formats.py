@@ -61,6 +61,17 @@ class Group(NamedTuple):
     responses: list[str]
     positive: list[bool]
     row: int  # number of the row that it was read from; a merged group has its first one
+    weight: float = 1.0  # what it counts in the loss
+    response_weights: list[float] | None = None  # what each response counts in its side; None for 1 each
+
+    def only(self, kept: Sequence[int]) -> Group:
+        """The group with these of its responses, by their numbers."""
+        each = self.response_weights
+        return self._replace(
+            responses=[self.responses[i] for i in kept],
+            positive=[self.positive[i] for i in kept],
+            response_weights=None if each is None else [each[i] for i in kept],
+        )
 
 
 # Why something is dropped, and what the report counts for it. Causes stand before their consequences.
@@ -74,6 +85,8 @@ REASONS = {
     "duplicate": "response",
     "on both sides": "response",
     "left out by the rule": "response",
+    "group of weight 0": "row",
+    "response of weight 0": "response",
     "answer changed by the template": "response",
     "identical after the template": "response",
     "too long": "response",
@@ -248,12 +261,16 @@ class Sided(NamedTuple):
     prompt: Prompt
     responses: list[str]
     positive: list[bool]
+    weight: float = 1.0
+    response_weights: list[float] | None = None  # in the order of responses
 
 
 class Scored(NamedTuple):
     prompt: Prompt
     responses: list[str]
     scores: list[Any]  # higher is better; as_score(x) is None for a missing score
+    weight: float = 1.0
+    response_weights: list[float] | None = None
 
 
 def as_score(value: Any) -> float | None:
@@ -263,6 +280,25 @@ def as_score(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return score if math.isfinite(score) else None
+
+
+def _with_weights(found: Sided | Scored, row: Row) -> Sided | Scored:
+    """What was found, with the weights that the columns "weight" and "response_weights" give it, in every format."""
+    each, n = row.get("response_weights"), len(found.responses)
+    if each is not None and (not isinstance(each, list) or len(each) != n):
+        got = f"{len(each)} of them" if isinstance(each, list) else f"{each!r:.60}"
+        raise BadRow("malformed", f"response_weights must be a list of {n} numbers, one a response; got {got}")
+    return found._replace(
+        weight=_weight("weight", row.get("weight", 1)),
+        response_weights=None if each is None else [_weight("response_weights", x) for x in each],
+    )
+
+
+def _weight(name: str, value: Any) -> float:
+    weight = None if isinstance(value, bool) else as_score(value)
+    if weight is None or weight < 0:
+        raise BadRow("malformed", f"{name} must be a finite number of at least 0; got {value!r:.60}")
+    return weight
 
 
 def _answers(value: Any, prompt: Prompt | None) -> Iterator[tuple[Prompt | None, str]]:
@@ -428,7 +464,7 @@ def read(fmt: Format, row: Row) -> Sided | Scored:
         raise BadRow("no prompt", "the prompt is empty")
     if isinstance(found.prompt, list) and found.prompt[-1].get("role") == "assistant":
         raise BadRow("malformed", "a prompt must not end with a message of the assistant")
-    found = found._replace(prompt=_with_context(found.prompt, row))
+    found = _with_weights(found._replace(prompt=_with_context(found.prompt, row)), row)
     turns = [found.prompt] if isinstance(found.prompt, str) else [m.get("content") for m in found.prompt]
     thoughts = [text.reasoning for text in found.responses if isinstance(text, Reasoned)]
     for text in (*turns, *found.responses, *thoughts):

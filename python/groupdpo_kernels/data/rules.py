@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from ..checks import one_of
-from .formats import FORMATS, BadRow, Format, Group, Prompt, Report, Row, Scored, as_score, read, recognise
+from .formats import FORMATS, BadRow, Format, Group, Report, Row, Scored, as_score, read, recognise
 
 Rule = Callable[[Sequence[float]], list[tuple[int, bool]]]  # scores -> [(index, positive)], in the order of the group
 
@@ -78,10 +78,14 @@ def _read_groups(
         except BadRow as bad:
             report.drop(bad, i, on_bad)
             continue
-        responses, positive = found.responses, found[2]
+        if found.weight == 0:
+            report.drop(BadRow("group of weight 0", "its weight is 0"), i)
+            continue
         if isinstance(found, Scored):
-            responses, positive = _sides(found, rule, i, on_bad, report)
-        yield from _sound("read", found.prompt, responses, positive, i, on_bad, report)
+            group = _sides(found, rule, i, on_bad, report)
+        else:
+            group = Group(found.prompt, found.responses, found.positive, i, found.weight, found.response_weights)
+        yield from _sound("read", group, on_bad, report)
 
 
 def _format_of(i: int, row: Row, full: Row, name: str) -> Format:
@@ -95,10 +99,11 @@ def _format_of(i: int, row: Row, full: Row, name: str) -> Format:
     raise ValueError(f"row {i}: {unknown}")
 
 
-def _sides(found: Scored, rule: Rule, row: int, on_bad: str, report: Report) -> tuple[list[str], list[bool]]:
+def _sides(found: Scored, rule: Rule, row: int, on_bad: str, report: Report) -> Group:
     """The responses, and the sides that the rule gives them. A response repeated with the same score counts once."""
-    scores: dict[tuple[str, float], None] = {}
-    for text, value in zip(found.responses, found.scores):
+    weights = found.response_weights
+    scores: dict[tuple[str, float], float] = {}  # with the weight of each
+    for text, value, weight in zip(found.responses, found.scores, weights or [1.0] * len(found.responses)):
         score = as_score(value)
         if not text.strip():
             report.drop(BadRow("empty", "a response is empty"), row, on_bad)
@@ -107,19 +112,22 @@ def _sides(found: Scored, rule: Rule, row: int, on_bad: str, report: Report) -> 
         elif (text, score) in scores:
             report.drop(BadRow("duplicate", f"the response {text!r:.60} is repeated"), row, on_bad)
         else:
-            scores[text, score] = None
+            scores[text, score] = weight
     candidates = list(scores)
     picked = rule([score for _, score in candidates]) if candidates else []
     for i in sorted(set(range(len(candidates))) - {i for i, _ in picked}):
         report.drop(BadRow("left out by the rule", f"a response with the score {candidates[i][1]}"), row)
-    return [candidates[i][0] for i, _ in picked], [side for _, side in picked]
+    texts = [candidates[i][0] for i, _ in picked]
+    kept = None if weights is None else [scores[candidates[i]] for i, _ in picked]
+    return Group(found.prompt, texts, [side for _, side in picked], row, found.weight, kept)
 
 
 def merge_prompts(groups: Iterable[Group], *, on_bad: str = "drop", report: Report | None = None) -> Iterator[Group]:
     """Merges groups of the same prompt, in the order of their first rows; responses keep the order in which they came.
 
-    A response that repeats on one side counts once; one that is on both sides is dropped from both. All groups are read
-    before the first is yielded. Do not use it for rankings: the order of a merged group means nothing.
+    A response that repeats on one side counts once, with its first weight; one that is on both sides is dropped from
+    both. The group has the mean of the weights of its rows. All groups are read before the first is yielded. Do not use
+    it for rankings: the order of a merged group means nothing.
     """
     one_of("on_bad", on_bad, ("drop", "error"))
     return _merge_prompts(groups, on_bad, report or Report())
@@ -135,28 +143,35 @@ def _merge_prompts(groups: Iterable[Group], on_bad: str, report: Report) -> Iter
         report.merged += len(same) - 1
         responses = list(chain.from_iterable(g.responses for g in same))
         positive = list(chain.from_iterable(g.positive for g in same))
-        yield from _sound("merged", same[0].prompt, responses, positive, same[0].row, on_bad, report)
+        weights = None
+        if any(g.response_weights is not None for g in same):
+            weights = list(chain.from_iterable(g.response_weights or [1.0] * len(g.responses) for g in same))
+        weight = statistics.fmean(g.weight for g in same)
+        group = Group(same[0].prompt, responses, positive, same[0].row, weight, weights)
+        yield from _sound("merged", group, on_bad, report)
 
 
-def _sound(
-    stage: str, prompt: Prompt, responses: list[str], positive: list[bool], row: int, on_bad: str, report: Report
-) -> Iterator[Group]:
-    """The group without empty, repeated and contradictory responses, or None if it then lacks a side."""
+def _sound(stage: str, group: Group, on_bad: str, report: Report) -> Iterator[Group]:
+    """The group without empty, repeated and contradictory responses, or none if it then lacks a side."""
+    row, weights = group.row, group.response_weights or [1.0] * len(group.responses)
     sides: dict[str, bool | None] = {}  # None for both sides
-    for text, side in zip(responses, positive):
-        if not text.strip():
+    first: dict[str, int] = {}  # the number of each text
+    for i, (text, side) in enumerate(zip(group.responses, group.positive)):
+        if weights[i] == 0:
+            report.drop(BadRow("response of weight 0", f"the response {text!r:.60}"), row)
+        elif not text.strip():
             report.drop(BadRow("empty", "a response is empty"), row, on_bad)
         elif text not in sides:
-            sides[text] = side
+            sides[text], first[text] = side, i
         elif sides[text] is side:
             report.drop(BadRow("duplicate", f"the response {text!r:.60} is repeated"), row, on_bad)
         elif sides[text] is not None:
             report.drop(BadRow("on both sides", f"the response {text!r:.60} is preferred and rejected"), row, on_bad)
             sides[text] = None
-    kept = {text: side for text, side in sides.items() if side is not None}
-    if report.has_both_sides(list(kept.values()), row, on_bad):
-        report.keep(stage, len(kept))
-        yield Group(prompt, list(kept), list(kept.values()), row)
+    kept = group.only([first[text] for text, side in sides.items() if side is not None])
+    if report.has_both_sides(kept.positive, row, on_bad):
+        report.keep(stage, len(kept.responses))
+        yield kept
 
 
 # ---- scores to sides: each function makes a rule of its options, and says what it does with ties --------------------

@@ -46,22 +46,28 @@ class LossSpec(NamedTuple):
     balance_normalize: bool
 
 
-def why_not(impl: str, device: torch.device, dtype: torch.dtype, loss: object, max_group: int) -> list[str]:
+def why_not(
+    impl: str, device: torch.device, dtype: torch.dtype, loss: object, max_group: int, response_weights: bool = False
+) -> list[str]:
     """Every reason why `impl` cannot compute a preference loss of token_logps on `device`; empty if it can."""
     if impl == "triton":
         try:
             launcher = importlib.import_module("groupdpo_kernels.kernels.preference_weights")
         except ImportError as error:
             return [f"triton does not import: {error}; run `pip install 'triton>=3.6,<3.8'`"]
-        return launcher.why_not(device, dtype, loss, max_group)
+        reasons = launcher.why_not(device, dtype, loss, max_group)
+        return reasons + ["groups have response_weights: only the reference weighs responses"] * response_weights
     return []
 
 
-def resolve(impl: str, device: torch.device, dtype: torch.dtype, loss: object, max_group: int) -> str:
+def resolve(
+    impl: str, device: torch.device, dtype: torch.dtype, loss: object, max_group: int, response_weights: bool = False
+) -> str:
     """The implementation that runs. An explicit choice never falls back: it raises with every reason."""
+    call = (device, dtype, loss, max_group, response_weights)
     if impl == "auto":
-        return next(name for name in IMPLS if not why_not(name, device, dtype, loss, max_group))
-    reasons = why_not(impl, device, dtype, loss, max_group)
+        return next(name for name in IMPLS if not why_not(name, *call))
+    reasons = why_not(impl, *call)
     if reasons:
         raise ValueError(f"impl={impl!r} cannot run here: " + "; ".join(reasons))
     return impl
@@ -126,11 +132,15 @@ class PreferenceWeights:
         if impl != "triton":
             raise ValueError(f"impl must be 'triton', or call preference_loss, which chooses; got {impl!r}")
         offsets = (as_offsets("cu_seqlens", cu_seqlens), as_offsets("cu_groups", cu_groups))
-        return WeightedPreference.apply(token_logps, ref_logps, *offsets, positive, spec, max_group)[:5]
+        return WeightedPreference.apply(token_logps, ref_logps, *offsets, positive, spec, max_group, None, None)[:5]
 
 
 class WeightedPreference(NotUnderVmap):
-    """The autograd function of PreferenceWeights. Its sixth output, d loss / d seq_logps (S,), has no gradient."""
+    """The autograd function of PreferenceWeights. Its sixth output, d loss / d seq_logps (S,), has no gradient.
+
+    The kernel takes the plain mean over groups. Loss and gradient are linear in what a group counts, so factors (G,),
+    in place of 1 / G each, multiply its results: `ids` (S,) says whose each sequence is.
+    """
 
     instead = "preference_loss takes all groups in one call (PreferenceGroups)"
 
@@ -143,15 +153,20 @@ class WeightedPreference(NotUnderVmap):
         positive: Tensor,  # (S,) bool
         spec: LossSpec,
         max_group: int,
+        factors: Tensor | None,  # (G,) float64
+        ids: Tensor | None,  # (S,) int64
     ) -> tuple[Tensor, ...]:
         op: Callable[..., Any] = torch.ops.groupdpo_kernels.preference_weights_forward
-        return tuple(op(token_logps, ref_logps, cu_seqlens, cu_groups, positive, *spec, max_group))
+        found = tuple(op(token_logps, ref_logps, cu_seqlens, cu_groups, positive, *spec, max_group))
+        if factors is None:
+            return found
+        return (factors * found[3]).sum().float(), *found[1:]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        token_logps, _, cu_seqlens, *_ = inputs
+        token_logps, _, cu_seqlens, *_, factors, ids = inputs
         # d loss / d seq_logps is known in closed form by now, so these S numbers are all that the backward needs.
-        ctx.save_for_backward(output[5], cu_seqlens)
+        ctx.save_for_backward(output[5], cu_seqlens, factors, ids)
         ctx.set_materialize_grads(False)  # only loss has a gradient: zeros for the others would be waste
         ctx.T = token_logps.shape[0]
         ctx.mark_non_differentiable(*output[1:])
@@ -159,6 +174,9 @@ class WeightedPreference(NotUnderVmap):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        coefficients, cu_seqlens = ctx.saved_tensors
+        coefficients, cu_seqlens, factors, ids = ctx.saved_tensors
         op: Callable[..., Tensor] = torch.ops.groupdpo_kernels.preference_weights_backward
-        return op(d_loss, coefficients, cu_seqlens, ctx.T), *[None] * 6
+        if factors is not None:
+            coefficients = (d_loss * len(factors) * factors[ids] * coefficients).float()  # one rounding, from float64
+            d_loss = torch.ones_like(d_loss)
+        return op(d_loss, coefficients, cu_seqlens, ctx.T), *[None] * 8

@@ -1,4 +1,5 @@
-"""PreferenceGroups says which responses belong together, and which of them are preferred: plain, checked tensors.
+"""PreferenceGroups says which responses belong together, which of them are preferred, and what each counts: plain,
+checked tensors.
 
 What is derived from them is vectorised over ragged groups, stays in bounds whatever the offsets, and reads nothing back
 from a device. Groups may span ranks: then each rank knows its own responses and, in `whole`, those of all ranks. The
@@ -32,6 +33,12 @@ class PreferenceGroups:
     Each group needs a positive and a negative. On a CPU a ValueError names a group that lacks one; elsewhere values
     are not read back, and such groups give NaN. Make groups on the CPU and move them with `.to(device)`.
 
+    `weights` is what each group, or pair, counts in the loss; `Objective.divide_by` says what the weighted sum is
+    divided by. `response_weights` is how often each response counts: with weight 2 the loss is that of a group that
+    holds it twice, and in all_pairs a pair counts the product of its two. Weights are finite and at least 0; neither
+    all of them are 0, nor those of all responses of a side. On a CPU a ValueError names what is wrong, elsewhere the
+    loss is NaN.
+
     With a process_group the responses of a group lie on its ranks: cu_groups and positive are those of this rank, which
     may have none of a group, and G is the same on all ranks. A whole group is the responses of the first rank, then
     those of the second, and so on; that is its ranking where the loss is one of rankings. With a context_parallel_group
@@ -46,6 +53,8 @@ class PreferenceGroups:
 
     cu_groups: Tensor  # (G+1,) integer; stored as int32 or int64
     positive: Tensor  # (S,) bool
+    weights: Tensor | None = field(default=None, kw_only=True)  # (G,) floating or integer; stored as float64
+    response_weights: Tensor | None = field(default=None, kw_only=True)  # (S,) the same
     process_group: Any = field(default=None, kw_only=True)  # ranks with other responses of these groups
     context_parallel_group: Any = field(default=None, kw_only=True)  # ranks with other tokens of these responses
     ids: Tensor = field(init=False, repr=False)  # (S,) int64, the group of each sequence
@@ -59,7 +68,7 @@ class PreferenceGroups:
             check_group(name, getattr(self, name))
         parts = _Parts.of(self) if self.spans else None
         positive = self.positive
-        cu = as_offsets("cu_groups", self.cu_groups) if self.spans else _checked(self.cu_groups, positive)
+        cu = as_offsets("cu_groups", self.cu_groups) if self.spans else _checked(self)
         readable = cu.device.type == "cpu" and not torch.compiler.is_compiling()
         S = positive.shape[0]
         bounded, covered = bounded_offsets(cu, S)
@@ -69,8 +78,11 @@ class PreferenceGroups:
         )
         object.__setattr__(self, "cu_groups", bounded)
         object.__setattr__(self, "ids", ids.clamp(max=cu.shape[0] - 2))
+        for name in ("weights", "response_weights"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else given.detach().double())
         positives, negatives = self.counts()
-        valid = covered & ((positives > 0) & (negatives > 0)).all()
+        valid = covered & ((positives > 0) & (negatives > 0)).all() & self._valid_weights()
         object.__setattr__(self, "valid", valid if parts is None else parts.whole.valid)
         object.__setattr__(self, "max_size", int(cu.diff().max()) if readable else S)
         object.__setattr__(self, "_num_pairs", int((positives * negatives).sum()) if readable else None)
@@ -91,15 +103,24 @@ class PreferenceGroups:
         positive: Iterable[Sequence[bool]],
         device: torch.device | str | None = None,
         *,
+        weights: Sequence[float] | None = None,
+        response_weights: Iterable[Sequence[float]] | None = None,
         process_group: Any = None,
         context_parallel_group: Any = None,
     ) -> PreferenceGroups:
-        """Takes one list a group, one bool a response: `from_lists([[True, False, False], [False, True]])`."""
+        """Takes one list a group, one bool a response: `from_lists([[True, False, False], [False, True]])`.
+
+        weights has a number a group, response_weights a list a group, a number a response.
+        """
         lists = [list(map(bool, group)) for group in positive]
         sizes = torch.tensor([0, *map(len, lists)], dtype=torch.int64)
         groups = cls(
             sizes.cumsum(0).int(),
             torch.tensor([x for group in lists for x in group], dtype=torch.bool),
+            weights=None if weights is None else torch.tensor([*weights], dtype=torch.float64),
+            response_weights=None
+            if response_weights is None
+            else torch.tensor([x for group in response_weights for x in group], dtype=torch.float64),
             process_group=process_group,
             context_parallel_group=context_parallel_group,
         )
@@ -171,6 +192,22 @@ class PreferenceGroups:
         """Numbers of positives and of negatives in each group, (G,) int64."""
         return _counts(self.cu_groups, self.positive)
 
+    def side(self, positive: bool) -> Tensor:  # (S,) bool, or float64 with response_weights
+        """What each sequence counts in the mean over the positives, or negatives, of its group; 0 on the other side."""
+        chosen = self.positive if positive else ~self.positive
+        return chosen if self.response_weights is None else self.response_weights * chosen
+
+    def _valid_weights(self) -> Tensor:  # () bool
+        found = torch.ones((), dtype=torch.bool, device=self.ids.device)
+        for each in (self.weights, self.response_weights):
+            if each is not None:
+                found = found & ((each >= 0) & each.isfinite()).all() & (each.sum() > 0)
+        if self.response_weights is not None:
+            for positive in (True, False):
+                of_side = self.ids.new_zeros(self.num_groups, dtype=torch.float64)
+                found = found & (of_side.index_add(0, self.ids, self.side(positive)) > 0).all()
+        return found
+
     def positives_first(self) -> Tensor:
         """() bool: in no group a negative comes before a positive."""
         same = self.ids[1:] == self.ids[:-1]
@@ -200,9 +237,10 @@ def _counts(cu_groups: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     return positives, cu_groups.diff() - positives
 
 
-def _checked(cu_groups: Any, positive: Any, whole: bool = True) -> Tensor:  # (G+1,) int32 | int64
+def _checked(groups: PreferenceGroups, whole: bool = True) -> Tensor:  # (G+1,) int32 | int64
     """cu_groups as offsets. TypeError or ValueError for what is no tensor or has another shape; on a CPU also, naming
     the group, for values that are wrong. whole: whether each group must have a positive and a negative."""
+    cu_groups, positive = groups.cu_groups, groups.positive
     for name, x in {"cu_groups": cu_groups, "positive": positive}.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
@@ -214,11 +252,43 @@ def _checked(cu_groups: Any, positive: Any, whole: bool = True) -> Tensor:  # (G
         raise ValueError(f"positive must be bool and (S,); got {tuple(positive.shape)} {positive.dtype}")
     if cu.device != positive.device:
         raise ValueError(f"positive must be on the device of cu_groups, {cu.device}; got {positive.device}")
-    if cu.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_offsets(cu, positive.shape[0])
+    S, G = positive.shape[0], cu.shape[0] - 1
+    readable = cu.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable:
+        _check_offsets(cu, S)
         if whole:
             _check_sides(cu, positive)
+    _check_weights("weights", groups.weights, f"(G,) = ({G},)", G, cu.device, readable, whole)
+    _check_weights("response_weights", groups.response_weights, f"(S,) = ({S},)", S, cu.device, readable, whole)
+    if readable and whole and groups.response_weights is not None:
+        _check_side_weights(cu, positive, groups.response_weights)
     return cu
+
+
+def _check_weights(
+    name: str, weights: Any, shape: str, n: int, device: torch.device, readable: bool, whole: bool
+) -> None:
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} must be a tensor or None; got {type(weights).__name__}")
+    if weights.shape != (n,) or weights.dtype == torch.bool or weights.is_complex():
+        raise ValueError(f"{name} must be floating or integer and {shape}; got {tuple(weights.shape)} {weights.dtype}")
+    if weights.device != device:
+        raise ValueError(f"{name} must be on the device of cu_groups, {device}; got {weights.device}")
+    if not readable:
+        return
+    wrong = (~((weights >= 0) & weights.isfinite())).nonzero()[:1, 0].tolist()
+    for i in wrong:
+        raise ValueError(f"{name} must be finite and at least 0; {name}[{i}] is {float(weights[i])}")
+    if whole and not bool(weights.any()):
+        raise ValueError(f"{name} must not all be 0; got {len(weights)} zeros")
+
+
+def _check_side_weights(cu_groups: Tensor, positive: Tensor, weights: Tensor) -> None:
+    for side, chosen in {"positives": positive, "negatives": ~positive}.items():
+        for g in (_counts(cu_groups, chosen & (weights > 0))[0] == 0).nonzero()[:1, 0].tolist():
+            raise ValueError(f"response_weights must not all be 0 on a side; those of the {side} of group {g} are")
 
 
 def _check_offsets(cu_groups: Tensor, S: int) -> None:
@@ -261,52 +331,84 @@ class _Parts:
     def of(cls, groups: PreferenceGroups) -> _Parts:
         """Collective. It raises on every rank where one has wrong groups, or where those of the ranks do not fit."""
         error: Exception | None = None
-        device, cu, body = None, torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+        device, cu, body = None, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 0, dtype=torch.float64)
+        given = [groups.weights is not None, groups.response_weights is not None]
         try:
-            _checked(groups.cu_groups, groups.positive, whole=False)
+            _checked(groups, whole=False)
             # Ranks tell each other their values, so these are read and checked on every device.
             device, cu = groups.positive.device, groups.cu_groups.cpu().long()
             S = groups.num_sequences
             _check_offsets(cu, S)
-            body = 2 * torch.repeat_interleave(cu.diff(), output_size=S).double() + groups.positive.cpu()
+            ids = torch.repeat_interleave(cu.diff(), output_size=S)
+            rows = [2 * ids.double() + groups.positive.cpu()]
+            if groups.weights is not None:
+                rows.append(groups.weights.detach().cpu().double()[ids])
+            if groups.response_weights is not None:
+                rows.append(groups.response_weights.detach().cpu().double())
+            body = torch.stack(rows)
         except Exception as raised:  # the other ranks must know
             error = raised
-        G, S = cu.shape[0] - 1, body.shape[0]
+        G, S = cu.shape[0] - 1, body.shape[1]
         told = [body]
         if groups.context_parallel_group is not None:
-            told, error = _told(body, G, error, groups.context_parallel_group)
+            told, error = _told(body, G, given, error, groups.context_parallel_group)
             if error is None and not all(torch.equal(told[0], other) for other in told):
-                error = ValueError("cu_groups and positive must be the same on every rank of context_parallel_group")
+                what = "cu_groups, positive and weights" if any(given) else "cu_groups and positive"
+                error = ValueError(f"{what} must be the same on every rank of context_parallel_group")
             told = [body]
         if groups.process_group is not None:
-            told, error = _told(body, G, error, groups.process_group)
+            told, error = _told(body, G, given, error, groups.process_group)
         if error is not None:
             raise error
-        most, joined = max(map(len, told)), torch.cat(told).long()
-        ids, order = (joined // 2).sort(stable=True)
-        sizes = torch.bincount(ids, minlength=G)
-        whole = PreferenceGroups(torch.cat([cu[:1], sizes.cumsum(0)]).int(), (joined % 2 == 1)[order])
-        places = torch.cat([r * most + torch.arange(len(part)) for r, part in enumerate(told)])
+        joined = torch.cat(told, 1)
+        code, *numbers = joined
+        most = max(part.shape[1] for part in told)
+        ids, order = (code.long() // 2).sort(stable=True)
+        cu_whole = torch.cat([cu[:1], torch.bincount(ids, minlength=G).cumsum(0)])
+        weights = _of_groups(numbers.pop(0)[order], ids, cu_whole) if given[0] else None
+        whole = PreferenceGroups(
+            cu_whole.int(),
+            (code.long() % 2 == 1)[order],
+            weights=weights,
+            response_weights=numbers.pop(0)[order] if given[1] else None,
+        )
+        places = torch.cat([r * most + torch.arange(part.shape[1]) for r, part in enumerate(told)])
         rank = 0 if groups.process_group is None else torch.distributed.get_rank(groups.process_group)
-        start = sum(map(len, told[:rank]))
+        start = sum(part.shape[1] for part in told[:rank])
         own = order.argsort()[start : start + S]
         assert device is not None  # there is an error otherwise
         return cls(whole, own, places[order], most).to(device)
 
 
+def _of_groups(
+    weights: Tensor,  # (S,) float64, of the group of each sequence
+    ids: Tensor,  # (S,) int64
+    cu_groups: Tensor,  # (G+1,) int64
+) -> Tensor:  # (G,)
+    """The weight of each group. ValueError where its sequences, on several ranks, tell different ones."""
+    found = weights[cu_groups[:-1].clamp(max=len(weights) - 1)]
+    for i in (weights != found[ids]).nonzero()[:1, 0].tolist():
+        got = f"{float(found[ids[i]])} and {float(weights[i])} for group {int(ids[i])}"
+        raise ValueError(f"weights must be the same on every rank that has a part of a group; got {got}")
+    return found
+
+
 def _told(
-    body: Tensor,  # (S,) float64
+    body: Tensor,  # (k, S) float64
     G: int,
+    given: Sequence[bool],  # which weights there are
     error: Exception | None,
     group: Any,
 ) -> tuple[list[Tensor], Exception | None]:
     """The body of every rank, and the error that this rank must raise."""
-    rows, error = agreed("PreferenceGroups", [G, len(body)], error, group)
+    rows, error = agreed("PreferenceGroups", [G, body.shape[1], *given], error, group)
     if error is None and len({row[0] for row in rows}) > 1:
         got = ", ".join(str(row[0]) for row in rows)
         error = ValueError(f"cu_groups must have as many groups on every rank; got {got}")
+    if error is None and len({(row[2], row[3]) for row in rows}) > 1:
+        error = ValueError("weights and response_weights must be given on every rank, or on none; got both")
     if error is not None:
         return [body], error
     most = max(row[1] for row in rows)
-    found, _, error = gathered("PreferenceGroups", body[None], most, 0, error, group)
-    return [each[0, : row[1]] for each, row in zip(found, rows)], error
+    found, _, error = gathered("PreferenceGroups", body, most, 0, error, group)
+    return [each[:, : row[1]] for each, row in zip(found, rows)], error

@@ -142,7 +142,7 @@ def margin(
     groups: PreferenceGroups,
 ) -> Tensor:  # (G,)
     """GroupDPO (arXiv 2604.15602): -log sigma(mean_P u - mean_N u)."""
-    return -logsigmoid(mean(u, groups.positive, groups) - mean(u, ~groups.positive, groups))
+    return -logsigmoid(mean(u, groups.side(True), groups) - mean(u, groups.side(False), groups))
 
 
 def mpo(
@@ -150,7 +150,7 @@ def mpo(
     groups: PreferenceGroups,
 ) -> Tensor:  # (G,)
     """MPO (set-level contrast, gupta25c): lse_all(u) - lse_P(u) = -log sigma(lse_P(u) - lse_N(u))."""
-    return -logsigmoid(lse(u, groups.positive, groups) - lse(u, ~groups.positive, groups))
+    return -logsigmoid(lse(u, groups.side(True), groups) - lse(u, groups.side(False), groups))
 
 
 def softmax(
@@ -158,7 +158,7 @@ def softmax(
     groups: PreferenceGroups,
 ) -> Tensor:  # (G,)
     """GroupDPO: mean_P [lse(u_i, u_N) - u_i]: each positive against all negatives at once."""
-    return mean(-logsigmoid(u - lse(u, ~groups.positive, groups)[groups.ids]), groups.positive, groups)
+    return mean(-logsigmoid(u - lse(u, groups.side(False), groups)[groups.ids]), groups.side(True), groups)
 
 
 def plackett_luce(
@@ -179,25 +179,33 @@ def plackett_luce(
 
 def mean(
     values: Tensor,  # (S,)
-    mask: Tensor,  # (S,) bool
+    weights: Tensor,  # (S,) bool, or floating and at least 0
     groups: PreferenceGroups,
 ) -> Tensor:  # (G,)
-    """Mean over the masked sequences of each group."""
-    return seq_logps(torch.where(mask, values, 0), groups.cu_groups) / seq_logps(
-        mask.to(values.dtype), groups.cu_groups
-    )
+    """Weighted mean over the sequences of each group; those of weight 0 are left out."""
+    weighted = torch.where(weights != 0, weights * values, 0)
+    return seq_logps(weighted, groups.cu_groups) / seq_logps(weights.to(values.dtype), groups.cu_groups)
 
 
 def lse(
     values: Tensor,  # (S,)
-    mask: Tensor,  # (S,) bool
+    weights: Tensor,  # (S,) bool, or floating and at least 0
     groups: PreferenceGroups,
 ) -> Tensor:  # (G,)
-    """Log-sum-exp over the masked sequences of each group."""
-    values = torch.where(mask, values, -math.inf)
+    """Log of the weighted sum of exponentials over the sequences of each group; those of weight 0 are left out."""
+    values = torch.where(weights != 0, values + weights.to(values.dtype).log(), -math.inf)
     top = values.new_full((groups.num_groups,), -math.inf).scatter_reduce(0, groups.ids, values.detach(), "amax")
     top = torch.where(torch.isfinite(top), top, 0)  # an infinite maximum would give inf - inf below
     return top + torch.log(seq_logps(torch.exp(values - top[groups.ids]), groups.cu_groups))
+
+
+def policy_weight(
+    mean_logps: Tensor,  # (S,) s / n
+    groups: PreferenceGroups,
+) -> Tensor:  # (G,), a constant for the gradient
+    """WPO (arXiv 2406.11827): exp(mean_P m + mean_N m), for a pair the product of its two e^m."""
+    m = mean_logps.detach()
+    return torch.exp(mean(m, groups.side(True), groups) + mean(m, groups.side(False), groups))
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -214,6 +222,11 @@ class Loss(NamedTuple):
     ranks: bool = False  # the order in a group is its ranking
     odds: bool = False  # the score's derivative in m is 1 / (1 - e^m), not a constant, and enters the balance
     no_balance: str = ""  # why AdaDPO's balance, which makes dL/du_w and -dL/du_l alike, has no meaning here
+
+    @property
+    def weighs_responses(self) -> bool:
+        """Whether weights of responses mean anything: a pair's sides have one each, and a rank has no second copy."""
+        return not self.ranks and (self.pair is None or self.every_pair)
 
 
 APART = "it does not weigh the two sides alike"  # dL/du_w is not -dL/du_l, with or without balance

@@ -23,16 +23,17 @@ import numbers
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..checks import one_of
 from . import fused
 from .exchange import gathered
 from .fused import PreferenceWeights
 from .groups import PreferenceGroups, check_groups
-from .losses import LOSSES, Loss, Side, log1mexp, mean
+from .losses import LOSSES, Loss, Side, log1mexp, mean, policy_weight
 from .segments import as_offsets, bounded_offsets, check_offsets, seq_logps
 
 
@@ -85,6 +86,10 @@ class Objective:
         alpha: reward added for each token of a response (rdpo only).
         tau: width in D of the change from the logistic to the exponential loss (discopop only).
         balance: AdaDPO's balance of the two sides.
+        policy_weight: whether to multiply a group's loss, NLL included, by WPO's weight, a constant for the gradient:
+            the product of exp(s_i / n_i) of the two of a pair (in a group of the geometric means of its two sides).
+        divide_by: what the sum over groups of weight times loss is divided by: weights, their sum, or count, the number
+            of groups. Without `PreferenceGroups.weights` the two are equal.
     """
 
     loss: str | Callable[[Tensor, PreferenceGroups], Tensor] = "sigmoid"
@@ -97,6 +102,8 @@ class Objective:
     alpha: float = 0.0
     tau: float = 0.05
     balance: AdaBalance | None = None
+    policy_weight: bool = False
+    divide_by: Literal["weights", "count"] = "weights"
 
     def __post_init__(self) -> None:
         _check_loss(self.loss)
@@ -117,6 +124,9 @@ class Objective:
         for name in ("average", "reference_free"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise TypeError(f"{name} must be True, False or None; got {getattr(self, name)!r}")
+        if not isinstance(self.policy_weight, bool):
+            raise TypeError(f"policy_weight must be True or False; got {self.policy_weight!r}")
+        one_of("divide_by", self.divide_by, ("weights", "count"))
         if self.balance is not None and not isinstance(self.balance, AdaBalance):
             raise TypeError(f"balance must be an AdaBalance or None; got {self.balance!r}: write AdaBalance()")
         if self.balance is not None and self._row.no_balance:
@@ -187,10 +197,10 @@ class PreferenceLoss(NamedTuple):
     Where groups span ranks it is that of `groups.whole`, the same on every rank.
     """
 
-    loss: Tensor  # () the mean of group_losses
+    loss: Tensor  # () the mean of group_losses, weighted where the groups are
     seq_logps: Tensor  # (S,)
     rewards: Tensor  # (S,) the scores u, before balance
-    group_losses: Tensor  # (G,)
+    group_losses: Tensor  # (G,) with WPO's weight, without the groups' own
     balance_weights: Tensor  # (S,) w on positives (all_pairs: the mean over its pairs), 1 elsewhere
 
 
@@ -203,7 +213,8 @@ def preference_loss(
     *,
     impl: str = "auto",
 ) -> PreferenceLoss:
-    """The mean of the objective over groups, differentiable in token_logps.
+    """The mean of the objective over groups, differentiable in token_logps. `groups.weights` weigh it; by default it
+    divides by their sum, as `torch.nn.functional.cross_entropy(weight=, reduction="mean")` does (`divide_by`).
 
     Where `groups` span ranks, token_logps, cu_seqlens and ref_logps are those of this rank, and every rank makes the
     call. All get the same PreferenceLoss, of `groups.whole`. A rank's gradient is R times that of what it has, as
@@ -217,7 +228,7 @@ def preference_loss(
         ref_logps: the reference's log-probabilities, of sequences or of tokens. No gradient flows into them. With a
             context_parallel_group they are of whole sequences, as `seq_logps(..., process_group=)` sums them.
         impl: "auto" takes "triton", one fused launch, where it can run, else "reference", plain PyTorch. An explicit
-            choice never falls back. Groups that span ranks take "reference".
+            choice never falls back. Groups that span ranks or have response_weights take "reference".
 
     Raises ValueError or TypeError for shapes that do not fit, a pairwise loss on larger groups, a missing reference;
     and, on a CPU, for values: offsets that do not cover the tokens or decrease, an empty response, a reference that
@@ -230,7 +241,8 @@ def preference_loss(
     else:
         cu_seqlens = as_offsets("cu_seqlens", cu_seqlens)
         _check_shapes(token_logps, cu_seqlens, groups, objective, ref_logps, impl)
-        impl = fused.resolve(impl, token_logps.device, token_logps.dtype, objective.loss, groups.max_size)
+        weighted = groups.response_weights is not None
+        impl = fused.resolve(impl, token_logps.device, token_logps.dtype, objective.loss, groups.max_size, weighted)
         if impl != "reference":
             return _by_kernel(token_logps, cu_seqlens, groups, objective, ref_logps)
         x = _sequences(token_logps, cu_seqlens, ref_logps)
@@ -245,18 +257,19 @@ def preference_loss(
         w = None if balance is None or b is None else balance.coefficient(b[i], b[j])
         preferred = Side(u[i] if w is None else w * u[i], x.mean_logps[i], x.lengths[i], w)
         losses = row.pair(preferred, Side(u[j], x.mean_logps[j], x.lengths[j], None), objective)
+        each = torch.ones_like(losses).detach()  # what a pair counts in its group
         if row.every_pair:
+            if groups.response_weights is not None:
+                each = groups.response_weights[i] * groups.response_weights[j]
             offsets = groups.pair_offsets()
-            losses = seq_logps(losses, offsets) / offsets.diff()
+            losses = seq_logps(torch.where(each != 0, each * losses, 0), offsets) / seq_logps(each, offsets)
         if w is not None:
-            pairs, total = (
-                torch.zeros_like(weights).index_put((i,), y, accumulate=True) for y in (torch.ones_like(w), w)
-            )
-            weights = torch.where(groups.positive, total / pairs, weights)
+            pairs, total = (torch.zeros_like(weights).index_put((i,), y, accumulate=True) for y in (each, each * w))
+            weights = torch.where(groups.positive & (pairs > 0), total / pairs, weights)
     else:
         assert row.group is not None  # a row has one of the two
         if balance is not None and b is not None:
-            w = balance.coefficient(b, mean(b, ~groups.positive, groups)[groups.ids])
+            w = balance.coefficient(b, mean(b, groups.side(False), groups)[groups.ids])
             weights = torch.where(groups.positive, w, weights)
         scores = u if balance is None else weights * u
         # A user's own loss gets scores of the precision that it was given.
@@ -266,7 +279,9 @@ def preference_loss(
         if losses.shape != (groups.num_groups,):
             raise ValueError(f"loss must give one value a group, ({groups.num_groups},); got {tuple(losses.shape)}")
     if objective.nll_weight:
-        losses = losses + objective.nll_weight * mean(-x.mean_logps, groups.positive, groups)
+        losses = losses + objective.nll_weight * mean(-x.mean_logps, groups.side(True), groups)
+    if objective.policy_weight:
+        losses = policy_weight(x.mean_logps, groups) * losses
     if row.ranks and not _unchecked(u) and not groups.positives_first():
         raise ValueError(f"{objective.loss} reads the order in a group as its ranking: positives must come first")
     # The NaN is a factor, so that the gradient is NaN too: that of a linear loss (hinge) does not depend on its score.
@@ -274,7 +289,8 @@ def preference_loss(
     if row.ranks:
         bad = bad | ~groups.positives_first()
     losses = losses * torch.where(bad, math.nan, 1.0)
-    found = PreferenceLoss(losses.mean(), x.logps.detach(), u.detach(), losses.detach(), weights)
+    loss = losses.mean() if groups.weights is None else (_shares(groups, objective) * losses).sum()
+    found = PreferenceLoss(loss, x.logps.detach(), u.detach(), losses.detach(), weights)
     return found if dtype == torch.float64 else PreferenceLoss(*(value.float() for value in found))
 
 
@@ -292,7 +308,12 @@ def _by_kernel(
         if objective._row.ranks and not groups.positives_first():
             raise ValueError(f"{objective.loss} reads the order in a group as its ranking: positives must come first")
         _check_values(cu_seqlens, token_logps.shape[0], ref_logps)
-    balance = objective.balance
+    balance, factors, policy = objective.balance, None, None
+    if objective.policy_weight:  # from the sums, before the launch, which knows no factor of a group
+        policy = policy_weight(_sequences(token_logps.detach(), cu_seqlens, None).mean_logps, groups)
+        factors = policy / groups.num_groups
+    if groups.weights is not None:
+        factors = _shares(groups, objective) * (1 if policy is None else policy)
     spec = fused.LossSpec(
         objective.loss,
         objective.beta,
@@ -307,11 +328,19 @@ def _by_kernel(
         balance is not None and balance.space == "reference",
         balance is not None and balance.normalize,
     )
-    return PreferenceLoss(
-        *PreferenceWeights.apply(
-            token_logps.float(), ref_logps, cu_seqlens, groups.cu_groups, groups.positive, spec, groups.max_size
-        )
-    )
+    offsets = (cu_seqlens, groups.cu_groups)
+    arguments = (token_logps.float(), ref_logps, *offsets, groups.positive, spec, groups.max_size)
+    if factors is None:
+        return PreferenceLoss(*PreferenceWeights.apply(*arguments))
+    factors = factors * torch.where(groups.valid, 1.0, math.nan)
+    found = PreferenceLoss(*fused.WeightedPreference.apply(*arguments, factors, groups.ids)[:5])
+    return found if policy is None else found._replace(group_losses=(policy * found.group_losses).float())
+
+
+def _shares(groups: PreferenceGroups, objective: Objective) -> Tensor:  # (G,) float64
+    """What each group counts in the mean, by its weight."""
+    assert groups.weights is not None
+    return groups.weights / (groups.weights.sum() if objective.divide_by == "weights" else groups.num_groups)
 
 
 class _Sequences(NamedTuple):
@@ -469,6 +498,11 @@ def _check_shapes(
         raise ValueError(
             f"groups must be pairs for loss {objective.loss!r}, one positive and one negative each; got {whole}"
             f" sequences in {groups.num_groups} groups. all_pairs, margin, mpo and softmax take larger groups"
+        )
+    if groups.whole.response_weights is not None and not objective._row.weighs_responses:
+        raise ValueError(
+            f"response_weights must be None for loss {objective.loss!r}, which does not weigh the responses of a side:"
+            f" give groups weights, or take all_pairs, margin, mpo or softmax; got {len(groups.positive)} of them"
         )
     if ref_logps is None:
         if objective.needs_reference:

@@ -90,6 +90,8 @@ class GroupDPOTrainer(GroupSteps, Trainer):
     one forward of each step computes: fewer than num_tokens where prompts are shared, more by padding),
     `positive_mass`, `balance_weight` (AdaDPO) and `pass_drift` (two_pass: the largest difference of a response's log-
     probability between the passes).
+    A group's `weight` weighs it in the mean over all groups of an optimizer step, those of every rank and accumulation
+    step (`Objective.divide_by`); metrics do not weigh. In evaluation each batch has its own mean.
     The auxiliary loss is the mean over micro-batches, weighted by their tokens; a shared prompt counts once.
 
     Raises ValueError or TypeError, naming argument, expectation and value, for: a reference that is not read or that
@@ -189,6 +191,7 @@ class GroupDPOTrainer(GroupSteps, Trainer):
             for each in filter(None, (model, ref_model)):
                 compile_layers(each, args.torch_compile_backend, args.torch_compile_mode)
         self.data_collator = self.data_collator.fitting(model, ref_model)
+        self._weighted = objective.divide_by == "weights" and any(group.weight != 1 for group in train.groups)
         self.ref_model = ref_model
         if args.precompute_ref_log_probs and engine_asked(args):
             self._digests = tensor_digests(model if ref_model is None else ref_model)  # before they are sharded
@@ -303,7 +306,8 @@ class GroupDPOTrainer(GroupSteps, Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         self._to_training(model)
         inputs = self._prepare_inputs(inputs)
-        result, forward = self._by_parts(model, inputs["step"], self._reference(inputs))
+        share = inputs.get("share", 1.0)
+        result, forward = self._by_parts(model, inputs["step"], self._reference(inputs), share)
         more = {"pass_drift": forward.drift()} if self.strategy == "two_pass" else {}
         return self._logged(inputs, result, forward.auxiliary, more) / self.current_gradient_accumulation_steps
 
@@ -313,6 +317,17 @@ class GroupDPOTrainer(GroupSteps, Trainer):
         """The loss of a step with its whole graph, for evaluation and for strategy "coupled"."""
         result, auxiliary = self._whole(model, inputs["step"], self._reference(inputs))
         return self._logged(inputs, result, auxiliary, {})
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The batches of an optimizer step, each with its "share" where groups have weights: what its mean counts, so
+        that the average over batches and ranks is the mean over all groups of the step, divided by all their weights.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._weighted:
+            own = torch.tensor([sum(batch["weight"] for batch in batches), len(batches)], dtype=torch.float64)
+            total, count = self.accelerator.reduce(own.float().to(self.args.device)).tolist()
+            batches = [{**batch, "share": batch["weight"] * count / total} for batch in batches]
+        return batches, items
 
     def _logged(
         self, inputs: dict[str, Any], result: PreferenceLoss, parts: list[Tensor], more: dict[str, Tensor]
@@ -328,7 +343,7 @@ class GroupDPOTrainer(GroupSteps, Trainer):
             )
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         self._metrics[mode]["computed_tokens"] = [self._total_computed_tokens]
-        return loss
+        return loss * inputs.get("share", 1.0)
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> Any:
         """Adds the metrics under this data's own prefix: `eval_a_rewards/margins` for eval_dataset {"a": rows}."""

@@ -6,6 +6,7 @@ It never shuffles, and never drops anything without a warning that says what and
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +48,8 @@ class GroupRows(torch.utils.data.Dataset[tuple[TokenGroup, Tensor | None]]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Groups -> {"rows": (G,), "step": PreferenceBatch, "num_tokens": int} and, where known, "ref_logps": (S,)."""
+    """Groups -> {"rows": (G,), "step": PreferenceBatch, "num_tokens": int, "weight": float, the sum of theirs} and,
+    where known, "ref_logps": (S,)."""
 
     layout: str
     max_tokens: int | None
@@ -110,6 +112,7 @@ class Collator:
         return {
             "rows": torch.tensor([group.row for group in groups]),
             "step": collate(groups, self.layout, **options, share_prompt=self.share_prompt and fits, of=of),
+            "weight": sum(group.weight for group in groups),
             "num_tokens": sum(len(g.prompt) * len(g.responses) + sum(map(len, g.responses)) for g in groups),
             **({"ref_logps": torch.cat(known)} if known else {}),
         }
@@ -161,6 +164,7 @@ def tokenised(
     pairs = row is not None and row.pair is not None and not row.every_pair
     for group in groups:
         _check_limits(group, name, limits)
+        _check_weights(group, name, objective)
         most = config.micro_batch_tokens
         if isinstance(most, int) and group.longest > most:
             raise ValueError(f"micro_batch_tokens must be at least {group.longest}, for row {group.row}; got {most}")
@@ -183,6 +187,23 @@ def _check_limits(group: TokenGroup, name: str, limits: tuple[int | None, int | 
         if len(part) and not 0 <= int(part.min()) <= int(part.max()) < ids:
             wrong = int(part.max()) if int(part.max()) >= ids else int(part.min())
             raise ValueError(f"{name}_dataset must have token ids in [0, {ids}); row {group.row} has {wrong}")
+
+
+def _check_weights(group: TokenGroup, name: str, objective: Objective) -> None:
+    """ValueError for weights that are not positive numbers, one a response, or that the loss cannot use."""
+    each = group.response_weights
+    for weight in (group.weight, *(each or ())):
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ValueError(f"{name}_dataset must have positive, finite weights; row {group.row} has {weight}")
+    if each is not None and len(each) != len(group.responses):
+        got = f"row {group.row} has {len(each)} for {len(group.responses)}"
+        raise ValueError(f"{name}_dataset must have as many response_weights as responses; {got}")
+    row = LOSSES[objective.loss] if isinstance(objective.loss, str) else None
+    if each is not None and row is not None and not row.weighs_responses:
+        raise ValueError(
+            f"{name}_dataset must have no response_weights for loss {objective.loss!r}, which does not weigh the"
+            f" responses of a side: weigh the row, or take all_pairs, margin, mpo or softmax; row {group.row} has some"
+        )
 
 
 def _check_columns(rows: Sequence[Any], name: str) -> None:
