@@ -67,7 +67,7 @@ def test_scores_every_kind_of_row(folder: Path, tmp_path: Path) -> None:
 
 
 def _pairs(row: dict[str, Any]) -> list[tuple[Any, str]]:
-    prompt, responses = read_responses(row)
+    prompt, responses, _ = read_responses(row)
     return [(prompt, response) for response in responses]
 
 
@@ -203,7 +203,7 @@ def test_a_log_probability_that_is_no_number(tmp_path: Path) -> None:
 
 
 def test_rows_of_one_side_only() -> None:
-    assert read_responses({"prompt": "Tea?", "response": "Green.", "completion": None}) == ("Tea?", ["Green."])
+    assert read_responses({"prompt": "Tea?", "response": "Green.", "completion": None}) == ("Tea?", ["Green."], None)
     assert read_responses(PREFERENCES[0])[1] == [" Green.", " Hi. Green tea.", " Coffee."]
-    with pytest.raises(BadRow, match="a response must end with a message of the assistant"):
+    with pytest.raises(BadRow, match="a response must begin and end with a message of the assistant"):
         read_responses({"prompt": "Tea?", "response": [{"role": "user", "content": "Green."}]})

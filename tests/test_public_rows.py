@@ -66,7 +66,7 @@ def test_history_in_a_column_is_read_by_every_format(name: str) -> None:
     assert "history must be pairs" in refused({**ROWS[name], "history": ["Hi"]})
 
 
-@pytest.mark.parametrize("column", ["tools", "images", "image", "documents", "context", "chat_template_kwargs"])
+@pytest.mark.parametrize("column", ["functions", "images", "image", "documents", "context", "chat_template_kwargs"])
 @pytest.mark.parametrize("name", ROWS)
 def test_what_cannot_be_read_of_a_prompt_is_named(name: str, column: str) -> None:
     assert f"the column '{column}' belongs to the prompt" in refused({**ROWS[name], column: ["something"]})
@@ -75,8 +75,8 @@ def test_what_cannot_be_read_of_a_prompt_is_named(name: str, column: str) -> Non
 
 
 def test_single_responses_have_their_context_too() -> None:
-    prompt, responses = read_responses({"system": SYSTEM["content"], "prompt": "Boats?", "response": "Four"})
-    assert prompt == [SYSTEM, QUESTION] and responses == ["Four"]
+    row = {"system": SYSTEM["content"], "prompt": "Boats?", "response": "Four", "tools": '[{"name": "f"}]'}
+    assert read_responses(row) == ([SYSTEM, QUESTION], ["Four"], [{"name": "f"}])
 
 
 def test_a_system_prompt_twice() -> None:
@@ -101,8 +101,8 @@ def test_a_key_of_an_answer_that_is_not_read_is_named(key: str) -> None:
 
 
 def test_keys_of_a_sharegpt_message_are_not_lost() -> None:
-    answer = {"from": "gpt", "value": "Four", "tool_calls": [{"name": "f"}], "reasoning_content": "r"}
-    assert "alone; got tool_calls" in refused({**ROWS["sharegpt"], "chosen": answer})
+    answer = {"from": "gpt", "value": "Four", "refusal": "no", "reasoning_content": "r"}
+    assert "alone; got refusal" in refused({**ROWS["sharegpt"], "chosen": answer})
     turn = {"from": "human", "value": [{"type": "text", "text": "Boats?"}]}
     assert only_group({**ROWS["sharegpt"], "conversations": [turn]}).prompt == [QUESTION]
 

@@ -84,6 +84,7 @@ class Response(NamedTuple):
     prompt: Prompt
     text: str
     bad: str = ""  # why its row cannot be read
+    tools: list[Any] | None = None
 
 
 class Summary(NamedTuple):
@@ -98,7 +99,7 @@ def read(path: Path, on_bad: str = "error") -> Iterator[Response]:
     """
     for i, row in enumerate(jsonl(path)):
         try:
-            prompt, responses = read_responses(row)
+            prompt, responses, tools = read_responses(row)
             if not responses:
                 raise BadRow("malformed", "it has no response")
         except BadRow as bad:
@@ -109,7 +110,7 @@ def read(path: Path, on_bad: str = "error") -> Iterator[Response]:
         except ValueError as error:
             raise ValueError(f"{path}, row {i}: {error}") from None
         for k, text in enumerate(responses):
-            yield Response(i, k, prompt, text)
+            yield Response(i, k, prompt, text, tools=tools)
 
 
 def score_file(
@@ -181,7 +182,7 @@ def _score(model: Any, tokenizer: Any, window: list[Response], options: ScoringO
     """A line for each response, in order."""
     reasons = _Reasons()
     reasons.by_row = {at: response.bad for at, response in enumerate(window) if response.bad}
-    groups = (Group(r.prompt, [r.text], [True], at) for at, r in enumerate(window) if not r.bad)
+    groups = (Group(r.prompt, [r.text], [True], at, tools=r.tools) for at, r in enumerate(window) if not r.bad)
     found = tokenize_groups(
         groups,
         tokenizer,
@@ -240,7 +241,11 @@ def _shared(model: Any, several: list[list[TokenGroup]], options: ScoringOptions
     """The parts of responses that share their prompts."""
     sides = [[k > 0 for k in range(len(same))] for same in several]  # of no account
     joined = [
-        TokenGroup(same[0].prompt, [group.responses[0] for group in same], side, same[0].row)
+        same[0]._replace(
+            responses=[group.responses[0] for group in same],
+            positive=side,
+            scored=[group.scored_of(0) for group in same],
+        )
         for same, side in zip(several, sides)
     ]
     together = not why_not_left_padded(model)
@@ -250,7 +255,7 @@ def _shared(model: Any, several: list[list[TokenGroup]], options: ScoringOptions
 
 def _apart(model: Any, groups: list[TokenGroup], options: ScoringOptions) -> list[Any]:
     """The micro-batches of whole sequences."""
-    sequences = [(group.prompt, group.responses[0]) for group in groups]
+    sequences = [(group.prompt, group.responses[0], group.scored_of(0)) for group in groups]
     if not sequences:
         return []
     most = None

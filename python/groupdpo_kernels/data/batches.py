@@ -1,7 +1,8 @@
 """Groups of texts become token ids, and then tensors for `model_logps` and `group_backward`.
 
 Prompt and response are tokenised apart, as in generation: no token spans the border, all responses of a group have the
-same prompt tokens, and the tokens of the response are scored, its end of text included.
+same prompt tokens, and the tokens of the response are scored, its end of text included. Of a response of several turns
+those of the assistant are scored, as they are generated; what tools and users say between is masked.
 
     padded   (S, L)   one sequence a row, padded on the right, with an attention mask
     packed   (1, N)   all sequences in one row, with position_ids from 0 in each: no padding
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ from torch import Tensor
 from ..checks import one_of
 from ..preference.group_backward import SharedPrompt
 from ..preference.groups import PreferenceGroups
-from .formats import BadRow, Group, Reasoned, Report
+from .formats import BadRow, Group, Message, Report, Turns, messages_of
 
 
 class TokenGroup(NamedTuple):
@@ -43,6 +45,10 @@ class TokenGroup(NamedTuple):
     row: int  # number of the row that it was read from
     weight: float = 1.0  # what the group counts in the loss
     response_weights: list[float] | None = None  # what each response counts in its side; None for 1 each
+    scored: list[Tensor] | None = None  # (n_i,) bool each, the tokens of the assistant; None for all
+
+    def scored_of(self, i: int) -> Tensor:  # (n_i,) bool
+        return torch.ones(len(self.responses[i]), dtype=torch.bool) if self.scored is None else self.scored[i]
 
     @property
     def longest(self) -> int:
@@ -66,6 +72,7 @@ def tokenize_groups(
     chat: bool | None = None,
     template_options: Mapping[str, Any] | None = None,
     add_eos: bool = True,
+    assistant_only: bool = True,
     both_sides: bool = True,
     on_bad: str = "drop",
     report: Report | None = None,
@@ -76,6 +83,10 @@ def tokenize_groups(
     the response is what it adds for the answer. White space after a final eos is cut off, as it is never sampled. Plain
     text begins with the special tokens that the tokenizer puts first and ends with its eos.
 
+    Where a response has several turns, a template with the keyword `generation` says which of its tokens are the
+    assistant's (`return_assistant_tokens_mask`). With another each turn of the assistant is what the template adds to
+    the header of its answer; a template that renders these turns otherwise alone than in the whole is refused.
+
     Args:
         max_length: the most tokens that a prompt and a response have together. None sets no limit.
         too_long: what happens to a longer response: "drop", "error", or "truncate_prompt", which cuts off the left of
@@ -84,6 +95,7 @@ def tokenize_groups(
             leaves each as it is.
         template_options: arguments of the chat template, for example {"enable_thinking": False}.
         add_eos: whether plain text ends with the tokenizer's eos. A chat template ends its turns itself.
+        assistant_only: whether the turns of tools and users in a response are masked, and not scored.
         both_sides: whether a group without a positive or a negative is dropped. False drops only an empty group.
         on_bad: "drop" leaves out what cannot be used; "error" raises ValueError.
         report: a Report, which is filled.
@@ -93,7 +105,7 @@ def tokenize_groups(
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2, a token of each; got {max_length}")
     tokenizer = tokenizer_of(tokenizer)
-    texts = _Texts(tokenizer, chat, dict(template_options or {}))
+    texts = _Texts(tokenizer, chat, dict(template_options or {}), assistant_only)
     limit = _Limit(max_length, too_long, getattr(tokenizer, "bos_token_id", None))
     encoder = _Encoder(tokenizer, add_eos)
     return _tokenize_groups(groups, texts, encoder, limit, both_sides, on_bad, report or Report())
@@ -101,7 +113,7 @@ def tokenize_groups(
 
 def _tokenize_groups(
     groups: Iterable[Group],
-    texts: _Texts,
+    renderer: _Texts,
     encoder: _Encoder,
     limit: _Limit,
     both_sides: bool,
@@ -113,23 +125,24 @@ def _tokenize_groups(
         rendered: list[_Rendered] = []
         for group in chunk:
             try:
-                rendered.append(texts.render(group, partial(report.drop, row=group.row, on_bad=on_bad)))
+                rendered.append(renderer.render(group, partial(report.drop, row=group.row, on_bad=on_bad)))
             except BadRow as bad:
                 report.drop(bad, group.row, on_bad)
         prompts = encoder.encode([r.prompt for r in rendered])
-        responses = iter(encoder.continuations([text for r in rendered for text in r.responses]))
+        texts = [x for r in rendered for x in r.responses if not isinstance(x, _Tokens)]
+        pieces = iter(encoder.continuations([piece.text for text in texts for piece in text]))
         for r, prompt in zip(rendered, prompts):
-            mine = list(islice(responses, len(r.responses)))
+            tokens = [x if isinstance(x, _Tokens) else _Tokens.joined(x, islice(pieces, len(x))) for x in r.responses]
             if r.plain:
                 prompt = encoder.lead + prompt
-                mine = [ids + encoder.eos if ids and ids[-1:] != encoder.eos else ids for ids in mine]
-            yield from _usable(r.group, prompt, mine, limit, both_sides, on_bad, report)
+                tokens = [each.ended(encoder.eos) for each in tokens]
+            yield from _usable(r.group, prompt, tokens, limit, both_sides, on_bad, report)
 
 
 def _usable(
     group: Group,
     prompt: list[int],
-    responses: list[list[int]],
+    responses: list[_Tokens],
     limit: _Limit,
     both_sides: bool,
     on_bad: str,
@@ -140,8 +153,8 @@ def _usable(
         report.drop(BadRow("no prompt", "its prompt has no tokens"), group.row, on_bad)
         return
     kept, room = [], limit.room(prompt)
-    for i, ids in enumerate(responses):
-        if not ids:
+    for i, (ids, scored) in enumerate(responses):
+        if not any(scored):
             report.drop(BadRow("empty", "a response has no tokens"), group.row, on_bad)
         elif room is not None and len(ids) > room:
             detail = f"a response of {len(ids)} tokens has room for {room}, with a prompt of {len(prompt)}"
@@ -153,10 +166,30 @@ def _usable(
     group = group.only(kept)
     if report.has_both_sides(group.positive, group.row, on_bad) if both_sides else kept:
         report.keep("tokenized", len(kept))
-        prompt = limit.cut(prompt, max(len(responses[i]) for i in kept))
-        flat = torch.frombuffer(array("i", chain(prompt, *(responses[i] for i in kept))), dtype=torch.int32)
-        first, *rest = flat.split([len(prompt), *(len(responses[i]) for i in kept)])
-        yield TokenGroup(first, rest, group.positive, group.row, group.weight, group.response_weights)
+        tokens = [responses[i] for i in kept]
+        sizes = [len(each.ids) for each in tokens]
+        prompt = limit.cut(prompt, max(sizes))
+        flat = torch.frombuffer(array("i", chain(prompt, *(each.ids for each in tokens))), dtype=torch.int32)
+        first, *rest = flat.split([len(prompt), *sizes])
+        marks = None if all(all(each.scored) for each in tokens) else [torch.tensor(each.scored) for each in tokens]
+        yield TokenGroup(first, rest, group.positive, group.row, group.weight, group.response_weights, marks)
+
+
+class _Tokens(NamedTuple):
+    """The tokens of a response, and which of them are scored."""
+
+    ids: list[int]
+    scored: list[bool]
+
+    @classmethod
+    def joined(cls, pieces: Sequence[_Piece], ids: Iterable[list[int]]) -> _Tokens:
+        found = [*zip(pieces, ids)]
+        return cls([*chain(*(ids for _, ids in found))], [piece.scored for piece, ids in found for _ in ids])
+
+    def ended(self, eos: list[int]) -> _Tokens:
+        """These tokens with eos at their end, unless there are none or it is there."""
+        more = eos if self.ids and self.ids[-1:] != eos else []
+        return _Tokens(self.ids + more, self.scored + [True] * len(more))
 
 
 def tokenizer_of(processing_class: Any) -> Any:
@@ -227,18 +260,25 @@ class _Encoder:
         return [ids[n:] for ids in found]
 
 
+class _Piece(NamedTuple):
+    """A part of a response that is tokenised by itself, as in generation, and whether it is scored."""
+
+    text: str
+    scored: bool = True
+
+
 class _Rendered(NamedTuple):
     group: Group  # with the responses that are rendered
     prompt: str
-    responses: list[str]
+    responses: list[list[_Piece] | _Tokens]
     plain: bool  # True without a chat template
 
 
 class _Texts:
     """Turns groups into the texts that are tokenised."""
 
-    def __init__(self, tokenizer: Any, chat: bool | None, options: dict[str, Any]) -> None:
-        self.tokenizer, self.chat, self.options = tokenizer, chat, options
+    def __init__(self, tokenizer: Any, chat: bool | None, options: dict[str, Any], assistant_only: bool) -> None:
+        self.tokenizer, self.chat, self.options, self.assistant_only = tokenizer, chat, options, assistant_only
 
     def render(self, group: Group, drop: Callable[[BadRow], None]) -> _Rendered:
         prompt = group.prompt
@@ -249,9 +289,10 @@ class _Texts:
         elif self.chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, str):
-            if any(isinstance(text, Reasoned) for text in group.responses):
-                raise BadRow("template", "an answer has reasoning_content, which a chat template alone can place")
-            return _Rendered(group, prompt, group.responses, True)
+            if any(isinstance(text, Turns) for text in group.responses):
+                what = "reasoning, tool calls or several turns"
+                raise BadRow("template", f"a response has {what}, which a chat template alone can place")
+            return _Rendered(group, prompt, [[_Piece(text)] for text in group.responses], True)
         if not self.tokenizer.chat_template:
             raise ValueError(f"tokenizer has no chat_template for the conversation of row {group.row}: set it, or chat")
         return self._from_template(prompt, group, drop)
@@ -259,17 +300,68 @@ class _Texts:
     def _from_template(self, prompt: list[dict[str, Any]], group: Group, drop: Callable[[BadRow], None]) -> _Rendered:
         from jinja2 import TemplateError  # transformers renders templates with jinja2
 
-        render = partial(self.tokenizer.apply_chat_template, tokenize=False, **self.options)
+        options = self.options | ({} if group.tools is None else {"tools": group.tools})
+        render = partial(self.tokenizer.apply_chat_template, tokenize=False, **options)
+        conversations = [[*prompt, *messages_of(text)] for text in group.responses]
         try:
             head = render(prompt, add_generation_prompt=True)
-            whole = render([[*prompt, _answer(text)] for text in group.responses])
+            whole = render(conversations)
+            if group.tools is not None and head == render(prompt, add_generation_prompt=True, tools=None):
+                raise BadRow("template", "the chat template leaves out the tools of the row")
         except (TemplateError, TypeError) as error:  # TypeError: a message without content, for instance
             raise BadRow("template", f"the chat template refuses it: {error}") from None
         if not all(text.startswith(head) for text in whole):
             raise BadRow("template", "the chat template does not continue its own prompt with the response")
         answers = [self._until_eos(text[len(head) :]) for text in whole]
         kept = _told_apart(head, answers, group, drop)
-        return _Rendered(group.only(kept), head, [answers[i] for i in kept], False)
+        marks = _GENERATION.search(self.tokenizer.get_chat_template(options.get("chat_template"), group.tools))
+        pieces: list[list[_Piece] | _Tokens] = []
+        for i in kept:
+            if len(conversations[i]) == len(prompt) + 1 or not self.assistant_only:
+                pieces.append([_Piece(answers[i])])
+            elif marks:
+                pieces.append(self._marked(head, answers[i], conversations[i], options))
+            else:
+                pieces.append([*self._turns(render, whole[i], head, conversations[i], len(prompt))])
+        return _Rendered(group.only(kept), head, pieces, False)
+
+    def _turns(
+        self, render: Callable[..., str], whole: str, head: str, conversation: list[Message], start: int
+    ) -> Iterator[_Piece]:
+        """Yields the response in pieces: what the template adds to the header of each turn of the assistant, scored,
+        and what stands between these turns."""
+        end = len(head)
+        for k in range(start, len(conversation)):
+            if conversation[k]["role"] != "assistant":
+                continue
+            before, after = render(conversation[:k], add_generation_prompt=True), render(conversation[: k + 1])
+            if not (whole.startswith(before) and whole.startswith(after) and end <= len(before) < len(after)):
+                raise BadRow(
+                    "template",
+                    f"the chat template renders message {k} of the conversation otherwise alone than in the whole; a"
+                    " template with the keyword generation can say which tokens are the assistant's",
+                )
+            if end < len(before):
+                yield _Piece(whole[end : len(before)], scored=False)
+            said = self._until_eos(whole[len(before) : len(after)])
+            yield _Piece(said)
+            end = len(before) + len(said)
+
+    def _marked(self, head: str, answer: str, conversation: list[Message], options: dict[str, Any]) -> _Tokens:
+        """The tokens of the response, with the template's own mask of what the assistant generates."""
+        found = self.tokenizer.apply_chat_template(
+            conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+        )
+        before, after = (self.tokenizer(x, add_special_tokens=False)["input_ids"] for x in (head, head + answer))
+        ids = found["input_ids"][: len(after)]
+        if ids != after or ids[: len(before)] != before:
+            raise BadRow(
+                "template", "a token of the rendered conversation spans the end of its prompt, or of its last turn"
+            )
+        tokens = _Tokens(ids[len(before) :], [bool(x) for x in found["assistant_masks"][len(before) : len(after)]])
+        if not any(tokens.scored):
+            raise BadRow("template", "the chat template marks no token of the response as generated")
+        return tokens
 
     def _until_eos(self, text: str) -> str:
         bare = text.rstrip()
@@ -277,11 +369,8 @@ class _Texts:
         return bare if eos and bare.endswith(eos) else text
 
 
-def _answer(text: str) -> dict[str, str]:
-    """The message of a response."""
-    if not isinstance(text, Reasoned):
-        return {"role": "assistant", "content": text}
-    return {"role": "assistant", "reasoning_content": text.reasoning, "content": str(text)}
+# The keyword by which a template marks what the assistant generates, as transformers looks for it.
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def _told_apart(head: str, answers: list[str], group: Group, drop: Callable[[BadRow], None]) -> list[int]:
@@ -297,21 +386,40 @@ def _told_apart(head: str, answers: list[str], group: Group, drop: Callable[[Bad
     for i, (answer, text) in enumerate(zip(answers, group.responses)):
         if len(sides[answer]) > 1 or answer in kept:
             drop(BadRow("identical after the template", f"the response {text!r:.60} is rendered like another one"))
-        elif isinstance(text, Reasoned) and not _reaches_past(
-            before, "".join(answer.split()), "".join(text.reasoning.split())
-        ):
-            detail = f"the template leaves out reasoning_content, {text.reasoning!r:.60}"
-            drop(BadRow("answer changed by the template", detail))
-        elif not _reaches_past(before, "".join(answer.split()), "".join(text.split())):
-            drop(BadRow("answer changed by the template", f"the response {text!r:.60} becomes {answer!r:.60}"))
+        elif lost := _left_out(before, "".join(answer.split()), messages_of(text)):
+            drop(BadRow("answer changed by the template", f"{lost}; the response becomes {answer!r:.60}"))
         else:
             kept[answer] = i
     return list(kept.values())
 
 
-def _reaches_past(before: str, after: str, text: str) -> bool:
-    """Whether `text` is found in `before + after`, but not in `before` alone."""
-    return (before + after).find(text, max(0, len(before) - len(text) + bool(text))) >= 0
+def _left_out(before: str, after: str, messages: list[Message]) -> str:
+    """What the template leaves out of these messages, which follow each other in `before + after`, without white space.
+    The first may begin in `before`, but must reach past it. Empty if nothing is left out."""
+    whole, at = before + after, len(before)
+    for k, message in enumerate(messages):
+        ends = [at]
+        for what, part in _parts(message):
+            bare = "".join(part.split())
+            found = whole.find(bare, at if k else max(0, at - len(bare) + bool(bare)))
+            if found < 0:
+                return f"the template leaves out {what}, {part!r:.60}"
+            ends.append(found + len(bare))
+        at = max(ends)
+    return ""
+
+
+def _parts(message: Message) -> Iterator[tuple[str, str]]:
+    """Yields the texts of a message that a rendering of it must hold, each with its name."""
+    for name in ("reasoning_content", "content"):
+        if name in message:
+            yield name, message[name]
+    for call in message.get("tool_calls", []):
+        function = call.get("function", call)
+        yield "the name in tool_calls", function["name"]
+        arguments = function.get("arguments", {})
+        for text in [arguments] if isinstance(arguments, str) else arguments:
+            yield "the arguments in tool_calls", str(text)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -452,7 +560,7 @@ def collate(
         if shared:
             parts.append(_shared_prompt(run, limits, pad_id, pad_responses))
         else:
-            sequences = [(group.prompt, response) for group in run for response in group.responses]
+            sequences = [(group.prompt, x, group.scored_of(i)) for group in run for i, x in enumerate(group.responses)]
             parts += _micro_batches(sequences, layout, limits, pad_id)
     return PreferenceBatch(
         parts,
@@ -485,7 +593,9 @@ def empty_part(device: torch.device | str, with_prompt: bool = False) -> MicroBa
 
 
 def micro_batches(
-    sequences: Sequence[tuple[Tensor, Tensor]],  # prompt (p,) and response (n,) each, integer
+    sequences: Sequence[
+        tuple[Tensor, ...]
+    ],  # prompt (p,) and response (n,), integer; scored (n,) bool where not all are
     layout: str = "padded",
     *,
     max_tokens: int | None = None,
@@ -495,7 +605,8 @@ def micro_batches(
     """Micro-batches of sequences, in order, which need not belong to groups. The options are those of `collate`, but a
     sequence longer than max_tokens is a micro-batch by itself."""
     one_of("layout", layout, ("packed", "padded"))
-    return _micro_batches(sequences, layout, _Limits.checked(max_tokens, max_sequences), pad_id)
+    marked = [(x[0], x[1], x[2] if len(x) > 2 else torch.ones(len(x[1]), dtype=torch.bool)) for x in sequences]
+    return _micro_batches(marked, layout, _Limits.checked(max_tokens, max_sequences), pad_id)
 
 
 class _Limits(NamedTuple):
@@ -529,9 +640,9 @@ class _Limits(NamedTuple):
 
 
 def _micro_batches(
-    sequences: Sequence[tuple[Tensor, Tensor]], layout: str, limits: _Limits, pad_id: int
+    sequences: Sequence[tuple[Tensor, Tensor, Tensor]], layout: str, limits: _Limits, pad_id: int
 ) -> list[MicroBatch]:
-    lengths = [len(prompt) + len(response) for prompt, response in sequences]
+    lengths = [len(prompt) + len(response) for prompt, response, _ in sequences]
     parts = limits.split(lengths, layout == "packed")
     return [_micro_batch(sequences[start:end], layout, pad_id) for start, end in parts]
 
@@ -569,12 +680,12 @@ def _shared_prompt(groups: Sequence[TokenGroup], limits: _Limits, pad_id: int, p
     mask = (position >= 0).long()
     prompts = _filled(mask, [group.prompt[:-1] for group in groups], pad_id)
     several = {"attention_mask": mask} if len(groups) > 1 else {}
-    rows = [(g, response) for g, group in enumerate(groups) for response in group.responses]
+    rows = [(g, x, group.scored_of(i)) for g, group in enumerate(groups) for i, x in enumerate(group.responses)]
     left = limits if limits.tokens is None else limits._replace(tokens=limits.tokens - prompts.numel())
     made = []
-    for start, end in left.split([len(response) for _, response in rows], equal=not pad_responses):
-        of = torch.tensor([g for g, _ in rows[start:end]])  # (b,)
-        responses = [response for _, response in rows[start:end]]
+    for start, end in left.split([len(response) for _, response, _ in rows], equal=not pad_responses):
+        of = torch.tensor([g for g, _, _ in rows[start:end]])  # (b,)
+        responses, marks = [x for _, x, _ in rows[start:end]], [x for _, _, x in rows[start:end]]
         sizes = torch.tensor([*map(len, responses)])  # (b,)
         column = torch.arange(int(sizes.max()))
         live = column < sizes.unsqueeze(1)  # (b, n)
@@ -584,9 +695,11 @@ def _shared_prompt(groups: Sequence[TokenGroup], limits: _Limits, pad_id: int, p
         inputs = {"position_ids": lengths[of].unsqueeze(1) + place}
         if several:
             inputs |= {"attention_mask": torch.cat([mask[of], live.long()], 1), "prompt_of": of}
-        offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).int()
-        index = live.reshape(-1).nonzero()[:, 0]
-        made.append(MicroBatch(ids, _filled(live, responses, -100), inputs, offsets, index))
+        scored = _filled(live, marks, 0).bool()
+        offsets = torch.nn.functional.pad(scored.sum(1).cumsum(0), (1, 0)).int()
+        index = scored.reshape(-1).nonzero()[:, 0]
+        targets = _filled(live, responses, -100).where(scored, -100)
+        made.append(MicroBatch(ids, targets, inputs, offsets, index))
     return SharedPrompt(Prompts(prompts, {"position_ids": position.clamp(min=0), **several}), made)
 
 
@@ -600,14 +713,15 @@ def _filled(
     return out
 
 
-def _micro_batch(sequences: Sequence[tuple[Tensor, Tensor]], layout: str, pad_id: int) -> MicroBatch:
-    prompts, responses = (torch.tensor([len(x) for x in side]) for side in zip(*sequences))
-    lengths = prompts + responses  # (S,)
-    flat = torch.cat([x for pair in sequences for x in pair]).long()  # (N,), as the tensors below
+def _micro_batch(sequences: Sequence[tuple[Tensor, Tensor, Tensor]], layout: str, pad_id: int) -> MicroBatch:
+    prompts, responses, marks = zip(*sequences)
+    lengths = torch.tensor([len(prompt) + len(response) for prompt, response in zip(prompts, responses)])  # (S,)
+    flat = torch.cat([x for pair in zip(prompts, responses) for x in pair]).long()  # (N,), as the tensors below
+    scored = torch.cat([x for p, own in zip(prompts, marks) for x in (torch.zeros(len(p), dtype=torch.bool), own)])
     sequence = torch.repeat_interleave(torch.arange(len(sequences)), lengths)
     position = torch.arange(len(flat)) - (lengths.cumsum(0) - lengths)[sequence]
     # Targets are shifted by one; none crosses into another sequence, since each begins with a token of its prompt.
-    targets = flat.where(position >= prompts[sequence], -100).roll(-1)
+    targets = flat.where(scored, -100).roll(-1)
     if layout == "packed":
         place, shape, inputs = torch.arange(len(flat)), (1, len(flat)), {"position_ids": position.unsqueeze(0)}
     else:
@@ -618,5 +732,6 @@ def _micro_batch(sequences: Sequence[tuple[Tensor, Tensor]], layout: str, pad_id
     def placed(values: Tensor, fill: int) -> Tensor:
         return torch.full((shape[0] * shape[1],), fill).index_copy_(0, place, values).reshape(shape)
 
-    cu_seqlens = torch.cat([responses.new_zeros(1), responses.cumsum(0)]).int()
+    counts = torch.tensor([int(own.sum()) for own in marks])
+    cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
     return MicroBatch(placed(flat, pad_id), placed(targets, -100), inputs, cu_seqlens, place[targets != -100])

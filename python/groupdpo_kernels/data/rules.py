@@ -84,7 +84,7 @@ def _read_groups(
         if isinstance(found, Scored):
             group = _sides(found, rule, i, on_bad, report)
         else:
-            group = Group(found.prompt, found.responses, found.positive, i, found.weight, found.response_weights)
+            group = Group(**found._asdict(), row=i)
         yield from _sound("read", group, on_bad, report)
 
 
@@ -119,7 +119,7 @@ def _sides(found: Scored, rule: Rule, row: int, on_bad: str, report: Report) -> 
         report.drop(BadRow("left out by the rule", f"a response with the score {candidates[i][1]}"), row)
     texts = [candidates[i][0] for i, _ in picked]
     kept = None if weights is None else [scores[candidates[i]] for i, _ in picked]
-    return Group(found.prompt, texts, [side for _, side in picked], row, found.weight, kept)
+    return Group(found.prompt, texts, [side for _, side in picked], row, found.weight, kept, found.tools)
 
 
 def merge_prompts(groups: Iterable[Group], *, on_bad: str = "drop", report: Report | None = None) -> Iterator[Group]:
@@ -137,7 +137,10 @@ def _merge_prompts(groups: Iterable[Group], on_bad: str, report: Report) -> Iter
     by_prompt: dict[tuple[bool, str], list[Group]] = {}
     for group in groups:
         text = group.prompt if isinstance(group.prompt, str) else None
-        key = text is None, json.dumps(group.prompt, sort_keys=True, default=repr) if text is None else text
+        key = (
+            text is None,
+            json.dumps([group.prompt, group.tools], sort_keys=True, default=repr) if text is None else text,
+        )
         by_prompt.setdefault(key, []).append(group)
     for same in by_prompt.values():
         report.merged += len(same) - 1
@@ -147,7 +150,7 @@ def _merge_prompts(groups: Iterable[Group], on_bad: str, report: Report) -> Iter
         if any(g.response_weights is not None for g in same):
             weights = list(chain.from_iterable(g.response_weights or [1.0] * len(g.responses) for g in same))
         weight = statistics.fmean(g.weight for g in same)
-        group = Group(same[0].prompt, responses, positive, same[0].row, weight, weights)
+        group = same[0]._replace(responses=responses, positive=positive, weight=weight, response_weights=weights)
         yield from _sound("merged", group, on_bad, report)
 
 

@@ -50,6 +50,8 @@ class GroupDPOConfig(TrainingArguments):
         chat: whether to take text prompts as a user's turn, or else conversations of one turn as plain text; by default
             each stays as it is.
         template_options: arguments of the chat template, as a dict or JSON of one.
+        assistant_only: whether a response of several turns is scored in those of the assistant alone, not in those of
+            tools and users.
         on_bad: what to do with a row that cannot be used: drop (it is counted), or error.
         precompute_ref_log_probs: whether the reference scores the data once, before training, and keeps this on disk.
         disable_dropout: whether to set the probability of every nn.Dropout to 0.
@@ -75,6 +77,7 @@ class GroupDPOConfig(TrainingArguments):
     too_long: str = "drop"
     chat: bool | None = None
     template_options: dict[str, Any] | str | None = None  # text is JSON, as from a command line
+    assistant_only: bool = True
     on_bad: str = "drop"
     precompute_ref_log_probs: bool = False
     disable_dropout: bool = True

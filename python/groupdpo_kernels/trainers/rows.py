@@ -152,7 +152,7 @@ def tokenised(
         bad: dict[str, Any] = {"on_bad": config.on_bad, "report": report}
         texts = read_groups(groups, config.format, rule=config.rule, **bad)
         texts = merge_prompts(texts, **bad) if config.merge_prompts else texts
-        names = ("max_length", "too_long", "chat", "template_options")
+        names = ("max_length", "too_long", "chat", "template_options", "assistant_only")
         options = {option: getattr(config, option) for option in names}
         options["max_length"] = min((n for n in (config.max_length, limits[0]) if n is not None), default=None)
         groups = list(tokenize_groups(texts, tokenizer, **options, **bad))
@@ -208,7 +208,7 @@ def _check_weights(group: TokenGroup, name: str, objective: Objective) -> None:
 
 def _check_columns(rows: Sequence[Any], name: str) -> None:
     """ValueError for columns that TRL's trainers read, and that this one would leave out of the prompt."""
-    instead = {"tools": "", "chat_template_kwargs": " (template_options of GroupDPOConfig is for all rows)"}
+    instead = {"chat_template_kwargs": " (template_options of GroupDPOConfig is for all rows)"}
     instead |= dict.fromkeys(("image", "images"), ", for groups are of text alone")
     for i, row in enumerate(rows):
         for column, why in instead.items():
