@@ -1,4 +1,4 @@
-"""Responses of several turns, with tools: how rows are read, which tokens are scored, what a template must be able to."""
+"""Responses of several turns, with tools: how rows are read, which tokens are scored, what templates must do."""
 
 from __future__ import annotations
 
