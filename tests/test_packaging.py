@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import groupdpo_kernels
 
@@ -90,6 +91,21 @@ def test_torch_is_the_one_requirement() -> None:
         r"\[build-system\].*?^requires = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S | re.M
     )
     assert build_system is not None and "torch" not in build_system[1]  # an isolated build would download it again
+
+
+def test_versions_agree() -> None:
+    """The citation and the newest heading of the changelog are of the version that is built."""
+    citation = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    changelog = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert citation and changelog and citation[1] == changelog[1] == groupdpo_kernels.__version__
+
+
+def test_a_commit_is_checked_as_make_lint_does() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    called = [hook["entry"].removeprefix(".venv/bin/python ").replace(" --force-exclude", "") for hook in hooks]
+    dry = subprocess.run(["make", "--dry-run", "lint"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    linted = re.findall(r"^\.venv/bin/python (-m (?:ruff|mypy).*?)(?: \.)?$", dry, re.M)
+    assert called == linted
 
 
 def test_the_command_line_is_an_extra() -> None:
