@@ -9,7 +9,7 @@ RESULTS ?= bench/results
 # Without bytecode on disk each of the tests' hundred processes would compile torch and transformers again: 20 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup test test-distributed test-processors emulate demo bench profile docs lint clean
+.PHONY: help setup test test-distributed test-processors emulate demo bench profile docs dist lint clean
 .PHONY: device-first device device-losses device-memory device-steps device-counters
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make bench    time and memory against the alternatives, on this machine"
 	@echo "make profile  peak memory and time of a training step against the size of its group; writes profile/"
 	@echo "make docs     the documentation as a site, build/docs/index.html; a broken link is an error"
+	@echo "make dist     sdist, wheel with the C++ op and pure wheel into dist/; each is tried in a fresh environment"
 	@echo "make lint     ruff and mypy"
 	@echo "on a GPU machine, with no network and no .venv, PYTHON=$(PYTHON), into RESULTS=$(RESULTS), one after the other:"
 	@echo "make device-first     five minutes: ceilings, errors, each kernel, both designs of the products"
@@ -89,6 +90,23 @@ profile: setup
 # The site is made of text and docstrings; it needs no C++ op.
 docs: .venv/.dependencies
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+# Both wheels come from the sdist, so that it is whole. What must not be in a file that goes elsewhere: another symbol of
+# Python than the limited API's (abi3audit), or of glibc than the tag says (auditwheel, which leaves torch's libraries
+# to torch). Each file is then installed where nothing of this checkout is.
+dist: export PATH := $(CURDIR)/.venv/bin:$(PATH)
+dist: setup
+	rm -rf dist
+	$(RUN) -m build --no-isolation --sdist
+	GROUPDPO_KERNELS_BUILD=1 $(RUN) -m pip wheel -q --no-build-isolation --no-deps -w dist/linux dist/*.tar.gz
+	$(RUN) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/linux/*.whl && rm -r dist/linux
+	GROUPDPO_KERNELS_BUILD=0 $(RUN) -m pip wheel -q --no-build-isolation --no-deps -w dist dist/*.tar.gz
+	$(RUN) -m twine check --strict dist/*
+	$(RUN) -m abi3audit --strict --summary dist/*-abi3-*.whl
+	$(RUN) tests/installed_package.py cpu --file dist/*-cp310-abi3-*.whl
+	$(RUN) tests/installed_package.py reference --file dist/*-py3-none-any.whl
+	$(RUN) tests/installed_package.py reference --file dist/*.tar.gz
+	ls -l dist
 
 lint: setup
 	$(RUN) -m ruff check .
