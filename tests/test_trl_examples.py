@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import math
 import runpy
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig
 from engine_runs import start_ranks
@@ -49,6 +52,26 @@ def test_plain_pytorch(example: Any, capsys: pytest.CaptureFixture[str]) -> None
     losses = example("plain_pytorch").main()
     assert len(losses) == 60 and max(losses[-8:]) < 0.6 * min(losses[:8])
     assert "step  0: loss 3." in capsys.readouterr().out
+
+
+def test_the_notebook(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells from top to bottom in one namespace, as a kernel runs them. It is kept without outputs."""
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    matplotlib.use("Agg")
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(code):
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "gradients: (48, 64) (1000, 64)" in printed and "strategy coupled" in printed
+    assert names["losses"][-1] < 0.9 * names["losses"][0]
+    peaks = {row["strategy"]: row["peaks"] for row in names["plans"]}
+    assert peaks["two_pass"][32] < 1.01 * peaks["two_pass"][8] and peaks["coupled_logits"][32] > 2e9
+    lines = names["axis"].get_lines()
+    assert [line.get_label() for line in lines] == ["coupled_logits", "coupled", "two_pass"]
+    names["plt"].close("all")
 
 
 def test_online_plain(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
