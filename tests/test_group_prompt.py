@@ -3,10 +3,12 @@ whole graph, whatever trains; and the batches that hold such prompts."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 
 from groupdpo_kernels import PreferenceGroups, SharedPrompt, forward_parts, group_backward, preference_loss
 from groupdpo_kernels.data import PreferenceBatch, collate
+from groupdpo_kernels.distributed import planned_as_sharded
 from groupdpo_kernels.models import SharedPromptForward, attach
 
 # The first group takes two micro-batches of four rows, the second one shares nothing, the last two run together.
@@ -265,6 +268,25 @@ def test_a_forward_without_the_two_methods() -> None:
         group_backward(TOY, alone, SEVEN, MPO, torch.zeros(7))
     with pytest.raises(TypeError, match=message):
         forward_parts(TOY, alone)
+
+
+def test_a_plan_of_a_sharded_step_changes_no_other() -> None:
+    """A plan runs a prompt of its own three times, as under FSDP; a step beside it, in another thread, once."""
+
+    def prompts_run() -> int:
+        toy = Toy(lambda x: (x,))
+        three = PreferenceGroups.from_lists([[True, False, False]])
+        group_backward(TOY[:1], toy, three, MPO, torch.zeros(3))
+        return toy.calls.count("prefix")
+
+    with ThreadPoolExecutor(1) as other:
+        with planned_as_sharded():
+            assert (prompts_run(), other.submit(prompts_run).result()) == (3, 1)
+            with contextlib.suppress(KeyError), planned_as_sharded():
+                raise KeyError("out of memory, say")
+            assert prompts_run() == 3
+            assert (prompts_run(), other.submit(prompts_run).result()) == (3, 1)
+        assert (prompts_run(), other.submit(prompts_run).result()) == (1, 1)
 
 
 def test_a_prefix_that_changes_is_reported() -> None:

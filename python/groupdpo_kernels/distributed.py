@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -103,18 +104,18 @@ def joint(calls: list[int], groups: Sequence[Any] = (None,)) -> list[int]:
     return maxima(calls + [0] * (length - len(calls)), groups)
 
 
-_PLANNED = [False]
+_PLANNED: ContextVar[bool] = ContextVar("groupdpo_kernels_planned_as_sharded", default=False)
 
 
 @contextlib.contextmanager
 def planned_as_sharded() -> Iterator[None]:
     """A context in which group_backward runs in one process in the order that it has where an engine shards the model:
-    a planner counts its memory."""
-    _PLANNED[0] = True
+    a planner counts its memory. Other threads, which may be training, are not in it."""
+    token = _PLANNED.set(True)
     try:
         yield
     finally:
-        _PLANNED[0] = False
+        _PLANNED.reset(token)
 
 
 class Ranks:
@@ -144,7 +145,7 @@ class Ranks:
         self.error: Exception | None = None  # raised within a forward, where the caller's code may have caught it
         self.spans = bool(spanned)
         self._groups = [*spanned]  # over which all agree
-        self._settled = _PLANNED[0]  # whether the caller or a wrapper says which ranks must agree
+        self._settled = _PLANNED.get()  # whether the caller or a wrapper says which ranks must agree
         self._known = self.spans or self._settled  # whether it is known which
         if process_group is not None:
             self._settle(process_group)
