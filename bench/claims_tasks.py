@@ -4,8 +4,8 @@ Sums       A number, and sums that make it; a Llama of two layers. The task of e
            wrong answers are made by rule. The start has had a short phase of next-token training.
 Additions  A two-digit number plus a digit, in the chat template; SmolLM2-135M-Instruct. The task of
            examples/smollm2/additions.py: answers are the start's own samples, and a rule says which are right. The
-           upper third of the layers trains, by an adapter. What is below never changes and is computed once a seed,
-           which makes a step three times as cheap; a prompt is computed once for its answers.
+           upper sixth of the layers trains, by an adapter. What is below never changes and is computed once a seed,
+           which makes a step several times as cheap; a prompt is computed once for its answers.
 
 A prompt has some right answers, then as many wrong ones: a column is the place of an answer. What is measured at the
 end of a run has the same names in both tasks.
@@ -14,6 +14,7 @@ end of a run has the same names in both tasks.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
 import sys
@@ -48,6 +49,7 @@ from peft import get_peft_model
 
 from groupdpo_kernels import PreferenceGroups, linear_logps, seq_logps
 from groupdpo_kernels.stepwise import reward_accuracy
+from groupdpo_kernels.stepwise.store import write_json
 
 Logps = tuple[Tensor, Tensor]  # token_logps (T,), cu_seqlens (S+1,)
 Rows = list[dict[str, Any]]
@@ -204,10 +206,13 @@ class Trees:
         return torch.cat([out[:, None, P - 1 : P].expand(p, c, 1, -1), out[:, P:].unflatten(1, (c, m))], 2)
 
     def logps(self, model: Any, prompts: Tensor, columns: Tensor) -> Logps:
+        return self.logps_of(self.hidden(model, prompts, columns), model, prompts, columns)
+
+    def logps_of(self, hidden: Tensor, model: Any, prompts: Tensor, columns: Tensor) -> Logps:
         targets = self.answers[prompts[:, None], columns]  # (p, c, m)
         live = targets >= 0
-        hidden = self.hidden(model, prompts, columns)[:, :, :-1][live]
-        return linear_logps(hidden, head_of(model), targets[live]), offsets(live)
+        offsets = nn.functional.pad(live.sum(-1).flatten().cumsum(0), (1, 0))
+        return linear_logps(hidden[:, :, :-1][live], head_of(model), targets[live]), offsets
 
     @torch.no_grad()
     def sums(self, model: Any) -> Tensor:  # (n, c)
@@ -224,10 +229,6 @@ def see(P: int, c: int, m: int) -> dict[str, Any]:
     return {"attention_mask": mask[None, None], "position_ids": places[None], "use_cache": False}
 
 
-def offsets(live: Tensor) -> Tensor:  # (p, c, m) bool -> (p c + 1,)
-    return nn.functional.pad(live.sum(-1).flatten().cumsum(0), (1, 0))
-
-
 def head_of(model: Any) -> Tensor:  # (V, D)
     weight: Tensor = model.get_output_embeddings().weight
     return weight
@@ -235,7 +236,7 @@ def head_of(model: Any) -> Tensor:  # (V, D)
 
 @dataclass(frozen=True)
 class Additions:
-    model: Any  # the upper third of the layers, with an adapter, and the head: what is below never changes
+    model: Any  # the upper layers, with an adapter, and the head: what is below never changes
     task: Task
     trees: Trees  # of training: FEW right answers, then FEW wrong ones
     ref_logps: Tensor  # (prompts, 2 FEW)
@@ -247,25 +248,25 @@ class Additions:
         transformers.logging.set_verbosity_error()
         model, task = start(path)
         training, others = task.rows(seed, held_out)
-        torch.manual_seed(seed)
-        asked: Rows = []
-        answers: list[list[Tensor]] = []
-        while len(asked) < (PROMPTS // 4 if quick else PROMPTS):
-            for row, of_row in zip(training, sampled(model, task, training[:SAMPLES])):
-                if sides := two_sides(task, row["answer"], of_row):
-                    asked.append(row)
-                    answers.append(sides)
-            del training[:SAMPLES]
+        count = PROMPTS // 4 if quick else PROMPTS
+        kept = path and path / f"answers-{seed}-{held_out}-{FEW}-{SAMPLES}-{count}.json"  # a minute's work
+        if kept and kept.exists():
+            asked, answers = json.loads(kept.read_text())
+        else:
+            torch.manual_seed(seed)
+            asked, answers = drawn(model, task, training, count)
+            if kept:
+                write_json(kept, [asked, answers])
         rng = random.Random(seed)
         pairs = [pair(task, row["answer"], rng) for row in others]
         upper = copy.deepcopy(model)
-        layers = max(1, len(model.model.layers) // 3)
+        layers = max(1, len(model.model.layers) // 6)
         upper.model.layers = upper.model.layers[-layers:]
         below = model.model
         below.layers, below.norm = below.layers[:-layers], nn.Identity()
         trees, watched = (
             Trees.make(below, tokens_of(task, rows), padded(of_rows))
-            for rows, of_rows in ((asked[:PROMPTS], answers[:PROMPTS]), (others, pairs))
+            for rows, of_rows in ((asked, answers), (others, pairs))
         )
         adapted = get_peft_model(upper, lora()).eval()  # begins as the model itself
         return cls(adapted, task, trees, trees.sums(adapted), watched, watched.sums(adapted))
@@ -283,28 +284,33 @@ class Additions:
     def watched(self, model: nn.Module) -> Logps:
         return self.held_out.logps(model, torch.arange(WATCHED), torch.arange(2)[None])
 
+    @torch.no_grad()
     def figures(self, model: Any) -> dict[str, float]:
         """An answer by greedy decoding is right if it begins as the right number does, and that number ends there."""
-        logps = self.held_out.sums(model)
-        accuracy, _ = reward_accuracy((logps - self.pair_logps).flatten(), PreferenceGroups.pairs(len(logps)))
-        targets = self.held_out.answers[:, 0]
+        targets, columns = self.held_out.answers[:, 0], torch.arange(2)[None]
         lengths = (targets >= 0).sum(1)
-        right = [
-            torch.equal(best[:n], target[:n]) and not self.task.tokenizer.decode(best[n])[:1].isdigit()
-            for best, target, n in zip(self.best(model), targets, lengths.tolist())
-        ]
+        right, sums = [], []
+        for part in torch.arange(len(targets)).split(8):
+            hidden = self.held_out.hidden(model, part, columns)
+            sums.append(seq_logps(*self.held_out.logps_of(hidden, model, part, columns)).view(-1, 2))
+            best = (hidden[:, 0] @ head_of(model).T).argmax(-1)  # (p, m + 1)
+            right += [self.is_right(*row) for row in zip(best, targets[part], lengths[part].tolist())]
+        logps = torch.cat(sums)
+        accuracy, _ = reward_accuracy((logps - self.pair_logps).flatten(), PreferenceGroups.pairs(len(logps)))
         return {
             "right": sum(right) / len(right),
             "accuracy": float(accuracy.mean()),
             "right_logp": float((logps[:, 0] / lengths).mean()),
         }
 
-    @torch.no_grad()
-    def best(self, model: Any) -> Tensor:  # (held-out prompts, m + 1)
-        """The most probable token at each place of the right number and behind it."""
-        parts = torch.arange(len(self.pair_logps)).split(8)
-        hidden = torch.cat([self.held_out.hidden(model, part, torch.zeros(1, 1).long())[:, 0] for part in parts])
-        return (hidden @ head_of(model).T).argmax(-1)
+    def is_right(
+        self,
+        best: Tensor,  # (m + 1,) the most probable token at each place of the right number and behind it
+        target: Tensor,  # (m,)
+        length: int,  # of the right number
+    ) -> bool:
+        ends = not self.task.tokenizer.decode(best[length])[:1].isdigit()
+        return torch.equal(best[:length], target[:length]) and ends
 
 
 def tokens_of(task: Task, rows: Rows) -> Tensor:  # (rows, P)
@@ -312,8 +318,8 @@ def tokens_of(task: Task, rows: Rows) -> Tensor:  # (rows, P)
     return tokens
 
 
-def padded(answers: list[list[Tensor]]) -> Tensor:  # (n, c, m)
-    flat = nn.utils.rnn.pad_sequence([x for of_row in answers for x in of_row], True, -100)
+def padded(answers: list[list[list[int]]]) -> Tensor:  # (n, c, m)
+    flat = nn.utils.rnn.pad_sequence([torch.tensor(x) for of_row in answers for x in of_row], True, -100)
     return flat.unflatten(0, (len(answers), -1))
 
 
@@ -329,21 +335,36 @@ def sampled(model: Any, task: Task, rows: Rows) -> Tensor:  # (rows, SAMPLES, LE
     return torch.cat(drawn, 1).view(len(rows), SAMPLES, LENGTH)
 
 
-def two_sides(task: Task, answer: int, drawn: Tensor) -> list[Tensor]:
+def drawn(model: Any, task: Task, rows: Rows, count: int) -> tuple[Rows, list[list[list[int]]]]:
+    """So many rows, the first that have FEW right and FEW wrong answers among SAMPLES, and these answers."""
+    asked: Rows = []
+    answers = []
+    for at in range(0, len(rows), 16):
+        some = rows[at : at + 16]
+        for row, of_row in zip(some, sampled(model, task, some).tolist()):
+            if len(asked) < count and (sides := two_sides(task, row["answer"], of_row)):
+                asked.append(row)
+                answers.append(sides)
+        if len(asked) == count:
+            return asked, answers
+    raise ValueError(f"rows must hold {count} prompts with {FEW} right and {FEW} wrong answers; got {len(asked)}")
+
+
+def two_sides(task: Task, answer: int, answers: list[list[int]]) -> list[list[int]]:
     """The first FEW right answers, then the first FEW wrong ones, each up to its end; nothing if there are fewer."""
-    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for tokens in drawn:
-        ends = (tokens == task.tokenizer.eos_token_id).nonzero().flatten().tolist()
-        tokens = tokens[: ends[0] + 1] if ends else tokens
+    sides: tuple[list[list[int]], list[list[int]]] = ([], [])
+    end = task.tokenizer.eos_token_id
+    for tokens in answers:
+        tokens = tokens[: tokens.index(end) + 1] if end in tokens else tokens
         sides[not task.is_right(task.tokenizer.decode(tokens, skip_special_tokens=True), answer)].append(tokens)
     return sides[0][:FEW] + sides[1][:FEW] if min(map(len, sides)) >= FEW else []
 
 
-def pair(task: Task, answer: int, rng: random.Random) -> list[Tensor]:
+def pair(task: Task, answer: int, rng: random.Random) -> list[list[int]]:
     """The right number and a wrong one near it, with as many digits."""
     texts = [f" {answer}"]
     while len(texts) < 2:
         other = f" {answer + rng.randint(-9, 9)}"
         if len(other) == len(texts[0]) and not task.is_right(other, answer):
             texts.append(other)
-    return [torch.tensor(task.tokenizer(text).input_ids) for text in texts]
+    return [task.tokenizer(text).input_ids for text in texts]

@@ -42,7 +42,7 @@ def test_all_claims_to_the_end(model, command):
     printed, first = command(model, *quick, "--claims", "sdpo")
     assert [*first["runs"]] == ["sdpo"] and "2 stages, easy to hard" in printed and "adadpo, seeds" not in printed
     printed, content = command(model, *quick, "1")
-    assert content["commit"] and content["versions"]["transformers"] and content["settings"]["model"] == model
+    assert content["commit"] and content["versions"]["transformers"] and content["model"] == model
     assert content["runs"]["sdpo"]["DPO on all"]["0"] == first["runs"]["sdpo"]["DPO on all"]["0"]
     assert "sdpo, seed 0" not in printed and "sdpo, seeds [0, 1]" in printed and "| G = 2 | " in printed
     assert [*content["starts"]] == ["0", "1"]
@@ -79,7 +79,9 @@ def test_trees_score_as_the_whole_model_does(additions):
     )
     chosen, columns = torch.tensor([2, 0]), torch.tensor([[1, 4, 6], [7, 0, 3]])
     found = seq_logps(*trees.logps(model, chosen, columns))
-    prompts = claims_tasks.tokens_of(task, rows_of(additions))
+    torch.manual_seed(0)
+    asked, _ = claims_tasks.drawn(claims_tasks.start(None)[0], task, task.rows(0, 8)[0], len(trees.answers))
+    prompts = claims_tasks.tokens_of(task, asked)
     for at, (prompt, column) in enumerate((p, c) for p, of_row in zip(chosen, columns) for c in of_row):
         answer = trees.answers[prompt, column]
         answer = answer[answer >= 0]
@@ -90,27 +92,13 @@ def test_trees_score_as_the_whole_model_does(additions):
     assert not torch.allclose(seq_logps(*trees.logps(additions.model, chosen, columns)), found, atol=1e-3)
 
 
-def rows_of(additions):
-    """The rows of the prompts that it has found to train on: those with FEW answers on either side, in their order."""
-    _, task = claims_tasks.start(None)
-    model, (rows, _) = claims_tasks.start(None)[0], task.rows(0, 8)
-    torch.manual_seed(0)
-    found = []
-    while len(found) < len(additions.ref_logps):
-        some, rows = rows[: claims_tasks.SAMPLES], rows[claims_tasks.SAMPLES :]
-        drawn = claims_tasks.sampled(model, task, some)
-        found += [row for row, answers in zip(some, drawn) if claims_tasks.two_sides(task, row["answer"], answers)]
-    return found
-
-
 def test_samples_are_sorted_by_the_rule():
     _, task = claims_tasks.start(None)
-    end = task.tokenizer.eos_token_id
+    end, few = task.tokenizer.eos_token_id, claims_tasks.FEW
     right, wrong = (task.tokenizer(text).input_ids for text in (" 4", " 5"))
-    drawn = torch.tensor([[*right, end, 7], [*wrong, 7, end]] * claims_tasks.FEW)
-    sides = claims_tasks.two_sides(task, 2, drawn)
-    assert [x.tolist() for x in sides] == [[*right, end]] * claims_tasks.FEW + [[*wrong, 7, end]] * claims_tasks.FEW
-    assert claims_tasks.two_sides(task, 2, drawn[1:]) == []
+    answers = [[*right, end, 7], [*wrong, 7, end]] * few
+    assert claims_tasks.two_sides(task, 2, answers) == [[*right, end]] * few + [[*wrong, 7, end]] * few
+    assert claims_tasks.two_sides(task, 2, answers[1:]) == []
     right, wrong = claims_tasks.pair(task, 98, random.Random(0))
     assert len(right) == len(wrong) and int(task.tokenizer.decode(wrong).replace(" ", "")) % 2 == 1
 
@@ -124,12 +112,10 @@ def test_training_learns_what_the_loss_says(additions):
     assert torch.equal(additions.sums(additions.model), additions.ref_logps)
 
 
-def test_greedy_answers_are_read_by_the_rule(additions, monkeypatch):
-    """Right as far as the number goes, and no digit behind it."""
-    answers, ids = additions.held_out.answers[:, 0], additions.task.tokenizer.convert_tokens_to_ids(["=", "7"])
-    best = torch.nn.functional.pad(answers, (0, 1), value=-100)
-    best[best < 0] = ids[0]
-    best[0, 1] = ids[0]
-    best[1, (answers[1] >= 0).sum()] = ids[1]
-    monkeypatch.setattr(claims_tasks.Additions, "best", lambda *_: best)
-    assert additions.figures(additions.model)["right"] == 6 / 8
+def test_greedy_answers_are_right_as_far_as_the_number_goes(additions):
+    """It ends where no digit follows."""
+    ids = additions.task.tokenizer.convert_tokens_to_ids([" ", "5", "6", "7", "="])
+    target = torch.tensor([*ids[:3], -100])
+    for best, right in (("0123", False), ("0124", True), ("0144", False), ("0222", False)):
+        tokens = torch.tensor([ids[int(i)] for i in (*best, 4)])
+        assert additions.is_right(tokens, target, 3) is right
