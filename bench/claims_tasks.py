@@ -172,7 +172,7 @@ def sums_of(data: Answers, model: nn.Module) -> Tensor:  # (prompts, 2 SIDE)
 # ------------------------------------------------------------------------------------------------------ real: additions
 
 # Answers of a side, drawn of a prompt at temperature 1; prompts to train on, and to watch gradients on.
-FEW, SAMPLES, PROMPTS, WATCHED = 4, 16, 24, 8
+FEW, SAMPLES, PROMPTS, WATCHED = 4, 16, 24, 4
 
 
 @dataclass(frozen=True)
