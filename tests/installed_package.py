@@ -4,7 +4,8 @@
     python tests/installed_package.py reference --file FILE      FILE, installed in a fresh environment, without it
 
 `make dist` and the workflow that builds wheels run it. torch is not installed once more: a fresh environment finds this
-one's, and all other packages, by a path; the file under test comes first. Outside of pytest, as it must begin from nothing.
+one's, and all other packages, by a path; the file under test comes first. Outside of pytest, as it must begin from
+nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def try_what_is_installed(impl: str) -> None:
     ours, theirs = (torch.autograd.grad(loss, (hidden, weight)) for loss in losses)
     torch.testing.assert_close(ours, theirs)
 
-    import groupdpo_kernels.kernels  # noqa: F401  the Triton half is where the package looks for it
+    import groupdpo_kernels.kernels  # the Triton half is where the package looks for it
 
     print(f"groupdpo-kernels {g.__version__}, torch {torch.__version__}: {impl}, right")
 

@@ -42,7 +42,7 @@ def compile_layers(model: Any, backend: str | None = None, mode: str | None = No
     several kinds (with gradients and without, with a mask and without, of new shapes), which may be more than the eight
     that dynamo compiles before it gives up: its `recompile_limit` is raised to KINDS for the process.
     """
-    config = torch._dynamo.config  # type: ignore[attr-defined]
+    config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, KINDS)
     for layer in layers_of(model):
         layer.compile(backend=backend or "inductor", mode=mode)

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
