@@ -10,7 +10,8 @@ it is one of the shapes of groupdpo_kernels.memory.workload, of 1.2 billion para
 - pairs: eight of them; TRL as it is, and after `patch_trl()`;
 - LoRA: the same with an adapter on the attention, so that the head is frozen;
 - groups: of one positive; TRL on the pairs that they flatten to, as it is and accelerated, and `GroupDPOTrainer`, with
-  the graph of the whole step and in two passes.
+  the graph of the whole step and in two passes;
+- layers: `GroupDPOTrainer` in two passes, with its layers compiled and without; a prompt runs once for each response.
 
 Every row is a fresh process, in rounds over all rows, so that the machine is the same for all; a figure is the median
 of all steps but the first two of each process. Memory on a CPU: Linux, as bench/memory.py has it; on a GPU the peak of
@@ -45,6 +46,7 @@ ROWS = {
     "pairs": ["trl", "trl, accelerated"],
     "LoRA": ["trl", "trl, accelerated"],
     "groups": ["trl", "trl, accelerated", "GroupDPOTrainer, coupled", "GroupDPOTrainer, two_pass"],
+    "layers": ["GroupDPOTrainer, two_pass, prompts apart", "GroupDPOTrainer, two_pass, compiled"],
 }
 HEAD = "head"  # the model that is small but for it
 WIDTH = 1024
@@ -133,7 +135,9 @@ def trainer_of(row: str, name: str, setting: Setting, folder: str) -> Any:
     if row == "LoRA":
         more["peft_config"] = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
     if name.startswith("GroupDPOTrainer"):
-        ours = GroupDPOConfig(**common, strategy=name.partition(", ")[2], per_device_train_batch_size=setting.groups)
+        _, strategy, *rest = name.split(", ")
+        options = {"strategy": strategy, "torch_compile": "compiled" in rest, "share_prompt": False if rest else "auto"}
+        ours = GroupDPOConfig(**common, **options, per_device_train_batch_size=setting.groups)
         return GroupDPOTrainer(model_of(setting), args=ours, train_dataset=groups[: setting.groups], **more)
     import trl
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -198,7 +202,7 @@ def measure(row: str, name: str, setting: Setting) -> dict[str, Any]:
 
 
 def table(rows: list[str], setting: Setting, found: list[dict[str, Any]]) -> str:
-    lines = ["", f"**{setting.title}**", "", "| step of | trainer | ms | of TRL's | MiB |", "|---|---|---|---|---|"]
+    lines = ["", f"**{setting.title}**", "", "| step of | trainer | ms | of the first | MiB |", "|---|---|---|---|---|"]
     for row in rows:
         first = None
         for name in ROWS[row]:
@@ -208,7 +212,7 @@ def table(rows: list[str], setting: Setting, found: list[dict[str, Any]]) -> str
                 lines += [f"| {row} | {name} | {run['why']} | | |" for run in runs[:1]]
                 continue
             ms = 1e3 * statistics.median(s for run in good for s in run["seconds"][2:])
-            first = ms if name == "trl" else first
+            first = ms if name == ROWS[row][0] else first
             ratio = f"{ms / first:.2f}" if first else ""
             mib = statistics.median(run["mib"] for run in good)
             lines.append(f"| {row} | {name} | {ms:.0f} | {ratio} | {mib:.0f} |")

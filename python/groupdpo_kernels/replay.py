@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class RandomState:
@@ -26,8 +27,10 @@ class RandomState:
 
     def __init__(self, latest: RandomState | None = None) -> None:
         self.cpu = torch.get_rng_state()
-        if latest is not None and torch.equal(self.cpu, latest.cpu):
-            self.cpu = latest.cpu
+        if latest is not None and type(self.cpu) is type(latest.cpu) is Tensor:  # a plan's has no values
+            with _disable_current_modes():  # a plan would see one in the comparison too
+                same = torch.equal(self.cpu, latest.cpu)
+            self.cpu = latest.cpu if same else self.cpu
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore(self) -> None:
