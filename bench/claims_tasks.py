@@ -268,6 +268,7 @@ class Additions:
             Trees.make(below, tokens_of(task, rows), padded(of_rows))
             for rows, of_rows in ((asked, answers), (others, pairs))
         )
+        torch.manual_seed(seed)  # the same adapter, whether answers are drawn or kept
         adapted = get_peft_model(upper, lora()).eval()  # begins as the model itself
         return cls(adapted, task, trees, trees.sums(adapted), watched, watched.sums(adapted))
 

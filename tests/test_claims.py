@@ -92,6 +92,15 @@ def test_trees_score_as_the_whole_model_does(additions):
     assert not torch.allclose(seq_logps(*trees.logps(additions.model, chosen, columns)), found, atol=1e-3)
 
 
+def test_kept_answers_give_the_same_start(monkeypatch, tmp_path):
+    tiny = claims_tasks.start
+    monkeypatch.setattr(claims_tasks, "start", lambda path: tiny(None))
+    drawn, kept = (claims_tasks.Additions.make(3, 8, True, tmp_path) for _ in range(2))
+    assert len([*tmp_path.iterdir()]) == 1 and torch.equal(drawn.ref_logps, kept.ref_logps)
+    states = (start.model.state_dict() for start in (drawn, kept))
+    assert all(torch.equal(x, y) for x, y in zip(*(state.values() for state in states)))
+
+
 def test_samples_are_sorted_by_the_rule():
     _, task = claims_tasks.start(None)
     end, few = task.tokenizer.eos_token_id, claims_tasks.FEW
