@@ -136,7 +136,11 @@ def trainer_of(row: str, name: str, setting: Setting, folder: str) -> Any:
         more["peft_config"] = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
     if name.startswith("GroupDPOTrainer"):
         _, strategy, *rest = name.split(", ")
-        options = {"strategy": strategy, "torch_compile": "compiled" in rest, "share_prompt": False if rest else "auto"}
+        options: dict[str, Any] = {
+            "strategy": strategy,
+            "torch_compile": "compiled" in rest,
+            "share_prompt": False if rest else "auto",
+        }
         ours = GroupDPOConfig(**common, **options, per_device_train_batch_size=setting.groups)
         return GroupDPOTrainer(model_of(setting), args=ours, train_dataset=groups[: setting.groups], **more)
     import trl
