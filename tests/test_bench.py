@@ -12,7 +12,17 @@ import pytest
 import torch
 from processes import Script, forked, run_script
 
-from bench import first, launches, memory, preference, scaling, shared_prompt, shared_prompt_pictures, trl_steps
+from bench import (
+    entropy,
+    first,
+    launches,
+    memory,
+    preference,
+    scaling,
+    shared_prompt,
+    shared_prompt_pictures,
+    trl_steps,
+)
 from bench import run as bench_run
 from bench.measure import Differentiated, Gate, draw
 from bench.peers import PEERS, Unavailable, load_peer, maker
@@ -227,6 +237,11 @@ def test_scaling(tmp_path):
     assert point.keys() == set(scaling.NAMES) and all(ms > 0 for ms, _ in point.values())
     scaling.draw_picture({"tokens": {64: point, 128: point}, "vocabulary": {9: point}}, "t", tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_the_cost_of_the_entropys_gradient(command):
+    printed = command(entropy, "--T", 9, "--D", 16, "--V", 40, "--rounds", 2)
+    assert printed.count("ours") == 3 and printed.count("TRL") == 3
 
 
 def test_killed_run_keeps_its_rows(tmp_path):
