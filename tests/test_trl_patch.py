@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 import threading
 import types
@@ -26,6 +28,7 @@ from groupdpo_kernels.reference import HeadOptions, LogpStats
 from groupdpo_kernels.testing import CASES, Case, check_budget, make_inputs, run
 
 ORIGINAL = trl.trainer.utils._ChunkedLogProbFunction
+FIVE = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
 TILE = 2**15  # the vocabulary chunk that TRL asks for
 
 
@@ -411,3 +414,21 @@ def test_a_trainer_in_bfloat16(checkpoint: Path, bpe: Any) -> None:
     with patch_trl():
         *_, ours = trained("DPO", checkpoint, bpe, bf16=True)
     assert 0 < (ours - exact).norm() <= 2 * (stock - exact).norm()
+
+
+def test_the_docs_name_every_experimental_trainer() -> None:
+    """Served are those that call TRL's fused head, or inherit from one of the five that do and read no logits."""
+    served, others = set(), set()
+    for path in (Path(trl.__file__).parent / "experimental").rglob("*trainer.py"):
+        source = path.read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Trainer"):
+                inherits = {ast.unparse(base).strip("_") for base in node.bases} & set(FIVE)
+                reads = ".logits" in source
+                (served if not reads and (inherits or "fused_lm_head" in source) else others).add(node.name)
+    page = (Path(__file__).parents[1] / "docs" / "get-started" / "trl.md").read_text()
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.count("|") == 4]
+    told = {yes: set[str]() for yes in (True, False)}
+    for names, patched in rows:
+        told[patched.strip() == "yes"] |= {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+Trainer)`", names)}
+    assert served == told[True] and others == told[False]
