@@ -66,7 +66,7 @@ def test_history_in_a_column_is_read_by_every_format(name: str) -> None:
     assert "history must be pairs" in refused({**ROWS[name], "history": ["Hi"]})
 
 
-@pytest.mark.parametrize("column", ["functions", "images", "image", "documents", "context", "chat_template_kwargs"])
+@pytest.mark.parametrize("column", ["functions", "videos", "audio", "documents", "context", "chat_template_kwargs"])
 @pytest.mark.parametrize("name", ROWS)
 def test_what_cannot_be_read_of_a_prompt_is_named(name: str, column: str) -> None:
     assert f"the column '{column}' belongs to the prompt" in refused({**ROWS[name], column: ["something"]})
@@ -91,7 +91,8 @@ def test_content_in_parts() -> None:
     answer = [{"role": "assistant", "content": [{"type": "text", "text": "Four"}]}]
     assert only_group({**PAIR, "prompt": [QUESTION], "chosen": answer}).responses == ["Four", "Six"]
     picture = [{"role": "user", "content": [*parts, {"type": "image"}]}]
-    assert "a part of type 'image'" in refused({**PAIR, "prompt": picture})
+    assert "it has 1 for 0" in refused({**PAIR, "prompt": picture})
+    assert "a part of type 'video'" in refused({**PAIR, "prompt": [{"role": "user", "content": [{"type": "video"}]}]})
 
 
 @pytest.mark.parametrize("key", ["name", "tool_calls", "refusal"])

@@ -22,9 +22,9 @@ import math
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, groupby, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from ..checks import one_of
 from ..preference.group_backward import SharedPrompt
 from ..preference.groups import PreferenceGroups
 from .formats import BadRow, Group, Message, Report, Turns, messages_of
+from .images import Pictures, in_parts, inputs_of, processor_of, prompt_tokens, repeated
 
 
 class TokenGroup(NamedTuple):
@@ -46,6 +47,7 @@ class TokenGroup(NamedTuple):
     weight: float = 1.0  # what the group counts in the loss
     response_weights: list[float] | None = None  # what each response counts in its side; None for 1 each
     scored: list[Tensor] | None = None  # (n_i,) bool each, the tokens of the assistant; None for all
+    pictures: Pictures | None = None  # the images of the prompt, whose tokens have their places
 
     def scored_of(self, i: int) -> Tensor:  # (n_i,) bool
         return torch.ones(len(self.responses[i]), dtype=torch.bool) if self.scored is None else self.scored[i]
@@ -58,7 +60,9 @@ class TokenGroup(NamedTuple):
     @property
     def shares_prompt(self) -> bool:
         """Whether its responses share their prompt where `collate` is asked for that: if it saves an eighth of their
-        tokens, which is about where it breaks even."""
+        tokens, which is about where it breaks even. A prompt with images runs with each of its responses."""
+        if self.pictures is not None:
+            return False
         saved = (len(self.prompt) - 1) * (len(self.responses) - 1)
         return 8 * saved >= sum(len(self.prompt) + len(response) for response in self.responses)
 
@@ -87,10 +91,13 @@ def tokenize_groups(
     assistant's (`return_assistant_tokens_mask`). With another each turn of the assistant is what the template adds to
     the header of its answer; a template that renders these turns otherwise alone than in the whole is refused.
 
+    Images need a processor of text and images in place of the tokenizer; it is asked for the tokens of their prompts.
+
     Args:
         max_length: the most tokens that a prompt and a response have together. None sets no limit.
         too_long: what happens to a longer response: "drop", "error", or "truncate_prompt", which cuts off the left of
-            the prompt (after a bos) for the whole group. A response that leaves no room for a prompt token is dropped.
+            the prompt (after a bos) for the whole group. A response that leaves no room for a prompt token is dropped,
+            and so is a longer one to a prompt with images.
         chat: True makes a text prompt the turn of a user; False takes a conversation of one turn as plain text; None
             leaves each as it is.
         template_options: arguments of the chat template, for example {"enable_thinking": False}.
@@ -104,8 +111,8 @@ def tokenize_groups(
     one_of("too_long", too_long, ("drop", "error", "truncate_prompt"))
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2, a token of each; got {max_length}")
-    tokenizer = tokenizer_of(tokenizer)
-    texts = _Texts(tokenizer, chat, dict(template_options or {}), assistant_only)
+    processor, tokenizer = processor_of(tokenizer), tokenizer_of(tokenizer)
+    texts = _Texts(tokenizer, chat, dict(template_options or {}), assistant_only, processor)
     limit = _Limit(max_length, too_long, getattr(tokenizer, "bos_token_id", None))
     encoder = _Encoder(tokenizer, add_eos)
     return _tokenize_groups(groups, texts, encoder, limit, both_sides, on_bad, report or Report())
@@ -136,7 +143,18 @@ def _tokenize_groups(
             if r.plain:
                 prompt = encoder.lead + prompt
                 tokens = [each.ended(encoder.eos) for each in tokens]
-            yield from _usable(r.group, prompt, tokens, limit, both_sides, on_bad, report)
+            most = limit
+            if r.pictures is not None:
+                try:
+                    prompt = prompt_tokens(renderer.processor, r.pictures)
+                except Exception as error:  # whatever a processor raises on an image that it cannot read
+                    why = f"the processor refuses its images: {type(error).__name__}: {error}"
+                    report.drop(BadRow("malformed", why), r.group.row, on_bad)
+                    continue
+                if limit.too_long == "truncate_prompt":  # an image has as many tokens as the model makes of it
+                    most = limit._replace(too_long="drop")
+            for found in _usable(r.group, prompt, tokens, most, both_sides, on_bad, report):
+                yield found._replace(pictures=r.pictures)
 
 
 def _usable(
@@ -272,16 +290,23 @@ class _Rendered(NamedTuple):
     prompt: str
     responses: list[list[_Piece] | _Tokens]
     plain: bool  # True without a chat template
+    pictures: Pictures | None = None
 
 
 class _Texts:
     """Turns groups into the texts that are tokenised."""
 
-    def __init__(self, tokenizer: Any, chat: bool | None, options: dict[str, Any], assistant_only: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, chat: bool | None, options: dict[str, Any], assistant_only: bool, processor: Any
+    ) -> None:
         self.tokenizer, self.chat, self.options, self.assistant_only = tokenizer, chat, options, assistant_only
+        self.processor = processor  # of text and images; None without one
 
     def render(self, group: Group, drop: Callable[[BadRow], None]) -> _Rendered:
         prompt = group.prompt
+        if group.images is not None and self.processor is None:
+            got = type(self.tokenizer).__name__
+            raise ValueError(f"tokenizer must be a processor of images for row {group.row}, which has some; got {got}")
         if self.chat is False and not isinstance(prompt, str):
             if len(prompt) != 1 or not isinstance(prompt[0].get("content"), str):
                 raise BadRow("template", f"chat=False takes one turn of text as a prompt; it has {len(prompt)} turns")
@@ -303,6 +328,9 @@ class _Texts:
         options = self.options | ({} if group.tools is None else {"tools": group.tools})
         render = partial(self.tokenizer.apply_chat_template, tokenize=False, **options)
         conversations = [[*prompt, *messages_of(text)] for text in group.responses]
+        if self.processor is not None:
+            images = len(group.images or ())
+            prompt, conversations = in_parts(prompt, images), [in_parts(each, images) for each in conversations]
         try:
             head = render(prompt, add_generation_prompt=True)
             whole = render(conversations)
@@ -323,7 +351,8 @@ class _Texts:
                 pieces.append(self._marked(head, answers[i], conversations[i], options))
             else:
                 pieces.append([*self._turns(render, whole[i], head, conversations[i], len(prompt))])
-        return _Rendered(group.only(kept), head, pieces, False)
+        pictures = None if group.images is None else Pictures(head, group.images)
+        return _Rendered(group.only(kept), head, pieces, False, pictures)
 
     def _turns(
         self, render: Callable[..., str], whole: str, head: str, conversation: list[Message], start: int
@@ -509,6 +538,7 @@ def collate(
     prompts_together: bool = True,
     pad_responses: bool = True,
     of: PreferenceGroups | None = None,
+    processor: Any = None,
 ) -> PreferenceBatch:
     """One step's groups as tensors, in as many micro-batches as the limits demand, or in one without limits. Their
     weights are those of `groups` in the result.
@@ -539,9 +569,16 @@ def collate(
             for what counts positions, such as the auxiliary loss of a mixture of experts.
         of: the PreferenceGroups of these sequences, in this order, for groups that span ranks: of one this rank may
             have one side alone, or nothing. None makes them.
+        processor: the processor of text and images, for groups with images. A micro-batch holds responses to one such
+            prompt, padded, and among its inputs the prompt's pixels, once for each of them.
     """
     if not groups:
         raise ValueError("groups must hold at least one group; got none")
+    if (
+        processor is None
+        and (seen := next((group.row for group in groups if group.pictures is not None), None)) is not None
+    ):
+        raise ValueError(f"processor must be given for groups with images, as row {seen} has; got None")
     one_of("layout", layout, ("packed", "padded"))
     sides = [positive for group in groups for positive in group.positive]
     if of is not None and of.positive.tolist() != sides:
@@ -560,8 +597,16 @@ def collate(
         if shared:
             parts.append(_shared_prompt(run, limits, pad_id, pad_responses))
         else:
-            sequences = [(group.prompt, x, group.scored_of(i)) for group in run for i, x in enumerate(group.responses)]
-            parts += _micro_batches(sequences, layout, limits, pad_id)
+            for _, some in groupby(run, key=lambda group: id(group.pictures)):  # a prompt with images is by itself
+                same = [*some]
+                sequences = [(g.prompt, x, g.scored_of(i)) for g in same for i, x in enumerate(g.responses)]
+                if same[0].pictures is None:
+                    parts += _micro_batches(sequences, layout, limits, pad_id)
+                else:
+                    inputs = inputs_of(processor, same[0].pictures)
+                    for mb in _micro_batches(sequences, "padded", limits, pad_id):
+                        more = repeated(inputs, mb.input_ids.shape)
+                        parts.append(replace(mb, inputs={**mb.inputs, **more}))
     return PreferenceBatch(
         parts,
         _preference_groups([groups[g] for g in places]) if of is None else of,

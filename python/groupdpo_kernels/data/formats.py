@@ -5,7 +5,7 @@ groups of them, batches.py tokens and tensors. What any of the three drops is co
 
 It never guesses at columns, repairs a text, or drops anything silently: what does not fit is a `BadRow` with a reason.
 It needs responses that are a text, or messages of text that begin and end with one of the assistant: with reasoning,
-tool calls and the turns of tools and users between, or without. It takes no images.
+tool calls and the turns of tools and users between, or without. Images belong to prompts.
 The cost is tens of microseconds a row.
 """
 
@@ -23,6 +23,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from ..checks import one_of
+from .images import places
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]  # {"role": ..., "content": ...}
@@ -74,6 +75,7 @@ class Group(NamedTuple):
     weight: float = 1.0  # what it counts in the loss
     response_weights: list[float] | None = None  # what each response counts in its side; None for 1 each
     tools: list[Any] | None = None  # JSON schemas of what the assistant may call, for the chat template
+    images: list[Any] | None = None  # of the prompt, in the order of their places in it, if it has any
 
     def only(self, kept: Sequence[int]) -> Group:
         """The group with these of its responses, by their numbers."""
@@ -190,15 +192,25 @@ def _without_none(value: Any) -> Any:
 
 
 def _text_of(content: Any) -> Any:
-    """The text of a content that is a list of parts, as processors and APIs take them; other contents are unchanged."""
+    """The text of a content that is a list of parts, as processors and APIs take them, or a list of texts and places of
+    images; other contents are unchanged."""
     if not isinstance(content, list):
         return content
     for part in content:
+        if isinstance(part, Mapping) and part.get("type") == "image":
+            if extra := sorted(k for k, v in part.items() if v is not None and k != "type"):
+                raise BadRow(
+                    "malformed", f"a place of an image must hold its type alone, the image is one of the column images;"
+                    f" got {', '.join(extra)}"
+                )  # fmt: skip
+            continue
         kind = (
             part.get("type", "text" if "text" in part else None) if isinstance(part, Mapping) else type(part).__name__
         )
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise BadRow("malformed", f"a message must be text alone; got a part of type {kind!r}")
+            raise BadRow("malformed", f"a message must be of text and images alone; got a part of type {kind!r}")
+    if any(part.get("type") == "image" for part in content):
+        return [{k: part[k] for k in ("type", "text") if part.get(k) is not None} for part in content]
     return "".join(part["text"] for part in content)
 
 
@@ -224,7 +236,7 @@ def _conversation(text: Any) -> list[Message]:
 _SYSTEM = ("system", "system_prompt")
 _UNREAD = (
     *("functions", "documents", "context", "chat_template_kwargs"),
-    *("image", "images", "audio", "audios", "video", "videos"),
+    *("audio", "audios", "video", "videos"),
 )
 
 
@@ -237,7 +249,7 @@ def _with_context(prompt: Prompt, row: Row) -> Prompt:
     systems = {name: row[name] for name in _SYSTEM if row.get(name)}
     history = row.get("history") or []
     if not systems and not history:
-        return _conversation(prompt) if row.get("tools") else prompt
+        return _conversation(prompt) if row.get("tools") or _images(row) else prompt
     turns: list[Message] = []
     for name, text in systems.items():
         if not isinstance(text, str) or (turns and turns[0]["content"] != text):
@@ -249,6 +261,21 @@ def _with_context(prompt: Prompt, row: Row) -> Prompt:
             raise BadRow("malformed", "the system prompt of its column is not that of its messages")
         turns, messages = messages[:1], messages[1:]
     return [*turns, *_past(history), *messages]
+
+
+def _images(row: Row) -> list[Any] | None:
+    """The column "images", a list, or "image", one image: objects that a processor takes, or paths."""
+    images, one = row.get("images"), row.get("image")
+    images = [] if images is None else images
+    if not isinstance(images, (list, tuple)):
+        raise BadRow("malformed", f"images must be a list; got a {type(images).__name__}")
+    if one is not None and one != "":
+        if images:
+            raise BadRow("malformed", "a row must have images in one column, image or images; got both")
+        images = [one]
+    if any(isinstance(image, str) and "://" in image for image in images):
+        raise BadRow("malformed", "an image must be at hand, as an object or a path; got an address")
+    return [*images] or None
 
 
 def _tools(row: Row) -> list[Any] | None:
@@ -298,6 +325,7 @@ class Sided(NamedTuple):
     weight: float = 1.0
     response_weights: list[float] | None = None  # in the order of responses
     tools: list[Any] | None = None
+    images: list[Any] | None = None
 
 
 class Scored(NamedTuple):
@@ -307,6 +335,7 @@ class Scored(NamedTuple):
     weight: float = 1.0
     response_weights: list[float] | None = None
     tools: list[Any] | None = None
+    images: list[Any] | None = None
 
 
 def as_score(value: Any) -> float | None:
@@ -544,6 +573,8 @@ def read_responses(row: Row) -> tuple[Prompt, list[str], list[Any] | None]:
     """
     full = {name: value for name, value in row.items() if value is not None}
     found = read(recognise(full, formats={"single": SINGLE, **FORMATS}), full)
+    if found.images:
+        raise BadRow("malformed", "its images are not read here: GroupDPOTrainer alone takes rows with images")
     return found.prompt, found.responses, found.tools
 
 
@@ -562,7 +593,13 @@ def read(fmt: Format, row: Row) -> Sided | Scored:
         raise BadRow("no prompt", "the prompt is empty")
     if isinstance(found.prompt, list) and found.prompt[-1].get("role") == "assistant":
         raise BadRow("malformed", "a prompt must not end with a message of the assistant")
-    found = _with_weights(found._replace(prompt=_with_context(found.prompt, row), tools=_tools(row)), row)
+    prompt, images = _with_context(found.prompt, row), _images(row)
+    there, given = 0 if isinstance(prompt, str) else places(prompt), len(images or ())
+    if there not in (0, given) or (given and not any(m["role"] == "user" for m in prompt)):  # type: ignore[index]
+        raise BadRow(
+            "malformed", f"a prompt must have a place for each image, or a user and none; it has {there} for {given}"
+        )
+    found = _with_weights(found._replace(prompt=prompt, tools=_tools(row), images=images), row)
     for text in _texts([found.prompt, found.tools, *map(messages_of, found.responses)]):
         _check_unicode(text)
     return found

@@ -25,6 +25,7 @@ from itertools import chain
 
 from ..checks import one_of
 from .formats import FORMATS, BadRow, Format, Group, Report, Row, Scored, as_score, read, recognise
+from .images import image_key
 
 Rule = Callable[[Sequence[float]], list[tuple[int, bool]]]  # scores -> [(index, positive)], in the order of the group
 
@@ -119,7 +120,7 @@ def _sides(found: Scored, rule: Rule, row: int, on_bad: str, report: Report) -> 
         report.drop(BadRow("left out by the rule", f"a response with the score {candidates[i][1]}"), row)
     texts = [candidates[i][0] for i, _ in picked]
     kept = None if weights is None else [scores[candidates[i]] for i, _ in picked]
-    return Group(found.prompt, texts, [side for _, side in picked], row, found.weight, kept, found.tools)
+    return Group(found.prompt, texts, [side for _, side in picked], row, found.weight, kept, found.tools, found.images)
 
 
 def merge_prompts(groups: Iterable[Group], *, on_bad: str = "drop", report: Report | None = None) -> Iterator[Group]:
@@ -137,10 +138,8 @@ def _merge_prompts(groups: Iterable[Group], on_bad: str, report: Report) -> Iter
     by_prompt: dict[tuple[bool, str], list[Group]] = {}
     for group in groups:
         text = group.prompt if isinstance(group.prompt, str) else None
-        key = (
-            text is None,
-            json.dumps([group.prompt, group.tools], sort_keys=True, default=repr) if text is None else text,
-        )
+        parts = [group.prompt, group.tools, [*map(image_key, group.images or ())]]
+        key = text is None, json.dumps(parts, sort_keys=True, default=repr) if text is None else text
         by_prompt.setdefault(key, []).append(group)
     for same in by_prompt.values():
         report.merged += len(same) - 1

@@ -11,11 +11,12 @@ All give the same gradient. Options and metrics have the names of TRL's DPOConfi
 The base is transformers.Trainer, so that this works without TRL. Little of TRL's DPOTrainer would be left: it tokenises
 pairs, patches the forward of the model and refuses adapters on its head.
 
-The trainer never downloads, and never holds a second model beside an adapter or precomputed references. It takes text
-alone, no images. It runs on one device, under DistributedDataParallel, FSDP2 and DeepSpeed (engines.py). "two_pass"
-costs one more forward without the head (preference/group_backward.py); the token ids of the data are in memory, and
-precomputed references take 4 bytes a response on disk, in output_dir/ref_logps. The source is GroupDPO (arXiv
-2604.15602); see also docs/math.md.
+The trainer never downloads, and never holds a second model beside an adapter or precomputed references. A prompt may
+have images, if processing_class is a processor of them; it then runs with each of its responses. The trainer runs on
+one device, under DistributedDataParallel, FSDP2 and DeepSpeed (engines.py). "two_pass" costs one more forward without
+the head (preference/group_backward.py); the token ids and images of the data are in memory, and precomputed references
+take 4 bytes a response on disk, in output_dir/ref_logps. The source is GroupDPO (arXiv 2604.15602); see also
+docs/math.md.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from transformers import Trainer, set_seed
 
 from ..data.batches import TokenGroup, tokenizer_of
 from ..data.formats import Report
+from ..data.images import processor_of
 from ..distributed import shards
 from ..memory.worker import out_of_memory
 from ..models.adapters import has_adapter, let_adapter_train
@@ -75,8 +77,8 @@ class GroupDPOTrainer(GroupSteps, Trainer):
         ref_model: the reference. None takes the model as it is given, or `ref_logps`, or none for an objective without.
         train_dataset, eval_dataset: rows of a layout of `data.FORMATS` (a `datasets.Dataset`, a list of dicts), or
             a list of TokenGroup; eval_dataset may be a dict of these.
-        processing_class: the tokenizer, or a processor that has one; not needed with TokenGroups. Without a pad token
-            the eos token pads.
+        processing_class: the tokenizer, or a processor that has one; not needed with TokenGroups that have no images.
+            Without a pad token the eos token pads.
         objective: any `Objective`; a pairwise loss needs pairs as groups.
         ref_logps: (S,) floating, of all responses of train_dataset, which then must be TokenGroups. No other reference
             is held, so evaluation is refused.
@@ -134,6 +136,7 @@ class GroupDPOTrainer(GroupSteps, Trainer):
             raise ValueError(_NO_REFERENCE)
         self.objective, self.report = objective, defaultdict(Report)
         self.tokenizer, self.config = tokenizer_of(processing_class), args
+        self._processing_class = processing_class
         self._limits = position_limit(model), token_limit(model)
         set_seed(args.seed)  # the adapter draws its weights next
         if peft_config is not None:
@@ -153,21 +156,28 @@ class GroupDPOTrainer(GroupSteps, Trainer):
             for module in each.modules() if each is not None else ():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
-        collator = Collator(args.layout, None, args.micro_batch_sequences, pad_id_of(model, self.tokenizer))
+        pad_id, processor = pad_id_of(model, self.tokenizer), processor_of(processing_class)
+        collator = Collator(args.layout, None, args.micro_batch_sequences, pad_id, processor=processor)
         train = self._tokenised(train_dataset, "train")
+        pictured = any(group.pictures is not None for group in train.groups)
         collator = collator.sharing(args, bool(self.aux_coef), model, ref_model)
         self.share_prompt = collator.share_prompt
         most: Any = args.micro_batch_tokens
         self.strategy = args.strategy
-        if engine_asked(args) and self.strategy == "auto":
-            self.strategy = "two_pass"  # the planner sizes a whole model
+        if pictured and most == "auto":
+            raise ValueError(
+                "micro_batch_tokens must be a number or None for rows with images, which the planner does not know; got"
+                " 'auto'"
+            )
+        if (engine_asked(args) or pictured) and self.strategy == "auto":
+            self.strategy = "two_pass"  # the planner sizes a whole model, of text
         elif most == "auto" or args.strategy in ("auto", "coupled"):
             if args.gradient_checkpointing:
                 checkpoint_layers(model, args.gradient_checkpointing_kwargs)
             memory, autocast = memory_of(model, args.device), bool(args.bf16 or args.fp16)
             if args.strategy == "auto":
                 self.strategy = self._choice(model, ref_model, train.groups, autocast, memory)
-            if args.strategy == "coupled":
+            if args.strategy == "coupled" and not pictured:
                 check_group_fits(model, train.groups, args.device, autocast, memory, share_prompt=self.share_prompt)
             if most == "auto":
                 most = None  # the whole graph fits
@@ -221,7 +231,7 @@ class GroupDPOTrainer(GroupSteps, Trainer):
     # --------------------------------------------------------------------------------------------------------- the data
 
     def _tokenised(self, rows: Any, name: str) -> Any:
-        return tokenised(rows, name, self.tokenizer, self.config, self.objective, self.report, self._limits)
+        return tokenised(rows, name, self._processing_class, self.config, self.objective, self.report, self._limits)
 
     def _scored(self, rows: Any) -> Any:
         """The rows with the reference's log-probabilities, read from disk as far as they are there."""

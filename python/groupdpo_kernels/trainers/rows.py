@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data.batches import TokenGroup, collate, tokenize_groups
 from ..data.formats import Report
+from ..data.images import processor_of
 from ..data.rules import merge_prompts, read_groups
 from ..models.decoder_layers import COMPILED
 from ..models.layouts import why_not_left_padded, why_not_packed, why_not_padded, why_not_shared
@@ -58,6 +59,7 @@ class Collator:
     share_prompt: bool = False
     prompts_together: bool = True
     pad_responses: bool = True
+    processor: Any = None  # of text and images, for groups with images
     longest_shared: int | None = None  # a step with a longer sequence does not share; None sets no limit
 
     def fitting(self, *models: Any) -> Collator:
@@ -107,7 +109,7 @@ class Collator:
         groups, known = [group for group, _ in items], [ref for _, ref in items if ref is not None]
         fits = self.longest_shared is None or all(group.longest <= self.longest_shared for group in groups)
         options: dict[str, Any] = {"max_tokens": self.max_tokens, "max_sequences": self.max_sequences}
-        for name in ("pad_id", "prompts_together", "pad_responses"):
+        for name in ("pad_id", "prompts_together", "pad_responses", "processor"):
             options[name] = getattr(self, name)
         return {
             "rows": torch.tensor([group.row for group in groups]),
@@ -121,7 +123,7 @@ class Collator:
 def tokenised(
     rows: Any,
     name: str,
-    tokenizer: Any,
+    processing_class: Any,
     config: GroupDPOConfig,
     objective: Objective,
     reports: MutableMapping[str, Report],
@@ -139,14 +141,15 @@ def tokenised(
         return rows
     if isinstance(rows, Mapping):
         return {
-            key: tokenised(value, key, tokenizer, config, objective, reports, limits) for key, value in rows.items()
+            key: tokenised(value, key, processing_class, config, objective, reports, limits)
+            for key, value in rows.items()
         }
     if isinstance(rows, str) or not isinstance(rows, Iterable):
         raise TypeError(f"{name}_dataset must be rows, or a list of TokenGroup; got {rows!r:.60}")
     groups = list(rows)
     report = reports[name] = Report()
     if not all(isinstance(group, TokenGroup) for group in groups):
-        if tokenizer is None:
+        if processing_class is None:
             raise ValueError(f"processing_class must be given, to tokenise {name}_dataset; got None")
         _check_columns(groups, name)
         bad: dict[str, Any] = {"on_bad": config.on_bad, "report": report}
@@ -155,7 +158,7 @@ def tokenised(
         names = ("max_length", "too_long", "chat", "template_options", "assistant_only")
         options = {option: getattr(config, option) for option in names}
         options["max_length"] = min((n for n in (config.max_length, limits[0]) if n is not None), default=None)
-        groups = list(tokenize_groups(texts, tokenizer, **options, **bad))
+        groups = list(tokenize_groups(texts, processing_class, **options, **bad))
     if report.dropped:
         logger.warning("%s_dataset: %s", name, report)
     if not groups:
@@ -163,6 +166,11 @@ def tokenised(
     row = LOSSES[objective.loss] if isinstance(objective.loss, str) else None
     pairs = row is not None and row.pair is not None and not row.every_pair
     for group in groups:
+        if group.pictures is not None and processor_of(processing_class) is None:
+            got = "None" if processing_class is None else f"a {type(processing_class).__name__}"
+            raise ValueError(
+                f"processing_class must be a processor of images for {name}_dataset, which has some; got {got}"
+            )
         _check_limits(group, name, limits)
         _check_weights(group, name, objective)
         most = config.micro_batch_tokens
@@ -209,7 +217,6 @@ def _check_weights(group: TokenGroup, name: str, objective: Objective) -> None:
 def _check_columns(rows: Sequence[Any], name: str) -> None:
     """ValueError for columns that TRL's trainers read, and that this one would leave out of the prompt."""
     instead = {"chat_template_kwargs": " (template_options of GroupDPOConfig is for all rows)"}
-    instead |= dict.fromkeys(("image", "images"), ", for groups are of text alone")
     for i, row in enumerate(rows):
         for column, why in instead.items():
             if isinstance(row, Mapping) and row.get(column):

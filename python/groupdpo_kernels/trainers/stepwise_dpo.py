@@ -37,6 +37,7 @@ from transformers import set_seed
 
 from ..data.batches import TokenGroup
 from ..data.formats import Report
+from ..data.images import processor_of
 from ..models.adapters import adapter_configs, delete_adapter, let_adapter_train
 from ..models.limits import position_limit, token_limit
 from ..preference.objective import Objective
@@ -154,7 +155,8 @@ class StepwiseDPO:
         if tokens == "auto":  # the limit is of a step with gradients: a forward of one sequence fits
             tokens = max(len(group.prompt) + max(map(len, group.responses)) for group in groups)
         args = self.args
-        collator = Collator(args.layout, tokens, args.micro_batch_sequences, pad_id_of(model, self.processing_class))
+        pad_id, processor = pad_id_of(model, self.processing_class), processor_of(self.processing_class)
+        collator = Collator(args.layout, tokens, args.micro_batch_sequences, pad_id, processor=processor)
         collator = collator.fitting(model).sharing(args, bool(aux_coef_of(model, args)), model)
         step = collator([(group, None) for group in groups])["step"].to(args.device)
         autocast = partial(torch.autocast, args.device.type, torch.bfloat16, enabled=bool(args.bf16))

@@ -1,0 +1,83 @@
+"""Images of a prompt: places for them in its messages, and the inputs that a model of text and images takes.
+
+A processor writes as many tokens for an image as the model makes of it, and turns pixels into tensors when a batch is
+made: a data set keeps its images as they are given. It needs a processor of transformers with an image processor, and a
+chat template whose messages have their content in parts.
+It never opens an address of the network, or resizes an image itself. The cost is the processor's, once to count the
+tokens of a prompt and once a batch; a batch holds the pixels of a group once for each of its responses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pictures(NamedTuple):
+    """The images of a prompt, and its text with their places."""
+
+    text: str
+    images: list[Any]  # what the processor takes: images of PIL, arrays, paths
+
+
+def processor_of(processing_class: Any) -> Any:
+    """The processor, if this is one of text and images; None for a tokenizer."""
+    return processing_class if getattr(processing_class, "image_processor", None) is not None else None
+
+
+def places(messages: Sequence[dict[str, Any]]) -> int:
+    """The number of images that the messages have a place for."""
+    return sum(part["type"] == "image" for m in messages for part in m["content"] if isinstance(m["content"], list))
+
+
+def in_parts(messages: Sequence[dict[str, Any]], images: int = 0) -> list[dict[str, Any]]:
+    """The messages with their content in parts. Images without places stand before the text of the first user."""
+    found = []
+    missing = images - places(messages)
+    for message in messages:
+        parts = message["content"]
+        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+        if message["role"] == "user":
+            parts, missing = [{"type": "image"}] * missing + parts, 0
+        found.append({**message, "content": parts})
+    return found
+
+
+def prompt_tokens(processor: Any, pictures: Pictures) -> list[int]:
+    ids: list[int] = _processed(processor, pictures)["input_ids"][0].tolist()
+    return ids
+
+
+def inputs_of(processor: Any, pictures: Pictures) -> dict[str, Tensor]:
+    """What the model takes besides the tokens of the prompt: its pixels, and what kind each token (1, p) is of."""
+    return {k: x for k, x in _processed(processor, pictures).items() if k not in ("input_ids", "attention_mask")}
+
+
+def _processed(processor: Any, pictures: Pictures) -> Any:
+    return processor(text=[pictures.text], images=[pictures.images], return_tensors="pt", add_special_tokens=False)
+
+
+def repeated(
+    inputs: dict[str, Tensor],  # of one prompt
+    shape: torch.Size,  # (B, L)
+) -> dict[str, Tensor]:
+    """The inputs of a prompt for B sequences of up to L tokens that begin with it."""
+    found = {}
+    for name, x in inputs.items():
+        if name.endswith("token_type_ids"):  # of each token: what follows the prompt is text, kind 0
+            x = torch.nn.functional.pad(x, (0, shape[1] - x.shape[1]))
+        found[name] = x.repeat(shape[0], *[1] * (x.dim() - 1))
+    return found
+
+
+def image_key(image: Any) -> str:
+    """Text that is the same for equal images, for rows of one prompt."""
+    if isinstance(image, str):
+        return image
+    content = image.tobytes() if hasattr(image, "tobytes") else repr(image).encode()
+    kind = [str(getattr(image, name, "")) for name in ("dtype", "mode", "shape", "size")]
+    return f"{kind} {hashlib.blake2b(content, digest_size=16).hexdigest()}"
