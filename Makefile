@@ -9,7 +9,7 @@ RESULTS ?= bench/results
 # Without bytecode on disk each of the tests' hundred processes would compile torch and transformers again: 20 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup test test-distributed test-processors emulate demo bench profile docs dist lint clean
+.PHONY: help setup test test-distributed test-processors emulate demo bench profile docs dist hub compat lint clean
 .PHONY: device-first device device-losses device-memory device-steps device-counters
 
 help:
@@ -23,6 +23,8 @@ help:
 	@echo "make profile  peak memory and time of a training step against the size of its group; writes profile/"
 	@echo "make docs     the documentation as a site, build/docs/index.html; a broken link is an error"
 	@echo "make dist     sdist, wheel with the C++ op and pure wheel into dist/; each is tried in a fresh environment"
+	@echo "make hub      the Triton half in the layout of Hugging Face's kernel hub, into build/hub"
+	@echo "make compat   a slice of the tests under each version of torch, Triton, transformers and TRL; downloads them; resumes"
 	@echo "make lint     ruff and mypy"
 	@echo "on a GPU machine, with no network and no .venv, PYTHON=$(PYTHON), into RESULTS=$(RESULTS), one after the other:"
 	@echo "make device-first     five minutes: ceilings, errors, each kernel, both designs of the products"
@@ -107,6 +109,14 @@ dist: setup
 	$(RUN) tests/installed_package.py reference --file dist/*-py3-none-any.whl
 	$(RUN) tests/installed_package.py reference --file dist/*.tar.gz
 	ls -l dist
+
+# No environment: sources are copied and their imports written anew.
+hub:
+	$(PYTHON) kernels/hub/assemble.py build/hub
+
+# Each version in an environment of its own, kept in build/compat/ as long as it runs; a torch with CUDA takes 5 GB.
+compat: setup
+	OMP_NUM_THREADS=1 $(RUN) tests/compat.py $(ARGS)
 
 lint: setup
 	$(RUN) -m ruff check .

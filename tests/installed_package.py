@@ -4,8 +4,8 @@
     python tests/installed_package.py reference --file FILE      FILE, installed in a fresh environment, without it
 
 `make dist` and the workflow that builds wheels run it. torch is not installed once more: a fresh environment finds this
-one's, and all other packages, by a path; the file under test comes first. Outside of pytest, as it must begin from
-nothing.
+one's, and all other packages, by a path; the file under test comes first. It is no test of pytest, which would import
+what lies beside it.
 """
 
 from __future__ import annotations

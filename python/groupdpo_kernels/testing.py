@@ -343,14 +343,20 @@ def triton_on_cpu(
 
     bfloat16 is rounded as on a GPU. It needs no TRITON_INTERPRET, which would keep the process from compiling. The cost
     is per operation, so use big blocks.
+
+    Raises ImportError for Triton 3.6 beside a numpy that its interpreter does not know.
     """
     import numpy as np
+    import triton
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
     from triton.runtime.jit import JITFunction
 
     from .kernels import launch
+
+    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        raise ImportError(f"numpy must be below 2.4 for the interpreter of Triton 3.6; got {np.__version__}")
 
     # Keys are ids: hashing a JITFunction walks its source, which the interpreter's patches to the language confuse.
     cache: dict[int, InterpretedFunction] = {}
