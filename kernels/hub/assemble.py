@@ -4,7 +4,8 @@
 
 A kernel of the hub is loaded from any path, in several versions at once. So no module of it may name the package, and
 its ops live in the namespace that kernel-builder gives each build (`_ops.py`, which it writes). Both are lines of a
-known form here, and they are written anew. What the hub has no place for stays behind: models, trainers, the C++ extension.
+known form here, and they are written anew. What the hub has no place for stays behind: models, trainers, the C++
+extension.
 """
 
 from __future__ import annotations
