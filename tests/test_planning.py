@@ -29,6 +29,7 @@ from groupdpo_kernels.memory.planner import (
 )
 from groupdpo_kernels.memory.sweep import Worker
 from groupdpo_kernels.memory.tracker import Peak, follow_layers
+from groupdpo_kernels.memory.traffic import Order, fetched_in_vain
 from groupdpo_kernels.memory.workload import MODELS, TrainingStep, Workload, build_model, config_of
 from groupdpo_kernels.models.decoder_layers import layers_of
 
@@ -281,6 +282,14 @@ def test_what_engines_hold() -> None:
         Remembered(workload, Hardware(ranks=4, engine=e)).parts_at(4)["optimizer"] for e in ("fsdp2", "zero3")
     )
     assert zero.by_category()["optimizer"] > 3 * fsdp.by_category()["optimizer"]
+
+
+def test_what_zero_3_fetches_in_vain() -> None:
+    """Three parameters of ten elements, a module without any after each; then the backward, which does not come."""
+    order = Order([["a"], [], ["b"], [], ["c"], []], [["c"], ["b"], ["a"]], dict.fromkeys("abc", 10))
+    assert fetched_in_vain(order, 10, 1000) == {"a"}  # b and c are whole when their turn comes
+    assert fetched_in_vain(order, 10, 20) == {"a", "b"}  # no room to be far ahead
+    assert fetched_in_vain(order, 0, 1000) == set()
 
 
 def test_micro_batch_fits_and_one_more_does_not() -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -39,9 +40,9 @@ from ..lm_head.logit_cache import nothing_kept
 from ..models.api import assume_logit_map
 from ..models.decoder_layers import layers_of
 from ..models.head_call import LogitMap
-from .fake import fake_copy
+from .fake import fake_copy, tensors_in
 from .tracker import BLOCK, MemoryTracker, Part, Peak, follow_layers
-from .traffic import ENGINES, Sizes, Unit, batches_of, traffic
+from .traffic import ENGINES, KEPT, Order, Sizes, Unit, batches_of, traffic
 from .workload import STRATEGIES, TrainingStep, Workload, build_model, config_of, strategies_of, take_layers
 
 GiB = 2**30
@@ -255,7 +256,8 @@ class Prediction:
         given = self.hardware
         layers, hidden = int(self.config.num_hidden_layers), int(self.config.hidden_size)
         load = replace(self.workload, group=group)
-        return traffic(load, self._sizes(), layers, hidden, given.ranks, given.engine, given.tensor_parallel)
+        order = self._order(layers, hidden) if given.ranks > 1 and given.engine == "zero3" else None
+        return traffic(load, self._sizes(), layers, hidden, given.ranks, given.engine, given.tensor_parallel, order)
 
     # ------------------------------------------------------------------------------------------- what is not tracked
 
@@ -273,6 +275,39 @@ class Prediction:
                 )
             )
         return self._known_sizes
+
+    def _order(self, layers: int, hidden: int) -> Order:
+        """The order in which the modules run that ZeRO 3 gathers: that of two layers, the second of which stands for
+        all that follow."""
+        model: Any = self.make(range(min(2, layers)))
+        names = {id(p): name for name, p in model.named_parameters()}
+        layer_of = {id(m): i for i, layer in enumerate(layers_of(model)) for m in layer.modules()}
+        begun, ended = list[nn.Module](), list[nn.Module]()
+
+        def end(module: nn.Module, args: Any, out: Any) -> None:
+            if any(x.requires_grad for x in tensors_in([out])):
+                ended.append(module)
+
+        for module in model.modules():
+            module.register_forward_pre_hook(lambda module, args: begun.append(module))
+            module.register_forward_hook(end)
+        # Masks that transformers would make itself read values.
+        mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="meta")
+        model(input_ids=mask[0, 0, :1].long(), attention_mask=mask, use_cache=False)
+        sizes: dict[str, int] = {}
+
+        def calls(modules: Sequence[nn.Module]) -> list[list[str]]:
+            found = []
+            for i, run in itertools.groupby(modules, lambda module: layer_of.get(id(module))):
+                some = list(run)
+                for n in range(layers - 1 if i == 1 else 1):
+                    for module in some:
+                        own = [p for p in module.parameters(recurse=False) if p.numel() > KEPT * hidden]
+                        found.append([f"{names[id(p)]} {n}" for p in own])
+                        sizes.update({name: p.numel() for name, p in zip(found[-1], own)})
+            return found
+
+        return Order(calls(begun), calls(ended)[::-1], sizes)
 
     def _placed(self, name: str, peak: Peak) -> Peak:
         hardware, extra = self.hardware, dict[Part, int]()
