@@ -144,7 +144,7 @@ def weights_on_all_ranks(rank: int) -> None:
 
 
 class Scorer(nn.Module):
-    """Token ids (t,) -> log-probabilities (t,), of each id after the one before it."""
+    """Token ids (t,) -> log-probabilities (t,), of each id after `before` (t,); None: the one before it in the sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,8 +152,8 @@ class Scorer(nn.Module):
         self.embedding, self.head = nn.Embedding(20, 6), nn.Linear(6, 20)
         self.double()
 
-    def forward(self, ids: Tensor) -> Tensor:
-        logits = self.head(self.embedding(ids.roll(1)))
+    def forward(self, ids: Tensor, before: Tensor | None = None) -> Tensor:
+        logits = self.head(self.embedding(ids.roll(1) if before is None else before))
         return logits.log_softmax(-1).gather(-1, ids[:, None]).sum(1)
 
 

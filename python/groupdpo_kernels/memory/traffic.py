@@ -126,7 +126,7 @@ def traffic(
     split: int,
     order: Order | None = None,
 ) -> dict[str, int]:
-    """{kind: bytes that each rank receives in a step}. hidden: D; split: ranks of tensor parallelism; order: of ZeRO 3."""
+    """{kind: bytes that each rank receives in a step}. hidden: D; split: ranks of tensor parallelism."""
     batches = batches_of(workload, ranks > 1)
     forwards = sum(batch.forwards for batch in batches)
     backwards = sum(batch.backwards for batch in batches)
