@@ -24,14 +24,18 @@ many times as large the rejected side's gradient in probability is as the prefer
 norms of the two parts of the parameters' gradient, both as base-2 logarithms.
 
 The results file is rewritten after each run; the same command goes on, with more seeds too. Seeds come one after the
-other, so that what is there when it is stopped are whole comparisons.
+other, so that what is there when it is stopped are whole comparisons. Several processes, each with the seeds in another
+order, may share a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import fcntl
 import json
+import os
 import statistics
 import sys
 import time
@@ -352,6 +356,22 @@ def begin(options: argparse.Namespace, plan: Plan, seed: int) -> Start:
     return Additions.make(seed, plan.held_out, options.quick, options.path)
 
 
+def kept(path: Path, otherwise: dict[str, Any]) -> dict[str, Any]:
+    """What the results file holds."""
+    return json.loads(path.read_text()) if path.exists() else otherwise
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """A context in which no other process of this script writes the file."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
 def main() -> int:
     options = parse()
     torch.set_num_threads(1)  # the matrices are so small that a second thread mostly waits
@@ -364,31 +384,31 @@ def main() -> int:
     content |= {"starts": {}, "runs": {}}
     content["versions"] |= versions(("transformers", "peft"))
     del content["memory_by"], content["driver, max clock, power limit"]
-    if path.exists():
-        kept = json.loads(path.read_text())
-        if settings.items() - kept["settings"].items() and not options.tables:
-            raise ValueError(f"--json must hold results of the settings {settings}; got those of {kept['settings']}")
-        content = kept
+    found = kept(path, content)
+    if settings.items() - found["settings"].items() and not options.tables:
+        raise ValueError(f"--json must hold results of the settings {settings}; got those of {found['settings']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
     for seed in [] if options.tables else options.seeds:
         start: Start | None = None
         for claim in options.claims:
-            arms = [*plan.arms(claim).items()][: 4 if options.quick else None]
-            for name, arm in arms:
-                runs = content["runs"].setdefault(claim, {}).setdefault(name, {})
+            for name, arm in [*plan.arms(claim).items()][: 4 if options.quick else None]:
+                runs = kept(path, content)["runs"].get(claim, {}).get(name, {})
                 if str(seed) in runs or time.monotonic() > end:
                     continue
                 if start is None:
                     start = begin(options, plan, seed)
-                    content["starts"][str(seed)] = start.figures(start.model)
+                    of_start = start.figures(start.model)
                 began = time.process_time()
                 model, gaps = train(start, arm, plan.steps, seed)
-                runs[str(seed)] = {name: round(x, 4) for name, x in (start.figures(model) | gaps).items()}
-                write_json(path, content)
-                print(
-                    f"{claim}, seed {seed}, {name}: {runs[str(seed)]}, {time.process_time() - began:.1f} s", flush=True
-                )
+                figures = {of: round(x, 4) for of, x in (start.figures(model) | gaps).items()}
+                with alone(path):
+                    content = kept(path, content)
+                    content["starts"][str(seed)] = of_start
+                    content["runs"].setdefault(claim, {}).setdefault(name, {})[str(seed)] = figures
+                    write_json(path, content)
+                print(f"{claim}, seed {seed}, {name}: {figures}, {time.process_time() - began:.1f} s", flush=True)
+    content = kept(path, content)
     for claim in options.claims:
         runs = content["runs"].get(claim, {})
         seeds = sorted({int(seed) for of_arm in runs.values() for seed in of_arm})
