@@ -100,7 +100,7 @@ dist: export PATH := $(CURDIR)/.venv/bin:$(PATH)
 dist: setup
 	rm -rf dist
 	$(RUN) -m build --no-isolation --sdist
-	GROUPDPO_KERNELS_BUILD=1 $(RUN) -m pip wheel -q --no-build-isolation --no-deps -w dist/linux dist/*.tar.gz
+	GROUPDPO_KERNELS_BUILD=1 GROUPDPO_KERNELS_LIMITED_API=1 $(RUN) -m pip wheel -q --no-build-isolation --no-deps -w dist/linux dist/*.tar.gz
 	$(RUN) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/linux/*.whl && rm -r dist/linux
 	GROUPDPO_KERNELS_BUILD=0 $(RUN) -m pip wheel -q --no-build-isolation --no-deps -w dist dist/*.tar.gz
 	$(RUN) -m twine check --strict dist/*

@@ -1,11 +1,12 @@
 """Builds the Python packages always, and the C++ extension `groupdpo_kernels._C` where it can be built.
 
-A missing build package (cmake, ninja) beside an installed torch is an error of one line. Without a compiler,
+A missing build package (cmake, ninja, pybind11) beside an installed torch is an error of one line. Without a compiler,
 or without torch in an isolated build, the install goes on as pure Python, which warns at its first call on a CPU.
 GROUPDPO_KERNELS_BUILD=1 makes the extension required (whatever is missing, or a compiler error, fails the install);
 GROUPDPO_KERNELS_BUILD=0 leaves it out. GROUPDPO_KERNELS_CUDA says the same of the extension's device code, which is
-built where a CUDA compiler is found: 1 makes it, and with it the extension, required; 0 leaves it out. CMakeLists.txt
-owns the list of sources; this file only calls cmake.
+built where a CUDA compiler is found: 1 makes it, and with it the extension, required; 0 leaves it out.
+GROUPDPO_KERNELS_LIMITED_API=1 makes the extension one file for Python 3.10 and later, as wheels have it, in place of one
+for this Python. CMakeLists.txt owns the list of sources; this file only calls cmake.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 def wish(name: str) -> str:
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
-        raise SystemExit(f"{name} must be 0 (never build), 1 (must build) or unset; got {value!r}")
+        raise SystemExit(f"{name} must be 0 (no), 1 (yes, or the install fails) or unset; got {value!r}")
     return value
 
 
 CUDA_WISH = wish("GROUPDPO_KERNELS_CUDA")
 WISH = wish("GROUPDPO_KERNELS_BUILD")
+LIMITED = wish("GROUPDPO_KERNELS_LIMITED_API") == "1"
 if CUDA_WISH == "1":
     if WISH == "0":
         raise SystemExit("GROUPDPO_KERNELS_CUDA=1 wants the extension that GROUPDPO_KERNELS_BUILD=0 leaves out")
@@ -57,7 +59,8 @@ def tool(name: str) -> str | None:
 
 def missing_tools() -> list[str]:
     """Packages that build the extension and are not installed."""
-    return [name for name in ("cmake", "ninja") if tool(name) is None]
+    out = [name for name in ("cmake", "ninja") if tool(name) is None]
+    return out if LIMITED or importlib.util.find_spec("pybind11") else [*out, "pybind11"]
 
 
 def missing() -> list[str]:
@@ -69,7 +72,7 @@ def missing() -> list[str]:
         out.append("no C++ compiler")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         out.append("no Python.h (the development package of this Python)")
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    if LIMITED and sysconfig.get_config_var("Py_GIL_DISABLED"):
         out.append("no limited API in this Python (it is built without the global interpreter lock)")
     return out
 
@@ -97,13 +100,16 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": ninja,
             "Python_EXECUTABLE": sys.executable,
             "GROUPDPO_KERNELS_VERSION": self.distribution.get_version(),
+            "GROUPDPO_KERNELS_MODULE": target.name,
+            "GROUPDPO_KERNELS_LIMITED_API": "ON" if LIMITED else "OFF",
             "GROUPDPO_KERNELS_CUDA": {"": "AUTO", "0": "OFF", "1": "ON"}[CUDA_WISH],
         }
         options = [f"-D{name}={value}" for name, value in variables.items()]
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True)
         subprocess.run([cmake, "--build", str(build)], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in (ROOT / "python" / "groupdpo_kernels").glob("_C.cpython-*.so"):  # its Python would take it first
+        other = "_C.cpython-*.so" if LIMITED else "_C.abi3.so"  # of the two, Python would take this Python's own first
+        for stale in (ROOT / "python" / "groupdpo_kernels").glob(other):
             stale.unlink()
         # By rename: overwritten in place, the file would change under a process that has it mapped.
         shutil.copyfile(build / target.name, target.with_suffix(".new"))
@@ -126,15 +132,14 @@ def extensions() -> list[Extension]:
             raise SystemExit(f"groupdpo_kernels: GROUPDPO_KERNELS_BUILD=1, but there is {'; '.join(reasons)}")
         say("without the C++ extension: " + "; ".join(reasons))
         return []
-    return [Extension("groupdpo_kernels._C", sources=[], py_limited_api=True)]
+    return [Extension("groupdpo_kernels._C", sources=[], py_limited_api=LIMITED)]
 
 
-EXTENSIONS = extensions()
 setup(
     # There is no kernels/__init__.py: it would shadow Hugging Face's `kernels` package from the repository root.
     package_dir={"": "python", "groupdpo_kernels.kernels": "kernels/triton"},
     packages=[*find_packages("python"), "groupdpo_kernels.kernels"],
-    ext_modules=EXTENSIONS,
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},  # one wheel for 3.10 and later
+    ext_modules=extensions(),
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED else {},
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -248,13 +248,13 @@ def test_an_old_setuptools_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_a_missing_build_package_is_an_error_of_one_line() -> None:
     """pip hides what a build prints unless it fails: a pure-Python install would come without a word."""
-    hidden = "import shutil; f = shutil.which; shutil.which = lambda n, **k: None if n == 'ninja' else f(n, **k)"
+    hidden = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n: None if n == 'pybind11' else f(n)"
     program = f"import runpy, sys; {hidden}; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py')"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GROUPDPO_KERNELS")}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "needs ninja: pip install ninja; or install without it" in done.stderr
+    assert "needs pybind11: pip install pybind11; or install without it" in done.stderr
     done = subprocess.run(
         command, cwd=ROOT, env=environment | {"GROUPDPO_KERNELS_BUILD": "0"}, capture_output=True, text=True
     )

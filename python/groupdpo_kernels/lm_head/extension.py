@@ -31,7 +31,7 @@ def extension_why_not() -> list[str]:
         if isinstance(error, ModuleNotFoundError) and error.name == "groupdpo_kernels._C":
             return [
                 "C++ extension is not built: with a C++ compiler and Python's headers, run `pip install cmake ninja"
-                " 'setuptools>=77'`, then `pip install --no-build-isolation -e .` again"
+                " pybind11 'setuptools>=77'`, then `pip install --no-build-isolation -e .` again"
             ]
         return [f"C++ extension does not load: {error}"]
     return []
