@@ -5,8 +5,8 @@ or without torch in an isolated build, the install goes on as pure Python, which
 GROUPDPO_KERNELS_BUILD=1 makes the extension required (whatever is missing, or a compiler error, fails the install);
 GROUPDPO_KERNELS_BUILD=0 leaves it out. GROUPDPO_KERNELS_CUDA says the same of the extension's device code, which is
 built where a CUDA compiler is found: 1 makes it, and with it the extension, required; 0 leaves it out.
-GROUPDPO_KERNELS_LIMITED_API=1 makes the extension one file for Python 3.10 and later, as wheels have it, in place of one
-for this Python. CMakeLists.txt owns the list of sources; this file only calls cmake.
+GROUPDPO_KERNELS_LIMITED_API=1 makes the extension one file for Python 3.10 and later, as wheels have it, in place of
+one for this Python. CMakeLists.txt owns the list of sources; this file only calls cmake.
 """
 
 from __future__ import annotations
