@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_cpu(Tensor hi
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     Tensor hidden, Tensor weight, Tensor bias, Tensor low_rank_hidden, Tensor low_rank_weight, Tensor targets,
     Tensor lse, Tensor d_target, Tensor d_softmax, std::optional<Tensor> d_entropy, double logit_scale,
-    std::optional<double> softcap, double temperature, int64_t workspace_bytes, bool needs_hidden, bool needs_weight, bool needs_bias,
-    bool needs_low_rank_hidden, bool needs_low_rank_weight, bool needs_mass, Tensor logit_cache) {
+    std::optional<double> softcap, double temperature, int64_t workspace_bytes, bool needs_hidden, bool needs_weight,
+    bool needs_bias, bool needs_low_rank_hidden, bool needs_low_rank_weight, bool needs_mass, Tensor logit_cache) {
   return linear_logps_backward(
       {hidden, weight, bias, low_rank_hidden, low_rank_weight}, targets, lse, d_target, d_softmax, d_entropy,
       {logit_scale, softcap, temperature, workspace_bytes},

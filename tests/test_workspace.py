@@ -86,7 +86,8 @@ def step(
             softcap=case.softcap, workspace_bytes=case.workspace_bytes, impl=impl,
         )  # fmt: skip
         if inputs.hidden.requires_grad or inputs.weight.requires_grad:
-            stats.token_logps.backward(upstream)
+            values = [x for x in (stats.token_logps, stats.entropy) if x is not None]
+            torch.autograd.backward(values, [upstream] * len(values))
     return counted, inputs
 
 

@@ -222,8 +222,8 @@ EVERY_ISA void add_scaled(float* sums, const uint16_t* x, float factor, int64_t 
   for (int64_t j = 0; j < n; ++j) sums[j] += factor * std::bit_cast<float>(static_cast<uint32_t>(x[j]) << 16);
 }
 
-// One entry of to_squashed, in place, to exp(y) (d_softmax - d_entropy y) times the derivative of the cap, with y = logit
-// - shift. Returns exp(y).
+// An entry of to_squashed's result becomes exp(y) (d_softmax - d_entropy y) times the derivative of the cap, with y =
+// logit - shift. Returns exp(y).
 template <bool capped>
 ALWAYS_INLINE float to_d_entry(float& z, const LogitMap& map, float shift, float d_softmax, float d_entropy) {
   constexpr float least = -1e4f;  // of y: exp(y) is 0 long before, and 0 times -inf is no number
@@ -260,7 +260,8 @@ EVERY_ISA double to_d_products(float* z, const float* bias, int64_t n, const Log
     mass = squashed_to_weights(z, n, map, shift, bounded);
     for (int64_t j = 0; j < n; ++j) z[j] *= coefficient;
   } else {
-    mass = (map.softcap > 0 ? to_d_entries<true> : to_d_entries<false>)(z, n, map, shift, coefficient, d_entropy * chain);
+    const auto run = map.softcap > 0 ? to_d_entries<true> : to_d_entries<false>;
+    mass = run(z, n, map, shift, coefficient, d_entropy * chain);
   }
   if (here) z[target] = at_target;
   return mass;

@@ -38,8 +38,8 @@ extern int64_t (*first_index)(const float* z, int64_t n, float value);
 // With stats, all of RowSums; else total alone. bounded: no z exceeds shift + 88.
 extern RowSums (*exp_sums)(const float* z, int64_t n, float shift, bool bounded, bool stats);
 
-// products (n,) -> d_products, in place, where d_logits is exp(y) (d_softmax - d_entropy y), with y = logits - shift, and
-// d_target at the target. target is an index into the row; outside [0, n): none here. Returns sum exp(y).
+// products (n,) -> d_products, in place, where d_logits is exp(y) (d_softmax - d_entropy y), with y = logits - shift,
+// and d_target at the target. target is an index into the row; outside [0, n): none here. Returns sum exp(y).
 extern double (*to_d_products)(float* z, const float* bias, int64_t n, const LogitMap& map, float shift,
                                float d_softmax, float d_entropy, float d_target, int64_t target);
 
