@@ -3,7 +3,9 @@ against TRL; how rows with images are read, and what is refused."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from tiny_trl import COMMON, check_same, run, steps
 from tiny_vision import make_vision, picture
 from torch import Tensor
 
-from groupdpo_kernels import Objective, SharedPromptForward, group_backward, preference_loss
+from groupdpo_kernels import Objective, SharedPrompt, SharedPromptForward, group_backward, preference_loss
 from groupdpo_kernels.data import Report, collate, merge_prompts, read_groups, tokenize_groups
+from groupdpo_kernels.data.images import inputs_of, repeated
+from groupdpo_kernels.models.layouts import why_not_shared, why_not_shared_images
 from groupdpo_kernels.stepwise.store import digest
 from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer, StepwiseDPO
 
@@ -76,20 +80,26 @@ def whole_sequences(vision: Any, rows: list[dict[str, Any]]) -> tuple[Tensor, li
 
 
 @pytest.mark.parametrize("strategy", ["two_pass", "one_pass"])
-@pytest.mark.parametrize("name", MODELS)
-def test_the_gradient_is_that_of_plain_logits(name: str, strategy: str) -> None:
-    """In micro-batches of two, in float64, against one graph; images matter to it, in the prompt's every response."""
+@pytest.mark.parametrize("name, shared", [*((name, False) for name in MODELS), ("gemma3", True), ("smolvlm", True)])
+def test_the_gradient_is_that_of_plain_logits(name: str, shared: bool, strategy: str) -> None:
+    """In micro-batches of two, in float64, against one graph, with a prompt's images once for each response and once
+    for all. They matter to it."""
     vision = make_vision(name)
     model = vision.model.double()
     sums, lengths = whole_sequences(vision, ROWS)
     groups = list(tokenize_groups(read_groups(ROWS), vision.processor, on_bad="error"))
-    step = collate(groups, "packed", max_sequences=2, share_prompt=True, processor=vision.processor)
+    options: dict[str, Any] = {"processor": vision.processor, "share_prompt": True, "share_images": shared}
+    step = collate(groups, "packed", max_sequences=2, **options)
+    pixels = [
+        x.inputs["pixel_values"] for x in step.parts if not isinstance(x, SharedPrompt) and "pixel_values" in x.inputs
+    ]
+    assert bool(pixels) != shared
     offsets = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0))
     tokens = torch.cat([x.repeat(n) / n for x, n in zip(sums, lengths)])
     expected = preference_loss(tokens, offsets, step.groups, OBJECTIVE)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(expected.loss, [*trained.values()], allow_unused=True)
-    options: dict[str, Any] = {"strategy": strategy, "parameters": [*trained.values()]}
+    options = {"strategy": strategy, "parameters": [*trained.values()]}
     found = group_backward(step.parts, SharedPromptForward(model, strict=True), step.groups, OBJECTIVE, **options)
     # These models compute parts of attention and of norms in float32.
     torch.testing.assert_close(found.seq_logps, sums.detach(), rtol=1e-5, atol=1e-5)
@@ -109,8 +119,8 @@ def test_a_batch_of_images() -> None:
     processor = make_vision("qwen2_5_vl").processor
     groups = list(tokenize_groups(read_groups([*ROWS, ROWS[2]]), processor))
     assert [group.pictures is not None for group in groups] == [True, True, False, False]
-    assert not groups[0].shares_prompt and groups[0].pictures.images == [picture(0)]
-    step = collate(groups, processor=processor)
+    assert groups[0].shares_prompt and groups[0].pictures.images == [picture(0)]
+    step = collate(groups, processor=processor, share_prompt=False)
     first, second, text = step.parts
     assert text.input_ids.shape[0] == 6 and "pixel_values" not in text.inputs
     for mb, group in ((first, groups[0]), (second, groups[1])):
@@ -145,6 +155,35 @@ def trainer_of(vision: Any, folder: Path, rows: Any, options: dict[str, Any], **
     config = {**COMMON, "output_dir": str(folder), "max_steps": 2, "micro_batch_sequences": 2, **options}
     named = {"processing_class": vision.processor, "train_dataset": rows, **named}
     return GroupDPOTrainer(vision.model, args=GroupDPOConfig(**config), **named)
+
+
+def test_which_models_share_images() -> None:
+    """Qwen counts the positions after an image by its shape: rows after its keys and values are elsewhere."""
+    for name in MODELS:
+        vision = make_vision(name)
+        group = next(tokenize_groups(read_groups(ROWS[:1]), vision.processor))
+        inputs = partial(repeated, inputs_of(vision.processor, group.pictures))
+        assert why_not_shared(vision.model) == ""  # by its text alone
+        why = why_not_shared_images(vision.model, group.prompt, inputs)
+        assert bool(why) == (name == "qwen2_5_vl") and ("off the whole sequence" in why) == bool(why)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_trainer_shares_images_where_the_model_can(name: str, tmp_path: Path) -> None:
+    """With checkpointed layers too; the pixels of a group are in its step once."""
+    runs = []
+    for share in (False, "auto"):
+        vision = make_vision(name)
+        warns = pytest.warns(UserWarning, match="a prompt with images runs again for each of its responses")
+        with warns if share == "auto" and name == "qwen2_5_vl" else contextlib.nullcontext():
+            trainer = trainer_of(vision, tmp_path, ROWS, {"share_prompt": share, "learning_rate": 0.3})
+        runs.append(run(trainer))
+    check_same(*runs, weights=1e-4, logs=1e-4)
+    plain, shared = (steps(trainer)[-1]["computed_tokens"] for trainer, *_ in runs)
+    assert (shared < plain) and trainer.data_collator.share_images == (name != "qwen2_5_vl")
+    if name == "qwen2_5_vl":
+        with pytest.raises(ValueError, match=r"share_prompt must be 'auto' or False for these images: .*; got True"):
+            trainer_of(make_vision(name), tmp_path, ROWS, {"share_prompt": True})
 
 
 # TRL scores the line end that these models' templates write after a turn, which is never sampled: one without it.

@@ -60,9 +60,7 @@ class TokenGroup(NamedTuple):
     @property
     def shares_prompt(self) -> bool:
         """Whether its responses share their prompt where `collate` is asked for that: if it saves an eighth of their
-        tokens, which is about where it breaks even. A prompt with images runs with each of its responses."""
-        if self.pictures is not None:
-            return False
+        tokens, which is about where it breaks even. With images it is also asked for `share_images`."""
         saved = (len(self.prompt) - 1) * (len(self.responses) - 1)
         return 8 * saved >= sum(len(self.prompt) + len(response) for response in self.responses)
 
@@ -539,6 +537,7 @@ def collate(
     pad_responses: bool = True,
     of: PreferenceGroups | None = None,
     processor: Any = None,
+    share_images: bool = False,
 ) -> PreferenceBatch:
     """One step's groups as tensors, in as many micro-batches as the limits demand, or in one without limits. Their
     weights are those of `groups` in the result.
@@ -571,6 +570,8 @@ def collate(
             have one side alone, or nothing. None makes them.
         processor: the processor of text and images, for groups with images. A micro-batch holds responses to one such
             prompt, padded, and among its inputs the prompt's pixels, once for each of them.
+        share_images: whether prompts with images are shared too, for a model that can (`why_not_shared_images`); the
+            prompt then has the pixels, and its rows have none.
     """
     if not groups:
         raise ValueError("groups must hold at least one group; got none")
@@ -593,9 +594,15 @@ def collate(
     places = sorted(range(len(groups)), key=lambda g: -longest[g]) if sort else range(len(groups))
     first = list(accumulate((len(g.responses) for g in groups), initial=0))
     parts: list[Any] = []
-    for shared, run in _runs([groups[g] for g in places], limits, share_prompt, prompts_together):
+    run_options = (limits, share_prompt, share_images, prompts_together)
+    for shared, run in _runs([groups[g] for g in places], *run_options):
         if shared:
-            parts.append(_shared_prompt(run, limits, pad_id, pad_responses))
+            part = _shared_prompt(run, limits, pad_id, pad_responses)
+            if run[0].pictures is not None:
+                ids, inputs = part.prompt.input_ids, inputs_of(processor, run[0].pictures)
+                more = repeated(inputs, (1, ids.shape[1]))
+                part = part._replace(prompt=Prompts(ids, part.prompt.inputs | more))
+            parts.append(part)
         else:
             for _, some in groupby(run, key=lambda group: id(group.pictures)):  # a prompt with images is by itself
                 same = [*some]
@@ -605,7 +612,7 @@ def collate(
                 else:
                     inputs = inputs_of(processor, same[0].pictures)
                     for mb in _micro_batches(sequences, "padded", limits, pad_id):
-                        more = repeated(inputs, mb.input_ids.shape)
+                        more = repeated(inputs, (mb.input_ids.shape[0], mb.input_ids.shape[1]))
                         parts.append(replace(mb, inputs={**mb.inputs, **more}))
     return PreferenceBatch(
         parts,
@@ -693,7 +700,7 @@ def _micro_batches(
 
 
 def _runs(
-    groups: Iterable[TokenGroup], limits: _Limits, share_prompt: bool, prompts_together: bool
+    groups: Iterable[TokenGroup], limits: _Limits, share_prompt: bool, share_images: bool, prompts_together: bool
 ) -> Iterator[tuple[bool, list[TokenGroup]]]:
     """Yields the groups in runs, in order: (False, groups that share no prompt), or (True, groups whose prompts run
     together). The latter are several only where all of their rows fit in one micro-batch, and where padding adds at
@@ -702,7 +709,7 @@ def _runs(
     run: list[TokenGroup] = []
     shared = False
     for group in groups:
-        shares = share_prompt and group.shares_prompt
+        shares = share_prompt and group.shares_prompt and (share_images or group.pictures is None)
         joins = shares == shared and (not shares or (prompts_together and _run_together([*run, group], limits)))
         if run and not joins:
             yield shared, run
@@ -712,6 +719,8 @@ def _runs(
 
 
 def _run_together(groups: list[TokenGroup], limits: _Limits) -> bool:
+    if any(group.pictures is not None for group in groups):
+        return False
     prompts = [len(group.prompt) - 1 for group in groups]
     rows = [len(response) for group in groups for response in group.responses]
     padded = max(prompts) * len(prompts)

@@ -4,7 +4,8 @@ A processor writes as many tokens for an image as the model makes of it, and tur
 made: a data set keeps its images as they are given. It needs a processor of transformers with an image processor, and a
 chat template whose messages have their content in parts.
 It never opens an address of the network, or resizes an image itself. The cost is the processor's, once to count the
-tokens of a prompt and once a batch; a batch holds the pixels of a group once for each of its responses.
+tokens of a prompt and once a batch; a batch holds the pixels of a group once where its prompt is shared, else once for
+each of its responses.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ def _processed(processor: Any, pictures: Pictures) -> Any:
 
 def repeated(
     inputs: dict[str, Tensor],  # of one prompt
-    shape: torch.Size,  # (B, L)
+    shape: tuple[int, int],  # (B, L)
 ) -> dict[str, Tensor]:
-    """The inputs of a prompt for B sequences of up to L tokens that begin with it."""
+    """The inputs of a prompt for B sequences of L tokens: those that begin with it, or its first L."""
     found = {}
     for name, x in inputs.items():
         if name.endswith("token_type_ids"):  # of each token: what follows the prompt is text, kind 0

@@ -8,7 +8,8 @@ A sequence goes through the model beside one neighbour, and beside another of th
 a model that keeps them apart gives equal bits; with experts, whose groups of tokens change, it gives the same up to
 rounding. Then the sequence goes alone: only as much may change as its place in a batch changes.
 
-    shared   a response after the keys and values of its prompt (shared_prompt.py), against the whole sequence
+    shared   a response after the keys and values of its prompt (shared_prompt.py), against the whole sequence; once
+             more where a prompt has images
 
 The module never trains, or leaves a flag or the random state changed, and forms logits only where the head
 is not called once on all positions. It needs a model that takes plain token ids; all ranks of a sharded model must ask
@@ -52,6 +53,19 @@ def why_not_shared(model: nn.Module, longest: int | None = None) -> str:
     longest: the most tokens of a prompt with a response, for models whose positions depend on it. None means any.
     """
     return why_not_cached(unwrap(model), longest) or _remembered(model, "shared", _shared)
+
+
+def why_not_shared_images(
+    model: nn.Module,
+    prompt: Tensor,  # (p,) integer, a prompt with images, their tokens included
+    inputs_for: Callable[[tuple[int, int]], Batch],  # (B, L) -> what else B sequences of L tokens of this prompt take
+) -> str:
+    """Why a prompt with images may not run once for its responses; empty if it may. Measured once a model, on this one:
+    some models count positions by the shape of an image, so that rows after its keys and values do not continue it.
+    """
+    return why_not_shared(model, 0) or _remembered(
+        model, "shared images", lambda score: _shared_images(score, prompt, inputs_for)
+    )
 
 
 def why_not_left_padded(model: nn.Module) -> str:
@@ -232,6 +246,16 @@ def _shared(score: _Scores) -> str:
     return _compare_shared(score, whole, prefix, rows, None)
 
 
+def _shared_images(score: _Scores, prompt: Tensor, inputs_for: Callable[[tuple[int, int]], Batch]) -> str:
+    if score.ids is None:
+        return ""
+    P = len(prompt)
+    whole = [torch.cat([prompt.long(), response]) for response in (score.ids[4:8], score.ids[9:13])]
+    rows = {"input_ids": torch.stack(whole)[:, P - 1 :], "position_ids": torch.arange(P - 1, P + 4).repeat(2, 1)}
+    prefix = {"input_ids": prompt[None, :-1].long(), "position_ids": torch.arange(P - 1)[None]}
+    return _compare_shared(score, whole, prefix | inputs_for((1, P - 1)), rows, None, inputs_for)
+
+
 def _left_padded(score: _Scores) -> str:
     if score.ids is None:
         return ""
@@ -256,14 +280,19 @@ def _compare_shared(
     prefix: Batch,  # their prompts without the last token
     rows: Batch,  # the last five tokens of each
     prompt_of: Tensor | None,  # (b,) the prompt of each row
+    inputs_for: Callable[[tuple[int, int]], Batch] = lambda shape: {},  # what else whole sequences (B, L) take
 ) -> str:
     """Why rows after a prefix differ from whole sequences in their hidden states; empty if they do not. _NotMeasured
     where whole sequences fail."""
     name = type(score.bare).__name__
+
+    def states(ids: Tensor) -> Tensor:  # (B, L) -> (L, D) of the first
+        return score({"input_ids": ids, **inputs_for((ids.shape[0], ids.shape[1]))})[0]
+
     try:
-        alone = [score({"input_ids": ids[None]})[0, -5:] for ids in whole]
-        twice = [score({"input_ids": torch.stack([ids, ids])})[0, -5:] for ids in whole]
-        longer = [score({"input_ids": torch.cat([ids, ids[:3]])[None]})[0, -8:-3] for ids in whole]
+        alone = [states(ids[None])[-5:] for ids in whole]
+        twice = [states(torch.stack([ids, ids]))[-5:] for ids in whole]
+        longer = [states(torch.cat([ids, ids[-3:]])[None])[-8:-3] for ids in whole]
     except Exception as error:  # whatever a model raises on an input that it does not expect: images, two streams
         raise _NotMeasured(f"{name} takes no plain text: {type(error).__name__}: {error}") from error
     try:

@@ -12,7 +12,7 @@ The base is transformers.Trainer, so that this works without TRL. Little of TRL'
 pairs, patches the forward of the model and refuses adapters on its head.
 
 The trainer never downloads, and never holds a second model beside an adapter or precomputed references. A prompt may
-have images, if processing_class is a processor of them; it then runs with each of its responses. The trainer runs on
+have images, if processing_class is a processor of them. It runs on
 one device, under DistributedDataParallel, FSDP2 and DeepSpeed (engines.py). "two_pass" costs one more forward without
 the head (preference/group_backward.py); the token ids and images of the data are in memory, and precomputed references
 take 4 bytes a response on disk, in output_dir/ref_logps. The source is GroupDPO (arXiv 2604.15602); see also
@@ -161,6 +161,8 @@ class GroupDPOTrainer(GroupSteps, Trainer):
         train = self._tokenised(train_dataset, "train")
         pictured = any(group.pictures is not None for group in train.groups)
         collator = collator.sharing(args, bool(self.aux_coef), model, ref_model)
+        if not engine_asked(args):
+            collator = collator.sharing_images(args, train.groups, model, ref_model)
         self.share_prompt = collator.share_prompt
         most: Any = args.micro_batch_tokens
         self.strategy = args.strategy

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,16 @@ from torch import Tensor
 
 from ..data.batches import TokenGroup, collate, tokenize_groups
 from ..data.formats import Report
-from ..data.images import processor_of
+from ..data.images import inputs_of, processor_of, repeated
 from ..data.rules import merge_prompts, read_groups
 from ..models.decoder_layers import COMPILED
-from ..models.layouts import why_not_left_padded, why_not_packed, why_not_padded, why_not_shared
+from ..models.layouts import (
+    why_not_left_padded,
+    why_not_packed,
+    why_not_padded,
+    why_not_shared,
+    why_not_shared_images,
+)
 from ..models.shared_prompt import REENTRANT, rotary_limit
 from ..preference.groups import PreferenceGroups
 from ..preference.losses import LOSSES
@@ -60,6 +67,7 @@ class Collator:
     prompts_together: bool = True
     pad_responses: bool = True
     processor: Any = None  # of text and images, for groups with images
+    share_images: bool = False
     longest_shared: int | None = None  # a step with a longer sequence does not share; None sets no limit
 
     def fitting(self, *models: Any) -> Collator:
@@ -102,6 +110,23 @@ class Collator:
             longest_shared=min(limits, default=None),
         )
 
+    def sharing_images(self, args: Any, groups: Sequence[TokenGroup], *models: Any) -> Collator:
+        """This collator, or, where it shares prompts, one that shares those with images too, if these models (or None)
+        can: measured on the shortest such prompt. Raises ValueError and warns as `sharing` does."""
+        pictured = [group for group in groups if group.pictures is not None]
+        if not self.share_prompt or not pictured:
+            return self
+        group = min(pictured, key=lambda group: len(group.prompt))
+        assert group.pictures is not None
+        inputs = inputs_of(self.processor, group.pictures)
+        whys = (why_not_shared_images(m, group.prompt, partial(repeated, inputs)) for m in models if m is not None)
+        if why := next(filter(None, whys), ""):
+            if args.share_prompt is True:
+                raise ValueError(f"share_prompt must be 'auto' or False for these images: {why}; got True")
+            warnings.warn(f"a prompt with images runs again for each of its responses: {why}", stacklevel=3)
+            return self
+        return replace(self, share_images=True)
+
     def __call__(
         self, items: Sequence[tuple[TokenGroup, Tensor | None]], of: PreferenceGroups | None = None
     ) -> dict[str, Any]:
@@ -109,7 +134,7 @@ class Collator:
         groups, known = [group for group, _ in items], [ref for _, ref in items if ref is not None]
         fits = self.longest_shared is None or all(group.longest <= self.longest_shared for group in groups)
         options: dict[str, Any] = {"max_tokens": self.max_tokens, "max_sequences": self.max_sequences}
-        for name in ("pad_id", "prompts_together", "pad_responses", "processor"):
+        for name in ("pad_id", "prompts_together", "pad_responses", "processor", "share_images"):
             options[name] = getattr(self, name)
         return {
             "rows": torch.tensor([group.row for group in groups]),
