@@ -48,24 +48,22 @@ GROUPS = "tests/test_trl_groups.py::test_strategies_and_layouts_give_one_gradien
 AXES = {
     "torch": Axis(
         ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"),
-        f"tests/test_csrc.py tests/test_ops.py tests/test_func_transforms.py {GROUPS}",
+        f"tests/test_csrc.py tests/test_ops.py {GROUPS} -k not inductor and not number_that_changes",
     ),
     "triton": Axis(
         ("3.6.0", "3.7.1", "3.8.0", "3.9.0"),
-        "tests/test_interpreter.py tests/test_linear_logps.py tests/test_frozen_head.py tests/test_sparse_triton.py"
-        " tests/test_preference_weights.py tests/test_compile_only.py tests/test_compile_preference.py"
-        " -k triton or interpreter or compile",
+        "tests/test_interpreter.py tests/test_sparse_triton.py tests/test_frozen_head.py -k triton or interpreter",
         older=(("3.6.0", "numpy<2.4"),),  # its interpreter; kernels on a device need no numpy
     ),
     "transformers": Axis(
-        ("5.0.0", "5.4.0", "5.8.1", "5.12.1", "5.16.1", "5.20.2", "5.22.2", "5.23.0", "5.24.0"),
-        f"tests/test_models.py tests/test_model_layouts.py {GROUPS} tests/test_trl_groups.py::test_evaluation"
-        " tests/test_trl_groups.py::test_a_peft_model_is_its_own_reference",
+        ("5.0.0", "5.6.2", "5.12.1", "5.18.0", "5.23.0", "5.24.0"),
+        f"tests/test_models.py {GROUPS} tests/test_trl_groups.py::test_a_peft_model_is_its_own_reference",
         "trl>=1.15 peft>=0.18 accelerate datasets",
     ),
     "trl": Axis(
         ("1.15.0", "1.16.0"),
-        "tests/test_trl_patch.py tests/test_trl_pairs.py tests/test_trl_online.py::test_a_step_is_that_of_a_plain_loop",
+        "tests/test_trl_patch.py tests/test_trl_pairs.py::test_steps_are_those_of_trl"
+        " tests/test_trl_online.py::test_a_step_is_that_of_a_plain_loop",
         "transformers>=5 peft>=0.18 accelerate datasets",
     ),
 }
@@ -137,9 +135,8 @@ def tried(name: str, version: str, file: Path) -> dict[str, object]:
         log = WORK / f"{name}-{version}.log"
         with log.open("w") as out:
             subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, check=False)
-        counts = {
-            what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|error)", log.read_text().splitlines()[-1])
-        }
+        summary = re.findall(r"^(.*) in [\d.]+s", log.read_text(), re.M)[-1:]  # other lines may follow
+        counts = {what: int(n) for line in summary for n, what in re.findall(r"(\d+) (passed|failed|error)", line)}
         row |= {"passed": counts.get("passed", 0), "failed": counts.get("failed", 0) + counts.get("error", 0)}
     except subprocess.CalledProcessError as error:
         row = {"package": name, "version": version, "refused": f"cannot be installed: {error.cmd[-1]}"}

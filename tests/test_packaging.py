@@ -108,6 +108,19 @@ def test_a_commit_is_checked_as_make_lint_does() -> None:
     assert called == linted
 
 
+def test_workflows_call_what_is_there() -> None:
+    """Targets of the Makefile, files of this repository; each job has a limit."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    paths = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert {path.stem for path in paths} == {"ci", "docs", "release", "wheels"}
+    for path in paths:
+        assert set(re.findall(r"run: make ([\w-]+)", path.read_text())) <= targets
+        for used in re.findall(r"uses: \./(\S+)", path.read_text()):
+            assert (ROOT / used).is_file() or (ROOT / used / "action.yml").is_file()
+        for name, job in yaml.safe_load(path.read_text())["jobs"].items():
+            assert "uses" in job or job["timeout-minutes"] <= 60, name
+
+
 def test_the_command_line_is_an_extra() -> None:
     """`pip install 'groupdpo-kernels[cli]'` brings all that the commands import, and the script that runs them."""
     distribution = importlib.metadata.distribution("groupdpo-kernels")
