@@ -144,7 +144,7 @@ def weights_on_all_ranks(rank: int) -> None:
 
 
 class Scorer(nn.Module):
-    """Token ids (t,) -> log-probabilities (t,), of each id after `before` (t,); None: the one before it in the sequence."""
+    """Token ids (t,) -> log-probabilities (t,), each after the id in `before` (t,), by default of one sequence."""
 
     def __init__(self) -> None:
         super().__init__()
