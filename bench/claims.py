@@ -261,7 +261,9 @@ def cell(runs: Runs, arm: str, name: str, scale: float = 1.0) -> str:
 
 
 def difference(runs: Runs, arm: str, base: str, name: str) -> str:
-    """The mean over seeds of the difference within a seed, and half its interval of 95 %."""
+    """The mean over seeds of the difference within a seed, and half its interval of 95 %; nothing for the base."""
+    if arm == base:
+        return ""
     both = [s for s in runs.get(arm, {}) if s in runs.get(base, {})]
     values = [runs[arm][seed][name] - runs[base][seed][name] for seed in both]
     return f"{statistics.fmean(values):+.2f} ± {interval(values):.2f}" if len(values) > 1 else ""
