@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -33,6 +34,7 @@ from engine_runs import (
     start_ranks,
     whole_weights,
 )
+from processes import run_script
 from prompt_groups import groups_of
 from safetensors.torch import load_file
 from tiny_cli import PREFERENCES, save_model, write_rows
@@ -77,13 +79,18 @@ def train_and_save(engine: str, case: Case, kind: str, folder: str) -> Any:
     return whole_weights(trainer)
 
 
-def resume(engine: str, case: Case, kind: str, folder: str) -> Any:
+def resume(engine: str, case: Case, kind: str, folder: str, **more: Any) -> Any:
     """Goes on from the checkpoint of the first step, on as many ranks as there are now."""
     options = share_of_rank(engine) | (engine_options(engine, kind) if kind else {})
+    options.get("deepspeed", {}).update(more)
     trainer = make_trainer(case, folder, **options)
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-1")
     assert trainer.state.global_step == 2
     return whole_weights(trainer)
+
+
+def resume_universal(engine: str, case: Case, kind: str, folder: str) -> Any:
+    return resume(engine, case, kind, folder, checkpoint={"load_universal": True})
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +142,28 @@ def test_checkpoints_go_on_with_another_number_of_ranks(world: int, saved: Any, 
         assert off(results(tmp_path, name, world)[0], alone[SAVED[name][2]]) < 5e-6
 
 
-def test_deepspeed_says_that_its_checkpoints_are_of_one_number_of_ranks(saved: Any, tmp_path: Path) -> None:
-    arguments = Case("zero2", options={**SAVES, "save_strategy": "no"}), "", str(saved[0] / "zero 2")
-    with pytest.raises(RuntimeError):
-        start_ranks(run_all, 1, str(tmp_path), {"resumed": ("zero2", resume, arguments)})
-    found = torch.load(tmp_path / "resumed.0.pt")
-    assert "checkpoint being loaded used a DP world size of 2 but the current world size is 1" in found
+def test_deepspeeds_checkpoints_are_of_one_number_of_ranks(saved: Any, tmp_path: Path) -> None:
+    """Those that DeepSpeed's own script has made universal are of any number, but for ZeRO 3."""
+    for name, job, message in (
+        ("zero 2", resume, "under DeepSpeed; got {}/checkpoint-1, of 2, on 1. Instead make a universal checkpoint"),
+        ("zero 3", resume, "under DeepSpeed; got {}/checkpoint-1, of 2, on 1. Instead start from the whole weights"),
+        ("zero 3", resume_universal, "checkpoint.load_universal must be false under ZeRO 3"),
+    ):
+        place = saved[0] / name
+        arguments = Case(SAVED[name][0], options={**SAVES, "save_strategy": "no"}), "", str(place)
+        with pytest.raises(RuntimeError):
+            start_ranks(run_all, 1, str(tmp_path), {"refused": (SAVED[name][0], job, arguments)})
+        assert message.format(place) in torch.load(tmp_path / "refused.0.pt")
+
+    place = tmp_path / "run"
+    shutil.copytree(saved[0] / "zero 2" / "checkpoint-1", place / "checkpoint-1")
+    states = place / "checkpoint-1" / "global_step1"
+    folders = ["--input_folder", states, "--output_folder", f"{states}_universal"]
+    made = run_script("-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state")
+    assert made.returncode == 0, made.stderr
+    arguments = Case("zero2", options={**SAVES, "save_strategy": "no"}), "", str(place)
+    start_ranks(run_all, 1, str(tmp_path), {"resumed": ("zero2", resume_universal, arguments)})
+    assert off(results(tmp_path, "resumed", 1)[0], saved[1][False]) < 5e-6
 
 
 class Killed(transformers.TrainerCallback):

@@ -44,6 +44,7 @@ from ..preference.groups import PreferenceGroups
 from ..preference.losses import LOSSES
 from ..preference.objective import Objective, preference_loss
 from .config import check_not_compiled
+from .engines import check_checkpoint
 from .metrics import means_of, preference_metrics, record
 from .misplaced import LOSS_OPTIONS, check_names, check_order
 from .reference import (
@@ -162,6 +163,11 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         if of_model:
             warnings.warn(f"a prompt runs again for each of its responses: {of_model}", stacklevel=2)
         return bool(asked) and not why and not of_model
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *more: Any, **named: Any) -> Any:
+        """Trains as TRL's does. ValueError for a DeepSpeed checkpoint of another number of ranks."""
+        check_checkpoint(self, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *more, **named)
 
     def _logps(self, model: Any, input_ids: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor | None:
         """(2B, L) log-probabilities of pairs whose prompts run once; None where they do not."""

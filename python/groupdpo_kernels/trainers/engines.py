@@ -15,11 +15,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.batches import empty_part
 from ..distributed import is_dtensor, joint, shards
@@ -63,6 +66,34 @@ def check_engine(trainer: Any) -> None:
         )
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError("fsdp_config must have version 2: of FSDP, GroupDPOTrainer takes FSDP2 alone; got version 1")
+
+
+def check_checkpoint(trainer: Any, folder: str | bool | None) -> None:
+    """ValueError, before anything is read, for a checkpoint of DeepSpeed that would not go on, or not to the same
+    weights. folder: as in Trainer.train."""
+    if folder is True:
+        folder = get_last_checkpoint(trainer.args.output_dir)
+    if not folder or not trainer.is_deepspeed_enabled:
+        return
+    config, ranks = trainer.accelerator.state.deepspeed_plugin.deepspeed_config, trainer.args.world_size
+    if config.get("checkpoint", {}).get("load_universal"):
+        # Its groups of parameters, with weight decay and without, then share one counter of steps, which each
+        # advances (DeepSpeed 0.19): a step of Adam ended 0.9 % of the way off.
+        if zero_stage(trainer) == 3:
+            raise ValueError(
+                "checkpoint.load_universal must be false under ZeRO 3, where DeepSpeed then counts the optimizer's"
+                " steps wrong; got true. Start from the whole weights of `save_model`"
+            )
+        return
+    latest = Path(str(folder), "latest")
+    files = (latest.parent / latest.read_text().strip()).glob("*_optim_states.pt") if latest.exists() else ()
+    saved = len({found[1] for file in files if (found := re.search(r"zero_pp_rank_(\d+)_", file.name))})
+    if saved not in (0, ranks):  # of 0 DeepSpeed itself says what is missing
+        universal = "make a universal checkpoint (docs/how-to/processes.md), or " if zero_stage(trainer) < 3 else ""
+        raise ValueError(
+            f"resume_from_checkpoint must be of as many ranks as run now under DeepSpeed; got {folder}, of {saved}, on"
+            f" {ranks}. Instead {universal}start from the whole weights of `save_model`"
+        )
 
 
 def prepared_reference(trainer: Any, ref_model: nn.Module) -> Any:

@@ -47,7 +47,15 @@ from ..preference.objective import Objective, PreferenceLoss
 from ..stepwise.stages import reference_logps
 from ..stepwise.store import tensor_digests
 from .config import GroupDPOConfig, is_reentrant
-from .engines import check_engine, engine_asked, in_step, measure_together, prepared_reference, whole_or_sharded
+from .engines import (
+    check_checkpoint,
+    check_engine,
+    engine_asked,
+    in_step,
+    measure_together,
+    prepared_reference,
+    whole_or_sharded,
+)
 from .fit_check import advice, check_group_fits, memory_of, micro_batch_tokens_of, strategy_that_fits
 from .metrics import means_of
 from .misplaced import check_names, check_order
@@ -267,6 +275,11 @@ class GroupDPOTrainer(GroupSteps, Trainer):
         if model is not None and shards(model):
             parts = in_step(parts, self.args.device)
         return self._scores_of(parts, model) if parts else torch.empty(0)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *more: Any, **named: Any) -> Any:
+        """Trains as transformers.Trainer does. ValueError for a DeepSpeed checkpoint of another number of ranks."""
+        check_checkpoint(self, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *more, **named)
 
     def evaluate(self, eval_dataset: Any = None, *more: Any, **named: Any) -> dict[str, float]:
         """Evaluates as transformers.Trainer does; `eval_dataset` may be rows, as in __init__."""
