@@ -56,14 +56,14 @@ AXES = {
         older=(("3.6.0", "numpy<2.4"),),  # its interpreter; kernels on a device need no numpy
     ),
     "transformers": Axis(
-        ("5.0.0", "5.6.2", "5.12.1", "5.18.0", "5.23.0", "5.24.0"),
-        f"tests/test_models.py {GROUPS} tests/test_trl_groups.py::test_a_peft_model_is_its_own_reference",
+        ("5.2.0", "5.6.2", "5.12.1", "5.18.0", "5.23.0", "5.24.0"),
+        f"tests/test_models.py {GROUPS} tests/test_trl_groups.py::test_a_peft_model_is_its_own_reference"
+        " -k not minicpm3",  # which older ones do not have
         "trl>=1.15 peft>=0.18 accelerate datasets",
     ),
     "trl": Axis(
         ("1.15.0", "1.16.0"),
-        "tests/test_trl_patch.py tests/test_trl_pairs.py::test_steps_are_those_of_trl"
-        " tests/test_trl_online.py::test_a_step_is_that_of_a_plain_loop",
+        "tests/test_trl_patch.py",  # `DPOTrainer` and the online trainer say that they want 1.16
         "transformers>=5 peft>=0.18 accelerate datasets",
     ),
 }
