@@ -405,9 +405,12 @@ def test_arguments(make_trainer: Any, bpe: Any) -> None:
     for kind, said, named in wrong:
         with pytest.raises(kind, match=said):
             make_trainer(**named)
-    for column in ("tools", "chat_template_kwargs", "images"):
+    for column, said in {
+        "chat_template_kwargs": "train_dataset must have nothing in a column 'chat_template_kwargs'.*; row 1 has",
+        "images": "tokenizer must be a processor of images for row 1, which has some",
+    }.items():
         row = {"prompt": "Tea?", "chosen": " Green.", "rejected": " No."}
-        with pytest.raises(ValueError, match=f"train_dataset must have nothing in a column '{column}'.*; row 1 has"):
+        with pytest.raises(ValueError, match=said):
             make_trainer(train_dataset=[{**row, column: None}, {**row, column: ["x"]}])
     ranked = {"merge_prompts": True}
     with pytest.raises(ValueError, match="merge_prompts must be False for 'plackett_luce'"):

@@ -240,9 +240,11 @@ def _check_weights(group: TokenGroup, name: str, objective: Objective) -> None:
 
 
 def _check_columns(rows: Sequence[Any], name: str) -> None:
-    """ValueError for columns that TRL's trainers read, and that this one would leave out of the prompt."""
-    instead = {"chat_template_kwargs": " (template_options of GroupDPOConfig is for all rows)"}
+    """ValueError for a column that TRL's trainers read, and that this one would leave out of the prompt."""
+    column = "chat_template_kwargs"
     for i, row in enumerate(rows):
-        for column, why in instead.items():
-            if isinstance(row, Mapping) and row.get(column):
-                raise ValueError(f"{name}_dataset must have nothing in a column {column!r}{why}; row {i} has")
+        if isinstance(row, Mapping) and row.get(column):
+            raise ValueError(
+                f"{name}_dataset must have nothing in a column {column!r} (template_options of GroupDPOConfig is for"
+                f" all rows); row {i} has"
+            )
