@@ -9,7 +9,7 @@ RESULTS ?= bench/results
 # Without bytecode on disk each of the tests' hundred processes would compile torch and transformers again: 20 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup test test-distributed test-processors emulate demo bench profile docs dist hub compat lint clean
+.PHONY: help setup test test-distributed test-processors test-aarch64 emulate demo bench profile docs dist hub compat lint clean
 .PHONY: device-first device device-losses device-memory device-steps device-counters
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test     every test that needs no GPU"
 	@echo "make test-distributed  every engine on two and four processes, against one process"
 	@echo "make test-processors  a slice of the tests as on a processor with SSE alone, with AVX2, with all that is here"
+	@echo "make test-aarch64  the loops of the C++ op, cross-compiled and run in qemu: the same bits as here"
 	@echo "make emulate  every kernel, compiled for a GPU and executed without one; writes docs/project/emulation.md; resumes"
 	@echo "make bench    time and memory against the alternatives, on this machine"
 	@echo "make profile  peak memory and time of a training step against the size of its group; writes profile/"
@@ -74,6 +75,18 @@ SLICE_OF := ((plain or everything or softcap_tight or instruction_set) and not t
 test-processors: setup
 	for units in "$(as_sse)" "$(shell grep -qsw avx2 /proc/cpuinfo && echo '$(as_avx2)')" "$(as_all)"; do \
 	    [ -z "$$units" ] || env $$units OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not gpu' -p no:xdist $(SLICE) -k '$(SLICE_OF)' $(ARGS) || exit 1; done
+
+# The loops over a row, which know no torch, for 64-bit ARM by NEON, in an emulator of the processor (qemu-user): the bits are
+# those of this one. Wants aarch64-linux-gnu-g++ and qemu-aarch64-static.
+ROWS := -std=c++20 -O3 -static -Wall -Wextra -fno-math-errno -fno-trapping-math -ffp-contract=off -Icsrc \
+    -DGROUPDPO_KERNELS_ROW=row_default csrc/cpu/row.cpp csrc/cpu/row_choice.cpp tests/rows_elsewhere/rows.cpp
+
+test-aarch64:
+	mkdir -p build
+	$(CXX) $(ROWS) -o build/rows-here
+	aarch64-linux-gnu-g++ $(ROWS) -o build/rows-aarch64
+	diff <(build/rows-here) <(qemu-aarch64-static build/rows-aarch64)
+	@echo "the same bits: $$(build/rows-here | wc -l) results"
 
 # Each run is kept in build/emulated/, so that one that was stopped goes on.
 emulate: setup
