@@ -133,6 +133,8 @@ def check_command(words: list[str]) -> None:
         extras = re.findall(r"\[([\w,]+)\]", " ".join(rest))
         known = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
         assert {name for group in extras for name in group.split(",")} <= set(known), extras
+    elif program == "python" and rest[0] == "-m":
+        assert importlib.util.find_spec(rest[1]), rest[1]
     elif program in ("python", "torchrun", "accelerate"):
         scripts = [word for word in rest if word.endswith(".py")]
         assert scripts and all((ROOT / script).is_file() or script == "train.py" for script in scripts), rest

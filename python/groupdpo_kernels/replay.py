@@ -27,9 +27,10 @@ class RandomState:
 
     def __init__(self, latest: RandomState | None = None) -> None:
         self.cpu = torch.get_rng_state()
-        if latest is not None and type(self.cpu) is type(latest.cpu) is Tensor:  # a plan's has no values
-            with _disable_current_modes():  # a plan would see one in the comparison too
-                same = torch.equal(self.cpu, latest.cpu)
+        if latest is not None:
+            with _disable_current_modes():  # a step that is planned or tracked would count the comparison
+                # Fake tensors, of a planned step, have no values; such a step draws nothing.
+                same = type(self.cpu) is not Tensor or torch.equal(self.cpu, latest.cpu)
             self.cpu = latest.cpu if same else self.cpu
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
