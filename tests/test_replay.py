@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from groupdpo_kernels import Objective, PreferenceGroups, group_backward, linear_logp_stats, linear_logps, replay
 from groupdpo_kernels.lm_head import ops
-from groupdpo_kernels.replay import LseTape, RandomState
+from groupdpo_kernels.replay import LseTape
 from groupdpo_kernels.testing import Case, Inputs, check_budget, make_inputs, run, triton_on_cpu
 
 CASES = [
@@ -171,19 +171,6 @@ def test_one_head_forward_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None
         group_backward([(0, 2), (2, 5)], forward, GROUPS, OBJECTIVE)
     assert calls == [7, 7, 11, 11]
     assert hidden.grad is not None and weight.grad is not None
-
-
-def test_random_states_are_held_once_where_nothing_is_drawn() -> None:
-    torch.manual_seed(0)
-    first = RandomState()
-    same = RandomState(first)
-    drawn = torch.rand(3)
-    other = RandomState(same)
-    then = torch.rand(3)
-    assert same.cpu is first.cpu and other.cpu is not first.cpu
-    for state, expected in ((same, drawn), (other, then)):
-        state.restore()
-        assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_drift_that_no_target_shows_is_found() -> None:

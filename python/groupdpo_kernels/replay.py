@@ -15,23 +15,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 
 class RandomState:
-    """torch's global random state, of the CPU and, once CUDA is in use, of every CUDA device.
+    """torch's global random state, of the CPU and, once CUDA is in use, of every CUDA device."""
 
-    latest: an earlier one. Its 5 kB of the CPU's state serve both where nothing has been drawn since, so that a group
-    without dropout holds them once.
-    """
-
-    def __init__(self, latest: RandomState | None = None) -> None:
+    def __init__(self) -> None:
         self.cpu = torch.get_rng_state()
-        if latest is not None:
-            with _disable_current_modes():  # a step that is planned or tracked would count the comparison
-                # Fake tensors, of a planned step, have no values; such a step draws nothing.
-                same = type(self.cpu) is not Tensor or torch.equal(self.cpu, latest.cpu)
-            self.cpu = latest.cpu if same else self.cpu
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore(self) -> None:

@@ -428,7 +428,6 @@ class _FirstPass:
         self.tapes: list[LseTape] = []
         self.states: list[RandomState] = []  # before each micro-batch
         self.prompt_states: list[RandomState] = []  # before each part
-        self.latest: RandomState | None = None
         self.smallest: Any = None  # a SharedPrompt of what takes least to run by itself
         self._sizes: list[tuple[bool, int]] = []
         self.prefix: _Prefix | None = None  # of the only prompt, with its graph
@@ -444,7 +443,7 @@ class _FirstPass:
         return self.runs
 
     def run(self, part: SharedPrompt, alone: bool) -> None:
-        self.prompt_states.append(self._random_state())
+        self.prompt_states.append(RandomState())
         if alone and part.prompt is not None and self.step.ranks.free:
             with torch.set_grad_enabled(self.with_graph):
                 self.prefix = self.step.prefix_with_graph(part.prompt, 0)
@@ -452,16 +451,12 @@ class _FirstPass:
         if part.prompt is not None:
             self._note(part, sum(x.numel() for x in prefix if x is not None))
         for micro_batch in part.micro_batches:
-            self.states.append(self._random_state())
+            self.states.append(RandomState())
             self.tapes.append(LseTape())
             with self.tapes[-1].record():
                 self.runs.append(self.step.run(micro_batch, len(self.runs), prefix))
             if part.prompt is None:
                 self._note(SharedPrompt(None, [micro_batch]), self.runs[-1].size[1])
-
-    def _random_state(self) -> RandomState:
-        self.latest = RandomState(self.latest)
-        return self.latest
 
     def _note(self, part: SharedPrompt, size: int) -> None:
         """Notes what takes least: the micro-batch of the fewest tokens or, if all have prompts, the shortest prompt."""
