@@ -15,7 +15,7 @@ from .batches import (
     empty_part,
     tokenize_groups,
 )
-from .formats import FORMATS, BadRow, Group, Report
+from .formats import FORMATS, BadRow, Group, Report, Turns, messages_of
 from .rules import RULES, best_vs_rest, margin, merge_prompts, ranks, read_groups, threshold, top_k
 
 __all__ = [
@@ -28,11 +28,13 @@ __all__ = [
     "Prompts",
     "Report",
     "TokenGroup",
+    "Turns",
     "best_vs_rest",
     "collate",
     "empty_part",
     "margin",
     "merge_prompts",
+    "messages_of",
     "ranks",
     "read_groups",
     "threshold",
