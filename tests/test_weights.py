@@ -342,7 +342,9 @@ def test_what_the_trainer_refuses(tmp_path: Path, bpe: Any) -> None:
         ({"weights": [math.inf, 1.0]}, r"weights must be finite and at least 0; weights\[0\] is inf"),
         ({"weights": [0.0, 0.0]}, "weights must not all be 0; got 2 zeros"),
         ({"weights": [1.0]}, r"weights must be floating or integer and \(G,\) = \(2,\); got \(1,\) torch.float64"),
-        ({"response_weights": [[1.0], [1.0]]}, r"response_weights must be .* \(S,\) = \(4,\); got \(2,\)"),
+        ({"response_weights": [[1.0], [1.0]]}, "must have a number a response; got 1 for 2 of group 0"),
+        ({"response_weights": [[1, 2, 3], [4]]}, "must have a number a response; got 3 for 2 of group 0"),
+        ({"response_weights": [[1, 2, 3, 4]]}, "response_weights must have a list a group, 2; got 1"),
         ({"response_weights": [[1, -1], [1, 1]]}, r"response_weights must be finite and .*\[1\] is -1.0"),
         ({"response_weights": [[1, 1], [1, 0]]}, "must not all be 0 on a side; those of the negatives of group 1 are"),
     ],
@@ -358,6 +360,8 @@ def test_bad_types_of_weights() -> None:
         PreferenceGroups(cu, positive, weights=[1.0])
     with pytest.raises(ValueError, match=r"weights must be floating or integer .* got \(1,\) torch.bool"):
         PreferenceGroups(cu, positive, weights=torch.ones(1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"response_weights must be .* \(S,\) = \(2,\); got \(1,\)"):
+        PreferenceGroups(cu, positive, response_weights=torch.ones(1))
     with pytest.raises(ValueError, match="response_weights must be on the device of cu_groups, cpu; got meta"):
         PreferenceGroups(cu, positive, response_weights=torch.ones(2, device="meta"))
     with pytest.raises(TypeError, match="policy_weight must be True or False; got 1"):

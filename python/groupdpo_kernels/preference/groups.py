@@ -114,13 +114,16 @@ class PreferenceGroups:
         """
         lists = [list(map(bool, group)) for group in positive]
         sizes = torch.tensor([0, *map(len, lists)], dtype=torch.int64)
+        each = None if response_weights is None else [[*group] for group in response_weights]
+        if each is not None:
+            _check_lists(each, lists)
         groups = cls(
             sizes.cumsum(0).int(),
             torch.tensor([x for group in lists for x in group], dtype=torch.bool),
             weights=None if weights is None else torch.tensor([*weights], dtype=torch.float64),
             response_weights=None
-            if response_weights is None
-            else torch.tensor([x for group in response_weights for x in group], dtype=torch.float64),
+            if each is None
+            else torch.tensor([x for group in each for x in group], dtype=torch.float64),
             process_group=process_group,
             context_parallel_group=context_parallel_group,
         )
@@ -283,6 +286,16 @@ def _check_weights(
         raise ValueError(f"{name} must be finite and at least 0; {name}[{i}] is {float(weights[i])}")
     if whole and not bool(weights.any()):
         raise ValueError(f"{name} must not all be 0; got {len(weights)} zeros")
+
+
+def _check_lists(weights: list[list[float]], positive: list[list[bool]]) -> None:
+    """ValueError unless the lists are as long; joined, they would say nothing of what belongs together."""
+    if len(weights) != len(positive):
+        raise ValueError(f"response_weights must have a list a group, {len(positive)}; got {len(weights)}")
+    for g, (own, sides) in enumerate(zip(weights, positive)):
+        if len(own) != len(sides):
+            got = f"{len(own)} for {len(sides)} of group {g}"
+            raise ValueError(f"response_weights must have a number a response; got {got}")
 
 
 def _check_side_weights(cu_groups: Tensor, positive: Tensor, weights: Tensor) -> None:
