@@ -250,6 +250,8 @@ def test_what_the_trainer_refuses(tmp_path: Path) -> None:
         trainer_of(vision, tmp_path, groups, {}, processing_class=None)
     with pytest.raises(ValueError, match="tokenizer must be a processor of images for row 0, which has some; got"):
         trainer_of(vision, tmp_path, ROWS, {}, processing_class=vision.processor.tokenizer)
+    with pytest.raises(ValueError, match="it has tools or images, which a chat template alone can place"):
+        trainer_of(vision, tmp_path, [{**ROWS[0], "prompt": "Tea?"}], {"chat": False, "on_bad": "error"})
     with pytest.raises(ValueError, match="micro_batch_tokens must be a number or None for rows with images"):
         trainer_of(vision, tmp_path, ROWS, {"micro_batch_tokens": "auto"})
 

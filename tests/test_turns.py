@@ -240,12 +240,27 @@ def test_what_a_template_leaves_out_is_named(bpe: Any) -> None:
     texts[0]["tool_calls"][0]["function"]["arguments"] = '{"city": "Rome"}'  # a template writes text in quotes again
     assert "the arguments in tool_calls" in dropped([{**ROW, "chosen": texts}], tokenizer_with("qwen2_5"))
     assert "several turns, which a chat template alone" in dropped([{**ROW, "tools": None}], bpe, chat=False)
+    plain = {"prompt": "Is it warm?", "chosen": "Yes.", "rejected": "No.", "tools": TOOLS}
+    assert "it has tools or images, which a chat template alone" in dropped([plain], bpe, chat=False)
     marked = tokenizer_with("qwen2_5")
     marked.chat_template = chatml.replace(
         "{{ m.content }}", "{% if m.name %}{% generation %}x{% endgeneration %}{% endif %}{{ m.content }}"
     )
     two = {"prompt": [asks("Tea?")], "chosen": [says("A"), asks("B"), says("C")], "rejected": [says("No.")]}
     assert "marks no token of the response as generated" in dropped([two], marked)
+
+
+def test_what_a_tool_says_may_be_rendered_as_json() -> None:
+    """Llama 3.1 writes it in quotes, so that its own quotes and line ends are escaped."""
+    said = '{"degrees": 21,\n "sky": "blå"}'
+    row = {**ROW, "chosen": [calls("Rome"), answers(said), says("It is.")], "rejected": [says("No.")]}
+    tokenizer = tokenizer_with("llama3_1")
+    (group,) = tokenize_groups([only_group(row)], tokenizer, on_bad="error")
+    assert json.dumps(said, ensure_ascii=False) in tokenizer.decode(group.responses[0])
+    lost = tokenizer_with("llama3_1")
+    lost.chat_template = lost.chat_template.replace("message.content | tojson", "'' | tojson")
+    assert lost.chat_template != tokenizer.chat_template
+    assert "the template leaves out content" in dropped([row], lost)
 
 
 # --------------------------------------------------------------------------------------------------- batches, a trainer

@@ -18,6 +18,7 @@ The cost is the tokenizer's; collation is linear, without a loop over tokens.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 from array import array
@@ -312,9 +313,10 @@ class _Texts:
         elif self.chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, str):
-            if any(isinstance(text, Turns) for text in group.responses):
-                what = "reasoning, tool calls or several turns"
-                raise BadRow("template", f"a response has {what}, which a chat template alone can place")
+            turns = any(isinstance(text, Turns) for text in group.responses)
+            if turns or group.tools or group.images:
+                what = "a response has reasoning, tool calls or several turns" if turns else "it has tools or images"
+                raise BadRow("template", f"{what}, which a chat template alone can place")
             return _Rendered(group, prompt, [[_Piece(text)] for text in group.responses], True)
         if not self.tokenizer.chat_template:
             raise ValueError(f"tokenizer has no chat_template for the conversation of row {group.row}: set it, or chat")
@@ -427,11 +429,15 @@ def _left_out(before: str, after: str, messages: list[Message]) -> str:
     for k, message in enumerate(messages):
         ends = [at]
         for what, part in _parts(message):
-            bare = "".join(part.split())
-            found = whole.find(bare, at if k else max(0, at - len(bare) + bool(bare)))
-            if found < 0:
+            # Some templates (Llama 3.1) write what a tool says as JSON, in quotes.
+            forms = [part, json.dumps(part, ensure_ascii=False)] if message["role"] == "tool" else [part]
+            for bare in ("".join(form.split()) for form in forms):
+                found = whole.find(bare, at if k else max(0, at - len(bare) + bool(bare)))
+                if found >= 0:
+                    ends.append(found + len(bare))
+                    break
+            else:
                 return f"the template leaves out {what}, {part!r:.60}"
-            ends.append(found + len(bare))
         at = max(ends)
     return ""
 
