@@ -9,7 +9,7 @@ RESULTS ?= bench/results
 # Without bytecode on disk each of the tests' hundred processes would compile torch and transformers again: 20 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup test test-distributed test-processors test-aarch64 emulate demo bench profile docs dist hub compat lint clean
+.PHONY: help setup test test-distributed test-processors test-aarch64 sanitize emulate demo bench profile docs dist hub compat lint clean
 .PHONY: device-first device device-losses device-memory device-steps device-counters
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-distributed  every engine on two and four processes, against one process"
 	@echo "make test-processors  a slice of the tests as on a processor with SSE alone, with AVX2, with all that is here"
 	@echo "make test-aarch64  the loops of the C++ op, cross-compiled and run in qemu: the same bits as here"
+	@echo "make sanitize the C++ op under sanitizers: addresses, undefined behaviour, races; planted faults are found"
 	@echo "make emulate  every kernel, compiled for a GPU and executed without one; writes docs/project/emulation.md; resumes"
 	@echo "make bench    time and memory against the alternatives, on this machine"
 	@echo "make profile  peak memory and time of a training step against the size of its group; writes profile/"
@@ -87,6 +88,10 @@ test-aarch64:
 	aarch64-linux-gnu-g++ $(ROWS) -o build/rows-aarch64
 	diff <(build/rows-here) <(qemu-aarch64-static build/rows-aarch64)
 	@echo "the same bits: $$(build/rows-here | wc -l) results"
+
+# Builds apart from the normal one, in build/sanitize/; ARGS='thread' for one of them, '--planted' for the faults alone.
+sanitize: setup
+	OMP_NUM_THREADS=1 $(RUN) tests/sanitize.py $(ARGS)
 
 # Each run is kept in build/emulated/, so that one that was stopped goes on.
 emulate: setup

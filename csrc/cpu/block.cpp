@@ -119,7 +119,18 @@ class OneThread {
   [[maybe_unused]] int before_ = 0;
 };
 
+// What the library reads of a factor, or writes of a result, row by row as they lie in memory.
+template <typename F>
+void each_line(const Factor& f, const F& touch) {
+  const Factor lines = f.column_stride == 1 ? f : f.transposed();
+  for (int64_t i = 0; i < lines.rows; ++i) touch(lines.row(i), lines.columns * (f.bf16 ? 2 : 4));
+}
+
 void multiply_tile(const Matrix& out, const Factor& a, const Factor& b, bool accumulate) {
+  for (const Factor& factor : {a, b}) {
+    each_line(factor, [](const void* line, int64_t bytes) { library_reads(line, bytes); });
+  }
+  each_line(out, [](const void* line, int64_t bytes) { library_writes(line, bytes); });
 #if HAS_BF16_LIBRARY
   if (a.bf16) return multiply_bf16(out, a, b, accumulate);
 #endif

@@ -18,6 +18,7 @@
 #include "cpu/linear_logps.h"
 #include "cpu/ownership.h"
 #include "cpu/row.h"
+#include "cpu/sanitize.h"
 
 namespace groupdpo_kernels {
 
@@ -100,12 +101,15 @@ class Slice : public Matrix {
  public:
   Slice(const Matrix& rows, Ownership& ownership, int64_t begin) : Matrix(rows), ownership_(&ownership), begin_(begin) {
     ownership.take(begin, begin + rows.rows);
+    for (int64_t i = 0; i < rows.rows; ++i) lend(row(i), rows.columns);
   }
   Slice(Slice&& other) noexcept
       : Matrix(other), ownership_(std::exchange(other.ownership_, nullptr)), begin_(other.begin_) {}
   Slice& operator=(Slice&&) = delete;
   ~Slice() {
-    if (ownership_) ownership_->give_back(begin_, begin_ + rows);
+    if (!ownership_) return;
+    for (int64_t i = 0; i < rows; ++i) withhold(row(i), row_stride);
+    ownership_->give_back(begin_, begin_ + rows);
   }
 
  private:
@@ -117,18 +121,27 @@ class Slice : public Matrix {
 class SharedScratch {
  public:
   SharedScratch(int64_t rows, int64_t columns)
-      : columns_(columns), ownership_(std::make_unique<Ownership>(rows)), floats_(rows * columns) {}
+      : columns_(columns), ownership_(std::make_unique<Ownership>(rows)), floats_(rows * scratch_stride(columns)) {
+    withhold(floats_.data(), rows * scratch_stride(columns));
+  }
   // Rows begin .. end, `columns` of each; throws std::logic_error where somebody else holds one of them.
   Slice take(int64_t begin, int64_t end, int64_t columns) const {
     STD_TORCH_CHECK(columns <= columns_, "a row of this scratch has ", columns_, " columns; got ", columns);
-    return Slice(all(end - begin, columns, begin), *ownership_, begin);
+    return Slice(part(begin, end - begin, columns), *ownership_, begin);
   }
   // To read what was written, when nobody holds a part.
-  Matrix all(int64_t rows, int64_t columns, int64_t begin = 0) const {
-    return {floats_.data() + begin * columns_, rows, columns, columns_};
+  Matrix all(int64_t rows, int64_t columns) const {
+    const Matrix whole = part(0, rows, columns);
+    for (int64_t i = 0; i < rows; ++i) lend(whole.row(i), columns);
+    return whole;
   }
 
  private:
+  Matrix part(int64_t begin, int64_t rows, int64_t columns) const {
+    const int64_t stride = scratch_stride(columns_);
+    return {floats_.data() + begin * stride, rows, columns, stride};
+  }
+
   int64_t columns_;
   std::unique_ptr<Ownership> ownership_;
   Scratch floats_;
