@@ -174,6 +174,22 @@ def test_blocks_have_their_own_shared_memory() -> None:
     assert not findings and (out == 2).all()
 
 
+LOCAL = """
+    .local .align 8 .b8 stack[24];
+    mov.b32 %r10, stack; cvt.u64.u32 %rd10, %r10; cvta.local.u64 %rd10, %rd10;
+    mov.b32 %r11, 7; st.b32 [%rd10+8], %r1; st.b32 [%rd10+12], %r11;
+    ld.b64 %rd11, [%rd10+{at}]; st.global.b64 [%rd3], %rd11;
+"""
+
+
+def test_each_thread_has_its_own_local_memory() -> None:
+    """Compilers put there what they index by registers."""
+    found, findings = probe(LOCAL.format(at=8), np.arange(64, dtype=np.uint32), blocks=2)
+    assert found.tolist() == [7 << 32 | t for t in range(64)] and not findings
+    unwritten, _ = probe(LOCAL.format(at=16), U32(0))
+    assert (unwritten == 2**64 - 1).all()  # NaN as a float
+
+
 # ---------------------------------------------------------------------------------------- faults, in small programs
 
 # The address of the thread's own word in %r5, of its neighbour's in the other warp in %r6.

@@ -487,7 +487,9 @@ def _gpu_arithmetic(builder: Any) -> dict[str, Callable[..., Any]]:
 
     def binary_op(self: Any, a: Any, b: Any, op: Any) -> Any:
         if getattr(a.dtype, "scalar", None) != tl.bfloat16:
-            return binary(self, a, b, op)
+            out = binary(self, a, b, op)
+            # Triton 3.9 gives a comparison the type of what it compares, which a broadcast scalar then takes.
+            return TensorHandle(out.data, tl.int1) if out.data.dtype == np.bool_ else out
         out = binary(self, widen(a), widen(b), op)
         return out if out.data.dtype == np.bool_ else narrow(out.data)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .memory import PARAMETERS
 from .program import Instruction, Pair, Register, Vector
 from .types import TYPES, UNSIGNED, Array, PtxError, bf16_to_f32, f32_to_bf16, is_float, is_signed, size_of
 
@@ -264,10 +265,15 @@ def select(m: Machine, i: Instruction) -> Step:
 
 
 def convert_address(m: Machine, i: Instruction) -> Step:
-    """Generic addresses are those of global memory and of parameters; shared memory has its own."""
+    """Generic addresses are those of global memory and, high above, of parameters and of the threads' local memories;
+    shared memory has its own.
+    """
     if "shared" in i.modifiers:
         raise PtxError(f"generic addresses of shared memory are not emulated: {i}")
     d, a = i.operands
+    if "param" in i.modifiers or "local" in i.modifiers:
+        base = m.local_at if "local" in i.modifiers else np.array([PARAMETERS], TYPES[i.type])
+        return np.add, (m.source(a, i.type), base, m.target(d, i.type))
     return np.copyto, (m.target(d, i.type), m.source(a, i.type))
 
 

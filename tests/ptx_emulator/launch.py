@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from .asynchronous import TensorMap
-from .machine import PARAMETERS, Machine, Settings
-from .memory import Findings, GlobalMemory
+from .machine import Machine, Settings
+from .memory import PARAMETERS, Findings, GlobalMemory
 from .program import Program
 from .types import TYPES, UNSIGNED, Array, PtxError, size_of
 

@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .asynchronous import Asynchronous
-from .memory import SHARED_BASE, Findings, GlobalMemory, SharedMemory
+from .memory import LOCAL_BASE, SHARED_BASE, Findings, GlobalMemory, SharedMemory
 from .program import Block, Immediate, Instruction, Operand, Program, Register, Symbol, Vector
 from .types import TYPES, UNSIGNED, Array, PtxError, is_float, is_signed, size_of
 
-PARAMETERS = 1 << 44  # where parameters have their addresses, 256 bytes apart
 MOST_BLOCKS_EXECUTED = 2_000_000
 
 Step = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -83,7 +82,10 @@ class Machine:
             **{f"%{name}.{axis}": np.ones(n, np.uint32) for name in ("ntid", "nctaid") for axis in "yz"},
         }
         self.parameters: dict[str, Array] = {p.name: np.zeros(1, np.uint64) for p in program.parameters}
-        self.parameter_at = {p.name: PARAMETERS + 256 * i for i, p in enumerate(program.parameters)}
+        self.parameter_at = {p.name: 256 * i for i, p in enumerate(program.parameters)}  # in their own space
+        stride = -(-program.local_size // 16) * 16  # of a thread's local memory
+        self.local_memory: Array = np.full(n * stride, 0xFF, np.uint8)
+        self.local_at = LOCAL_BASE + np.arange(n, dtype=np.uint64) * np.uint64(stride)
         self.memory = GlobalMemory()
         self.descriptors: dict[int, Any] = {}  # tensor maps by address
         self.asynchronous = Asynchronous(self)
@@ -159,6 +161,8 @@ class Machine:
                 return self.special[operand.name].view(TYPES[kind])
             if operand.name in self.parameter_at:
                 return np.array([self.parameter_at[operand.name]], TYPES[kind])
+            if operand.name in self.program.local_names:
+                return np.array([self.program.local_names[operand.name]], TYPES[kind])
             if operand.name in self.program.shared_names:
                 return np.array([SHARED_BASE + self.program.shared_names[operand.name]], TYPES[kind])
             if operand.name == "WARP_SZ":
@@ -288,6 +292,9 @@ class Machine:
     ) -> None:
         """Run the blocks `programs` of a grid, as many as the machine has at most."""
         self.memory, self.descriptors, self.findings = memory, descriptors, findings
+        if self.local_memory.size:
+            self.local_memory.fill(0xFF)
+            memory.add(int(LOCAL_BASE), self.local_memory, "local memory")
         for name, value in parameters.items():
             self.parameters[name][:] = value
         for size, file in self.files.items():

@@ -17,6 +17,8 @@ import numpy as np
 from .types import UNSIGNED, Array, PtxError
 
 SHARED_BASE = 1024  # no shared variable has address 0
+PARAMETERS = 1 << 44  # where parameters have their generic addresses, 256 bytes apart
+LOCAL_BASE = np.uint64(1 << 45)  # and where the local memories of all threads have theirs, one after the other
 Findings = Counter[str]
 
 

@@ -185,6 +185,8 @@ class Program:
         self.threads = int(threads.group(1)) * int(threads.group(2) or 1) * int(threads.group(3) or 1)
         self.shared_names: dict[str, int] = {}
         self.static_shared = 0
+        self.local_names: dict[str, int] = {}
+        self.local_size = 0
         self._families: dict[str, str] = {}  # %r -> b32
         self._locals: dict[tuple[int, str], str] = {}  # (scope, name) -> type, or "label"
         self._parents: dict[int, int] = {}
@@ -232,7 +234,9 @@ class Program:
             elif statement.startswith(".reg"):
                 self._declare(scope, statement)
             elif statement.startswith(".shared"):
-                self._declare_shared(statement)
+                self.static_shared = self._place(statement, self.shared_names, self.static_shared)
+            elif statement.startswith(".local"):
+                self.local_size = self._place(statement, self.local_names, self.local_size)
             elif statement.startswith("."):
                 raise PtxError(f"{self.name}: {statement.split()[0]} is not emulated: {statement}")
             elif statement.strip():
@@ -247,13 +251,13 @@ class Program:
             else:
                 self._locals[scope, family] = kind[1:]
 
-    def _declare_shared(self, statement: str) -> None:
-        found = re.fullmatch(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]", statement)
+    def _place(self, statement: str, names: dict[str, int], size: int) -> int:
+        """Puts a variable behind `size` bytes of others, and returns the size of all."""
+        found = re.fullmatch(r"\.\w+\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]", statement)
         if found is None:
-            raise PtxError(f"{self.name}: a shared variable of this form is not emulated: {statement}")
-        align, name, size = int(found.group(1)), found.group(2), int(found.group(3))
-        self.shared_names[name] = -(-self.static_shared // align) * align
-        self.static_shared = self.shared_names[name] + size
+            raise PtxError(f"{self.name}: a variable of this form is not emulated: {statement}")
+        names[found.group(2)] = -(-size // int(found.group(1))) * int(found.group(1))
+        return names[found.group(2)] + int(found.group(3))
 
     # ---------------------------------------------------------------------------------------------------- instructions
 
