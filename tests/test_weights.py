@@ -246,6 +246,10 @@ def test_weights_of_rows(bpe: Any) -> None:
     assert step.groups.weights.tolist() == [2, 1, 1]
     assert step.groups.response_weights.tolist() == [1, 0.5, 3, 5, 6, 4, 1, 1, 1, 1]
     assert collate(list(tokenize_groups(groups[-1:], bpe))).groups.weights is None
+    # What has weight 0 is not there: a rule picks among the others, of which one may be its copy.
+    absent = {**scored, "all_generated_responses": ["B", "A", "B", "C"], "scores": [3.0, 1.0, 3.0, 4.0]}
+    (group,) = read_groups([{**absent, "response_weights": [0, 1, 2, 0]}], rule=top_k(1))
+    assert (group.responses, group.response_weights) == (["B", "A"], [2, 1])
     (merged,) = merge_prompts(
         read_groups(
             [

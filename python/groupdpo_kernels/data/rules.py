@@ -106,7 +106,9 @@ def _sides(found: Scored, rule: Rule, row: int, on_bad: str, report: Report) -> 
     scores: dict[tuple[str, float], float] = {}  # with the weight of each
     for text, value, weight in zip(found.responses, found.scores, weights or [1.0] * len(found.responses)):
         score = as_score(value)
-        if not text.strip():
+        if weight == 0:  # as if it were not there: a rule must not pick it
+            report.drop(BadRow("response of weight 0", f"the response {text!r:.60}"), row)
+        elif not text.strip():
             report.drop(BadRow("empty", "a response is empty"), row, on_bad)
         elif score is None:
             report.drop(BadRow("no score", f"a response has the score {value!r}"), row, on_bad)
