@@ -13,16 +13,18 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from PIL import Image
 from tiny_trl import COMMON, check_same, run, steps
 from tiny_vision import make_vision, picture
 from torch import Tensor
 
 from groupdpo_kernels import Objective, SharedPrompt, SharedPromptForward, group_backward, preference_loss
 from groupdpo_kernels.data import Report, collate, merge_prompts, read_groups, tokenize_groups
-from groupdpo_kernels.data.images import inputs_of, repeated
+from groupdpo_kernels.data.images import image_key, inputs_of, repeated
 from groupdpo_kernels.models.layouts import why_not_shared, why_not_shared_images
 from groupdpo_kernels.stepwise.store import digest
 from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer, StepwiseDPO
+from groupdpo_kernels.trainers.fit_check import advice
 
 MODELS = ("qwen2_5_vl", "gemma3", "smolvlm")
 OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0, reference_free=True)
@@ -243,6 +245,25 @@ def test_stages_and_evaluation(tmp_path: Path) -> None:
     assert one.evaluate()["eval_loss"] == pytest.approx(0.6931, abs=1e-3) and not steps(one)
 
 
+def test_references_on_disk_are_of_the_processors_pixels(tmp_path: Path) -> None:
+    """Another mean of pixels is another image, with as many tokens."""
+    sums = []
+    for mean in (0.5, 0.5, 0.9):
+        vision = make_vision("gemma3")
+        vision.processor.image_processor.image_mean = [mean] * 3
+        one = trainer_of(vision, tmp_path, PAIRS, {"precompute_ref_log_probs": True}, objective=Objective("sigmoid"))
+        sums.append(torch.cat(one.train_dataset.ref_logps))
+        torch.testing.assert_close(sums[-1], one.score(vision.model, one.train_dataset.groups))
+    assert torch.equal(sums[0], sums[1]) and (sums[0] - sums[2]).abs().max() > 1e-3
+
+
+def test_advice_knows_no_images() -> None:
+    vision = make_vision("gemma3")
+    step = collate(list(tokenize_groups(read_groups(PAIRS[:1]), vision.processor)), processor=vision.processor)
+    said = advice(vision.model, step, "two_pass", False, torch.device("cpu"), None)
+    assert said == "What would fit is not known: the planner sizes a model of text, and the step has images"
+
+
 def test_what_the_trainer_refuses(tmp_path: Path) -> None:
     vision = make_vision("smolvlm")
     groups = list(tokenize_groups(read_groups(ROWS), vision.processor))
@@ -279,6 +300,18 @@ def test_images_of_rows(tmp_path: Path) -> None:
     assert [len(group.responses) for group in merge_prompts(read_groups(more))] == [3, 2]
     table = Dataset.from_list([{**row, "images": [picture(0)]}, {**row, "images": None}])
     assert [group.images is None for group in read_groups(table)] == [False, True]
+
+
+def test_equal_images_are_told_from_others() -> None:
+    """Rows of a prompt are merged by them, and references on disk found by their digests."""
+    red, blue = (Image.new("P", (4, 4)) for _ in range(2))
+    red.putpalette([255, 0, 0] * 256)
+    blue.putpalette([0, 0, 255] * 256)
+    dot = torch.zeros(3, 64, 64)
+    dot[:, 30:34, 30:34] = 1
+    for one, other in ((red, blue), (dot, torch.zeros(3, 64, 64)), (picture(0), picture(1))):
+        for name in (image_key, digest):
+            assert name(one) == name(copy.deepcopy(one)) != name(other)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,11 @@ def _processed(processor: Any, pictures: Pictures) -> Any:
     return processor(text=[pictures.text], images=[pictures.images], return_tensors="pt", add_special_tokens=False)
 
 
+def pixels_made_by(processor: Any) -> dict[str, str]:
+    """{"images": how the processor makes pixels}, for the keys of what depends on them; {} without a processor."""
+    return {} if processor is None else {"images": processor.image_processor.to_json_string()}
+
+
 def repeated(
     inputs: dict[str, Tensor],  # of one prompt
     shape: tuple[int, int],  # (B, L)
@@ -79,6 +84,10 @@ def image_key(image: Any) -> str:
     """Text that is the same for equal images, for rows of one prompt."""
     if isinstance(image, str):
         return image
+    if isinstance(image, Tensor):  # its repr leaves out the middle
+        image = image.numpy(force=True)
     content = image.tobytes() if hasattr(image, "tobytes") else repr(image).encode()
     kind = [str(getattr(image, name, "")) for name in ("dtype", "mode", "shape", "size")]
+    if hasattr(image, "getpalette"):  # content may be indices of colours
+        kind.append(str(image.getpalette()))
     return f"{kind} {hashlib.blake2b(content, digest_size=16).hexdigest()}"

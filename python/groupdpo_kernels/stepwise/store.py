@@ -71,6 +71,8 @@ def _feed(sha: Any, x: Any) -> None:
         sha.update(f"{type(x).__name__} {len(content)};".encode() + content)
     elif hasattr(x, "tobytes"):  # arrays of NumPy, images of PIL
         kind, content = [str(getattr(x, name, "")) for name in ("dtype", "mode", "shape", "size")], x.tobytes()
+        if hasattr(x, "getpalette"):  # content may be indices of colours
+            kind.append(str(x.getpalette()))
         sha.update(f"{type(x).__name__} {kind} {len(content)};".encode() + content)
     elif dataclasses.is_dataclass(x) and not isinstance(x, type):
         sha.update(f"{type(x).__name__};".encode())

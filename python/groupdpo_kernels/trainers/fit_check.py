@@ -288,6 +288,9 @@ def advice(
     try:
         total = memory_of(model, device, optimizer)
         responses = step.groups.num_sequences
+        prompts = [part.prompt for part in step.parts if isinstance(part, SharedPrompt) and part.prompt is not None]
+        if any(x.is_floating_point() for each in (*step.micro_batches, *prompts) for x in each.inputs.values()):
+            raise ValueError("the planner sizes a model of text, and the step has images")
         parts = step.parts if share_prompt else step.micro_batches
         return explain_out_of_memory(model, parts, responses, strategy, autocast, total)
     except Exception as error:

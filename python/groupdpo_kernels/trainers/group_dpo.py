@@ -37,7 +37,7 @@ from transformers import Trainer, set_seed
 
 from ..data.batches import TokenGroup, tokenizer_of
 from ..data.formats import Report
-from ..data.images import processor_of
+from ..data.images import pixels_made_by, processor_of
 from ..distributed import shards
 from ..memory.worker import out_of_memory
 from ..models.adapters import has_adapter, let_adapter_train
@@ -258,6 +258,7 @@ class GroupDPOTrainer(GroupSteps, Trainer):
                 )
             check_adapter_alone_trains(model, trained=True)
         options = {"layout": self.data_collator.layout, "precision": self.accelerator.mixed_precision}
+        options |= pixels_made_by(self.data_collator.processor)
         folder = Path(str(self.args.output_dir)) / "ref_logps"
         with whole_or_sharded(self, model) as model:
             more: dict[str, Any] = {"options": options, "spread": True}

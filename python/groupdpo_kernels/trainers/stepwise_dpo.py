@@ -37,7 +37,7 @@ from transformers import set_seed
 
 from ..data.batches import TokenGroup
 from ..data.formats import Report
-from ..data.images import processor_of
+from ..data.images import pixels_made_by, processor_of
 from ..models.adapters import adapter_configs, delete_adapter, let_adapter_train
 from ..models.limits import position_limit, token_limit
 from ..preference.objective import Objective
@@ -133,7 +133,7 @@ class StepwiseDPO:
             Path(str(self.args.output_dir)),
             score=self._score if self.grouped else _no_scores,
             count=(lambda group: len(group.responses)) if self.grouped else None,
-            options={"args": given, "objective": objective},
+            options={"args": given, "objective": objective, **pixels_made_by(processor_of(self.processing_class))},
             seed=None,  # the trainers seed themselves
             spread=True,
         )
