@@ -77,6 +77,12 @@ def missing() -> list[str]:
     return out
 
 
+def remove_other_form(folder: Path) -> None:
+    """Removes what an earlier build of the other form has left: of the two, Python would take this Python's own."""
+    for stale in folder.glob("_C.cpython-*.so" if LIMITED else "_C.abi3.so"):
+        stale.unlink()
+
+
 class CMakeBuild(build_ext):
     """Runs cmake and ninja; the file goes where setuptools wants it: into the source tree for an editable install."""
 
@@ -88,6 +94,10 @@ class CMakeBuild(build_ext):
                 raise
             say(f"without the C++ extension: its build failed ({error}); GROUPDPO_KERNELS_BUILD=1 makes this an error")
             self.extensions = []  # nothing to copy into the tree
+
+    def copy_extensions_to_source(self) -> None:
+        remove_other_form(ROOT / "python" / "groupdpo_kernels")
+        super().copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -108,9 +118,7 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True)
         subprocess.run([cmake, "--build", str(build)], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        other = "_C.cpython-*.so" if LIMITED else "_C.abi3.so"  # of the two, Python would take this Python's own first
-        for stale in (ROOT / "python" / "groupdpo_kernels").glob(other):
-            stale.unlink()
+        remove_other_form(target.parent)
         # By rename: overwritten in place, the file would change under a process that has it mapped.
         shutil.copyfile(build / target.name, target.with_suffix(".new"))
         target.with_suffix(".new").replace(target)

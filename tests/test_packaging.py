@@ -200,6 +200,49 @@ def test_a_failing_compiler_fails_only_a_required_extension(tmp_path: Path) -> N
     assert done.returncode != 0 and found is None
 
 
+def test_a_wheel_holds_one_module_and_leaves_the_checkouts_own(tmp_path: Path) -> None:
+    """Of two modules Python would take that of its own version, and not the one of the limited API."""
+    tree, tools = tmp_path / "tree", tmp_path / "bin"
+    tools.mkdir()
+    fake = (
+        "#!/bin/sh\n"  # configures, then builds an empty module of the name that it is told
+        'if [ "$1" = --build ]; then touch "$2/$(cat "$2/name")"; exit; fi\n'
+        'mkdir -p "$4"; for x; do case "$x" in *_MODULE=*) echo "${x#*=}" > "$4/name";; esac; done\n'
+    )
+    for name in ("cmake", "ninja"):
+        (tools / name).write_text(fake)
+        (tools / name).chmod(0o755)
+    skip = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for name in ("python", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=skip)
+    for name in ("README.md", "LICENSE", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tree / name)
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "GROUPDPO_KERNELS_BUILD": "1"}
+    environment.pop("GROUPDPO_KERNELS_LIMITED_API", None)
+
+    def setup(command: str, *options: str, **variables: str) -> None:
+        # setup.py would take tools beside this Python first.
+        argv = f"sys.executable, sys.argv = {str(tools / 'python')!r}, {['setup.py', '-q', command, *options]}"
+        line = [sys.executable, "-c", f"import runpy, sys; {argv}; runpy.run_path('setup.py', run_name='__main__')"]
+        done = subprocess.run(line, cwd=tree, env=environment | variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def modules() -> list[Path]:
+        return sorted((tree / "python" / "groupdpo_kernels").glob("_C.*"))
+
+    setup("build_ext", "--inplace")
+    (own,) = modules()
+    setup("bdist_wheel", "-d", str(tmp_path / "one"))
+    setup("bdist_wheel", "-d", str(tmp_path / "limited"), GROUPDPO_KERNELS_LIMITED_API="1")
+    for folder, name in (("one", own.name), ("limited", "_C.abi3.so")):
+        (made,) = (tmp_path / folder).glob("*.whl")
+        with zipfile.ZipFile(made) as archive:
+            assert [Path(x).name for x in archive.namelist() if x.endswith(".so")] == [name]
+    assert modules() == [own]
+    setup("build_ext", "--inplace", GROUPDPO_KERNELS_LIMITED_API="1")
+    assert [path.name for path in modules()] == ["_C.abi3.so"]
+
+
 def test_device_target_needs_no_environment_of_ours() -> None:
     """`make device` runs on a GPU machine with the Python that is there: no .venv, no download, figures after tests."""
     dry = ["make", "--dry-run", "device", "PYTHON=/usr/bin/some-python"]
