@@ -1,4 +1,4 @@
-"""What `make sanitize` rests on, without its builds: faults can be planted, and the normal build has none of it."""
+"""What `make sanitize` rests on, without its builds: faults can be planted, and the normal build has nothing of it."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
-extern "C" void __asan_loadN(const void* begin, uintptr_t bytes);
-extern "C" void __asan_storeN(const void* begin, uintptr_t bytes);
+extern "C" void __asan_loadN(void* begin, long bytes);
+extern "C" void __asan_storeN(void* begin, long bytes);
 #elif defined(__SANITIZE_THREAD__)
 extern "C" void __tsan_read_range(void* begin, long bytes);
 extern "C" void __tsan_write_range(void* begin, long bytes);
@@ -39,7 +39,7 @@ inline void lend([[maybe_unused]] const float* begin, [[maybe_unused]] int64_t c
 // The library is about to read, or to write.
 inline void library_reads([[maybe_unused]] const void* begin, [[maybe_unused]] int64_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_loadN(begin, bytes);
+  __asan_loadN(const_cast<void*>(begin), bytes);
 #elif defined(__SANITIZE_THREAD__)
   __tsan_read_range(const_cast<void*>(begin), bytes);
 #endif
@@ -47,7 +47,7 @@ inline void library_reads([[maybe_unused]] const void* begin, [[maybe_unused]] i
 
 inline void library_writes([[maybe_unused]] const void* begin, [[maybe_unused]] int64_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_storeN(begin, bytes);
+  __asan_storeN(const_cast<void*>(begin), bytes);
 #elif defined(__SANITIZE_THREAD__)
   __tsan_write_range(const_cast<void*>(begin), bytes);
 #endif
