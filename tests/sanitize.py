@@ -28,7 +28,7 @@ OPTIONS = {
     # memcpy and the like are watched where our code calls them: torch's threads are joined in a way that is not seen.
     "thread": {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1"},
 }
-# A file that names lines names what headers have inlined, too; under AddressSanitizer the gaps of scratch come on top of
+# A file that names lines also names what headers inline; under AddressSanitizer the gaps of scratch come on top of
 # what it is bounded by.
 BUT = {"address": "not stable_abi and not workspace_is_bounded", "thread": "not stable_abi"}
 # The op through its schema, in all CASES; its other forms (sparse, frozen, cached); on 1, 2 and 5 threads.
