@@ -296,6 +296,11 @@ def test_images_of_rows(tmp_path: Path) -> None:
     assert torch.equal(a.prompt, b.prompt) and processor.image_token_id in a.prompt.tolist()
     pixels = [collate([x], processor=processor).parts[0].inputs["pixel_values"] for x in (a, b)]
     assert torch.equal(*pixels)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}  # without content
+    past = [*asks("What is it?"), call, {"role": "tool", "content": "A cup."}]
+    (group,) = read_groups([{**row, "prompt": past, "image": picture(0)}], on_bad="error")
+    (tokens,) = tokenize_groups([group], make_vision("qwen2_5_vl").processor, on_bad="error")
+    assert len(tokens.pictures.images) == 1
     more = [{**row, "image": picture(0)}, {**row, "image": picture(0), "rejected": "No."}, {**row, "image": picture(1)}]
     assert [len(group.responses) for group in merge_prompts(read_groups(more))] == [3, 2]
     table = Dataset.from_list([{**row, "images": [picture(0)]}, {**row, "images": None}])

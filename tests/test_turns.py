@@ -114,6 +114,18 @@ def test_empty_fields_of_a_table_are_none() -> None:
     assert second.responses[0].messages[0]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo", "unit": "C"}
 
 
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=["none", "null", "empty"])
+def test_a_call_in_a_prompt_needs_no_content(content: dict[str, Any]) -> None:
+    """As APIs and data sets write it."""
+    prompt = [*ROW["prompt"], {**calls("Rome"), **content}, answers("21 degrees")]
+    tokenizer = tokenizer_with("qwen2_5")
+    last = {"chosen": [says("Yes.")], "rejected": [says("No.")]}
+    for row in ({"prompt": prompt, **last}, {name: prompt + said for name, said in last.items()}):
+        (group,) = tokenize_groups([only_group({**row, "tools": TOOLS})], tokenizer, on_bad="error")
+        head = tokenizer.decode(group.prompt)
+        assert '{"city": "Rome"}' in head and head.endswith("assistant\n")
+
+
 def test_rows_are_merged_where_their_tools_are_the_same() -> None:
     more = {**ROW, "rejected": [says("No idea.")]}
     (merged,) = merge_prompts(read_groups([ROW, more]))

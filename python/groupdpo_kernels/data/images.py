@@ -32,7 +32,8 @@ def processor_of(processing_class: Any) -> Any:
 
 def places(messages: Sequence[dict[str, Any]]) -> int:
     """The number of images that the messages have a place for."""
-    return sum(part["type"] == "image" for m in messages for part in m["content"] if isinstance(m["content"], list))
+    contents = [m.get("content") for m in messages]  # a call of a tool may have none
+    return sum(part["type"] == "image" for parts in contents if isinstance(parts, list) for part in parts)
 
 
 def in_parts(messages: Sequence[dict[str, Any]], images: int = 0) -> list[dict[str, Any]]:
@@ -40,7 +41,7 @@ def in_parts(messages: Sequence[dict[str, Any]], images: int = 0) -> list[dict[s
     found = []
     missing = images - places(messages)
     for message in messages:
-        parts = message["content"]
+        parts = message.get("content", [])
         parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
         if message["role"] == "user":
             parts, missing = [{"type": "image"}] * missing + parts, 0
