@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from compile_budgets import write
 from processes import CONTEXT
 
 from groupdpo_kernels.reference import HeadOptions, Needs, RowGradients, head_of
@@ -406,7 +407,7 @@ def table(kernels: Sequence[Compiled]) -> str:
 
 
 def budgets(kernels: Sequence[Compiled]) -> dict[str, dict[str, tuple[int, int, int]]]:
-    """What compile_budgets.py holds of a Triton version: registers with a margin of 8, spills rounded up to 64."""
+    """What budgets/ holds of a Triton version: registers with a margin of 8, spills rounded up to 64."""
     found: dict[str, dict[str, tuple[int, int, int]]] = {str(k.row): {} for k in kernels}
     for k in worst(kernels):
         registers = max(k.registers, min(255, k.registers + 8))  # on AMD a thread may have more than 255
@@ -417,14 +418,12 @@ def budgets(kernels: Sequence[Compiled]) -> dict[str, dict[str, tuple[int, int, 
 
 
 if __name__ == "__main__":
-    import pprint
-
     import triton
 
     words = [word for word in sys.argv[1:] if word != "--budgets"]
     compiled = compile_rows([row for row in all_rows() if all(word in str(row).split() for word in words)])
     print(f"triton {triton.__version__}")
-    if "--budgets" in sys.argv:
-        pprint.pprint(budgets(compiled), width=120, sort_dicts=False)
+    if "--budgets" in sys.argv:  # of all rows
+        print(write(".".join(triton.__version__.split(".")[:2]), budgets(compiled)))
     else:
         print(table(compiled))

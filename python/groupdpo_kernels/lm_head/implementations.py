@@ -20,7 +20,7 @@ def _triton_why_not(hidden: Tensor, weight: Tensor) -> list[str]:
     try:
         launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_forward")
     except ImportError as error:
-        return [f"triton does not import: {error}; run `pip install 'triton>=3.6,<3.8'`"]
+        return [f"triton does not import: {error}; run `pip install 'triton>=3.6,<3.10'`"]
     return launcher.why_not(hidden, weight)
 
 

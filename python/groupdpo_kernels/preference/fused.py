@@ -54,7 +54,7 @@ def why_not(
         try:
             launcher = importlib.import_module("groupdpo_kernels.kernels.preference_weights")
         except ImportError as error:
-            return [f"triton does not import: {error}; run `pip install 'triton>=3.6,<3.8'`"]
+            return [f"triton does not import: {error}; run `pip install 'triton>=3.6,<3.10'`"]
         reasons = launcher.why_not(device, dtype, loss, max_group)
         return reasons + ["groups have response_weights: only the reference weighs responses"] * response_weights
     return []
