@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from processes import run_ranks
@@ -277,6 +278,12 @@ def test_bad_weights_of_rows(columns: dict[str, Any], message: str) -> None:
     row = {"prompt": "Tea?", "chosen": "Green.", "rejected": "No.", **columns}
     with pytest.raises(ValueError, match=f"row 0: {message}"):
         list(read_groups([row], on_bad="error"))
+
+
+def test_weights_of_a_table_may_be_a_tuple_or_an_array() -> None:
+    for weights in ((1, 2.5), np.array([1, 2.5]), torch.tensor([1, 2.5])):
+        (group,) = read_groups([{"prompt": "Tea?", "chosen": "A", "rejected": "B", "response_weights": weights}])
+        assert group.response_weights == [1, 2.5]
 
 
 # ---------------------------------------------------------------------------------------------------------- the trainer

@@ -350,8 +350,10 @@ def as_score(value: Any) -> float | None:
 def _with_weights(found: Sided | Scored, row: Row) -> Sided | Scored:
     """What was found, with the weights that the columns "weight" and "response_weights" give it, in every format."""
     each, n = row.get("response_weights"), len(found.responses)
-    if each is not None and (not isinstance(each, list) or len(each) != n):
-        got = f"{len(each)} of them" if isinstance(each, list) else f"{each!r:.60}"
+    if hasattr(each, "tolist"):  # an array, as tables of pandas have it
+        each = each.tolist()
+    if each is not None and (not isinstance(each, (list, tuple)) or len(each) != n):
+        got = f"{len(each)} of them" if isinstance(each, (list, tuple)) else f"{each!r:.60}"
         raise BadRow("malformed", f"response_weights must be a list of {n} numbers, one a response; got {got}")
     return found._replace(
         weight=_weight("weight", row.get("weight", 1)),

@@ -102,7 +102,8 @@ class GroupDPOTrainer(GroupSteps, Trainer):
     probability between the passes).
     A group's `weight` weighs it in the mean over all groups of an optimizer step, those of every rank and accumulation
     step (`Objective.divide_by`); metrics do not weigh. In evaluation each batch has its own mean.
-    The auxiliary loss is the mean over micro-batches, weighted by their tokens; a shared prompt counts once.
+    The auxiliary loss is the mean over micro-batches, weighted by their tokens, and counts as much as its groups do; a
+    shared prompt counts once.
 
     Raises ValueError or TypeError, naming argument, expectation and value, for: a reference that is not read or that
     would change in training, rows of unknown columns or without a usable group, a response longer than
