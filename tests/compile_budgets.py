@@ -4,8 +4,8 @@ budgets/VERSION.json is written by `python tests/compile_only.py --budgets` unde
 of 8 (the limit is 255 on NVIDIA), spills rounded up to 64. What spills: float32, sm_100, and on sm_90
 linear_logps_bwd_kernel and frozen_head_fwd_kernel with everything on; from Triton 3.8 on linear_logps_fwd_kernel too,
 and under 3.9 frozen_head_fwd_kernel always. Of the kernels of `sparse` rows linear_logps_bwd_kernel spills, and on
-gfx942 draw_kernel with everything on; there also the backward of `entropy` rows. Kernels that are not named must fit 192
-registers, 4 KiB of shared memory, and spill nothing.
+gfx942 draw_kernel with everything on; there also the backward of `entropy` rows. Kernels that are not named must fit
+192 registers, 4 KiB of shared memory, and spill nothing.
 """
 
 from __future__ import annotations

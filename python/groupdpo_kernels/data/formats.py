@@ -349,7 +349,8 @@ def as_score(value: Any) -> float | None:
 
 def _with_weights(found: Sided | Scored, row: Row) -> Sided | Scored:
     """What was found, with the weights that the columns "weight" and "response_weights" give it, in every format."""
-    each, n = row.get("response_weights"), len(found.responses)
+    each: Any = row.get("response_weights")
+    n = len(found.responses)
     if hasattr(each, "tolist"):  # an array, as tables of pandas have it
         each = each.tolist()
     if each is not None and (not isinstance(each, (list, tuple)) or len(each) != n):
