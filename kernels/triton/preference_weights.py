@@ -93,7 +93,6 @@ def preference_weights_fwd_kernel(
     gamma: tl.float64,
     alpha: tl.float64,
     tau: tl.float64,
-    ceiling: tl.float64,
     log_ceiling: tl.float64,
     LOSS: tl.constexpr,
     AVERAGE: tl.constexpr,
@@ -154,7 +153,7 @@ def preference_weights_fwd_kernel(
             b += log1mexp(m)
         if LOSS != "all_pairs":
             mean_b = tl.sum(tl.where(neg, b, 0.0), 1) / N
-            w = tl.where(pos, balance_weight(b - mean_b[:, None], ceiling, log_ceiling), 1.0)
+            w = tl.where(pos, balance_weight(b - mean_b[:, None], log_ceiling), 1.0)
     v = w * u
 
     # Each loss: one number a group, and a = d loss / d v times w, so that d loss / d s = a d_u.
@@ -210,7 +209,7 @@ def preference_weights_fwd_kernel(
             w_ij = tl.full((BLOCK_G, BLOCK_S), 1.0, tl.float64)
             if BALANCE:
                 b_j = tl.sum(tl.where(column, b, 0.0), 1)[:, None]
-                w_ij = balance_weight(b - b_j, ceiling, log_ceiling)
+                w_ij = balance_weight(b - b_j, log_ceiling)
             x = w_ij * u - u_j
             mass = tl.where(pair, sigmoid(-x), 0.0)
             total += tl.where(pair, neg_log_sigmoid(x), 0.0)
@@ -241,10 +240,9 @@ def preference_weights_fwd_kernel(
 
 
 @triton.jit
-def balance_weight(log_w, ceiling, log_ceiling):
+def balance_weight(log_w, log_ceiling):
     """min(exp(log_w), ceiling), clipped before exp; NaN stays."""
-    w = tl.exp(tl.where(log_w > log_ceiling, log_ceiling, log_w))
-    return tl.where(log_w >= log_ceiling, ceiling, w)
+    return tl.exp(tl.where(log_w > log_ceiling, log_ceiling, log_w))
 
 
 @triton.jit
@@ -329,12 +327,12 @@ def preference_weights_forward(
         num_warps=1,
     )  # fmt: skip
     BLOCK_S = max(2, triton.next_power_of_2(max_group))
-    BLOCK_G = max(1, 128 // BLOCK_S)
+    BLOCK_G = max(1, (64 if loss == "all_pairs" else 128) // BLOCK_S)  # all_pairs holds most of each response
     pairwise = loss in PAIRWISE
     preference_weights_fwd_kernel[(triton.cdiv(G, BLOCK_G),)](
         sums, ref_sums, cu_seqlens, cu_groups, positive, out_loss, rewards, balance_weights, coefficients,
         group_losses, ticket, T, S, G,
-        beta, nll_weight, label_smoothing, gamma, alpha, tau, ceiling, math.log(ceiling or 1.0),
+        beta, nll_weight, label_smoothing, gamma, alpha, tau, math.log(ceiling or 1.0),
         LOSS=loss, AVERAGE=average, SUBTRACT=subtract_reference, BALANCE=ceiling > 0,
         BALANCE_REFERENCE=balance_reference,
         BALANCE_NORMALIZE=balance_normalize, PAIRWISE=pairwise, BLOCK_G=BLOCK_G, BLOCK_S=BLOCK_S, BLOCK_MEAN=1024,
