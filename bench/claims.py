@@ -134,7 +134,7 @@ class Plan:
 
 PLANS = {
     "sums": Plan(
-        results=RESULTS / "epyc" / "claims.json",
+        results=RESULTS / "xeon" / "claims.json",
         steps=96,
         held_out=96,
         prompts=8,
