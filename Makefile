@@ -4,6 +4,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# What that torch brings where it is built for CUDA.
+TRITON ?= triton==3.7.1
 RUN := .venv/bin/python
 RESULTS ?= bench/results
 # Without bytecode on disk each of the tests' hundred processes would compile torch and transformers again: 20 s.
@@ -43,7 +45,7 @@ setup: .venv/.package
 .venv/.dependencies: Makefile pyproject.toml
 	[ -x $(RUN) ] || $(PYTHON) -m venv .venv
 	$(RUN) -m pip install -q --no-compile '$(TORCH)' 'setuptools>=77'
-	GROUPDPO_KERNELS_BUILD=0 $(RUN) -m pip install -q --no-compile --no-build-isolation '$(TORCH)' -e '.[dev]'
+	GROUPDPO_KERNELS_BUILD=0 $(RUN) -m pip install -q --no-compile --no-build-isolation '$(TORCH)' '$(TRITON)' -e '.[dev]'
 	touch $@
 
 .venv/.package: .venv/.dependencies setup.py CMakeLists.txt $(shell find csrc -type f)
