@@ -443,15 +443,16 @@ class _FirstPass:
         return self.runs
 
     def run(self, part: SharedPrompt, alone: bool) -> None:
-        self.prompt_states.append(RandomState())
+        before = RandomState()  # 5 kB
+        self.prompt_states.append(before)
         if alone and part.prompt is not None and self.step.ranks.free:
             with torch.set_grad_enabled(self.with_graph):
                 self.prefix = self.step.prefix_with_graph(part.prompt, 0)
         prefix = self.prefix.detached if self.prefix else self.step.prefix(part.prompt, len(self.runs))
         if part.prompt is not None:
             self._note(part, sum(x.numel() for x in prefix if x is not None))
-        for micro_batch in part.micro_batches:
-            self.states.append(RandomState())
+        for k, micro_batch in enumerate(part.micro_batches):
+            self.states.append(before if k == 0 and part.prompt is None else RandomState())
             self.tapes.append(LseTape())
             with self.tapes[-1].record():
                 self.runs.append(self.step.run(micro_batch, len(self.runs), prefix))
