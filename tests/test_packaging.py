@@ -17,6 +17,7 @@ import torch
 import yaml
 
 import groupdpo_kernels
+from groupdpo_kernels.checks import NO_TRITON
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
@@ -137,6 +138,11 @@ def test_the_command_line_is_an_extra() -> None:
         for name in re.findall(r"^\s*(?:from|import) ([a-z]\w*)", path.read_text(), re.M)
     }
     assert imported - set(sys.stdlib_module_names) == {"matplotlib", "peft", "rich", "torch", "transformers", "typer"}
+
+
+def test_the_range_of_triton_is_said_as_it_is() -> None:
+    (asked,) = re.findall(r'^triton = \["(.*)"\]$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert f"`pip install '{asked}'`" in NO_TRITON
 
 
 def test_cmake_lists_every_source() -> None:

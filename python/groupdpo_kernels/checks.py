@@ -17,6 +17,8 @@ INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
+# Why an op has no kernels, with the error of the import in its place. The range is that of the extra `triton`.
+NO_TRITON = "triton does not import: {}; run `pip install 'triton>=3.6,<3.10'`"
 
 
 def check_number(name: str, value: Any) -> None:

@@ -651,9 +651,7 @@ def empty_part(device: torch.device | str, with_prompt: bool = False) -> MicroBa
 
 
 def micro_batches(
-    sequences: Sequence[
-        tuple[Tensor, ...]
-    ],  # prompt (p,) and response (n,), integer; scored (n,) bool where not all are
+    sequences: Sequence[tuple[Tensor, ...]],  # prompt (p,), response (n,), integer; scored (n,) bool unless all are
     layout: str = "padded",
     *,
     max_tokens: int | None = None,

@@ -11,6 +11,7 @@ import importlib
 import torch
 from torch import Tensor
 
+from ..checks import NO_TRITON
 from .extension import extension_why_not
 
 IMPLS = ("triton", "cpu", "reference")  # in the order "auto" tries them
@@ -20,7 +21,7 @@ def _triton_why_not(hidden: Tensor, weight: Tensor) -> list[str]:
     try:
         launcher = importlib.import_module("groupdpo_kernels.kernels.linear_logps_forward")
     except ImportError as error:
-        return [f"triton does not import: {error}; run `pip install 'triton>=3.6,<3.10'`"]
+        return [NO_TRITON.format(error)]
     return launcher.why_not(hidden, weight)
 
 

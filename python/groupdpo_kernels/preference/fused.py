@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..checks import NotUnderVmap
+from ..checks import NO_TRITON, NotUnderVmap
 from .segments import as_offsets
 
 IMPLS = ("triton", "reference")  # in the order "auto" tries them
@@ -54,7 +54,7 @@ def why_not(
         try:
             launcher = importlib.import_module("groupdpo_kernels.kernels.preference_weights")
         except ImportError as error:
-            return [f"triton does not import: {error}; run `pip install 'triton>=3.6,<3.10'`"]
+            return [NO_TRITON.format(error)]
         reasons = launcher.why_not(device, dtype, loss, max_group)
         return reasons + ["groups have response_weights: only the reference weighs responses"] * response_weights
     return []
