@@ -11,7 +11,7 @@ RESULTS ?= bench/results
 # Without bytecode on disk each of the tests' hundred processes would compile torch and transformers again: 20 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup test test-distributed test-processors test-aarch64 sanitize emulate demo bench profile docs dist hub compat lint clean
+.PHONY: help setup test test-distributed test-processors test-aarch64 sanitize emulate demo bench profile docs dist hub compat support lint clean
 .PHONY: device-first device device-losses device-memory device-steps device-counters
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make dist     sdist, wheel with the C++ op and pure wheel into dist/; each is tried in a fresh environment"
 	@echo "make hub      the Triton half in the layout of Hugging Face's kernel hub, into build/hub"
 	@echo "make compat   a slice of the tests under each version of torch, Triton, transformers and TRL; downloads them; resumes"
+	@echo "make support  docs/project/support.md, the table of what is tested, from pytest's reports in build/junit/"
 	@echo "make lint     ruff and mypy"
 	@echo "on a GPU machine, with no network and no .venv, PYTHON=$(PYTHON), into RESULTS=$(RESULTS), one after the other:"
 	@echo "make device-first     five minutes: ceilings, errors, each kernel, both designs of the products"
@@ -137,6 +138,10 @@ hub:
 # Each version in an environment of its own, kept in build/compat/ as long as it runs; a torch with CUDA takes 5 GB.
 compat: setup
 	OMP_NUM_THREADS=1 $(RUN) tests/compat.py $(ARGS)
+
+# The page says how to write the reports.
+support: setup
+	$(RUN) tests/support.py
 
 lint: setup
 	$(RUN) -m ruff check .
