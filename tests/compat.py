@@ -4,7 +4,8 @@ docs/project/versions.md. `make compat` runs it.
 From the environment in .venv one package at a time changes; what pip must change with it (the triton of a torch, the
 hub library of a transformers) changes too. The rows are the axes and not their product. In each the same wheel is
 installed, built once from this tree, and a slice of the tests runs on it. A row is written when it is there (a line of
-JSON in build/compat/, in a file that is named by the wheel), so that a run that was stopped goes on where it was.
+JSON in build/compat/, in a file that is named by the wheel), so that a run that was stopped goes on where it was. The
+page keeps a row of an earlier wheel, with its date, until that version is tried again.
 """
 
 from __future__ import annotations
@@ -150,15 +151,18 @@ def good(row: dict[str, object]) -> bool:
     return bool(row.get("passed")) and not row["failed"]
 
 
-def table(found: dict[tuple[str, str], dict[str, object]]) -> str:
+def table(found: dict[tuple[str, str], dict[str, object]], before: str) -> str:
     lines = ["| package | version | with | tests | date |", "|---|---|---|---|---|"]
     for key in rows():
+        earlier = re.search(rf"^\| {key[0]} \| {re.escape(key[1])} \|.*$", before, re.M)
         if row := found.get(key):
             beside: dict[str, str] = row.get("beside", {})  # type: ignore[assignment]
             others = ", ".join(f"{n} {v}" for n, v in beside.items() if n in AXES and n != key[0])
             failed = f", {row['failed']} failed" if row.get("failed") else ""
             said = row.get("refused") or f"{row['passed']} passed{failed}"
             lines.append(f"| {key[0]} | {key[1]} | {others} | {said} | {row['date']} |")
+        elif earlier:
+            lines.append(earlier[0])
     return "\n".join(lines)
 
 
@@ -178,8 +182,9 @@ def main() -> int:
         with results.open("a") as out:
             out.write(json.dumps(found[key]) + "\n")
         print(json.dumps(found[key]), flush=True)
-    before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{rest.split(END)[1]}")
+    text, rest = PAGE.read_text().split(BEGIN)
+    before, after = rest.split(END)
+    PAGE.write_text(f"{text}{BEGIN}\n\n{table(found, before)}\n\n{END}{after}")
     return 0 if all(map(good, found.values())) else 1
 
 

@@ -18,7 +18,6 @@ from transformers import HfArgumentParser
 
 from groupdpo_kernels import AdaBalance, Objective
 from groupdpo_kernels.data import read_groups, tokenize_groups
-from groupdpo_kernels.models.decoder_layers import KINDS
 from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer
 
 LN2 = pytest.approx(math.log(2), abs=1e-6)
@@ -66,39 +65,6 @@ def test_groups_of_two_are_trls_dpo(
     theirs = run(trl.DPOTrainer(llama(), args=config, train_dataset=PAIRS, processing_class=bpe, **more))
     assert check_same(ours, theirs) >= METRICS - {"positive_mass"} | {"loss", "grad_norm"}
     assert steps(ours[0])[0]["loss"] == LN2
-
-
-# ------------------------------------------------------------------------------------------------------ compiled layers
-
-
-@pytest.mark.parametrize("options", [{"max_steps": 2}, {"strategy": "coupled", "bf16": True}], ids=["two_pass", "bf16"])
-def test_compiled_layers_train_alike(make_trainer: Any, options: dict[str, Any]) -> None:
-    """The same steps; nothing of the model around the layers is compiled; policy and reference share what is."""
-    plain = run(make_trainer({**options, "share_prompt": False}))
-    torch._dynamo.reset()
-    counters: Any = torch._dynamo.utils.counters
-    counters.clear()
-    compiled = run(make_trainer({**options, "torch_compile": True, "torch_compile_backend": "aot_eager"}))
-    check_same(
-        compiled, plain, weights=0.02 if options.get("bf16") else 1e-5, logs=1e-2 if options.get("bf16") else 1e-5
-    )
-    assert type(compiled[0].model_wrapped).__name__ == "LlamaForCausalLM"
-    assert counters["frames"]["ok"] > 0 and not counters["graph_break"] and not counters["recompile_limit"]
-    torch._dynamo.reset()
-
-
-def test_a_deep_model_compiles_no_more_than_a_shallow_one(make_trainer: Any) -> None:
-    graphs = []
-    for depth in (3, 9):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        model = make("llama", num_hidden_layers=depth)
-        run(make_trainer({"max_steps": 2, "torch_compile": True, "torch_compile_backend": "eager"}, model=model))
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        for layer in model.model.layers:
-            assert layer._compiled_call_impl is not None
-    torch._dynamo.reset()
-    assert graphs[0] == graphs[1] < KINDS
 
 
 # ------------------------------------------------------------------------------------------------------- ragged groups
