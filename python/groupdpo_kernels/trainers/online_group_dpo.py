@@ -28,7 +28,7 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,9 @@ class OnlineGroupDPOTrainer(WholeCheckpoints, GroupSteps, trl.GRPOTrainer):  # t
         self._seen_any = False  # whether a generation has been scored
 
     # --------------------------------------------------------------------------------------------- completions to steps
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return _OrderOfEpoch(super()._get_train_sampler(dataset))
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """The slice of this step, after a new generation where one is due: as TRL, but groups stay in one slice."""
@@ -350,6 +353,27 @@ class OnlineGroupDPOTrainer(WholeCheckpoints, GroupSteps, trl.GRPOTrainer):  # t
                 )
             weights_of = torch.load(saved, map_location=self.args.device, weights_only=True)
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(weights_of)
+
+
+class _OrderOfEpoch(torch.utils.data.Sampler[int]):
+    """TRL's sampler, in the order that an epoch has in a run from the start: a resumed one would begin with the first
+    epoch's."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler, self.epoch = sampler, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed)
+            for _ in range(self.epoch):
+                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
+        return iter(self.sampler)
 
 
 class _SyncReference(TrainerCallback):
