@@ -56,9 +56,9 @@ from over_seeds import interval  # type: ignore[import-not-found]  # of examples
 from bench.claims_tasks import Additions, Start, Sums
 from bench.report import header
 from groupdpo_kernels import AdaBalance, Objective, PreferenceGroups, preference_loss, seq_logps
+from groupdpo_kernels.files import write_json
 from groupdpo_kernels.memory.machine import versions
 from groupdpo_kernels.stepwise import easy_to_hard
-from groupdpo_kernels.stepwise.store import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

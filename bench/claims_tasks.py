@@ -48,8 +48,8 @@ from arithmetic_training import HeldOut, warm_up  # type: ignore[import-not-foun
 from peft import get_peft_model
 
 from groupdpo_kernels import PreferenceGroups, linear_logps, seq_logps
+from groupdpo_kernels.files import write_json
 from groupdpo_kernels.stepwise import reward_accuracy
-from groupdpo_kernels.stepwise.store import write_json
 
 Logps = tuple[Tensor, Tensor]  # token_logps (T,), cu_seqlens (S+1,)
 Rows = list[dict[str, Any]]

@@ -25,6 +25,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from kept_rows import add_row, read_rows
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "project" / "versions.md"
 WORK = ROOT / "build" / "compat"
@@ -173,14 +175,12 @@ def main() -> int:
     WORK.mkdir(parents=True, exist_ok=True)
     file = wheel()
     results = WORK / f"{contents(file)}.jsonl"
-    lines = results.read_text().splitlines() if results.exists() else []
-    found = {(row["package"], row["version"]): row for row in map(json.loads, lines)}
+    found = {(row["package"], row["version"]): row for row in read_rows(results)}
     for key in rows():
         if key in found or not re.search(options.only, " ".join(key)):
             continue
         found[key] = tried(*key, file)
-        with results.open("a") as out:
-            out.write(json.dumps(found[key]) + "\n")
+        add_row(results, found[key])
         print(json.dumps(found[key]), flush=True)
     text, rest = PAGE.read_text().split(BEGIN)
     before, after = rest.split(END)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import time
 import warnings
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import triton
 from emulated_cases import PATHS, PREFERENCES, paths_of, run_case
+from kept_rows import add_row, read_rows
 from ptx_emulator import PtxError, reverse
 
 from groupdpo_kernels.testing import CASES
@@ -70,9 +70,7 @@ def judge(path: str, name: str, architecture: str, mode: str) -> str:
 
 
 def run(results: Path, only: str) -> dict[tuple[str, ...], str]:
-    results.parent.mkdir(parents=True, exist_ok=True)
-    lines = results.read_text().splitlines() if results.exists() else []
-    done = {tuple(row["run"]): row["verdict"] for row in map(json.loads, lines)}
+    done = {tuple(row["run"]): row["verdict"] for row in read_rows(results)}
     wanted = [key for key in names() if re.search(only, " ".join(key))]
     for k, key in enumerate(wanted, 1):
         if key in done:
@@ -80,8 +78,7 @@ def run(results: Path, only: str) -> dict[tuple[str, ...], str]:
         began = time.perf_counter()
         done[key] = judge(*key)
         seconds = round(time.perf_counter() - began, 1)
-        with results.open("a") as file:
-            file.write(json.dumps({"run": key, "verdict": done[key], "seconds": seconds}) + "\n")
+        add_row(results, {"run": key, "verdict": done[key], "seconds": seconds})
         print(f"{k} of {len(wanted)}: {' '.join(key)}: {done[key]} ({seconds} s)", flush=True)
     return {key: done[key] for key in names() if key in done}
 

@@ -23,18 +23,19 @@ NAME = "groupdpo_kernels"
 # What each package or module of ours may import of the others, lowest first. "kernels" and "_C" are loaded by a string
 # with their name, when an op first runs one.
 MAY_IMPORT: dict[str, set[str]] = {
-    **{name: set() for name in ("checks", "installed", "distributed", "reference", "replay")},
+    **{name: set() for name in ("checks", "installed", "distributed", "files", "reference", "replay")},
     "lm_head": {"checks", "reference", "replay", "kernels", "_C"},
     "preference": {"checks", "distributed", "replay", "kernels"},
     "models": {"distributed", "lm_head"},
     "data": {"checks", "preference"},
-    "memory": {"distributed", "lm_head", "models", "preference"},
-    "stepwise": {"distributed", "models", "preference"},
-    "trainers": {"checks", "installed", "distributed", "preference", "models", "data", "memory", "stepwise"},
+    "memory": {"distributed", "files", "lm_head", "models", "preference"},
+    "stepwise": {"distributed", "files", "models", "preference"},
+    "trainers": {"checks", "installed", "distributed", "files", "preference", "models", "data", "memory", "stepwise"},
     "integrations": {"installed", "lm_head", "models", "preference"},
     "testing": {"reference", "kernels"},
     "cli": {
         "checks",
+        "files",
         "reference",
         "testing",
         "_C",
@@ -49,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"reference", "lm_head", "preference", "models"},
     "bench": {
         "__init__",
+        "files",
         "reference",
         "testing",
         "kernels",
@@ -60,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trainers",
         "integrations",
     },
-    "examples": {"__init__", "models", "data", "memory", "stepwise", "trainers", "integrations"},
+    "examples": {"__init__", "files", "models", "data", "memory", "stepwise", "trainers", "integrations"},
 }
 SHARED_KERNEL_MODULES = {"launch", "gemm", "row_limited_gemm", "compaction", "tile", "pair_losses"}
 # A launcher that begins with what another does.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from groupdpo_kernels import AdaBalance
+from groupdpo_kernels import AdaBalance, files
 from groupdpo_kernels.stepwise import store
 
 
@@ -25,15 +25,15 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 
 def test_json_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    store.write_json(path, {"a": [1, None, "é"]})
+    files.write_json(path, {"a": [1, None, "é"]})
     before, known = path.read_bytes(), store.file_digest(path)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        store.write_json(path, {"a": float("nan")})
-    with pytest.raises(KeyError), store.replacing(path) as file:
+        files.write_json(path, {"a": float("nan")})
+    with pytest.raises(KeyError), files.replacing(path) as file:
         file.write(b"half")
         raise KeyError
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-    with store.replacing(path) as file:
+    with files.replacing(path) as file:
         file.write(b"whole")
     assert path.read_bytes() == b"whole" and store.file_digest(path) != known
 

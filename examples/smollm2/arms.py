@@ -20,7 +20,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from groupdpo_kernels import Objective
-from groupdpo_kernels.stepwise.store import write_json
+from groupdpo_kernels.files import write_json
 from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer, OnlineGroupDPOConfig, OnlineGroupDPOTrainer
 
 Rows = list[dict[str, Any]]

@@ -29,8 +29,8 @@ import torch
 from additions import QUIET, lora, start  # type: ignore[import-not-found]  # beside this file
 
 from groupdpo_kernels import Objective
+from groupdpo_kernels.files import write_json
 from groupdpo_kernels.memory.rss import forget_peak, resident
-from groupdpo_kernels.stepwise.store import write_json
 
 ROWS = ["TRL", "TRL, patched", "GroupDPOTrainer, whole sequences", "GroupDPOTrainer, prompt shared"]
 OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)

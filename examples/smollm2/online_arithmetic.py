@@ -36,7 +36,7 @@ from arithmetic_curves import STYLES, new_figure, note_level, panel  # type: ign
 from arms import ARMS, Points, Sizes, train  # type: ignore[import-not-found]
 from over_seeds import interval  # type: ignore[import-not-found]
 
-from groupdpo_kernels.stepwise.store import write_json
+from groupdpo_kernels.files import write_json
 
 Curve = dict[int, list[float]]  # step -> accuracy of each seed
 

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from .check import check
+from .console import code_of, termination_as_interrupt
 from .logps import logps
 from .memory import plan, profile, report
 from .options import with_options
@@ -25,11 +26,17 @@ COMMANDS: tuple[Callable[..., Any], ...] = (check, logps, train, profile, plan, 
 
 
 class _Group(TyperGroup):
-    """A group of commands in which wrong input gives one message and exit code 2, without a traceback."""
+    """A group of commands in which wrong input gives one message and exit code 2, without a traceback, and a signal one
+    message and 128 + its number."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with termination_as_interrupt():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            on = "; the same command goes on" if ctx.invoked_subcommand in ("logps", "train") else ""
+            Console(stderr=True, soft_wrap=True).print(f"[bold]stopped[/]{on}", highlight=False)
+            raise typer.Exit(code_of(stop)) from stop
         except (ValueError, TypeError, OSError, ImportError) as error:
             if isinstance(error, BrokenPipeError) or os.environ.get("GROUPDPO_KERNELS_TRACEBACK") == "1":
                 raise

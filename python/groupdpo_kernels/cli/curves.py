@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
+
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito's, distinct for colour-blind readers
 PANELS = {"loss": "Loss", "rewards/accuracies": "Reward accuracy", "rewards/margins": "Reward margin"}
 
@@ -41,7 +43,8 @@ def draw(history: list[dict[str, float]], path: Path, title: str) -> None:
         if thin or held_out[0]:
             axes[0].legend(frameon=False)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=GREY)
-        figure.savefig(path, dpi=110, format="png")
+        with replacing(path) as file:
+            figure.savefig(file, dpi=110, format="png")
         plt.close(figure)
 
 

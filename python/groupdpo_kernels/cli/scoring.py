@@ -6,7 +6,8 @@ noted in `OUT.state.json`, by rename. A run that was killed resumes after the la
 of one that was not, because windows do not depend on where it stopped. At its end `OUT.part` becomes `OUT`.
 
 The state holds hashes of the file, the model, the tokenizer and the options; where one of them has changed, the run is
-refused with its name. The module never drops a response silently (one that cannot be scored is a line with its reason),
+refused with its name. It holds hashes of the lines and of itself, too: where a line has changed on disk, the run is
+refused. The module never drops a response silently (one that cannot be scored is a line with its reason),
 and never holds the logits or all rows.
 It needs one process a file (a lock ensures this) and, for equal bytes, the same number of threads.
 The cost is three readings of the file, a hash of the weights, and one forward.
@@ -14,7 +15,8 @@ The cost is three readings of the file, a hash of the weights, and one forward.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -23,7 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,13 +34,14 @@ from .. import __version__
 from ..checks import one_of
 from ..data.batches import PreferenceBatch, TokenGroup, collate, micro_batches, tokenize_groups, tokenizer_of
 from ..data.formats import BadRow, Group, Prompt, Report, read_responses
+from ..files import locked, naming, synchronise_folder, write_json
 from ..models.api import SharedPromptForward
 from ..models.layouts import why_not_left_padded, why_not_padded, why_not_shared
 from ..models.limits import position_limit, token_limit
 from ..models.shared_prompt import rotary_limit
 from ..preference.group_backward import forward_parts
 from ..preference.groups import PreferenceGroups
-from ..stepwise.store import description, digest, file_digest, tensor_digests, write_json
+from ..stepwise.store import description, digest, file_digest, tensor_digests
 from .loading import jsonl, tokenizer_digest
 
 
@@ -290,14 +293,10 @@ class _Output:
         self.target, self.identity = target, identity
         self.part, self.state = (target.with_name(target.name + end) for end in (".part", ".state.json"))
         self.responses = self.skipped = self.bytes = 0
+        self.sha = hashlib.blake2b(digest_size=32)  # of the lines
         self.done = False
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.file: IO[bytes] = open(self.part, "ab")  # noqa: SIM115  closed by __exit__
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.file.close()
-            raise ValueError(f"{target} is being written by another process") from None
+        self.file = locked(self.part, target)
         try:
             if not overwrite:
                 self._take_over()
@@ -312,12 +311,16 @@ class _Output:
     def __exit__(self, *error: object) -> None:
         if self.part.exists() and not self.part.stat().st_size:
             self.part.unlink()
-        self.file.close()
+        with contextlib.suppress(OSError):  # what could not be written once; the state does not count it
+            self.file.close()
 
     def append(self, lines: list[str], skipped: int) -> None:
-        self.file.write("".join(f"{line}\n" for line in lines).encode())
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        content = "".join(f"{line}\n" for line in lines).encode()
+        with naming(self.part):
+            self.file.write(content)
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.sha.update(content)
         self.responses += len(lines)
         self.skipped += skipped
         self.bytes = self.file.tell()
@@ -328,10 +331,12 @@ class _Output:
             self.done = True
             self._note()
             os.replace(self.part, self.target)
+            synchronise_folder(self.target.parent)
 
     def _note(self) -> None:
         counts = {"responses": self.responses, "skipped": self.skipped, "bytes": self.bytes}
-        write_json(self.state, {"done": self.done, **counts, "identity": self.identity})
+        known = {"done": self.done, **counts, "lines": self.sha.hexdigest(), "identity": self.identity}
+        write_json(self.state, known | {"checksum": digest(known)})
 
     def _take_over(self) -> None:
         """Takes over the lines of an earlier run of the same input, model and options; they are counted anew."""
@@ -341,10 +346,12 @@ class _Output:
                 raise FileExistsError(f"{self.target} is there, and no run wrote it: {begin_again}")
             return
         try:
-            known = json.loads(self.state.read_text())
+            known = json.loads(self.state.read_bytes())
+            if known.pop("checksum") != digest(known):
+                raise ValueError
             begun, finished = dict(known["identity"]), bool(known["done"])
             responses, skipped, size = (int(known[name]) for name in ("responses", "skipped", "bytes"))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{self.state} must be the state of a run; it is not: {begin_again}") from None
         for name, now in self.identity.items():
             if (was := begun.get(name)) != now:
@@ -354,7 +361,15 @@ class _Output:
                     what += ", or what its chat template writes: does it print the date?"
                 raise ValueError(f"{self.target} was begun otherwise: {what}; {begin_again}")
         self.done = finished and self.target.exists()  # without the target, the run was killed before the rename
-        there = (self.target if self.done else self.part).stat().st_size
+        lines = self.target if self.done else self.part
+        there = lines.stat().st_size
         if there < size or (self.done and there > size):
             raise ValueError(f"{self.target} must have {size} bytes of the earlier run; it has {there}: {begin_again}")
+        with naming(lines), open(lines, "rb") as file:
+            left = size
+            while block := file.read(min(2**20, left)):
+                self.sha.update(block)
+                left -= len(block)
+        if self.sha.hexdigest() != known["lines"]:
+            raise ValueError(f"{lines} must have the lines of the earlier run; they were changed: {begin_again}")
         self.responses, self.skipped, self.bytes = responses, skipped, size

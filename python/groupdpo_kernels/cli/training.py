@@ -2,7 +2,7 @@
 
     output_dir/run.json          what the run depends on: settings, and hashes of model, tokenizer and data
     output_dir/ref_logps/        the reference's log-probabilities, scored once before the first step
-    output_dir/checkpoint-N/     the last two; one without a file `whole` was interrupted by a kill, and is removed
+    output_dir/checkpoint-N/     the last two; one that was cut short by a kill is removed
     output_dir/model/            the trained model (or adapter) and its tokenizer
     output_dir/report.json, curves.png
 
@@ -13,8 +13,8 @@ Under `torchrun` or `accelerate launch` all ranks run the same settings; the fir
 FSDP and DeepSpeed are those of `accelerate launch`, or of `fsdp` and `deepspeed` among the options of training.
 
 A run never trains on other data, settings or weights than those that the folder was begun with, or shows a half-written
-model under its name. It needs one run a folder, on a disk that all ranks see. The cost is the trainer's, and a hash of
-weights and data.
+model under its name. A second run in the folder at the same time is refused. It needs a disk that all ranks see. The
+cost is the trainer's, and a hash of weights and data.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from typing import Any
 import torch
 
 from ..checks import one_of
+from ..files import check_writable, locked_folder, write_json
 from ..preference.objective import AdaBalance, Objective
-from ..stepwise.store import description, digest, file_digest, tensor_digests, write_json
+from ..stepwise.store import description, digest, file_digest, tensor_digests
 from .curves import draw
 from .inspection import versions
 from .loading import check_fit, device_of, existing, jsonl, load_model, load_tokenizer, tokenizer_digest
@@ -155,6 +156,7 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str
     Raises ValueError, TypeError or OSError before the first step for whatever is wrong with the settings, the data,
     the model or the folder.
     """
+    from ..trainers.checkpoints import last_checkpoint
     from ..trainers.engines import engine_asked, not_sharded_by_transformers
 
     listener = listener or Listener()
@@ -190,31 +192,34 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str
     if (done := _earlier(folder, identity)) is not None:
         listener.note(f"{folder} holds the whole run already")
         return done
-    with _wider_log(listener):
-        trainer = _make_trainer(model, config, objective, settings, rows, tokenizer, listener)
-    ranks = trainer.accelerator
-    ranks.wait_for_everyone()  # every rank has looked at what the folder holds
-    if ranks.is_main_process:
-        write_json(folder / "run.json", identity)  # last, so that a refused run does not claim the folder
-        _remove_incomplete(folder)
-    ranks.wait_for_everyone()
-    for name in data:
-        listener.note(f"{data[name]}: {trainer.report[name]}")
-    checkpoint = _last_whole(folder)
-    began = time.time()
-    if checkpoint is not None:
-        listener.note(f"going on from {checkpoint}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if "eval" in data and not any(row["step"] == trainer.state.global_step for row in _evaluations(trainer)):
-        trainer.evaluate()
-    _save_model(trainer, folder / "model")
-    report = _report(trainer, identity, began, checkpoint)
-    title = f"{objective.loss}, {report['steps']} steps of {report['groups_per_step']} groups, {settings.model}"
-    if ranks.is_main_process:
-        draw(report["history"], folder / "curves.png", title)
-        write_json(folder / "report.json", report)
-    ranks.wait_for_everyone()
-    return report
+    with contextlib.ExitStack() as held:
+        if int(os.environ.get("RANK", 0)) == 0:
+            check_writable(folder)
+            held.enter_context(locked_folder(folder))
+        with _wider_log(listener):
+            trainer = _make_trainer(model, config, objective, settings, rows, tokenizer, listener)
+        ranks = trainer.accelerator
+        ranks.wait_for_everyone()  # every rank has looked at what the folder holds
+        if ranks.is_main_process:
+            write_json(folder / "run.json", identity)  # last, so that a refused run does not claim the folder
+            _remove_incomplete(folder)
+        ranks.wait_for_everyone()
+        for name in data:
+            listener.note(f"{data[name]}: {trainer.report[name]}")
+        checkpoint, began = last_checkpoint(folder), time.perf_counter()
+        if checkpoint is not None:
+            listener.note(f"going on from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if "eval" in data and not any(row["step"] == trainer.state.global_step for row in _evaluations(trainer)):
+            trainer.evaluate()
+        _save_model(trainer, folder / "model")
+        report = _report(trainer, identity, time.perf_counter() - began, checkpoint)
+        title = f"{objective.loss}, {report['steps']} steps of {report['groups_per_step']} groups, {settings.model}"
+        if ranks.is_main_process:
+            draw(report["history"], folder / "curves.png", title)
+            write_json(folder / "report.json", report)
+        ranks.wait_for_everyone()
+        return report
 
 
 def _make_config(settings: TrainSettings, objective: Objective) -> Any:
@@ -265,12 +270,6 @@ def _make_trainer(
     class Telling(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
             listener.step(state.global_step, state.max_steps, dict(logs or {}))
-
-        def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            args.distributed_state.wait_for_everyone()  # each rank has written its part
-            if args.should_save:
-                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                write_json(folder / "whole", {"step": state.global_step})
 
     adapter = None
     if settings.lora is not None:
@@ -332,7 +331,7 @@ def _earlier(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             raise ValueError(f"output_dir must be empty or hold a run; {folder} holds another trainer's")
         return None
     try:
-        begun = dict(json.loads(note.read_text()))
+        begun = dict(json.loads(note.read_bytes()))
     except (ValueError, TypeError):
         raise ValueError(f"{note} must be the note of a run; it is not: give another output_dir") from None
     for name in [*begun, *identity]:
@@ -340,7 +339,12 @@ def _earlier(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             what = "; ".join(_changes(was, now)) if name == "settings" else f"the {name} has changed"
             raise ValueError(f"{folder} was begun otherwise: {what}; give another output_dir, or delete this one")
     report = folder / "report.json"
-    return json.loads(report.read_text()) if report.exists() else None
+    try:
+        return dict(json.loads(report.read_bytes())) if report.exists() else None
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{report} must be the report of a run; it is not: delete it, and it is written again"
+        ) from None
 
 
 def _changes(was: Any, now: Any, name: str = "") -> Iterator[str]:
@@ -352,31 +356,38 @@ def _changes(was: Any, now: Any, name: str = "") -> Iterator[str]:
 
 
 def _remove_incomplete(folder: Path) -> None:
-    """Removes checkpoints that are not complete: they would count among those that are kept."""
+    """Removes checkpoints that a kill has cut short: they take room, and nobody reads them."""
+    from ..trainers.checkpoints import NOTE
+
     for path in folder.glob("checkpoint-*"):
-        if not (path / "whole").exists():
+        if not (path / NOTE).exists():
             shutil.rmtree(path)
 
 
-def _last_whole(folder: Path) -> Path | None:
-    """The newest complete checkpoint."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "whole").exists()]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
-
-
 def _save_model(trainer: Any, place: Path) -> None:
-    beside, ranks = place.with_name(f".{place.name}.tmp"), trainer.accelerator
+    """Saves the model beside its place, then renames it: what is at the place is whole, or nothing is there."""
+    beside, before = (place.with_name(f".{place.name}.{end}") for end in ("tmp", "old.tmp"))
+    ranks = trainer.accelerator
     if ranks.is_main_process:
-        for path in (beside, place):
+        for path in (beside, before):
             shutil.rmtree(path, ignore_errors=True)
     ranks.wait_for_everyone()
-    trainer.save_model(str(beside))
+    try:
+        trainer.save_model(str(beside))
+    except Exception as error:  # of safetensors or torch, which do not say where
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(
+            f"{place} cannot be written: {error}; the same command goes on from the last checkpoint"
+        ) from error
     ranks.wait_for_everyone()
     if ranks.is_main_process:
+        if place.exists():  # a folder cannot be removed at once, but renamed
+            os.replace(place, before)
         os.replace(beside, place)
+        shutil.rmtree(before, ignore_errors=True)
 
 
-def _report(trainer: Any, identity: dict[str, Any], began: float, checkpoint: Path | None) -> dict[str, Any]:
+def _report(trainer: Any, identity: dict[str, Any], seconds: float, checkpoint: str | None) -> dict[str, Any]:
     from ..trainers.engines import size_of
 
     history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
@@ -392,8 +403,8 @@ def _report(trainer: Any, identity: dict[str, Any], began: float, checkpoint: Pa
         "parameters": sum(map(size_of, parameters)),
         "trainable_parameters": sum(size_of(p) for p in parameters if p.requires_grad),
         "device": str(trainer.args.device),
-        "seconds": round(time.time() - began, 2),
-        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "seconds": round(seconds, 2),
+        "resumed_from": None if checkpoint is None else Path(checkpoint).name,
         "data": {name: vars(report) for name, report in trainer.report.items()},
         "first": curve[0],
         "last": {

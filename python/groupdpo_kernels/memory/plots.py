@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
+
 Row = dict[str, Any]
 THEMES = {
     "light": {"paper": "#ffffff", "ink": "#222222", "faint": "#cccccc", "blue": "#0072B2"},
@@ -58,7 +60,8 @@ def _figure(theme: str, columns: int, width: float, height: float) -> tuple[Any,
 def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
     return path
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
 from .plots import THEMES, draw_breakdown, draw_curves, draw_roofline
 from .sweep import read_figures, table
 from .workload import STRATEGIES, workload_of
@@ -59,9 +60,9 @@ def write_report(figures: Path | str, out: Path | str) -> Path:
     parts += ["<h2>All figures</h2>", _tables(text)]
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    page.write_text(
-        f"<!doctype html>\n<html lang=en><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>\n"
-    )
+    with replacing(page) as file:
+        whole = f"<!doctype html>\n<html lang=en><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>\n"
+        file.write(whole.encode())
     return page
 
 

@@ -7,12 +7,14 @@ Each memory figure comes from a fresh process; the strategies of a group are tim
 (worker.py says what is measured). Each row is written to OUT/measured.jsonl as soon as it is known; `--resume` keeps
 these rows and measures the rest. A step that runs out of memory is a row that says so. OUT/report.html and the pictures
 are drawn at the end, and after an interruption from the rows so far.
-It never overwrites a file of figures. It needs transformers, peft for LoRA, and matplotlib for the report.
+It never overwrites a file of figures, and a second process that would write to it is refused. It needs transformers,
+peft for LoRA, and matplotlib for the report.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 
+from ..files import locked, naming
 from .machine import describe
 from .workload import STRATEGIES, Workload, config_of, workload_of
 
@@ -74,26 +77,33 @@ class Worker:
 
 
 class Figures:
-    """The file of figures: a header, then one row a line. With `resume` the rows in it are read first."""
+    """The file of figures: a header, then one row a line. With `resume` the rows in it are read first. It is locked
+    until it is closed."""
 
     def __init__(self, path: Path, header: dict[str, Any], resume: bool) -> None:
         self.path, self.rows = path, list[Row]()
-        if path.exists() and not resume:
+        if path.exists() and path.stat().st_size and not resume:
             raise ValueError(f"out must not hold figures yet, or resume must be True; {path} exists")
-        if path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = locked(path, path)
+        try:
+            self._begin(header)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, header: dict[str, Any]) -> None:
+        path = self.path
+        if path.stat().st_size:
             found, self.rows = read_figures(path)
             for name in ("device", "versions"):
                 if found[name] != header[name]:
                     raise ValueError(
                         f"resume must go on where it began; {path} is of {found[name]}, this is {header[name]}"
                     )
-            whole = "".join(json.dumps(row) + "\n" for row in (found, *self.rows))
-            part = path.with_suffix(".part")
-            part.write_text(whole)  # drops a last line that an interruption cut off
-            part.replace(path)
+            self.file.truncate(path.read_bytes().rfind(b"\n") + 1)  # drops a last line that an interruption cut off
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n")
+            self._write(header)
 
     def known(self, request: Row) -> Row | None:
         """The row in the file that answers this request; None where it must be measured."""
@@ -102,18 +112,45 @@ class Figures:
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._write(row)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """Writes a line with its hash: a figure that changes on disk is noticed."""
+        before = os.fstat(self.file.fileno()).st_size
+        try:
+            with naming(self.path):
+                self.file.write(json.dumps(line | {_HASH: _hash_of(line)}).encode() + b"\n")
+                self.file.flush()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.file.close()
+            os.truncate(self.path, before)
+            raise
+
+    def close(self) -> None:
+        self.file.close()
+
+
+_HASH = "checksum"
+
+
+def _hash_of(line: dict[str, Any]) -> str:
+    plain = json.dumps({name: value for name, value in line.items() if name != _HASH}, sort_keys=True)
+    return hashlib.blake2b(plain.encode(), digest_size=8).hexdigest()
 
 
 def read_figures(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """(header, rows) of a file that `profile` writes. A last line that was cut off is left out."""
-    lines = path.read_text().split("\n")
     try:
-        header, *rows = [json.loads(line) for line in lines[:-1]]
+        lines = path.read_text().split("\n")
+        found = [json.loads(line) for line in lines[:-1]]
+        for number, line in enumerate(found, 1):
+            if line.pop(_HASH, sha := _hash_of(line)) != sha:  # a line without one is of an earlier version
+                raise ValueError(f"line {number} is damaged: its checksum does not fit")
+        header, *rows = found
         if "versions" not in header or any("workload" not in row for row in rows):
             raise KeyError("workload")
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"figures must be a file that profile has written; got {path}: {error!r}") from None
     return header, rows
 
@@ -175,6 +212,7 @@ def profile(
                     _time(group, common | {"seconds": seconds, "rounds": rounds}, figures, worker, done)
     finally:
         worker.stop()
+        figures.close()
     return figures.rows
 
 

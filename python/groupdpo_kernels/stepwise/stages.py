@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import is_distributed
+from ..files import check_writable
 from ..models.api import model_logps
 from ..preference.groups import PreferenceGroups
 from ..preference.segments import seq_logps
@@ -247,6 +248,8 @@ def run_stages(
         logger.info("stage %d of %d: done before, loaded from %s", done, len(parts), records[done])
     elif any(path not in records.values() for path in scorer.directory.glob("stage-*.pt")):
         logger.warning("%s holds stages of other models, data or options: training from stage 1", directory)
+    if done < len(parts):
+        check_writable(scorer.directory)
     for k in range(done + 1, len(parts) + 1):
         part, before = parts[k - 1], weights
         ref_logps = scorer(model, part, rows[k - 1], before, f"stage {k}")
@@ -311,7 +314,6 @@ class _Scorer:
         autocast = [torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))]
         key = digest(["ref", self.context, self.name, self.chunk_size, autocast, rows, weights])
         folder = self.directory / f"ref-{key[:16]}"
-        folder.mkdir(parents=True, exist_ok=True)
         chunks = range(-(-len(part) // self.chunk_size))
         paths = [folder / f"{i:06}.pt" for i in chunks]
         found, unusable = {}, []
@@ -330,6 +332,8 @@ class _Scorer:
         lacking = set(chunks) - (set.union if self.spread else set.intersection)(*held)
         missing, (ranks, rank) = sorted(lacking), _place() if self.spread else (1, 0)
         logger.info("%s: %d of %d chunks to score", where, len(missing), len(chunks))
+        if missing:
+            check_writable(folder)
         with _evaluating(model):
             for at in range(0, len(missing), ranks):
                 turn = missing[at : at + ranks]

@@ -1,19 +1,16 @@
 """Stores values on disk under the hash of what they depend on: files are written and read whole or not at all.
 
 `digest` hashes plain values, tensors and arrays, `tensor_digests` a model's weights; `write` puts tensors and plain
-values into a file; `read` gives them back if the file is whole and carries the keys that it is asked for.
-`replacing` and `write_json` write other files in the same safe way.
+values into a file, as `files.replacing` does; `read` gives them back if the file is whole and carries the keys that it
+is asked for.
 
-It never shows a half-written file under its name, whenever the process dies and however many write at once, unpickles
-anything but tensors and plain values, or removes what a living process writes.
-It needs a POSIX file system, on which a rename replaces.
+It never unpickles anything but tensors and plain values. It needs what `files` needs.
 The cost is BLAKE2b of what is hashed, written or read (0.6 GB/s a core; weights on up to 8 cores). A file is a line of
 magic, the hash of the rest, and the rest as `torch.save` writes it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -21,9 +18,7 @@ import hashlib
 import json
 import os
 import pickle
-import socket
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
@@ -31,6 +26,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..files import naming, replacing
 from ..models.adapters import active_adapters, adapter_configs
 
 _MAGIC = b"groupdpo_kernels 1\n"
@@ -120,35 +116,18 @@ class _HashingFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha = file, _hash()
+        self.error: OSError | None = None  # torch.save raises another error in its place, without the reason
 
     def write(self, data: Any) -> int:
         self.sha.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A context that yields a file to write in place of `path`. At its end the file is at `path`, whole and on disk;
-    until then, and after an exception, `path` is as it was."""
-    _remove_left_behind(path.parent)
-    temporary = path.with_name(f".{path.name}~{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name is an entry of the folder
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot synchronise folders
-            os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -156,21 +135,17 @@ def write(path: Path, content: dict[str, Any]) -> None:
     with replacing(path) as file:
         file.write(bytes(_HEADER))
         payload = _HashingFile(file)
-        torch.save(content, cast(IO[bytes], payload))
+        try:
+            torch.save(content, cast(IO[bytes], payload))
+        except Exception as error:
+            raise payload.error or error from None
         file.seek(0)
         file.write(_MAGIC + payload.sha.digest())
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON as safely as `write`, but without a checksum. ValueError for a number that JSON lacks (NaN)."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    with replacing(path) as file:
-        file.write(text.encode() + b"\n")
-
-
 def file_digest(path: Path) -> str:
     """Hash of a file's bytes."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         sha = _hash()
         while block := file.read(2**20):
             sha.update(block)
@@ -179,7 +154,7 @@ def file_digest(path: Path) -> str:
 
 def read(path: Path, **keys: Any) -> dict[str, Any]:
     """The content given to `write`. FileNotFoundError; UnusableFileError unless it is a whole file with these keys."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         header, sha = file.read(_HEADER), _hash()
         while block := file.read(2**20):
             sha.update(block)
@@ -195,14 +170,3 @@ def read(path: Path, **keys: Any) -> dict[str, Any]:
     if not isinstance(content, dict) or any(content.get(name) != value for name, value in keys.items()):
         raise UnusableFileError(f"{path} belongs to other weights, data or options")
     return content
-
-
-def _remove_left_behind(folder: Path) -> None:
-    """Removes the temporary files that killed processes of this machine have left."""
-    for path in folder.glob(f".*~{socket.gethostname()}~*~*.tmp"):
-        try:
-            os.kill(int(path.name.split("~")[-2]), 0)
-        except ProcessLookupError:
-            path.unlink(missing_ok=True)
-        except PermissionError:
-            pass  # the process lives, under another user

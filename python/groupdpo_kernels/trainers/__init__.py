@@ -7,6 +7,7 @@ online_group_dpo.py  OnlineGroupDPOTrainer, on TRL's GRPOTrainer;  online_config
                  online_groups.py: completions and rewards become groups
 stepwise_dpo.py  StepwiseDPO: sDPO over these two
 steps.py         what a step on groups is, for the trainers of groups
+checkpoints.py   checkpoints that are whole, and last_checkpoint
 reference.py     the model that a policy is compared with, and what would change it
 metrics.py       what is logged
 fit_check.py     what fits in memory: checked before training, and after a step that did not fit
@@ -19,6 +20,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoints import last_checkpoint
     from .config import GroupDPOConfig
     from .dpo import DPOTrainer
     from .group_dpo import GroupDPOTrainer
@@ -33,6 +35,7 @@ __all__ = [
     "OnlineGroupDPOConfig",
     "OnlineGroupDPOTrainer",
     "StepwiseDPO",
+    "last_checkpoint",
 ]
 
 _MODULES = {
@@ -42,6 +45,7 @@ _MODULES = {
     "OnlineGroupDPOConfig": "online_config",
     "OnlineGroupDPOTrainer": "online_group_dpo",
     "StepwiseDPO": "stepwise_dpo",
+    "last_checkpoint": "checkpoints",
 }
 
 

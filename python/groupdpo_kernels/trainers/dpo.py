@@ -43,8 +43,8 @@ from ..models.shared_prompt import REENTRANT
 from ..preference.groups import PreferenceGroups
 from ..preference.losses import LOSSES
 from ..preference.objective import Objective, preference_loss
+from .checkpoints import WholeCheckpoints
 from .config import check_not_compiled
-from .engines import check_checkpoint
 from .metrics import means_of, preference_metrics, record
 from .misplaced import LOSS_OPTIONS, check_names, check_order
 from .reference import (
@@ -62,7 +62,7 @@ SUPPORTED = (1, 16), (2, 0)  # the first version supported, and the first one no
 trl = installed_trl("DPOTrainer", SUPPORTED)
 
 
-class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
+class DPOTrainer(WholeCheckpoints, trl.DPOTrainer):  # type: ignore[name-defined]
     """`trl.DPOTrainer` with an argument `objective`, by default DPO's own, Objective("sigmoid", beta=0.1). All other
     arguments are TRL's, by keyword from the fourth on.
 
@@ -163,11 +163,6 @@ class DPOTrainer(trl.DPOTrainer):  # type: ignore[name-defined]
         if of_model:
             warnings.warn(f"a prompt runs again for each of its responses: {of_model}", stacklevel=2)
         return bool(asked) and not why and not of_model
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *more: Any, **named: Any) -> Any:
-        """Trains as TRL's does. ValueError for a DeepSpeed checkpoint of another number of ranks."""
-        check_checkpoint(self, resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *more, **named)
 
     def _logps(self, model: Any, input_ids: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor | None:
         """(2B, L) log-probabilities of pairs whose prompts run once; None where they do not."""

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.batches import empty_part
 from ..distributed import is_dtensor, joint, shards
@@ -70,9 +69,7 @@ def check_engine(trainer: Any) -> None:
 
 def check_checkpoint(trainer: Any, folder: str | bool | None) -> None:
     """ValueError, before anything is read, for a checkpoint of DeepSpeed that would not go on, or not to the same
-    weights. folder: as in Trainer.train."""
-    if folder is True:
-        folder = get_last_checkpoint(trainer.args.output_dir)
+    weights."""
     if not folder or not trainer.is_deepspeed_enabled:
         return
     config, ranks = trainer.accelerator.state.deepspeed_plugin.deepspeed_config, trainer.args.world_size

@@ -46,9 +46,9 @@ from ..models.limits import position_limit, token_limit
 from ..preference.objective import Objective, PreferenceLoss
 from ..stepwise.stages import reference_logps
 from ..stepwise.store import tensor_digests
+from .checkpoints import WholeCheckpoints
 from .config import GroupDPOConfig, is_reentrant
 from .engines import (
-    check_checkpoint,
     check_engine,
     engine_asked,
     in_step,
@@ -74,7 +74,7 @@ logger = logging.getLogger(__name__)
 _NO_REFERENCE = "ref_model must be given to evaluate: ref_logps are those of train_dataset; got ref_logps"
 
 
-class GroupDPOTrainer(GroupSteps, Trainer):
+class GroupDPOTrainer(WholeCheckpoints, GroupSteps, Trainer):
     """A transformers.Trainer on groups of responses, by default with Objective("mpo", beta=2.0, average=True,
     nll_weight=1.0). The module's docstring describes a step.
 
@@ -277,11 +277,6 @@ class GroupDPOTrainer(GroupSteps, Trainer):
         if model is not None and shards(model):
             parts = in_step(parts, self.args.device)
         return self._scores_of(parts, model) if parts else torch.empty(0)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *more: Any, **named: Any) -> Any:
-        """Trains as transformers.Trainer does. ValueError for a DeepSpeed checkpoint of another number of ranks."""
-        check_checkpoint(self, resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *more, **named)
 
     def evaluate(self, eval_dataset: Any = None, *more: Any, **named: Any) -> dict[str, float]:
         """Evaluates as transformers.Trainer does; `eval_dataset` may be rows, as in __init__."""

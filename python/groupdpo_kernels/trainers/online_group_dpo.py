@@ -28,7 +28,7 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from ..installed import installed_trl
 from ..models.adapters import let_adapter_train
 from ..preference.groups import PreferenceGroups
 from ..preference.objective import Objective
+from .checkpoints import WholeCheckpoints
 from .dpo import SUPPORTED
 from .engines import prepared_reference
 from .group_dpo import pad_id_of
@@ -74,7 +75,7 @@ trl = installed_trl("OnlineGroupDPOTrainer", SUPPORTED)
 _REFERENCE_FILE = "reference.pt"  # in a checkpoint, where the reference has moved
 
 
-class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-defined]
+class OnlineGroupDPOTrainer(WholeCheckpoints, GroupSteps, trl.GRPOTrainer):  # type: ignore[name-defined]
     """`trl.GRPOTrainer` with another loss, by default Objective("mpo", beta=2.0, average=True, nll_weight=1.0). All
     arguments but these are TRL's.
 
@@ -147,6 +148,9 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
         self._seen_any = False  # whether a generation has been scored
 
     # --------------------------------------------------------------------------------------------- completions to steps
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return _OrderOfEpoch(super()._get_train_sampler(dataset))
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """The slice of this step, after a new generation where one is due: as TRL, but groups stay in one slice."""
@@ -333,19 +337,43 @@ class OnlineGroupDPOTrainer(GroupSteps, trl.GRPOTrainer):  # type: ignore[name-d
         finally:
             self.args.rule = rule
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """TRL's, and the reference where it has moved and is a model of its own."""
-        super()._save_checkpoint(model, trial)
+    def _save_beside(self, folder: Path) -> None:
+        """Saves the reference where it moves and is a model of its own."""
         if self.args.ref_sync_steps is not None and self.ref_model is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / _REFERENCE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = Path(resume_from_checkpoint) / _REFERENCE_FILE
-        if self.args.ref_sync_steps is not None and self.ref_model is not None and saved.exists():
+        if self.args.ref_sync_steps is not None and self.ref_model is not None:
+            if not saved.exists():
+                raise ValueError(
+                    "resume_from_checkpoint must be of a run with ref_sync_steps, as this one is, whose reference has"
+                    f" moved; {saved} is not there"
+                )
             weights_of = torch.load(saved, map_location=self.args.device, weights_only=True)
             self.accelerator.unwrap_model(self.ref_model).load_state_dict(weights_of)
+
+
+class _OrderOfEpoch(torch.utils.data.Sampler[int]):
+    """TRL's sampler, in the order that an epoch has in a run from the start: a resumed one would begin with the first
+    epoch's."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler, self.epoch = sampler, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed)
+            for _ in range(self.epoch):
+                torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
+        return iter(self.sampler)
 
 
 class _SyncReference(TrainerCallback):
