@@ -14,7 +14,7 @@ import trl
 from processes import run_ranks
 from tiny_models import make
 from tiny_trl import COMMON, GROUPS, PAIRS, check_same, llama, lora, run, run_as_rank, steps, trainable
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from groupdpo_kernels import AdaBalance, Objective
 from groupdpo_kernels.data import read_groups, tokenize_groups
@@ -84,6 +84,20 @@ def test_compiled_layers_train_alike(make_trainer: Any, options: dict[str, Any])
     )
     assert type(compiled[0].model_wrapped).__name__ == "LlamaForCausalLM"
     assert counters["frames"]["ok"] > 0 and not counters["graph_break"] and not counters["recompile_limit"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_another_trainer_compiles_as_it_was_told(tmp_path: Path, bpe: Any, compiled: bool) -> None:
+    """What accelerate compiles is a state of the process. Nothing of it is changed, and it decides nothing here."""
+    told = {"torch_compile": True, "torch_compile_backend": "eager"}
+    config = GroupDPOConfig(**COMMON | {"output_dir": str(tmp_path), "max_steps": 1} | (told if compiled else {}))
+    theirs = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **told)
+    other = Trainer(llama(), args=theirs)
+    ours = GroupDPOTrainer(llama(), args=config, train_dataset=GROUPS, processing_class=bpe)
+    ours.train()
+    assert type(ours.model_wrapped).__name__ == "LlamaForCausalLM"
+    assert type(other.accelerator.prepare_model(other.model)).__name__ == "OptimizedModule"
     torch._dynamo.reset()
 
 
