@@ -5,26 +5,32 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import trl
 from datasets import Dataset
 from PIL import Image
+from tiny_tokenizers import byte_level_bpe
 from tiny_trl import COMMON, check_same, run, steps
 from tiny_vision import make_vision, picture
 from torch import Tensor
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from groupdpo_kernels import Objective, SharedPrompt, SharedPromptForward, group_backward, preference_loss
 from groupdpo_kernels.data import Report, collate, merge_prompts, read_groups, tokenize_groups
-from groupdpo_kernels.data.images import image_key, inputs_of, repeated
+from groupdpo_kernels.data.images import Pictures, image_key, inputs_of, processed, prompt_tokens, repeated
 from groupdpo_kernels.models.layouts import why_not_shared, why_not_shared_images
 from groupdpo_kernels.stepwise.store import digest
 from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer, StepwiseDPO
 from groupdpo_kernels.trainers.fit_check import advice
+from groupdpo_kernels.trainers.rows import Collator
 
 MODELS = ("qwen2_5_vl", "gemma3", "smolvlm")
 OBJECTIVE = Objective("mpo", beta=2.0, average=True, nll_weight=1.0, reference_free=True)
@@ -257,6 +263,20 @@ def test_references_on_disk_are_of_the_processors_pixels(tmp_path: Path) -> None
     assert torch.equal(sums[0], sums[1]) and (sums[0] - sums[2]).abs().max() > 1e-3
 
 
+def test_references_on_disk_are_of_an_images_bytes(tmp_path: Path) -> None:
+    """A file that is changed in place, with its size and its time as they were, is another image."""
+    path, vision, sums = tmp_path / "tea.bmp", make_vision("gemma3"), []
+    row = {"prompt": "What is it?", "chosen": "Tea.", "rejected": "Coffee.", "image": str(path)}
+    scored = {"precompute_ref_log_probs": True}
+    for seed in (0, 0, 1):
+        picture(seed).save(path)
+        os.utime(path, (0, 0))
+        one = trainer_of(vision, tmp_path, [row], scored, objective=Objective("sigmoid"))
+        sums.append(torch.cat(one.train_dataset.ref_logps))
+        torch.testing.assert_close(sums[-1], one.score(vision.model, one.train_dataset.groups))
+    assert torch.equal(sums[0], sums[1]) and (sums[0] - sums[2]).abs().max() > 1e-3
+
+
 def test_advice_knows_no_images() -> None:
     vision = make_vision("gemma3")
     step = collate(list(tokenize_groups(read_groups(PAIRS[:1]), vision.processor)), processor=vision.processor)
@@ -275,6 +295,34 @@ def test_what_the_trainer_refuses(tmp_path: Path) -> None:
         trainer_of(vision, tmp_path, [{**ROWS[0], "prompt": "Tea?"}], {"chat": False, "on_bad": "error"})
     with pytest.raises(ValueError, match="micro_batch_tokens must be a number or None for rows with images"):
         trainer_of(vision, tmp_path, ROWS, {"micro_batch_tokens": "auto"})
+
+
+def test_under_an_engine_images_run_with_each_response(tmp_path: Path) -> None:
+    """`"auto"` says so, True is refused, a prompt of text alone is shared as ever."""
+    vision = make_vision("smolvlm")
+    groups = list(tokenize_groups(read_groups(ROWS), vision.processor))
+    collator = Collator("padded", None, 4, 0, share_prompt=True, processor=vision.processor)
+    for engine in ("fsdp", "deepspeed"):
+        args = SimpleNamespace(**{"fsdp": "", "deepspeed": None, engine: "yes"}, share_prompt="auto")
+        with pytest.warns(UserWarning, match=r"a prompt with images runs again .*: nobody has tried it under"):
+            assert not collator.sharing_images(args, groups, vision.model).share_images
+        assert collator.sharing_images(args, groups[2:], vision.model) is collator
+        args.share_prompt = True
+        with pytest.raises(ValueError, match=r"share_prompt must be 'auto' or False for these images: .*; got True"):
+            collator.sharing_images(args, groups, vision.model)
+
+
+def test_a_processor_that_says_more_of_each_token_is_refused() -> None:
+    """Mllama's says to which images a token attends, which nobody says of the tokens of a response."""
+    tokenizer = byte_level_bpe()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": ["<|image|>", "<|python_tag|>"]})
+    images = MllamaImageProcessorPil(size={"height": 8, "width": 8}, max_image_tiles=1)
+    template = "{% for m in messages %}<|image|>Tea.{% endfor %}"
+    processor = transformers.MllamaProcessor(images, tokenizer, chat_template=template)
+    message = r"say nothing of each token but its kind .*; got 'cross_attention_mask' of shape \(1, \d+, 1, 1\)"
+    for name in (inputs_of, lambda *given: prompt_tokens(processed(*given))):
+        with pytest.raises(ValueError, match=message):
+            name(processor, Pictures("<|image|>Tea.", [picture(0)]))
 
 
 # --------------------------------------------------------------------------------------------------------- what is read

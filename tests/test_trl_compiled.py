@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import make
 from tiny_trl import COMMON, GROUPS, check_same, lora, run
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from groupdpo_kernels import Objective
 from groupdpo_kernels.models.decoder_layers import KINDS
@@ -57,6 +57,20 @@ def test_compiled_layers_train_alike(case: str, counters: Any, tmp_path: Path, b
     check_same(found, expected, **near)
     assert not isinstance(found[0].model_wrapped, torch._dynamo.OptimizedModule)
     assert counters["frames"]["ok"] > 0 and not counters["graph_break"] and not counters["recompile_limit"]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_another_trainer_compiles_as_it_was_told(compiled: bool, tmp_path: Path, bpe: Any) -> None:
+    """What accelerate compiles is a state of the process. Nothing of it is changed, and it decides nothing here."""
+    told = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to=[], torch_compile=True, torch_compile_backend="eager"
+    )
+    options = {"max_steps": 1} | ({} if compiled else {"torch_compile": False, "torch_compile_backend": None})
+    other = Trainer(make("llama"), args=told)
+    ours = trainer_of(tmp_path, bpe, options)
+    ours.train()
+    assert not isinstance(ours.model_wrapped, torch._dynamo.OptimizedModule)
+    assert isinstance(other.accelerator.prepare_model(other.model), torch._dynamo.OptimizedModule)
 
 
 def test_a_deep_model_compiles_no_more_than_a_shallow_one(counters: Any, tmp_path: Path, bpe: Any) -> None:

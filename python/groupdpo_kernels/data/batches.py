@@ -35,7 +35,7 @@ from ..checks import one_of
 from ..preference.group_backward import SharedPrompt
 from ..preference.groups import PreferenceGroups
 from .formats import BadRow, Group, Message, Report, Turns, messages_of
-from .images import Pictures, in_parts, inputs_of, processor_of, prompt_tokens, repeated
+from .images import Pictures, in_parts, inputs_of, processed, processor_of, prompt_tokens, repeated
 
 
 class TokenGroup(NamedTuple):
@@ -145,11 +145,12 @@ def _tokenize_groups(
             most = limit
             if r.pictures is not None:
                 try:
-                    prompt = prompt_tokens(renderer.processor, r.pictures)
+                    made = processed(renderer.processor, r.pictures)
                 except Exception as error:  # whatever a processor raises on an image that it cannot read
                     why = f"the processor refuses its images: {type(error).__name__}: {error}"
                     report.drop(BadRow("malformed", why), r.group.row, on_bad)
                     continue
+                prompt = prompt_tokens(made)
                 if limit.too_long == "truncate_prompt":  # an image has as many tokens as the model makes of it
                     most = limit._replace(too_long="drop")
             for found in _usable(r.group, prompt, tokens, most, both_sides, on_bad, report):

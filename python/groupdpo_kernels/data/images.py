@@ -17,12 +17,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+KINDS = "token_type_ids"  # how the names end of what says of each token whether it is of text or of an image
+
 
 class Pictures(NamedTuple):
     """The images of a prompt, and its text with their places."""
 
     text: str
     images: list[Any]  # what the processor takes: images of PIL, arrays, paths
+
+    @property
+    def files(self) -> list[str]:
+        """The images that are paths. A digest of this record is of their bytes too."""
+        return [image for image in self.images if isinstance(image, str)]
 
 
 def processor_of(processing_class: Any) -> Any:
@@ -49,18 +56,36 @@ def in_parts(messages: Sequence[dict[str, Any]], images: int = 0) -> list[dict[s
     return found
 
 
-def prompt_tokens(processor: Any, pictures: Pictures) -> list[int]:
-    ids: list[int] = _processed(processor, pictures)["input_ids"][0].tolist()
+def processed(processor: Any, pictures: Pictures) -> dict[str, Tensor]:
+    """What the processor makes of a prompt; whatever it raises on an image that it cannot read."""
+    return dict(
+        processor(text=[pictures.text], images=[pictures.images], return_tensors="pt", add_special_tokens=False)
+    )
+
+
+def prompt_tokens(found: dict[str, Tensor]) -> list[int]:
+    """The tokens of what the processor has made of a prompt.
+
+    ValueError where it says more of each token than its kind (Mllama's cross_attention_mask): what it would say of the
+    tokens of a response is not known.
+    """
+    p = found["input_ids"].shape[1]
+    for name, x in found.items():
+        known = name in ("input_ids", "attention_mask") or name.endswith(KINDS)
+        if tuple(x.shape[:2]) == (1, p) and not known:
+            raise ValueError(
+                f"the processor must say nothing of each token but its kind ({KINDS}); got {name!r} of shape"
+                f" {tuple(x.shape)} for {p} tokens"
+            )
+    ids: list[int] = found["input_ids"][0].tolist()
     return ids
 
 
 def inputs_of(processor: Any, pictures: Pictures) -> dict[str, Tensor]:
     """What the model takes besides the tokens of the prompt: its pixels, and what kind each token (1, p) is of."""
-    return {k: x for k, x in _processed(processor, pictures).items() if k not in ("input_ids", "attention_mask")}
-
-
-def _processed(processor: Any, pictures: Pictures) -> Any:
-    return processor(text=[pictures.text], images=[pictures.images], return_tensors="pt", add_special_tokens=False)
+    found = processed(processor, pictures)
+    prompt_tokens(found)
+    return {name: x for name, x in found.items() if name not in ("input_ids", "attention_mask")}
 
 
 def pixels_made_by(processor: Any) -> dict[str, str]:
@@ -75,7 +100,7 @@ def repeated(
     """The inputs of a prompt for B sequences of L tokens: those that begin with it, or its first L."""
     found = {}
     for name, x in inputs.items():
-        if name.endswith("token_type_ids"):  # of each token: what follows the prompt is text, kind 0
+        if name.endswith(KINDS):  # of each token: what follows the prompt is text, kind 0
             x = torch.nn.functional.pad(x, (0, shape[1] - x.shape[1]))
         found[name] = x.repeat(shape[0], *[1] * (x.dim() - 1))
     return found

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from ..threads import Lock
 
 
 class Swap(NamedTuple):
@@ -36,7 +37,7 @@ class Patch:
 
     def __init__(self, package: str, find: Callable[[], Swap]) -> None:
         self._package, self._find = package, find
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self._swap: Swap | None = None
         self._holds: set[Patched] = set()
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +38,31 @@ def extension_why_not() -> list[str]:
             ]
         return [f"C++ extension does not load: {error}"]
     return []
+
+
+_threads = threading.local()  # .used: this thread has run an op on several; .lost: and the process was forked since
+
+
+def _after_fork() -> None:
+    _threads.lost = getattr(_threads, "used", False)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def cpu_op(name: str) -> Callable[..., Any]:
+    """A C++ op of the CPU. RuntimeError where it would wait for ever: torch's threads are OpenMP's, which a forked
+    process does not have, and whoever has forked it has run on them."""
+    if torch.get_num_threads() > 1:
+        if getattr(_threads, "lost", False):
+            raise RuntimeError(
+                "torch's threads must be one in a process that was forked after they had run, for OpenMP waits there"
+                " for threads that it does not have: call torch.set_num_threads(1) first, or start the process by spawn"
+                f" or forkserver; got {torch.get_num_threads()}"
+            )
+        _threads.used = True
+    return getattr(torch.ops.groupdpo_kernels, name)
 
 
 @functools.cache  # once a process

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..reference import Candidates, Head, HeadGradients, HeadOptions, LogpStats, Needs, RowGradients, log_probs
 from . import sparse, torch_blocks
+from .extension import cpu_op
 
 
 def check_targets(targets: Tensor, V: int, ignore_index: int) -> Tensor:
@@ -84,7 +85,7 @@ def forward(
 ) -> LogpStats:  # lse in float64
     rows, live, y = live_rows(head, targets, options)
     if impl == "cpu":
-        op = torch.ops.groupdpo_kernels.linear_logps_forward_cpu
+        op = cpu_op("linear_logps_forward_cpu")
         cache = _no_cache(live) if logit_cache is None else logit_cache[: y.shape[0]]
         out = op(*live, y, *_of_extension(options), stats, cache)
     else:
@@ -105,7 +106,7 @@ def backward(
     rows, live, y = live_rows(head, targets, options)
     lse, taken = rows.take(lse), row_gradients.map(rows.take)
     if impl == "cpu":
-        op = torch.ops.groupdpo_kernels.linear_logps_backward_cpu
+        op = cpu_op("linear_logps_backward_cpu")
         cache = _no_cache(live) if logit_cache is None else logit_cache[: y.shape[0]]
         out = op(*live, y, lse, *taken, *_of_extension(options), *needs, cache)
         g = asked_for(out, needs)
@@ -139,7 +140,7 @@ def frozen_head(head: Head, targets: Tensor, options: HeadOptions, grad_tol: flo
     # The forward takes half of the tolerance, as the sizes of the upstream gradients are known in the backward only.
     forward_tol, least = grad_tol / 2, sparse.least_probability(grad_tol, impl)
     if impl == "cpu":
-        op = torch.ops.groupdpo_kernels.frozen_head_cpu
+        op = cpu_op("frozen_head_cpu")
         ahead = torch_blocks.target_logits(live, y, options) if grad_tol > 0 else live.hidden.new_empty(0)
         found = torch_blocks.Expectations(*op(*live, y, ahead, *_of_extension(options), forward_tol, least))
     else:
@@ -172,7 +173,7 @@ def sparse_forward(
     most = sparse.capacity(targets.numel(), head.weight.shape[0], options.workspace_bytes)
     if impl == "cpu":
         ahead = torch_blocks.target_logits(live, y, options)
-        op = torch.ops.groupdpo_kernels.sparse_forward_cpu
+        op = cpu_op("sparse_forward_cpu")
         drawn = None if seed is None else int(seed)
         token_logps, *fields = op(*live, y, ahead, *_of_extension(options), least, most, drawn)
         found = Candidates(*fields)
@@ -220,4 +221,4 @@ def _add_weighted_rows(
 ) -> None:
     if out.dtype == torch.float16 or source.stride(-1) != 1:  # the C++ op has no float16
         return sparse.add_weighted_rows(out, source, owned, index, coefficients, options)
-    torch.ops.groupdpo_kernels.add_weighted_rows_cpu(out, source, owned, index, coefficients)
+    cpu_op("add_weighted_rows_cpu")(out, source, owned, index, coefficients)

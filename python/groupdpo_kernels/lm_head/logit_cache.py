@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..reference import Head, HeadGradients, HeadOptions, LogpStats, Needs, RowGradients
+from ..threads import Lock
 from . import host, ops
 from .implementations import resolve
 from .workspace import BLOCK_COLUMNS, BLOCK_ROWS
@@ -35,6 +36,8 @@ _LEAST_D = {"float32": 1024, "bfloat16": 2048}  # by the dtype that the GEMM mul
 _FLOAT = 4  # bytes
 
 _alive: list[tuple[StorageWeakRef, int]] = []
+_lock = Lock()  # of _alive and _claimed
+_claimed: dict[object, int] = {}  # bytes of caches that forwards in other threads are about to make
 _off = contextvars.ContextVar("_off", default=False)
 
 
@@ -56,10 +59,15 @@ def columns_to_keep(head: Head, targets: Tensor, options: HeadOptions, impl: str
     least = _LEAST_D["bfloat16" if _multiplies_bf16(head) else "float32"]
     if T == 0 or head.hidden.shape[-1] < least:
         return 0
-    columns = min(V, (_budget(head.hidden, options) - _in_use()) // (_FLOAT * T))
-    block = -(-V // -(-V // BLOCK_COLUMNS))  # the vocabulary is cut into even blocks
-    columns = columns if columns == V else columns // block * block
+    columns = _that_fit(head, T, options)
     return columns if 4 * columns >= V else 0
+
+
+def _that_fit(head: Head, T: int, options: HeadOptions) -> int:
+    V = head.weight.shape[0]
+    columns = max(0, min(V, (_budget(head.hidden, options) - _in_use()) // (_FLOAT * T)))
+    block = -(-V // -(-V // BLOCK_COLUMNS))  # the vocabulary is cut into even blocks
+    return columns if columns == V else columns // block * block
 
 
 def _multiplies_bf16(head: Head) -> bool:
@@ -81,8 +89,9 @@ def _budget(hidden: Tensor, options: HeadOptions) -> int:
 
 def _in_use() -> int:
     """Bytes of the logit caches of living graphs."""
-    _alive[:] = [(reference, size) for reference, size in _alive if not reference.expired()]
-    return sum(size for _, size in _alive)
+    with _lock:
+        _alive[:] = [(reference, size) for reference, size in _alive if not reference.expired()]
+        return sum(size for _, size in _alive) + sum(_claimed.values())
 
 
 @torch.library.custom_op(
@@ -135,11 +144,20 @@ def forward(
     head: Head, targets: Tensor, options: HeadOptions, stats: bool, columns: int
 ) -> tuple[LogpStats, Tensor]:  # (T, columns) float32
     """ops.linear_logps_forward, and the logit cache of the first `columns` of the vocabulary: live rows first, the
-    others undefined. The budget covers both.
+    others undefined. The budget covers both. There are fewer columns where another thread has been faster.
     """
-    op = torch.ops.groupdpo_kernels.logit_cache_forward
-    *out, cache = op(*head, targets, *astuple(options), stats, columns)
-    _alive.append((StorageWeakRef(cache.untyped_storage()), cache.nbytes))
+    claim = object()
+    with _lock:
+        columns = min(columns, _that_fit(head, targets.numel(), options))
+        _claimed[claim] = _FLOAT * targets.numel() * columns
+    try:
+        op = torch.ops.groupdpo_kernels.logit_cache_forward
+        *out, cache = op(*head, targets, *astuple(options), stats, columns)
+        with _lock:
+            _alive.append((StorageWeakRef(cache.untyped_storage()), cache.nbytes))
+    finally:
+        with _lock:
+            del _claimed[claim]
     return LogpStats(*out), cache
 
 

@@ -31,7 +31,7 @@ from .adapters import why_not_scored
 from .head_call import HeadCall, LogitMap, ScoreOptions, Tie, leaf_of, logps_in_chunks
 from .layouts import check_packed, why_not_shared
 from .limits import check_inputs
-from .probe import Probe, eager, head_of, logits_of, unwrap, without_cache
+from .probe import Probe, eager, head_of, logits_of, one_thread, unwrap, without_cache
 from .shared_prompt import (
     Prefix,
     cache_kept,
@@ -245,10 +245,14 @@ class AttachedModel:
     ) -> LogpsAndOutputs:
         bare = unwrap(self.model)
         inputs = {**without_positions(bare, inputs), "use_cache": True, cache_name(bare) or "cache": cache}
-        with cache_kept(bare):
+        with one_thread(bare), cache_kept(bare):
             return self._run(input_ids, targets, inputs)
 
     def _run(self, input_ids: Tensor | None, targets: Tensor, inputs: dict[str, Any]) -> LogpsAndOutputs:
+        with one_thread(self.model):
+            return self._run_alone(input_ids, targets, inputs)
+
+    def _run_alone(self, input_ids: Tensor | None, targets: Tensor, inputs: dict[str, Any]) -> LogpsAndOutputs:
         if inputs.get("labels") is not None:
             raise ValueError("labels must be left out: give them, shifted by one position, as targets")
         if targets.is_floating_point() or targets.dtype == torch.bool:

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..distributed import is_dtensor
 from ..lm_head.api import linear_logps
+from ..threads import of_this_one
 from .split_head import HeadPart, like, own_forward, part_of, whole, why_not_split
 
 
@@ -88,7 +89,8 @@ class HeadCall:
         self.rows = (self.targets != self.options.ignore_index).reshape(-1).nonzero()[:, 0]
         self.leaf = leaf_of(self.head)
         self.parts = linear_parts(self.leaf)  # read before the swap hides them
-        hook = self.head.register_forward_hook(self._leave)  # registered last, to run after FSDP's and ZeRO-3's
+        leave = of_this_one(self._leave, lambda *_: None)
+        hook = self.head.register_forward_hook(leave)  # registered last, to run after FSDP's and ZeRO-3's
         try:
             with swapped(self.leaf, self._forward) as self.real:
                 yield
@@ -253,11 +255,11 @@ def logps_in_chunks(
 
 @contextlib.contextmanager
 def swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """A context that puts `forward` in place of the module's own forward, and yields the latter. The offloading hook of
-    accelerate wraps it as `_old_forward`: there the replacement goes inside the hook."""
+    """A context that puts `forward` in place of the module's own forward, for this thread, and yields the latter. The
+    offloading hook of accelerate wraps it as `_old_forward`: there the replacement goes inside the hook."""
     name = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
     was_set, real = name in vars(module), getattr(module, name)
-    vars(module)[name] = forward
+    vars(module)[name] = of_this_one(forward, real)
     try:
         yield real
     finally:

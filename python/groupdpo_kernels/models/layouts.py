@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .head_call import leaf_of, swapped
 from .limits import token_limit
-from .probe import head_of, logits_of, quiet, unwrap, without_cache
+from .probe import head_of, logits_of, one_thread, quiet, unwrap, without_cache
 from .shared_prompt import cache_name, prefix_cache, rows_cache, why_not_cached, without_positions
 from .split_head import whole
 
@@ -123,9 +123,12 @@ def _remembered(model: nn.Module, layout: str, measure: Callable[[_Scores], str]
     attention = str(getattr(config, "_attn_implementation", None))
     key = layout, attention, parameter.device.type, parameter.dtype
     known = _known.setdefault(bare, {})
-    if key not in known:
+    if key in known:
+        return known[key]
+    with one_thread(bare):
         try:
-            known[key] = measure(_Scores(model, bare))
+            if key not in known:  # another thread may have measured it meanwhile
+                known[key] = measure(_Scores(model, bare))
         except _NotMeasured as error:
             return str(error)
     return known[key]

@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import math
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import is_dtensor
+from ..threads import Change, Lock, of_this_one
 from .head_call import LogitMap, leaf_of, linear_parts, swapped, why_split
 from .split_head import like, whole
 
@@ -35,7 +37,7 @@ class Probe:
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (B, L, V)
         """The model's logits when its head returns the grid; in evaluation mode and without gradient."""
-        hook = self.head.register_forward_hook(self._leave)
+        hook = self.head.register_forward_hook(of_this_one(self._leave, lambda *_: None))
         try:
             with quiet(model, self.head) as called, swapped(self.leaf, self._forward) as self.real:
                 return logits_of(called(**inputs))
@@ -184,8 +186,11 @@ def eager(model: nn.Module, head: nn.Module, always: bool = False) -> Iterator[N
         or hasattr(vars(m).get("forward"), "_torchdynamo_orig_callable")
         for m in _path(model, head)
     )
-    with torch.compiler.set_stance("force_eager") if always or compiled else contextlib.nullcontext():
+    with _force_eager.held() if always or compiled else contextlib.nullcontext():
         yield
+
+
+_force_eager = Change(lambda: torch.compiler.set_stance("force_eager"))
 
 
 def _path(model: nn.Module, head: nn.Module) -> tuple[nn.Module, ...]:
@@ -209,6 +214,16 @@ def unwrap(model: nn.Module) -> nn.Module:
             break
         model = inner
     return model
+
+
+_locks: weakref.WeakKeyDictionary[nn.Module, Lock] = weakref.WeakKeyDictionary()
+
+
+def one_thread(model: nn.Module) -> Lock:
+    """The lock of a model whose head, or modes, change for a call: other threads then wait with theirs. Models with one
+    head, as with and without an adapter, have one lock."""
+    bare = unwrap(model)
+    return _locks.setdefault(head_of(bare) or bare, Lock())
 
 
 def head_of(bare: nn.Module) -> nn.Module | None:

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..threads import Change
+
 _flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
@@ -53,9 +55,14 @@ def mark(
     keys._groupdpo_parts = Parts(*own, pk, pv, values)  # type: ignore[attr-defined]
 
 
+def two_parts() -> contextlib.AbstractContextManager[None]:
+    """A context for one forward, in which "sdpa" of transformers takes marked keys in two parts. Forwards of other
+    threads, whose keys have no mark, are as ever."""
+    return _change.held()
+
+
 @contextlib.contextmanager
-def two_parts() -> Iterator[None]:
-    """A context for one forward, in which "sdpa" of transformers takes marked keys in two parts."""
+def _marked_keys_in_two_parts() -> Iterator[None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
 
     whole = table["sdpa"]
@@ -64,6 +71,9 @@ def two_parts() -> Iterator[None]:
         yield
     finally:
         table["sdpa"] = whole
+
+
+_change = Change(_marked_keys_in_two_parts)
 
 
 @functools.cache

@@ -26,12 +26,13 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..threads import Change
 from .head_call import swapped
 from .prompt_attention import mark, two_parts
 
@@ -229,7 +230,11 @@ def cache_kept(bare: nn.Module) -> Iterator[None]:
 
 def _checkpointing(bare: nn.Module) -> set[nn.Module]:
     """The modules whose checkpointing is on: layers, and the models that hold them."""
-    return {m for m in bare.modules() if vars(m).get("gradient_checkpointing")}
+    return {
+        m
+        for m in bare.modules()
+        if vars(m).get("gradient_checkpointing") or ((change := _changes.get(m)) is not None and change.is_held)
+    }
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -261,11 +266,22 @@ def _checkpointed(layer: Any, real: list[Any], flagged: list[nn.Module], *args: 
 
 @contextlib.contextmanager
 def _unflagged(modules: Any) -> Iterator[None]:
-    flags = [(m, m.gradient_checkpointing) for m in modules]
+    """A context in which these modules do not checkpoint, for whoever calls them."""
+    with contextlib.ExitStack() as stack:
+        for m in modules:
+            change = _changes.setdefault(m, Change(functools.partial(_without_flag, weakref.ref(m))))
+            stack.enter_context(change.held())
+        yield
+
+
+@contextlib.contextmanager
+def _without_flag(module: Callable[[], Any]) -> Iterator[None]:
+    m = module()
+    m.gradient_checkpointing = False
     try:
-        for m, _ in flags:
-            m.gradient_checkpointing = False
         yield
     finally:
-        for m, flag in flags:
-            m.gradient_checkpointing = flag
+        m.gradient_checkpointing = True
+
+
+_changes: weakref.WeakKeyDictionary[nn.Module, Change] = weakref.WeakKeyDictionary()

@@ -39,7 +39,8 @@ _HEADER = len(_MAGIC) + _hash().digest_size
 
 
 def digest(x: Any) -> str:
-    """Hash of a value: plain, a tensor, an array, or mappings, sequences and dataclasses of these."""
+    """Hash of a value: plain, a tensor, an array, or mappings, sequences and dataclasses of these. A NamedTuple with a
+    property `files`, paths, is hashed with the bytes of these files."""
     sha = _hash()
     _feed(sha, x)
     return sha.hexdigest()
@@ -62,6 +63,8 @@ def _feed(sha: Any, x: Any) -> None:
         sha.update(f"sequence {len(x)};".encode())
         for value in x:
             _feed(sha, value)
+        for path in getattr(x, "files", ()):  # what a path names may change in place
+            _feed(sha, Path(path).read_bytes())
     elif x is None or isinstance(x, (str, bytes, bool, int, float)):
         content = x if isinstance(x, bytes) else str(x).encode("utf-8", "surrogatepass")
         sha.update(f"{type(x).__name__} {len(content)};".encode() + content)

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend  # type: ignore[import-untyped]
+from accelerate.utils import TorchDynamoPlugin  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
@@ -170,8 +170,7 @@ class GroupDPOTrainer(WholeCheckpoints, GroupSteps, Trainer):
         train = self._tokenised(train_dataset, "train")
         pictured = any(group.pictures is not None for group in train.groups)
         collator = collator.sharing(args, bool(self.aux_coef), model, ref_model)
-        if not engine_asked(args):
-            collator = collator.sharing_images(args, train.groups, model, ref_model)
+        collator = collator.sharing_images(args, train.groups, model, ref_model)
         self.share_prompt = collator.share_prompt
         most: Any = args.micro_batch_tokens
         self.strategy = args.strategy
@@ -207,8 +206,11 @@ class GroupDPOTrainer(WholeCheckpoints, GroupSteps, Trainer):
             optimizers=optimizers,
         )
         check_engine(self)
+        # accelerate would compile the whole model. What it goes by belongs to the process, and to the trainer that was
+        # first in it: this one has its own.
+        state = self.accelerator.state
+        state.__dict__ = {**vars(state), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
         if args.torch_compile:
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate would compile the whole model
             for each in filter(None, (model, ref_model)):
                 compile_layers(each, args.torch_compile_backend, args.torch_compile_mode)
         self.data_collator = self.data_collator.fitting(model, ref_model)

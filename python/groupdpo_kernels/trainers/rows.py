@@ -33,6 +33,7 @@ from ..preference.groups import PreferenceGroups
 from ..preference.losses import LOSSES
 from ..preference.objective import Objective
 from .config import GroupDPOConfig, is_reentrant
+from .engines import engine_asked
 
 logger = logging.getLogger(__name__)
 
@@ -112,15 +113,16 @@ class Collator:
 
     def sharing_images(self, args: Any, groups: Sequence[TokenGroup], *models: Any) -> Collator:
         """This collator, or, where it shares prompts, one that shares those with images too, if these models (or None)
-        can: measured on the shortest such prompt. Raises ValueError and warns as `sharing` does."""
+        can: measured on the shortest such prompt, and not under an engine. Raises ValueError and warns as `sharing`
+        does."""
         pictured = [group for group in groups if group.pictures is not None]
         if not self.share_prompt or not pictured:
             return self
         group = min(pictured, key=lambda group: len(group.prompt))
         assert group.pictures is not None
-        inputs = inputs_of(self.processor, group.pictures)
+        engine, inputs = engine_asked(args), inputs_of(self.processor, group.pictures)
         whys = (why_not_shared_images(m, group.prompt, partial(repeated, inputs)) for m in models if m is not None)
-        if why := next(filter(None, whys), ""):
+        if why := f"nobody has tried it under {engine}" if engine else next(filter(None, whys), ""):
             if args.share_prompt is True:
                 raise ValueError(f"share_prompt must be 'auto' or False for these images: {why}; got True")
             warnings.warn(f"a prompt with images runs again for each of its responses: {why}", stacklevel=3)
