@@ -98,7 +98,7 @@ def wrong_rows(draw: st.DrawFn) -> dict[Any, Any]:
         elif kind == "extra" and isinstance(parent, dict):
             parent[draw(st.sampled_from(COLUMNS) | st.sampled_from((1, None, ("a",), "role", "from", "name")))] = draw(junk)
         elif kind == "repeat" and isinstance(parent, list):
-            parent.append(copy.deepcopy(parent[last]))
+            parent.append(parent[last])
         elif kind == "lookalike" and isinstance(parent[last], str):
             more = draw(st.sampled_from(LOOKALIKES))
             parent[last] = draw(st.sampled_from((parent[last] + more, more + parent[last], _swapped_letter(parent[last]))))
