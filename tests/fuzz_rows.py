@@ -61,9 +61,9 @@ COLUMNS = (
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value within nested ones; of `DEEP` the outermost alone, as they are shared."""
+    """The path of every value within nested ones, not of what is deep in them."""
     yield path
-    if any(value is one for one in DEEP):
+    if len(path) > 8 or any(value is one for one in DEEP):  # these are shared
         return
     if isinstance(value, dict):
         for key in value:

@@ -7,6 +7,7 @@ They never read a value inside a tensor, and need torch alone.
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -27,7 +28,9 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, and gets no gradient; got a tensor that requires one")
     real = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, numbers.Real)
     if not real or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number; got {value!r}")
+        raise TypeError(f"{name} must be a number; got {shown(value)}")
+    if isinstance(value, int) and not torch.compiler.is_compiling() and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} must be a number that a float can hold; got an integer of {value.bit_length()} bits")
 
 
 def shown(value: Any, most: int = 60) -> str:
