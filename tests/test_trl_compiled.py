@@ -66,7 +66,7 @@ def test_another_trainer_compiles_as_it_was_told(compiled: bool, tmp_path: Path,
         str(tmp_path), use_cpu=True, report_to=[], torch_compile=True, torch_compile_backend="eager"
     )
     options = {"max_steps": 1} | ({} if compiled else {"torch_compile": False, "torch_compile_backend": None})
-    other = Trainer(make("llama"), args=told)
+    other = Trainer(make("llama"), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **told))
     ours = trainer_of(tmp_path, bpe, options)
     ours.train()
     assert not isinstance(ours.model_wrapped, torch._dynamo.OptimizedModule)

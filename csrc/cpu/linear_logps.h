@@ -65,8 +65,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_forwar
 // once.
 void add_weighted_rows(Tensor out,                   // (m, n) float32 | bfloat16
                        const Tensor& source,         // (k, n) likewise
-                       const Tensor& owned,          // (m + 1,) int64
-                       const Tensor& index,          // (K,) int64
+                       const Tensor& owned,          // (m + 1,) int64, in order; checked, as index is
+                       const Tensor& index,          // (K,) int64 into source
                        const Tensor& coefficients);  // (K,) float32
 
 // Which of the five tensors of Head need a gradient; and whether mass, (T,) float32, sum_v exp(logits - lse), is

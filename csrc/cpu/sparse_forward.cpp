@@ -152,8 +152,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sparse_forwar
   const NoGrad no_grad;
   check(head, targets);
   check_row_vector(target_logits, "target_logits", head.hidden.size(0));
-  STD_TORCH_CHECK(least > 0 && most > 0, "least and most must be positive; got ", least, " and ", most);
   const int64_t T = head.hidden.size(0), V = head.weight.size(0);
+  STD_TORCH_CHECK(least > 0 && most > 0 && most <= std::max<int64_t>(V, 1),
+                  "least and most must be positive, and most at most V = ", V, "; got ", least, " and ", most);
   const int64_t state_bytes = sizeof(RowState) + (seed ? sizeof(Tail) : 0);
   const int64_t per_row =
       HeadBlocks::scratch_per_row(head) + kRoom * most * 2 + state_bytes / static_cast<int64_t>(sizeof(float));

@@ -40,6 +40,17 @@ void add(Tensor& out, const Tensor& source, const int64_t* owned, const int64_t*
   });
 }
 
+// A wrong place would be read out of bounds. Looking at K of them costs nothing beside adding K rows.
+void check_places(const int64_t* owned, int64_t m, int64_t K, const int64_t* index, int64_t k) {
+  for (int64_t i = 0; i < m; ++i) {
+    STD_TORCH_CHECK(owned[i] >= 0 && owned[i] <= owned[i + 1] && owned[i + 1] <= K,
+                    "owned must not decrease and must lie in [0, K = ", K, "]; got ", owned[i], " and ", owned[i + 1]);
+  }
+  for (int64_t j = 0; j < K; ++j) {
+    STD_TORCH_CHECK(index[j] >= 0 && index[j] < k, "index must be in [0, k = ", k, "); index[", j, "] is ", index[j]);
+  }
+}
+
 }  // namespace
 
 void add_weighted_rows(Tensor out, const Tensor& source, const Tensor& owned, const Tensor& index,
@@ -51,15 +62,18 @@ void add_weighted_rows(Tensor out, const Tensor& source, const Tensor& owned, co
   STD_TORCH_CHECK(out.dim() == 2 && source.dim() == 2 && out.size(1) == source.size(1) && out.is_contiguous() &&
                       (source.stride(1) == 1 || source.size(1) == 1),
                   "out must be contiguous (m, n), and source (k, n) with columns side by side");
-  STD_TORCH_CHECK(owned.scalar_type() == ScalarType::Long && owned.is_contiguous() && owned.size(0) == out.size(0) + 1,
+  STD_TORCH_CHECK(owned.scalar_type() == ScalarType::Long && owned.is_contiguous() && owned.dim() == 1 &&
+                      owned.size(0) == out.size(0) + 1,
                   "owned must be contiguous int64 (m + 1,) with m = ", out.size(0));
-  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.is_contiguous() &&
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.is_contiguous() && index.dim() == 1 &&
                       coefficients.scalar_type() == ScalarType::Float && coefficients.is_contiguous() &&
-                      coefficients.size(0) == index.size(0),
+                      coefficients.dim() == 1 && coefficients.size(0) == index.size(0),
                   "index must be int64 and coefficients float32, both contiguous (K,)");
+  const int64_t* begins = owned.const_data_ptr<int64_t>();
+  const int64_t* rows = index.const_data_ptr<int64_t>();
+  check_places(begins, out.size(0), index.size(0), rows, source.size(0));
   const auto run = dtype == ScalarType::Float ? add<float> : add<uint16_t>;
-  run(out, source, owned.const_data_ptr<int64_t>(), index.const_data_ptr<int64_t>(),
-      coefficients.const_data_ptr<float>());
+  run(out, source, begins, rows, coefficients.const_data_ptr<float>());
 }
 
 }  // namespace groupdpo_kernels

@@ -7,6 +7,7 @@ They never read a value inside a tensor, and need torch alone.
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -27,7 +28,17 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, and gets no gradient; got a tensor that requires one")
     real = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, numbers.Real)
     if not real or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number; got {value!r}")
+        raise TypeError(f"{name} must be a number; got {shown(value)}")
+    if isinstance(value, int) and not torch.compiler.is_compiling() and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} must be a number that a float can hold; got an integer of {value.bit_length()} bits")
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """The start of the value's repr, for a message. A value may be nested too deep to have one, or refuse to give one."""
+    try:
+        return f"{value[:most] if isinstance(value, (str, bytes)) else value!r:.{most}}"
+    except Exception as error:
+        return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
 
 
 def check_tensors(**named: Any) -> None:
@@ -38,8 +49,30 @@ def check_tensors(**named: Any) -> None:
 
 def one_of(name: str, value: Any, known: Collection[str]) -> None:
     """ValueError unless the argument has one of the known values."""
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    # Anything else may have no hash, or an == of its own.
+    if not isinstance(value, (str, bool, type(None))) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {shown(value)}")
+
+
+def check_kind(name: str, value: Any, kind: type, what: str) -> None:
+    """TypeError unless the value is of this kind; `what` says that in words, "a dict"."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}; got {shown(value)}")
+
+
+def check_iterable(name: str, value: Any, what: str) -> None:
+    try:
+        iter(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {what}; got {shown(value)}") from None
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """TypeError unless the value is an integer, ValueError if it is below `least`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer of at least {least}; got {shown(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
 class NotUnderVmap(torch.autograd.Function):

@@ -3,53 +3,89 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from ..checks import one_of
+from ..checks import one_of, shown
 from ..models.limits import token_limit
 from ..stepwise.store import digest
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+# A line is held whole, as bytes, text and values: several times its length.
+LONGEST_LINE = 2**27
+_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # begins as UTF-16 does
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
 def jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a file with one JSON object a line, in UTF-8, or in UTF-16 after a byte order mark. It skips
-    empty lines. A ValueError names the line that is wrong.
+    """Yields the rows of a file with one JSON object a line, in UTF-8, or in UTF-16 or UTF-32 after a byte order mark. It
+    skips empty lines, and holds one line at a time. A ValueError names the line that is wrong.
     """
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}, must be a JSON object: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}, must be a JSON object; got {line.strip()!r:.60}")
+            raise ValueError(f"{path}, line {number}, must be a JSON object; got {shown(line.strip())}")
         yield row
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError for a name that it has twice: JSON would silently take the last."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"an object must have each name once; got {shown(name)} twice")
+        found[name] = value
+    return found
 
 
 def _lines(path: Path) -> Iterator[str]:
     with open(path, "rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            try:
-                yield from path.read_text(encoding="utf-16").split("\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} begins as UTF-16 and must be so to its end: {error}") from None
-            return
+        start = file.read(4)
+        encoding = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), None)
         file.seek(0)
-        for number, line in enumerate(file, 1):
+        if encoding is not None:
+            words = io.TextIOWrapper(file, encoding, newline="\n")
+            try:
+                yield from _bounded(path, words)
+            except UnicodeError as error:
+                name = encoding.replace("utf", "UTF")
+                raise ValueError(f"{path} begins as {name} and must be so to its end: {error}") from None
+            return
+        for number, line in enumerate(_bounded(path, file), 1):
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 found = f"byte {line[error.start]:#04x} at place {error.start + 1}"
                 raise ValueError(f"{path}, line {number}, must be UTF-8; got {found}: save the file as UTF-8") from None
+
+
+def _bounded(path: Path, file: IO[Any]) -> Iterator[Any]:
+    """The lines of a file. ValueError for one that is too long."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            most = f"{LONGEST_LINE // 2**20} Mi characters"
+            raise ValueError(f"{path}, line {number}, must have at most {most}: is the file one JSON object a line?")
+        yield line
 
 
 def existing(what: str, path: Path) -> Path:
@@ -77,7 +113,7 @@ def load_tokenizer(where: str) -> Any:
     check_place("tokenizer", where)
     try:
         return AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, TypeError, KeyError) as error:  # a folder with a model alone gives any of these
+    except Exception as error:  # a folder with a model alone, or a file that is cut short, gives any kind
         raise ValueError(f"tokenizer must be a folder or a hub name that holds one; {where}: {error}") from error
 
 
@@ -90,19 +126,31 @@ def load_model(where: str, dtype: str, device: torch.device, seed: int = 0) -> A
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about its own names
-    if Path(where).is_file():
-        try:
-            config = json.loads(Path(where).read_text())
-            kind = config.pop("model_type")
-        except (ValueError, KeyError, AttributeError) as error:
-            wanted = "a folder, a hub name or a config.json with a model_type"
-            raise ValueError(f"model must be {wanted}; {where}: {error!r}") from None
-        torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **config))
-        model = model.to(DTYPES[dtype] or model.dtype)
-    else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype] or "auto")
+    try:
+        if Path(where).is_file():
+            model = _from_config(Path(where), seed)
+            model = model.to(DTYPES[dtype] or model.dtype)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype] or "auto")
+    except (OSError, ValueError, TypeError, ImportError):
+        raise
+    except Exception as error:  # of a value in its config, or of a file of weights that is cut short
+        raise ValueError(f"model must be one that transformers loads; {where}: {type(error).__name__}: {error}") from error
     return model.to(device)
+
+
+def _from_config(path: Path, seed: int) -> Any:
+    """A model with random weights."""
+    import transformers
+
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        kind = config.pop("model_type")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        wanted = "a folder, a hub name or a config.json with a model_type"
+        raise ValueError(f"model must be {wanted}; {path}: {error!r}") from None
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **config))
 
 
 def check_fit(model: Any, tokenizer: Any) -> None:

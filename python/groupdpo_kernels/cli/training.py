@@ -34,13 +34,13 @@ from typing import Any
 
 import torch
 
-from ..checks import one_of
+from ..checks import check_kind, one_of
 from ..files import check_writable, locked_folder, write_json
 from ..preference.objective import AdaBalance, Objective
 from ..stepwise.store import description, digest, file_digest, tensor_digests
 from .curves import draw
 from .inspection import versions
-from .loading import check_fit, device_of, existing, jsonl, load_model, load_tokenizer, tokenizer_digest
+from .loading import check_fit, device_of, existing, jsonl, load_model, load_tokenizer, once, tokenizer_digest
 
 SECTIONS = ("objective", "lora", "training")
 # Options that few losses use. `Objective` ignores them with other losses; a run refuses them.
@@ -82,6 +82,15 @@ class TrainSettings:
     lora: Mapping[str, Any] | None = None
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("model", "data", "output_dir", "eval_data", "tokenizer", "device", "dtype"):
+            value = getattr(self, name)
+            if value is not None or name not in ("eval_data", "tokenizer"):
+                check_kind(name, value, str, "text")
+        for name in SECTIONS:
+            if getattr(self, name) is not None or name != "lora":
+                check_kind(name, getattr(self, name), Mapping, "a table")
+
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings of a .toml or .json file; what is missing is left to flags and defaults."""
@@ -89,13 +98,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".toml":
             found = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli").loads(
-                path.read_text()
+                path.read_text(encoding="utf-8")
             )
         elif path.suffix == ".json":
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
         else:
             raise ValueError("its name must end in .toml or .json")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config {path}: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"config {path}: must be an object; got a {type(found).__name__}")

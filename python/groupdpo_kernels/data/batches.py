@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import one_of
+from ..checks import one_of, shown
 from ..preference.group_backward import SharedPrompt
 from ..preference.groups import PreferenceGroups
 from .formats import BadRow, Group, Message, Report, Turns, messages_of
@@ -274,7 +274,7 @@ class _Encoder:
         found = self.encode(["\n" + text for text in texts])
         for ids, text in zip(found, texts):
             if ids[:n] != self.before:
-                raise ValueError(f"tokenizer merges a line end with what follows it; cannot place {text!r:.60}")
+                raise ValueError(f"tokenizer merges a line end with what follows it; cannot place {shown(text)}")
         return [ids[n:] for ids in found]
 
 
@@ -324,21 +324,16 @@ class _Texts:
         return self._from_template(prompt, group, drop)
 
     def _from_template(self, prompt: list[dict[str, Any]], group: Group, drop: Callable[[BadRow], None]) -> _Rendered:
-        from jinja2 import TemplateError  # transformers renders templates with jinja2
-
         options = self.options | ({} if group.tools is None else {"tools": group.tools})
-        render = partial(self.tokenizer.apply_chat_template, tokenize=False, **options)
+        render = partial(self._rendered, tokenize=False, **options)
         conversations = [[*prompt, *messages_of(text)] for text in group.responses]
         if self.processor is not None:
             images = len(group.images or ())
             prompt, conversations = in_parts(prompt, images), [in_parts(each, images) for each in conversations]
-        try:
-            head = render(prompt, add_generation_prompt=True)
-            whole = render(conversations)
-            if group.tools is not None and head == render(prompt, add_generation_prompt=True, tools=None):
-                raise BadRow("template", "the chat template leaves out the tools of the row")
-        except (TemplateError, TypeError) as error:  # TypeError: a message without content, for instance
-            raise BadRow("template", f"the chat template refuses it: {error}") from None
+        head = render(prompt, add_generation_prompt=True)
+        whole = render(conversations)
+        if group.tools is not None and head == render(prompt, add_generation_prompt=True, tools=None):
+            raise BadRow("template", "the chat template leaves out the tools of the row")
         if not all(text.startswith(head) for text in whole):
             raise BadRow("template", "the chat template does not continue its own prompt with the response")
         answers = [self._until_eos(text[len(head) :]) for text in whole]
@@ -354,6 +349,13 @@ class _Texts:
                 pieces.append([*self._turns(render, whole[i], head, conversations[i], len(prompt))])
         pictures = None if group.images is None else Pictures(head, group.images)
         return _Rendered(group.only(kept), head, pieces, False, pictures)
+
+    def _rendered(self, conversation: Any, **options: Any) -> Any:
+        """What the chat template makes of a conversation, or of several."""
+        try:
+            return self.tokenizer.apply_chat_template(conversation, **options)
+        except Exception as error:  # whatever a template raises on a conversation that it does not expect
+            raise BadRow("template", f"the chat template refuses it: {error}") from None
 
     def _turns(
         self, render: Callable[..., str], whole: str, head: str, conversation: list[Message], start: int
@@ -379,7 +381,7 @@ class _Texts:
 
     def _marked(self, head: str, answer: str, conversation: list[Message], options: dict[str, Any]) -> _Tokens:
         """The tokens of the response, with the template's own mask of what the assistant generates."""
-        found = self.tokenizer.apply_chat_template(
+        found = self._rendered(
             conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
         )
         before, after = (self.tokenizer(x, add_special_tokens=False)["input_ids"] for x in (head, head + answer))
@@ -415,9 +417,9 @@ def _told_apart(head: str, answers: list[str], group: Group, drop: Callable[[Bad
     kept: dict[str, int] = {}
     for i, (answer, text) in enumerate(zip(answers, group.responses)):
         if len(sides[answer]) > 1 or answer in kept:
-            drop(BadRow("identical after the template", f"the response {text!r:.60} is rendered like another one"))
+            drop(BadRow("identical after the template", f"the response {shown(text)} is rendered like another one"))
         elif lost := _left_out(before, "".join(answer.split()), messages_of(text)):
-            drop(BadRow("answer changed by the template", f"{lost}; the response becomes {answer!r:.60}"))
+            drop(BadRow("answer changed by the template", f"{lost}; the response becomes {shown(answer)}"))
         else:
             kept[answer] = i
     return list(kept.values())
@@ -438,7 +440,7 @@ def _left_out(before: str, after: str, messages: list[Message]) -> str:
                     ends.append(found + len(bare))
                     break
             else:
-                return f"the template leaves out {what}, {part!r:.60}"
+                return f"the template leaves out {what}, {shown(part)}"
         at = max(ends)
     return ""
 

@@ -22,7 +22,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from ..checks import one_of
+from ..checks import one_of, shown
 from .images import places
 
 Row = Mapping[str, Any]
@@ -164,24 +164,34 @@ def _count(n: int, what: str) -> str:
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT's names
+# Templates write any role as it is: one with an invisible or a look-alike letter would become another speaker.
+_ROLE = re.compile(r"[a-z][a-z0-9_-]*")
+_DEEPEST = 100  # of nested values: templates and JSON recurse, and Python gives them a thousand calls
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 def _message(value: Any) -> Message:
     """A message as {"role", "content"}, from either convention, without the empty fields that a table adds."""
     if not isinstance(value, Mapping):
-        raise BadRow("malformed", f"a message must be a dict; got {value!r:.60}")
+        raise BadRow("malformed", f"a message must be a dict; got {shown(value)}")
     if value.get("from") is not None:
-        role, content = _ROLES.get(value["from"], value["from"]), _text_of(value.get("value"))
+        role, content = _ROLES.get(str(value["from"]), value["from"]), _text_of(value.get("value"))
         if role not in ("system", "user", "assistant", "tool"):
-            raise BadRow("malformed", f"a message must be of human, gpt, observation or system; got {value['from']!r}")
+            raise BadRow("malformed", f"a message must be of human, gpt, observation or system; got {shown(role)}")
         if not isinstance(content, str):
             raise BadRow("malformed", f"a message must be text; got {type(content).__name__}")
         rest = {k: v for k, v in value.items() if v is not None and k not in ("from", "value")}
         return {"role": role, "content": content, **rest}
-    if not isinstance(value.get("role"), str):
-        raise BadRow("malformed", f"a message must have a role and a content; got {', '.join(value)}")
-    return {k: _text_of(v) if k == "content" else _without_none(v) for k, v in value.items() if v is not None}
+    message = {k: _text_of(v) if k == "content" else _without_none(v) for k, v in value.items() if v is not None}
+    role, content = message.get("role"), message.get("content")
+    if role is None or (content is None and not message.get("tool_calls")):
+        raise BadRow("malformed", f"a message must have a role and a content; got {', '.join(map(str, message))}")
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
+        raise BadRow("malformed", f"a role must be a word of ASCII letters in lower case; got {shown(role)}")
+    if not isinstance(content, (str, list, type(None))):
+        raise BadRow("malformed", f"a message must be text; got {type(content).__name__}")
+    _calls(message)
+    return message
 
 
 def _without_none(value: Any) -> Any:
@@ -208,7 +218,7 @@ def _text_of(content: Any) -> Any:
             part.get("type", "text" if "text" in part else None) if isinstance(part, Mapping) else type(part).__name__
         )
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise BadRow("malformed", f"a message must be of text and images alone; got a part of type {kind!r}")
+            raise BadRow("malformed", f"a message must be of text and images alone; got a part of type {shown(kind)}")
     if any(part.get("type") == "image" for part in content):
         return [{k: part[k] for k in ("type", "text") if part.get(k) is not None} for part in content]
     return "".join(part["text"] for part in content)
@@ -253,7 +263,7 @@ def _with_context(prompt: Prompt, row: Row) -> Prompt:
     turns: list[Message] = []
     for name, text in systems.items():
         if not isinstance(text, str) or (turns and turns[0]["content"] != text):
-            raise BadRow("malformed", f"the column {name!r} must be the system prompt, as text; got {text!r:.60}")
+            raise BadRow("malformed", f"the column {name!r} must be the system prompt, as text; got {shown(text)}")
         turns = [{"role": "system", "content": text}]
     messages = _conversation(prompt)
     if messages[0].get("role") == "system":
@@ -285,11 +295,11 @@ def _tools(row: Row) -> list[Any] | None:
         try:
             tools = json.loads(tools)
         except ValueError:
-            raise BadRow("malformed", f"tools must be a list of dicts, or JSON of one; got {tools!r:.60}") from None
+            raise BadRow("malformed", f"tools must be a list of dicts, or JSON of one; got {shown(tools)}") from None
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRow("malformed", f"tools must be a list of dicts, or JSON of one; got {tools!r:.60}")
+        raise BadRow("malformed", f"tools must be a list of dicts, or JSON of one; got {shown(tools)}")
     found: list[Any] = _without_none(tools)
     return found
 
@@ -301,7 +311,7 @@ def _past(history: Any) -> list[Message]:
     pairs = history if isinstance(history, list) else [history]
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise BadRow("malformed", f"history must be pairs of question and answer, as text; got {pair!r:.60}")
+            raise BadRow("malformed", f"history must be pairs of question and answer, as text; got {shown(pair)}")
     turns = zip(("user", "assistant") * len(pairs), [text for pair in pairs for text in pair])
     return [{"role": role, "content": text} for role, text in turns]
 
@@ -342,7 +352,7 @@ def as_score(value: Any) -> float | None:
     """The value as a number, also from text; None where it is not a finite number (None, "N/A", nan, inf)."""
     try:
         score = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last for an int beyond all floats
         return None
     return score if math.isfinite(score) else None
 
@@ -351,11 +361,9 @@ def _with_weights(found: Sided | Scored, row: Row) -> Sided | Scored:
     """What was found, with the weights that the columns "weight" and "response_weights" give it, in every format."""
     each: Any = row.get("response_weights")
     n = len(found.responses)
-    if hasattr(each, "tolist"):  # an array, as tables of pandas have it
-        each = each.tolist()
-    if each is not None and (not isinstance(each, (list, tuple)) or len(each) != n):
-        got = f"{len(each)} of them" if isinstance(each, (list, tuple)) else f"{each!r:.60}"
-        raise BadRow("malformed", f"response_weights must be a list of {n} numbers, one a response; got {got}")
+    of = f" of {n} numbers, one a response"
+    if each is not None and len(each := _list("response_weights", each, of)) != n:
+        raise BadRow("malformed", f"response_weights must be a list{of}; got {len(each)} of them")
     return found._replace(
         weight=_weight("weight", row.get("weight", 1)),
         response_weights=None if each is None else [_weight("response_weights", x) for x in each],
@@ -365,7 +373,7 @@ def _with_weights(found: Sided | Scored, row: Row) -> Sided | Scored:
 def _weight(name: str, value: Any) -> float:
     weight = None if isinstance(value, bool) else as_score(value)
     if weight is None or weight < 0:
-        raise BadRow("malformed", f"{name} must be a finite number of at least 0; got {value!r:.60}")
+        raise BadRow("malformed", f"{name} must be a finite number of at least 0; got {shown(value)}")
     return weight
 
 
@@ -408,7 +416,7 @@ def _response(messages: list[Message]) -> str:
             m["content"] = ""
         if m.get("role") not in ("assistant", "tool", "user") or not isinstance(m.get("content"), str):
             raise BadRow(
-                "malformed", f"a response must be messages of text, of the assistant, tools and users; got {m!r:.60}"
+                "malformed", f"a response must be messages of text, of the assistant, tools and users; got {shown(m)}"
             )
         if not isinstance(m.get("reasoning_content", ""), str):
             got = type(m["reasoning_content"]).__name__
@@ -428,11 +436,15 @@ _OF_OTHERS = ("role", "content", "name", "tool_call_id")
 
 def _calls(message: Message) -> list[Any]:
     calls = message.get("tool_calls") or []
-    functions = [call.get("function", call) if isinstance(call, Mapping) else None for call in calls]
+    functions = [call.get("function", call) if isinstance(call, Mapping) else None for call in [*calls]]
     if not isinstance(calls, list) or not all(
         isinstance(f, Mapping) and isinstance(f.get("name"), str) for f in functions
     ):
-        raise BadRow("malformed", f"tool_calls must be a list of functions with names; got {calls!r:.60}")
+        raise BadRow("malformed", f"tool_calls must be a list of functions with names; got {shown(calls)}")
+    for f in functions:
+        if not isinstance(f.get("arguments", {}), (Mapping, str)):
+            got = shown(f["arguments"])
+            raise BadRow("malformed", f"the arguments in tool_calls must be a dict, or JSON of one; got {got}")
     return functions
 
 
@@ -477,8 +489,11 @@ def _sets(row: Row) -> Sided:
 
 
 def _alpaca(row: Row) -> Sided:
-    text = f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
-    return _sided(_conversation(text), row["chosen"], row["rejected"])
+    text, more = row["instruction"], row.get("input") or ""
+    for name, part in {"instruction": text, "input": more}.items():
+        if not isinstance(part, str):
+            raise BadRow("malformed", f"{name} must be text; got {shown(part)}")
+    return _sided(_conversation(f"{text}\n{more}" if more else text), row["chosen"], row["rejected"])
 
 
 def _sharegpt(row: Row) -> Sided:
@@ -584,9 +599,20 @@ def read_responses(row: Row) -> tuple[Prompt, list[str], list[Any] | None]:
 def read(fmt: Format, row: Row) -> Sided | Scored:
     """The content of the row. BadRow where it does not have the structure of its format."""
     try:
-        found = fmt.read(row)
+        found = _read(fmt, row)
+        for text in _texts([found.prompt, found.tools, *map(messages_of, found.responses)]):
+            _check_unicode(text)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:  # nested values of another form
         raise BadRow("malformed", f"not the structure of its format ({type(error).__name__}: {error})") from None
+    except RecursionError:
+        raise BadRow("malformed", f"its values must not be nested more than {_DEEPEST} deep") from None
+    return found
+
+
+def _read(fmt: Format, row: Row) -> Sided | Scored:
+    found = fmt.read(row)
+    if isinstance(found, Scored):
+        found = found._replace(responses=_list("responses", found.responses), scores=_list("scores", found.scores))
     if len(found.responses) != len(found[2]):
         raise BadRow("malformed", f"{len(found.responses)} responses have {len(found[2])} scores")
     for text in found.responses:
@@ -602,19 +628,33 @@ def read(fmt: Format, row: Row) -> Sided | Scored:
         raise BadRow(
             "malformed", f"a prompt must have a place for each image, or a user and none; it has {there} for {given}"
         )
-    found = _with_weights(found._replace(prompt=prompt, tools=_tools(row), images=images), row)
-    for text in _texts([found.prompt, found.tools, *map(messages_of, found.responses)]):
-        _check_unicode(text)
-    return found
+    return _with_weights(found._replace(prompt=prompt, tools=_tools(row), images=images), row)
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yields every text in nested values."""
+def _list(what: str, values: Any, of: str = "") -> list[Any]:
+    """The values as a list: a text has letters and a dict has keys, and neither are responses."""
+    if hasattr(values, "tolist"):  # an array, as tables of pandas have it
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        raise BadRow("malformed", f"{what} must be a list{of}; got {shown(values)}")
+    return [*values]
+
+
+def _texts(value: Any, depth: int = 0) -> Iterator[str]:
+    """Yields every text in nested values, with the names in dicts."""
+    if depth > _DEEPEST:
+        raise RecursionError
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (list, Mapping)):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _texts(each, depth + 1)
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            if not isinstance(name, str):
+                raise TypeError(f"the names in a dict must be text; got {shown(name)}")
+            yield name
+            yield from _texts(each, depth + 1)
 
 
 def _check_unicode(text: str) -> None:

@@ -19,11 +19,13 @@ of microseconds a row; `merge_prompts` holds all texts in memory.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
-from ..checks import one_of
+from ..checks import check_count, check_iterable, check_kind, check_number, one_of, shown
 from .formats import FORMATS, BadRow, Format, Group, Report, Row, Scored, as_score, read, recognise
 from .images import image_key
 
@@ -58,7 +60,10 @@ def read_groups(
         one_of("rule", rule, RULES)
         rule = RULES[rule]()
     rows = [rows] if isinstance(rows, Mapping) else rows
-    return _read_groups(rows, format, rule, rename or {}, on_bad, report or Report())
+    check_iterable("rows", rows, "an iterable of dicts")
+    check_kind("rename", rename := rename or {}, Mapping, "a dict of the names of columns")
+    check_kind("report", report := report or Report(), Report, "a Report")
+    return _read_groups(rows, format, rule, rename, on_bad, report)
 
 
 def _read_groups(
@@ -69,11 +74,13 @@ def _read_groups(
         report.rows += 1
         if not isinstance(row, Mapping):
             raise TypeError(f"rows must be dicts; row {i} is a {type(row).__name__}")
-        row = {rename.get(k, k): v for k, v in row.items()}
+        row = _renamed(i, row, rename)
         full = {k: v for k, v in row.items() if v is not None}
         columns = tuple(row), tuple(full)
         try:
             if columns not in known:
+                if len(known) == 1000:  # rows that all have columns of their own
+                    known.clear()
                 known[columns] = _format_of(i, row, full, name)
             found = read(known[columns], full)
         except BadRow as bad:
@@ -87,6 +94,17 @@ def _read_groups(
         else:
             group = Group(**found._asdict(), row=i)
         yield from _sound("read", group, on_bad, report)
+
+
+def _renamed(i: int, row: Row, rename: Mapping[str, str]) -> Row:
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if not isinstance(name, str):
+            raise TypeError(f"rows must be dicts whose names are text; row {i} has {shown(name)}")
+        if (new := rename.get(name, name)) in found:
+            raise ValueError(f"rename must give each column a name of its own; row {i} then has {new!r} twice")
+        found[new] = value
+    return found
 
 
 def _format_of(i: int, row: Row, full: Row, name: str) -> Format:
@@ -107,22 +125,36 @@ def _sides(found: Scored, rule: Rule, row: int, on_bad: str, report: Report) -> 
     for text, value, weight in zip(found.responses, found.scores, weights or [1.0] * len(found.responses)):
         score = as_score(value)
         if weight == 0:  # as if it were not there: a rule must not pick it
-            report.drop(BadRow("response of weight 0", f"the response {text!r:.60}"), row)
+            report.drop(BadRow("response of weight 0", f"the response {shown(text)}"), row)
         elif not text.strip():
             report.drop(BadRow("empty", "a response is empty"), row, on_bad)
         elif score is None:
-            report.drop(BadRow("no score", f"a response has the score {value!r}"), row, on_bad)
+            report.drop(BadRow("no score", f"a response has the score {shown(value)}"), row, on_bad)
         elif (text, score) in scores:
-            report.drop(BadRow("duplicate", f"the response {text!r:.60} is repeated"), row, on_bad)
+            report.drop(BadRow("duplicate", f"the response {shown(text)} is repeated"), row, on_bad)
         else:
             scores[text, score] = weight
     candidates = list(scores)
-    picked = rule([score for _, score in candidates]) if candidates else []
+    picked = _picked(rule, [score for _, score in candidates]) if candidates else []
     for i in sorted(set(range(len(candidates))) - {i for i, _ in picked}):
         report.drop(BadRow("left out by the rule", f"a response with the score {candidates[i][1]}"), row)
     texts = [candidates[i][0] for i, _ in picked]
     kept = None if weights is None else [scores[candidates[i]] for i, _ in picked]
     return Group(found.prompt, texts, [side for _, side in picked], row, found.weight, kept, found.tools, found.images)
+
+
+def _picked(rule: Rule, scores: list[float]) -> list[tuple[int, bool]]:
+    """What a rule says, which may be a user's own."""
+    found = rule(scores)
+    try:
+        picked = {int(i): (bool(side), side in (True, False) and 0 <= i < len(scores)) for i, side in found}
+        good = len(picked) == len(found) and all(good for _, good in picked.values())
+    except (TypeError, ValueError):
+        picked, good = {}, False
+    if not good:
+        wanted = f"pairs of a number below {len(scores)} and True or False, each number once"
+        raise ValueError(f"rule must give a list of {wanted}; got {shown(found)}")
+    return [(i, side) for i, (side, _) in picked.items()]
 
 
 def merge_prompts(groups: Iterable[Group], *, on_bad: str = "drop", report: Report | None = None) -> Iterator[Group]:
@@ -133,12 +165,15 @@ def merge_prompts(groups: Iterable[Group], *, on_bad: str = "drop", report: Repo
     it for rankings: the order of a merged group means nothing.
     """
     one_of("on_bad", on_bad, ("drop", "error"))
-    return _merge_prompts(groups, on_bad, report or Report())
+    check_iterable("groups", groups, "an iterable of Groups")
+    check_kind("report", report := report or Report(), Report, "a Report")
+    return _merge_prompts(groups, on_bad, report)
 
 
 def _merge_prompts(groups: Iterable[Group], on_bad: str, report: Report) -> Iterator[Group]:
     by_prompt: dict[tuple[bool, str], list[Group]] = {}
     for group in groups:
+        check_kind("groups", group, Group, "Groups, as read_groups yields them")
         text = group.prompt if isinstance(group.prompt, str) else None
         parts = [group.prompt, group.tools, [*map(image_key, group.images or ())]]
         key = text is None, json.dumps(parts, sort_keys=True, default=repr) if text is None else text
@@ -162,15 +197,15 @@ def _sound(stage: str, group: Group, on_bad: str, report: Report) -> Iterator[Gr
     first: dict[str, int] = {}  # the number of each text
     for i, (text, side) in enumerate(zip(group.responses, group.positive)):
         if weights[i] == 0:
-            report.drop(BadRow("response of weight 0", f"the response {text!r:.60}"), row)
+            report.drop(BadRow("response of weight 0", f"the response {shown(text)}"), row)
         elif not text.strip():
             report.drop(BadRow("empty", "a response is empty"), row, on_bad)
         elif text not in sides:
             sides[text], first[text] = side, i
         elif sides[text] is side:
-            report.drop(BadRow("duplicate", f"the response {text!r:.60} is repeated"), row, on_bad)
+            report.drop(BadRow("duplicate", f"the response {shown(text)} is repeated"), row, on_bad)
         elif sides[text] is not None:
-            report.drop(BadRow("on both sides", f"the response {text!r:.60} is preferred and rejected"), row, on_bad)
+            report.drop(BadRow("on both sides", f"the response {shown(text)} is preferred and rejected"), row, on_bad)
             sides[text] = None
     kept = group.only([first[text] for text, side in sides.items() if side is not None])
     if report.has_both_sides(kept.positive, row, on_bad):
@@ -193,7 +228,9 @@ def best_vs_rest() -> Rule:
 
 def top_k(k: int = 1, bottom: int | None = None) -> Rule:
     """The k best are positive; the rest, or the `bottom` worst, are negative. Those tied across a cut are left out."""
-    _at_least(1, k=k, **({} if bottom is None else {"bottom": bottom}))
+    check_count("k", k)
+    if bottom is not None:
+        check_count("bottom", bottom)
 
     def rule(scores: Sequence[float]) -> list[tuple[int, bool]]:
         order = _best_first(scores)
@@ -213,6 +250,10 @@ def threshold(at: float | str = "mean", below: float | None = None) -> Rule:
     centres: dict[str, Callable[[Sequence[float]], float]] = {"mean": statistics.fmean, "median": statistics.median}
     if isinstance(at, str) and at not in centres:
         raise ValueError(f"at must be a number, 'mean' or 'median'; got {at!r}")
+    if not isinstance(at, str):
+        _check_finite("at", at)
+    if below is not None:
+        _check_finite("below", below)
     if below is not None and (isinstance(at, str) or below > at):
         raise ValueError(f"below must be at most at, and at a number; got below={below}, at={at!r}")
 
@@ -226,6 +267,7 @@ def threshold(at: float | str = "mean", below: float | None = None) -> Rule:
 
 def margin(by: float = 1.0) -> Rule:
     """The best and those tied with it are positive, those lower by at least `by` negative; the rest are left out."""
+    _check_finite("by", by)
     if not by > 0:
         raise ValueError(f"by must be positive; got {by}")
 
@@ -239,7 +281,7 @@ def margin(by: float = 1.0) -> Rule:
 def ranks(positives: int = 1) -> Rule:
     """All responses, best first, as plackett_luce needs them; the first `positives` are positive. Of tied ones only the
     first stays."""
-    _at_least(1, positives=positives)
+    check_count("positives", positives)
 
     def rule(scores: Sequence[float]) -> list[tuple[int, bool]]:
         order = _best_first(scores)
@@ -262,7 +304,8 @@ def _best_first(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: ties keep the order of the row
 
 
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+def _check_finite(name: str, value: Any) -> None:
+    """With NaN all comparisons are False: a rule would leave out everything, and with infinity nearly so."""
+    check_number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}")
