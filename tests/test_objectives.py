@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,15 @@ def make_objective(loss: str, **options: object) -> Objective:
 # ----------------------------------------------------------------------------------------------------------- the oracle
 
 
-def oracle(token_logps: Tensor, cu: list[int], lists: list[list[bool]], o: Objective, ref: Tensor) -> dict[str, Tensor]:
+def oracle(
+    token_logps: Tensor,
+    cu: list[int],
+    lists: list[list[bool]],
+    o: Objective,
+    ref: Tensor,
+    weights: list[float] | None = None,
+    response_weights: list[list[float]] | None = None,
+) -> dict[str, Tensor]:
     """The formulas one group at a time, in the precision of token_logps, differentiated by autograd."""
     bounds = list(itertools.pairwise(cu))
     s = [token_logps[a:b].sum() for a, b in bounds]
@@ -42,7 +51,7 @@ def oracle(token_logps: Tensor, cu: list[int], lists: list[list[bool]], o: Objec
         b = s[i] - r[i] if o.balance.space == "reference" else s[i]
         b = b / n[i] if o.balance.normalize else b
         if o.loss == "orpo":
-            b = b + torch.log(1 - torch.exp(m[i]))
+            b = b + log1mexp(m[i])
         return b.detach()
 
     def weight(b_positive: Tensor, b_negative: Tensor) -> float:
@@ -51,21 +60,34 @@ def oracle(token_logps: Tensor, cu: list[int], lists: list[list[bool]], o: Objec
     def softplus(x: Tensor) -> Tensor:
         return torch.logaddexp(x, torch.zeros_like(x))
 
-    def odds(i: int) -> Tensor:
-        return m[i] - torch.log(-torch.expm1(m[i]))
+    def log1mexp(x: Tensor) -> Tensor:
+        return torch.log(-torch.expm1(x.clamp(max=-torch.finfo(torch.float64).eps)))
 
-    losses, weights, start = [], [1.0] * len(s), 0
+    def odds(i: int) -> Tensor:
+        return m[i] - log1mexp(m[i])
+
+    a = [1.0] * len(s) if response_weights is None else [x for group in response_weights for x in group]
+
+    def mean(terms: dict[int, Any]) -> Any:
+        return sum(a[i] * x for i, x in terms.items()) / sum(a[i] for i in terms)
+
+    def lse(terms: dict[int, Tensor]) -> Tensor:
+        return torch.logsumexp(torch.stack([x + math.log(a[i]) for i, x in terms.items()]), 0)
+
+    losses, balances, factors, start = [], [1.0] * len(s), [], 0
     for labels in lists:
-        members = range(start, start + len(labels))
-        P, N = ([i for i, label in zip(members, labels) if label is side] for side in (True, False))
+        factors.append(1.0)
+        members = [i for i in range(start, start + len(labels)) if a[i] > 0]
+        P, N = ([i for i in members if labels[i - start] is side] for side in (True, False))
         start += len(labels)
         if o.balance is not None:
-            b = [level(i) for i in range(len(s))]
-            negative = sum(b[j] for j in N) / len(N)
+            b = {i: level(i) for i in members}
             for i in P:
-                ws = [weight(b[i], b[j]) for j in N] if o.loss == "all_pairs" else [weight(b[i], negative)]
-                weights[i] = sum(ws) / len(ws)
-        v = {i: weights[i] * u[i] for i in members}
+                if o.loss == "all_pairs":
+                    balances[i] = mean({j: weight(b[i], b[j]) for j in N})
+                else:
+                    balances[i] = weight(b[i], mean({j: b[j] for j in N}))
+        v = {i: balances[i] * u[i] for i in members}
         w, l = P[0], N[0]  # noqa: E741
         d = v[w] - v[l]
         if o.loss == "sigmoid":
@@ -81,7 +103,7 @@ def oracle(token_logps: Tensor, cu: list[int], lists: list[list[bool]], o: Objec
         elif o.loss == "cpo":
             loss = softplus(-d)
         elif o.loss == "orpo":
-            loss = -m[w] + o.beta * softplus(-(weights[w] * odds(w) - odds(l)))
+            loss = -m[w] + o.beta * softplus(-(balances[w] * odds(w) - odds(l)))
         elif o.loss == "robust":
             e = o.label_smoothing
             loss = ((1 - e) * softplus(-d) - e * softplus(d)) / (1 - 2 * e)
@@ -91,41 +113,49 @@ def oracle(token_logps: Tensor, cu: list[int], lists: list[list[bool]], o: Objec
             loss = (log_p.exp() * (log_p - labels.log())).sum()
         elif o.loss == "discopop":
             log_mix = -softplus(-d / o.tau)
-            loss = (1 - torch.sigmoid(d / o.tau)) * softplus(-d) + torch.exp(log_mix - d)
+            loss = torch.sigmoid(-d / o.tau) * softplus(-d) + torch.exp(log_mix - d)
         elif o.loss == "nca_pair":
             loss = softplus(-v[w]) + (softplus(v[w]) + softplus(v[l])) / 2
         elif o.loss == "apo_zero":
-            loss = 1 - torch.sigmoid(v[w]) + torch.sigmoid(v[l])
+            loss = torch.sigmoid(-v[w]) + torch.sigmoid(v[l])
         elif o.loss == "apo_down":
-            loss = torch.sigmoid(v[w]) + 1 - torch.sigmoid(d)
+            loss = torch.sigmoid(v[w]) + torch.sigmoid(-d)
         elif o.loss == "sppo_hard":
             loss = (v[w] / o.beta - 1 / (2 * o.beta)) ** 2 + (v[l] / o.beta + 1 / (2 * o.beta)) ** 2
         elif o.loss == "margin":
-            loss = softplus(-(sum(v[i] for i in P) / len(P) - sum(v[j] for j in N) / len(N)))
+            loss = softplus(-(mean({i: v[i] for i in P}) - mean({j: v[j] for j in N})))
         elif o.loss == "mpo":
-            everyone = torch.logsumexp(torch.stack([v[i] for i in members]), 0)
-            loss = everyone - torch.logsumexp(torch.stack([v[i] for i in P]), 0)
+            loss = lse({i: v[i] for i in members}) - lse({i: v[i] for i in P})
         elif o.loss == "all_pairs":
-            terms = []
-            for i, j in itertools.product(P, N):
-                pair_weight = weight(b[i], b[j]) if o.balance is not None else 1.0
-                terms.append(softplus(-(pair_weight * u[i] - u[j])))
-            loss = sum(terms) / len(terms)
+            scaled = {(i, j): (1 if o.balance is None else weight(b[i], b[j])) * u[i] for i in P for j in N}
+            loss = mean({i: mean({j: softplus(-(scaled[i, j] - u[j])) for j in N}) for i in P})
         elif o.loss == "softmax":
-            terms = [torch.logsumexp(torch.stack([v[i], *(v[j] for j in N)]), 0) - v[i] for i in P]
-            loss = sum(terms) / len(P)
+            negatives = {j: v[j] for j in N}
+            # A positive meets the negatives once, whatever it weighs itself.
+            loss = mean({i: torch.logaddexp(v[i], lse(negatives)) - v[i] for i in P})
         else:
             assert o.loss == "plackett_luce"
             rest = [torch.stack([v[j] for j in members if j >= k]) for k in members]
             loss = sum(torch.logsumexp(x, 0) - x[0] for x in rest)
-        losses.append(loss + o.nll_weight * sum(-m[i] for i in P) / len(P))
+        if o.nll_weight:
+            loss = loss + o.nll_weight * mean({i: -m[i] for i in P})
+        if o.policy_weight:
+            factor = torch.exp(sum(mean({i: m[i].detach() for i in side}) for side in (P, N)))
+            factors[-1], loss = float(factor), factor * loss
+        losses.append(loss)
     group_losses = torch.stack(losses)
+    shares = [1.0 / len(lists)] * len(lists)
+    if weights is not None:
+        divisor = sum(weights) if o.divide_by == "weights" else len(weights)
+        shares = [w / divisor for w in weights]
     return {
-        "loss": group_losses.mean(),
+        "loss": sum(share * loss for share, loss in zip(shares, losses)),
         "seq_logps": torch.stack(s),
         "rewards": torch.stack(u),
         "group_losses": group_losses,
-        "balance_weights": torch.tensor(weights, dtype=token_logps.dtype),
+        "policy_weights": torch.tensor(factors, dtype=token_logps.dtype),
+        "shares": torch.tensor(shares, dtype=token_logps.dtype),
+        "balance_weights": torch.tensor(balances, dtype=token_logps.dtype),
     }
 
 

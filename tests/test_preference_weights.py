@@ -152,6 +152,41 @@ def test_extreme_scores_have_their_limits(loss, impl):
     torch.testing.assert_close(out["d_token_logps"] * 2 / 0.7, limits[:, 1:].flatten(), rtol=5e-7, atol=0)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_orpo_of_an_answer_that_is_almost_certain(impl):
+    """Mean log-probabilities from -1e-3 to -1e-9, and exactly 0, which counts as one unit of float64's precision."""
+    groups, objective = PreferenceGroups.pairs(4), Objective("orpo", beta=0.5)
+    logps = torch.tensor([-1e-3, -1.0, -1e-8, -1e-9, -1e-5, -1e-8, -0.5, 0.0])
+    out = evaluate(logps, torch.arange(9), groups, objective, None, impl)
+    m = logps.double().requires_grad_()
+    odds = m - torch.log(-torch.expm1(m.clamp(max=-(2.0**-52))))
+    losses = -m[::2] - 0.5 * torch.nn.functional.logsigmoid(odds[::2] - odds[1::2])
+    (gradient,) = torch.autograd.grad(0.7 * losses.mean(), m)
+    torch.testing.assert_close(out["group_losses"].double(), losses.detach(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(out["d_token_logps"].double(), gradient, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_is_small_keeps_its_digits(impl):
+    """The tails of log sigma and of a ranking, and a reference in float64, whose digits the scores need."""
+    groups = PreferenceGroups.from_lists([[True, True, False, False]])
+    logps = torch.tensor([-1.0, -16.0, -30.0, -1e5])
+    reference = torch.tensor([0.0, 1e-9, 0.0, -1e5 + 0.001], dtype=torch.float64)
+    for loss in ("plackett_luce", "all_pairs", "mpo"):
+        arguments = (torch.arange(5), groups, Objective(loss, beta=1.0))
+        truth = evaluate(logps.double(), *arguments, reference, "reference")
+        for name, value in evaluate(logps, *arguments, reference, impl).items():
+            torch.testing.assert_close(value.double(), truth[name], rtol=3e-7, atol=1e-16)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "cpo", "margin"])
+def test_an_infinite_score_times_an_option_of_zero_is_not_nan(loss, impl):
+    """A dispreferred response that the policy cannot give: the loss is that of the limit, for both alike."""
+    logps, groups = torch.tensor([-1.0, -math.inf]), PreferenceGroups.pairs(1)
+    assert evaluate(logps, torch.arange(3), groups, Objective(loss), torch.zeros(2), impl)["loss"] == 0
+
+
 def test_a_long_sequence_loses_no_digits():
     n = 10**6
     logps = -torch.rand(2 * n, generator=torch.Generator().manual_seed(0))

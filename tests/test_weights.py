@@ -145,6 +145,27 @@ def test_a_weight_of_a_response_is_as_many_copies(loss: str, balance: AdaBalance
     torch.testing.assert_close(found["balance_weights"][which], expected.balance_weights, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("loss", WEIGHED)
+def test_a_response_of_weight_0_may_be_anything(loss: str, bad: float) -> None:
+    """Nothing of it comes into the loss, the balance or the gradient of the others."""
+    sides = [[True, True, False, False], [False, True]]
+    logps, ref = -torch.linspace(0.5, 4, 6), -torch.ones(6)
+    objective = objective_of(loss, balance=AdaBalance(), policy_weight=True)
+    for at in (1, 2):  # a positive, a negative
+        weights = [[1.0] * 4, [1.0] * 2]
+        weights[0][at] = 0
+        groups = PreferenceGroups.from_lists(sides, response_weights=weights)
+        expected = evaluate(logps, torch.arange(7), groups, objective, ref, "reference")
+        found = evaluate(
+            logps.index_fill(0, torch.tensor([at]), bad), torch.arange(7), groups, objective, ref, "reference"
+        )
+        assert expected["d_token_logps"][at] == 0 and expected["balance_weights"][at] == 1
+        for name in ("loss", "group_losses", "balance_weights", "d_token_logps"):
+            assert torch.equal(found[name], expected[name]), name
+        assert torch.equal(found["seq_logps"][at], torch.tensor(bad)) or math.isnan(bad)
+
+
 def test_weights_of_responses_run_on_the_reference() -> None:
     groups, cu, logps, ref = draw("mpo", 0, 1.0, per_token=True)
     groups = weighted(groups, response_weights=torch.ones(groups.num_sequences))

@@ -34,7 +34,7 @@ def pair_loss(
     # The derivatives in x, and in the two sides apart.
     d_x, d_w, d_l = zero, zero, zero
     if LOSS == "sigmoid":
-        losses = (1 - e) * neg_log_sigmoid(x) + e * neg_log_sigmoid(-x)
+        losses = (1 - e) * neg_log_sigmoid(x) + tl.where(e == 0, 0.0, e * neg_log_sigmoid(-x))  # 0 times infinity: NaN
         d_x = e * sigmoid(x) - (1 - e) * sigmoid(-x)
     elif LOSS == "hinge":
         losses = tl.where(x == x, tl.maximum(1.0 - x, 0.0), x)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import launch
 from .pair_losses import PAIRWISE, pair_loss
-from .tile import exp_minus_one, log1mexp, log_add_exp, neg_log_sigmoid, sigmoid
+from .tile import FLOAT64_EPS, exp_minus_one, log1mexp, log_add_exp, neg_log_sigmoid, sigmoid
 
 LOSSES = (*PAIRWISE, "margin", "mpo", "all_pairs", "softmax", "plackett_luce")
 MAX_GROUP = 1024
@@ -29,7 +29,7 @@ MAX_GROUP = 1024
 @triton.jit
 def segment_sums_kernel(
     token_logps_ptr,  # (T,) float32
-    ref_ptr,  # (S,) or (T,) float32, or None
+    ref_ptr,  # (S,) or (T,) float32 | float64, or None
     cu_seqlens_ptr,  # (S+1,) int32 | int64
     sums_ptr,  # (S,) float64 out: s
     ref_sums_ptr,  # (S,) float64 out: r
@@ -163,7 +163,7 @@ def preference_weights_fwd_kernel(
         if LOSS == "orpo":
             v = w * (m - log1mexp(m))
             # d (m - log(1 - e^m)) / d m; closer to 0 than one unit of precision the second term is constant.
-            d_u = tl.where(m > -1.1920928955078125e-7, 1.0, -1.0 / exp_minus_one(m)) / n
+            d_u = tl.where(m > -FLOAT64_EPS, 1.0, -1.0 / exp_minus_one(m)) / n
         losses, d_w, d_l = pair_loss(
             tl.sum(tl.where(pos, v, 0.0), 1),
             tl.sum(tl.where(neg, v, 0.0), 1),
@@ -222,7 +222,7 @@ def preference_weights_fwd_kernel(
     nll = nll_weight
     if LOSS == "orpo":
         nll = nll_weight + 1.0  # part of the loss
-    losses += nll * tl.sum(tl.where(pos, -m, 0.0), 1) / P
+    losses += tl.where(nll == 0, 0.0, nll * tl.sum(tl.where(pos, -m, 0.0), 1) / P)  # 0 times infinity would be NaN
     d_s = a * d_u - tl.where(pos, nll / (n * P[:, None]), 0.0)
     losses = tl.where(valid, losses, float("nan"))
     tl.store(coefficients_ptr + i, tl.where(valid[:, None], d_s / G, float("nan")).to(tl.float32), mask=inside)
@@ -290,7 +290,7 @@ def why_not(device: torch.device, dtype: torch.dtype, loss: object, max_group: i
 @launch.on_its_device
 def preference_weights_forward(
     token_logps: Tensor,  # (T,) float32
-    ref_logps: Tensor | None,  # (S,) or (T,) float32
+    ref_logps: Tensor | None,  # (S,) or (T,) float32 | float64
     cu_seqlens: Tensor,  # (S+1,) int32 | int64
     cu_groups: Tensor,  # (G+1,) int32 | int64
     positive: Tensor,  # (S,) bool

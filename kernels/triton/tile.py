@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+FLOAT64_EPS = tl.constexpr(2.0**-52)
 
 
 @triton.jit
@@ -220,10 +221,9 @@ def log_probs(z, lse):
 
 @triton.jit
 def log_one_plus(e):
-    """log(1 + e) for e in [0, 1], to full relative precision: 2 atanh(e / (2 + e))."""
-    t = e / (2.0 + e)
-    t2 = t * t
-    return 2.0 * t * (1.0 + t2 * (1 / 3 + t2 * (1 / 5 + t2 * (1 / 7 + t2 * (1 / 9 + t2 * (1 / 11 + t2 * (1 / 13)))))))
+    """log(1 + e) for e >= 0, to full relative precision: what 1 + e has rounded off cancels in the quotient (Kahan)."""
+    u = 1.0 + e
+    return tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
 
 
 @triton.jit
@@ -241,15 +241,15 @@ def sigmoid(x):
 
 @triton.jit
 def exp_minus_one(m):
-    """e^m - 1 for m <= 0, to full relative precision."""
-    series = m * (1.0 + m / 2 * (1.0 + m / 3 * (1.0 + m / 4 * (1.0 + m / 5 * (1.0 + m / 6 * (1.0 + m / 7))))))
-    return tl.where(m > -0.35, series, tl.exp(m) - 1.0)
+    """e^m - 1 for m <= 0, to full relative precision: what e^m has rounded off cancels in the quotient (Kahan)."""
+    u = tl.exp(m)
+    return tl.where(u == 1.0, m, tl.where(m > -0.35, (u - 1.0) * (m / tl.log(u)), u - 1.0))
 
 
 @triton.jit
 def log1mexp(m):
-    """log(1 - e^m) for m <= 0; closer to 0 than one unit of precision m counts as that unit. NaN stays."""
-    return tl.log(-exp_minus_one(tl.where(m > -1.1920928955078125e-7, -1.1920928955078125e-7, m)))
+    """log(1 - e^m) for m <= 0 in float64; closer to 0 than one unit of precision m counts as that unit. NaN stays."""
+    return tl.log(-exp_minus_one(tl.where(m > -FLOAT64_EPS, -FLOAT64_EPS, m)))
 
 
 @triton.jit

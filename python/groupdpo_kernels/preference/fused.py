@@ -112,10 +112,10 @@ def _(d_loss, coefficients, cu_seqlens, T):
 class PreferenceWeights:
     """`PreferenceWeights.apply(token_logps, ref_logps, cu_seqlens, cu_groups, positive, spec, max_group, impl)`.
 
-    token_logps (T,) float32, ref_logps (S,), (T,) or None, integers cu_seqlens (S+1,) and cu_groups (G+1,), positive
-    (S,) bool, `spec` a LossSpec, `max_group` a bound on the responses of a group, `impl` "triton", the only one that is
-    fused. Returns the five tensors of PreferenceLoss in order; only loss is differentiable, in token_logps.
-    ValueError for another `impl`.
+    token_logps (T,) float32, ref_logps (S,) or (T,) in float32 or float64, or None, integers cu_seqlens (S+1,) and
+    cu_groups (G+1,), positive (S,) bool, `spec` a LossSpec, `max_group` a bound on the responses of a group, `impl`
+    "triton", the only one that is fused. Returns the five tensors of PreferenceLoss in order; only loss is
+    differentiable, in token_logps. ValueError for another `impl`.
     """
 
     @staticmethod
@@ -147,7 +147,7 @@ class WeightedPreference(NotUnderVmap):
     @staticmethod
     def forward(
         token_logps: Tensor,  # (T,) float32
-        ref_logps: Tensor | None,  # (S,) or (T,) float32
+        ref_logps: Tensor | None,  # (S,) or (T,) float32 | float64
         cu_seqlens: Tensor,  # (S+1,) int32 | int64
         cu_groups: Tensor,  # (G+1,) int32 | int64
         positive: Tensor,  # (S,) bool

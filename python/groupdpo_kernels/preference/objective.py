@@ -201,7 +201,7 @@ class PreferenceLoss(NamedTuple):
     seq_logps: Tensor  # (S,)
     rewards: Tensor  # (S,) the scores u, before balance
     group_losses: Tensor  # (G,) with WPO's weight, without the groups' own
-    balance_weights: Tensor  # (S,) w on positives (all_pairs: the mean over its pairs), 1 elsewhere
+    balance_weights: Tensor  # (S,) w on positives of weight above 0 (all_pairs: the mean over its pairs), 1 elsewhere
 
 
 def preference_loss(
@@ -249,6 +249,12 @@ def preference_loss(
     row, balance, dtype, groups = objective._row, objective.balance, token_logps.dtype, groups.whole
     u = x.logps - x.ref_logps if objective.subtracts_reference and x.ref_logps is not None else x.logps
     u = objective.beta * (u / x.lengths if objective.averages else u)
+    seen = x.logps.detach(), u.detach()
+    if groups.response_weights is not None:
+        # What has weight 0 is left out here: 0 times its gradient would be NaN where its values are not finite.
+        absent = groups.response_weights == 0
+        u = u.masked_fill(absent, 0)
+        x = x._replace(logps=x.logps.masked_fill(absent, 0), mean_logps=x.mean_logps.masked_fill(absent, 0))
     b = None if balance is None else _balanced_quantity(x, balance, row.odds)
 
     weights = torch.ones_like(u).detach()
@@ -270,7 +276,7 @@ def preference_loss(
         assert row.group is not None  # a row has one of the two
         if balance is not None and b is not None:
             w = balance.coefficient(b, mean(b, groups.side(False), groups)[groups.ids])
-            weights = torch.where(groups.positive, w, weights)
+            weights = torch.where(groups.side(True) != 0, w, weights)
         scores = u if balance is None else weights * u
         # A user's own loss gets scores of the precision that it was given.
         losses = row.group(
@@ -290,7 +296,7 @@ def preference_loss(
         bad = bad | ~groups.positives_first()
     losses = losses * torch.where(bad, math.nan, 1.0)
     loss = losses.mean() if groups.weights is None else (_shares(groups, objective) * losses).sum()
-    found = PreferenceLoss(loss, x.logps.detach(), u.detach(), losses.detach(), weights)
+    found = PreferenceLoss(loss, *seen, losses.detach(), weights)
     return found if dtype == torch.float64 else PreferenceLoss(*(value.float() for value in found))
 
 
@@ -303,7 +309,8 @@ def _by_kernel(
 ) -> PreferenceLoss:
     """preference_loss in few launches, with the gradient in closed form; sums and scores are float64 inside."""
     assert isinstance(objective.loss, str)  # `resolve` has refused a callable
-    ref_logps = None if ref_logps is None else ref_logps.detach().float()
+    if ref_logps is not None:  # sums in float64 keep their digits, as in plain PyTorch
+        ref_logps = ref_logps.detach().to(torch.promote_types(ref_logps.dtype, torch.float32))
     if not _unchecked(token_logps):
         if objective._row.ranks and not groups.positives_first():
             raise ValueError(f"{objective.loss} reads the order in a group as its ranking: positives must come first")
