@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -277,7 +277,7 @@ def magnitude(inputs: Inputs, options: HeadOptions) -> float:
     """
     if inputs.targets.numel() == 0:
         return 1.0
-    leaves = {name: x.detach().double() for name, x in inputs.leaves.items()}
+    leaves = {name: x.detach().double().clone() for name, x in inputs.leaves.items()}
     if inputs.weight.shape[0] > 1:
         leaves["weight"][:, (leaves["weight"] == leaves["weight"][0]).all(0)] = 0
     if inputs.bias is not None:
@@ -288,139 +288,47 @@ def magnitude(inputs: Inputs, options: HeadOptions) -> float:
         total += wide["low_rank_hidden"].flatten(0, -2) @ wide["low_rank_weight"].T
     if inputs.bias is not None:
         total += wide["bias"]
-    total = torch.where(torch.isfinite(total), total, 0)
+    total = torch.where(torch.isfinite(total), total, 0)  # what is not finite has no rounding error
     return max(1.0, float(total.max()) * abs(options.logit_scale) / options.temperature)
 
 
-def _reordered(inputs: Inputs, options: HeadOptions, seed: int) -> Result:
-    """Eager PyTorch on the same numbers, with tokens, columns of hidden and of low_rank, and ids of the vocabulary in
-    another order, its results put back in the order of the inputs. In exact arithmetic they would be the same.
-    """
-    generator = torch.Generator().manual_seed(seed)
+def check_budget(actual: Result, inputs: Inputs, options: HeadOptions, factor: float = 2.0) -> float:
+    """The largest share of its budget that a result takes.
 
-    def shuffled(size: int) -> Tensor:
-        return torch.randperm(size, generator=generator).to(inputs.weight.device)
+    AssertionError unless each result is within `factor` times eager PyTorch's error against float64, in three views.
 
-    T, (V, D) = inputs.targets.numel(), inputs.weight.shape
-    t, v, d = shuffled(T), shuffled(V), shuffled(D)
-    r = shuffled(0 if inputs.low_rank is None else inputs.low_rank[1].shape[1])
-    of = {"hidden": (t, d), "weight": (v, d), "bias": (v,), "low_rank_hidden": (t, r), "low_rank_weight": (v, r)}
-
-    def taken(x: Tensor, orders: tuple[Tensor, ...]) -> Tensor:
-        x = x.index_select(0, orders[0])
-        return x if len(orders) == 1 else x.index_select(1, orders[1])
-
-    flat = {
-        name: x.detach().reshape(-1, x.shape[-1]) if x.dim() > 1 else x.detach() for name, x in inputs.leaves.items()
-    }
-    leaves = {name: taken(x, of[name]).requires_grad_() for name, x in flat.items()}
-    targets = inputs.targets.reshape(-1)[t]
-    live = targets != options.ignore_index
-    upstream = [None if x is None else x.reshape(-1)[t] for x in (inputs.d_token_logps, inputs.d_lse, inputs.d_entropy)]
-    pair = (leaves["low_rank_hidden"], leaves["low_rank_weight"]) if inputs.low_rank is not None else None
-    moved = Inputs(
-        leaves["hidden"],
-        leaves["weight"],
-        torch.where(live, v.argsort()[torch.where(live, targets, 0)], targets),
-        leaves.get("bias"),
-        pair,
-        *upstream,  # type: ignore[arg-type]
-    )
-    result = {}
-    for name, x in run(eager, moved, options).items():
-        leaf = name.removeprefix("d_") if name.startswith("d_") else None
-        back = tuple(order.argsort() for order in (of[leaf] if leaf else (t,)))
-        result[name] = taken(x, back).view(inputs.leaves[leaf].shape if leaf else inputs.targets.shape)
-    return result
-
-
-def peers_of(inputs: Inputs, options: HeadOptions, orders: int) -> list[Result]:
-    """Eager PyTorch's results in `orders` orders, the given one first. What is not finite in an ignored row is none of
-    its business: usual trainers have no such rows.
-    """
-    live = (inputs.targets != options.ignore_index).unsqueeze(-1)
-
-    def cleaned(x: Tensor) -> Tensor:
-        return torch.where(live, x.detach(), 0).requires_grad_()
-
-    pair = None if inputs.low_rank is None else (cleaned(inputs.low_rank[0]), inputs.low_rank[1])
-    clean = replace(inputs, hidden=cleaned(inputs.hidden), low_rank=pair)
-    return [run(eager, clean, options), *(_reordered(clean, options, seed) for seed in range(1, orders))]
-
-
-class Comparison(NamedTuple):
-    """A result in one view: its error, and what that may be."""
-
-    name: str
-    view: str
-    error: float
-    budget: float
-
-    @property
-    def share(self) -> float:
-        """Of the budget; infinite where the error is no number, and for any error where there is no budget."""
-        if self.error == 0:
-            return 0.0
-        return self.error / self.budget if self.budget > 0 and self.error < float("inf") else float("inf")
-
-
-def comparisons(
-    actual: Result, inputs: Inputs, options: HeadOptions, factor: float = 2.0, orders: int = 1
-) -> Iterator[Comparison]:
-    """Each floating result against its budget, in three views and, where the truth is not finite, one more.
-
-    The budget is `factor` times eager PyTorch's error against float64. Gradients are compared with eager PyTorch at the
-    precision of the inputs. Values are float32 whatever the inputs, and compared with eager on inputs widened to
-    float32, so that logits rounded to 16 bits do not pass. Where eager is exact by luck, the budget is `factor` times
-    one rounding of the truth, or 2 eps of float32 of `magnitude`.
-
-    `orders` is for small tensors: eager's error on a few numbers is one draw, and with its sums in another order it may
-    be several times larger. Its largest error over so many orders counts. Where the truth is not finite the result must
-    be the same, and all else is compared without it.
+    Gradients are compared with eager PyTorch at the precision of the inputs. Values are float32 whatever the inputs,
+    and compared with eager on inputs widened to float32, so that logits rounded to 16 bits do not pass. Where eager is
+    exact by luck, the budget is `factor` times one rounding of the truth, or 2 eps of float32 of `magnitude`.
     """
     truth = exact(inputs, options)
-    peers = peers_of(inputs, options, orders)
+    peers = run(eager, inputs, options)
     narrow = inputs.hidden.dtype in (torch.bfloat16, torch.float16)
-    wide_peers = peers_of(inputs.to(torch.float32), options, orders) if narrow else peers
+    wide_peers = run(eager, inputs.to(torch.float32), options) if narrow else peers
     accumulator = torch.float64 if inputs.hidden.dtype == torch.float64 else torch.float32
     slack = 2 * torch.finfo(accumulator).eps * magnitude(inputs, options)
+    largest = 0.0
     for name, value in actual.items():
-        of_inputs, true = name.startswith("d_"), truth[name]
+        of_inputs = name.startswith("d_")
         dtype = torch.bool if name == "is_top1" else inputs.hidden.dtype if of_inputs else accumulator
-        if (value.shape, value.dtype) != (true.shape, dtype):
-            raise AssertionError(f"{name} must be {true.shape} {dtype}; got {value.shape} {value.dtype}")
+        if (value.shape, value.dtype) != (truth[name].shape, dtype):
+            raise AssertionError(f"{name} must be {truth[name].shape} {dtype}; got {value.shape} {value.dtype}")
         if name == "is_top1":
-            if wrong := int((value != true).sum()):
+            if wrong := int((value != truth[name]).sum()):
                 raise AssertionError(f"{name} differs in {wrong} rows")
             continue
         if value.numel() == 0:
             continue
-        of_peers = [peer[name] for peer in (peers if of_inputs else wide_peers)]
-        spoilt = ~torch.isfinite(true.to(dtype))  # a gradient that its dtype cannot hold is infinite
-        if spoilt.any():
-            same = torch.equal(value[spoilt].nan_to_num(nan=0.5), true.to(dtype)[spoilt].nan_to_num(nan=0.5))
-            yield Comparison(name, "what is not finite", 0.0 if same else float("inf"), 0.0)
-            value, true, *of_peers = (torch.where(spoilt, 0, x) for x in (value, true, *of_peers))
-        # Eager may overflow where the truth does not; that excuses nothing.
-        if not of_inputs:  # a vector, whatever its leading dimensions: a view by row would be one by number
-            value, true, *of_peers = (x.reshape(-1) for x in (value, true, *of_peers))
-        by_view = [_views(peer, true) for peer in of_peers if torch.isfinite(peer).all()]
-        rounded = _views(true.to(dtype), true)
-        size = float(true.square().mean().sqrt().clamp(min=1e-30))
-        for view, found in _views(value, true).items():
+        peer = _views((peers if of_inputs else wide_peers)[name], truth[name])
+        rounded = _views(truth[name].to(value.dtype), truth[name])
+        size = float(truth[name].square().mean().sqrt().clamp(min=1e-30))
+        for view, found in _views(value, truth[name]).items():
             # Rounding gives values an absolute error and gradients a relative one.
-            spread = float(true.abs().max()) / size if view == "largest" else 1.0
-            least = max(rounded[view], slack * spread if of_inputs else slack / size)
-            yield Comparison(name, view, found, factor * max(least, *(peer[view] for peer in by_view), least))
-
-
-def check_budget(actual: Result, inputs: Inputs, options: HeadOptions, factor: float = 2.0) -> float:
-    """The largest share of its budget that a result takes. AssertionError where one takes more than all of it."""
-    largest = 0.0
-    for name, view, found, budget in comparisons(actual, inputs, options, factor):
-        if not found <= budget:
-            raise AssertionError(f"{name}: {view} error {found:.3e} exceeds the budget {budget:.3e}")
-        largest = max(largest, found / budget if budget else 0.0)
+            spread = float(truth[name].abs().max()) / size if view == "largest" else 1.0
+            budget = factor * max(peer[view], rounded[view], slack * spread if of_inputs else slack / size)
+            if not found <= budget:
+                raise AssertionError(f"{name}: {view} error {found:.3e} exceeds the budget {budget:.3e}")
+            largest = max(largest, found / budget if budget else 0.0)
     return largest
 
 

@@ -1,8 +1,8 @@
 """The LM head: every implementation and every path of lm_head/dispatch.py, over shapes, dtypes, options, and regimes of
 values in which other implementations break. Triton's kernels run in its interpreter.
 
-Each result is held to testing.comparisons: twice eager PyTorch's error against float64, in the worst of ORDERS orders,
-since these tensors are small. Where a tolerance leaves gradients out, the bound that docs/math.md states is added.
+Each result is held to the budget of budget.py: twice eager PyTorch's error against float64. Where a tolerance leaves
+gradients out, the bound that docs/math.md states is added.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,21 +22,12 @@ from torch import Tensor
 from groupdpo_kernels import linear_logp_stats, linear_logps, reference
 from groupdpo_kernels.reference import HeadOptions, LogpStats
 from groupdpo_kernels.replay import LseTape
-from groupdpo_kernels.testing import (
-    Case,
-    Inputs,
-    Result,
-    comparisons,
-    exact,
-    magnitude,
-    make_inputs,
-    peers_of,
-    triton_on_cpu,
-)
+from groupdpo_kernels.testing import Case, Inputs, Result, make_inputs, triton_on_cpu
 
+from . import budget
 from .frame import Family
 
-ORDERS = 3
+_SEEDS = (-1, -2)  # of cases drawn alike, for eager's error
 TOLERANCES = (2.0**-20, 2.0**-7, 0.05)
 DTYPES = {"float32": 4, "bfloat16": 4, "float16": 2}  # how often
 STATISTICS = ("lse", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1")
@@ -113,7 +104,7 @@ class HeadCase:
         return replace(self.shape.options, ignore_index=self.ignore_index)
 
 
-# ---------------------------------------------------------------------------------------------------------------- drawn
+# --------------------------------------------------------------------------------------------------------------- drawn
 
 
 def draw(number: int) -> HeadCase:
@@ -220,12 +211,12 @@ def _needs(path: str, leaves: list[str], outputs: tuple[str, ...], chance: rando
     return tuple(name for name in leaves if name in chosen)
 
 
-# -------------------------------------------------------------------------------------------------------------- prepared
+# ------------------------------------------------------------------------------------------------------------ prepared
 
 
-def prepared(case: HeadCase) -> Inputs:
-    """The tensors of a case: those of make_inputs, with what its regime changes."""
-    inputs, generator = make_inputs(case.shape, seed=case.number), torch.Generator().manual_seed(case.number)
+def prepared(case: HeadCase, seed: int) -> Inputs:
+    """The tensors of a case: those of make_inputs, with what its regime changes. With another seed a case alike."""
+    inputs, generator = make_inputs(case.shape, seed=seed), torch.Generator().manual_seed(seed)
     hidden, weight, targets = inputs.hidden.detach(), inputs.weight.detach(), inputs.targets.clone()
     bias = None if inputs.bias is None else inputs.bias.detach()
     dtype, V = hidden.dtype, weight.shape[0]
@@ -282,19 +273,23 @@ def prepared(case: HeadCase) -> Inputs:
 
 
 def _confident(case: HeadCase, hidden: Tensor, weight: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-    """hidden plus as much of the target's own row as gives it a probability from 0.9 to 1 - 1e-6, found by bisection."""
+    """hidden plus so much of the target's own row that its probability lies between 0.9 and 1 - 1e-6, by bisection."""
     p = 1 - 10 ** (-1 - 5 * torch.rand(targets.shape, generator=generator, dtype=torch.float64))
     w, base, y = weight.double(), hidden.double() * 0.3, targets.clamp(min=0)
     towards = w[y] / w[y].square().sum(-1, keepdim=True).clamp(min=1e-6)
+    z, by = base @ w.T, towards @ w.T
     low, high = torch.zeros_like(p), torch.full_like(p, 300.0)
-    for _ in range(40):
+    for _ in range(20):
         middle = (low + high) / 2
-        logps = reference.linear_logps(base + middle[..., None] * towards, w, y, None, None, case.shape.options)
-        low, high = torch.where(logps.exp() < p, middle, low), torch.where(logps.exp() < p, high, middle)
+        logits = z + middle[..., None] * by
+        if case.shape.softcap is not None:
+            logits = case.shape.softcap * torch.tanh(logits / case.shape.softcap)
+        p_now = torch.softmax(logits / case.shape.temperature, -1).gather(-1, y[..., None])[..., 0]
+        low, high = torch.where(p_now < p, middle, low), torch.where(p_now < p, high, middle)
     return base + high[..., None] * towards
 
 
-# -------------------------------------------------------------------------------------------------------------- computed
+# ------------------------------------------------------------------------------------------------------------ computed
 
 
 @contextlib.contextmanager
@@ -363,93 +358,22 @@ def computed(case: HeadCase, inputs: Inputs) -> Result:
         return result | {f"d_{name}": g for name, g in zip(case.needs, gradients)}
 
 
-# ---------------------------------------------------------------------------------------------------------------- judged
+# -------------------------------------------------------------------------------------------------------------- judged
 
 
 def judge(case: HeadCase) -> dict[str, float]:
-    inputs = prepared(case)
-    actual, shares = computed(case, inputs), {}
-    whole = inputs.to(inputs.hidden.dtype)  # every leaf with its gradient
+    options = case.options
+    actual, found = computed(case, prepared(case, case.number)), {}
+    # With a gradient of every leaf, whatever the case asks for.
+    inputs, *alike = (prepared(case, seed).to(case.shape.dtype) for seed in (case.number, *_SEEDS))
+    truth = budget.truth_of(inputs, options)
     if "is_top1" in actual:
-        shares["is_top1"] = top1_share(actual.pop("is_top1"), whole, case.options)
+        found["is_top1"] = budget.share_of_top1(actual.pop("is_top1"), inputs, options, truth)
+    left_out = {}
     if case.grad_tol:
-        gradients = {name: actual.pop(name) for name in list(actual) if name.startswith("d_")}
-        shares |= within_tolerance(case, gradients, whole)
-    for found in comparisons(actual, whole, case.options, orders=ORDERS):
-        shares[found.name] = max(shares.get(found.name, 0.0), found.share)
-    return shares
-
-
-def logits_of(inputs: Inputs, options: HeadOptions) -> Tensor:  # (T, V) float64
-    wide = {name: x.detach().double() for name, x in inputs.leaves.items()}
-    pair = (wide["low_rank_hidden"], wide["low_rank_weight"]) if inputs.low_rank is not None else None
-    z = reference.logits(wide["hidden"], wide["weight"], wide.get("bias"), pair, options)
-    return z.reshape(-1, z.shape[-1])
-
-
-def top1_share(actual: Tensor, inputs: Inputs, options: HeadOptions) -> float:
-    """Of what rounding excuses: the gap between the target's logit and the largest other one, where `actual` is wrong
-    about its sign. Logits that rounding may exchange have no right answer; a row that is not finite has none at all.
-    """
-    z, targets = logits_of(inputs, options), inputs.targets.reshape(-1)
-    live = targets != options.ignore_index
-    at = torch.where(live, targets, 0)[:, None]
-    gap = z.gather(1, at)[:, 0] - z.scatter(1, at, -math.inf).max(1).values
-    said = actual.reshape(-1)
-    if (said & ~live).any():
-        return math.inf
-    wrong = torch.where(said, -gap, gap).clamp(min=0)
-    rounding = 4 * torch.finfo(reference.accumulator(inputs.hidden.dtype)).eps
-    allowed = rounding * (magnitude(inputs, options) + z.gather(1, at)[:, 0].abs())
-    judged = live & torch.isfinite(z).any(1) & ~z.isnan().any(1) & ~(z == math.inf).any(1) & torch.isfinite(allowed)
-    return float((wrong / allowed)[judged].max()) if judged.any() else 0.0
-
-
-def within_tolerance(case: HeadCase, actual: Result, inputs: Inputs) -> dict[str, float]:
-    """The share of each gradient under a tolerance. docs/math.md bounds the sum over its rows of the norm of what is
-    left out; eager PyTorch's error in that sum, twice, comes on top, as everywhere.
-    """
-    options, truth = case.options, exact(inputs, case.options)
-    live = inputs.targets.reshape(-1) != options.ignore_index
-    z, y = logits_of(inputs, options), torch.where(live, inputs.targets.reshape(-1), 0)[:, None]
-    logps = torch.log_softmax(z, -1)
-    whole = live & torch.isfinite(logps.gather(1, y)[:, 0])  # other rows take the exact path
-    p = logps.exp().scatter(1, y, 0)
-    coefficient = (inputs.d_lse - inputs.d_token_logps).reshape(-1).abs()
-    if case.path.endswith("sampled tail"):
-        likely, where = p.topk(min(256, p.shape[1]), 1)  # of these, what is surely a candidate
-        kept = torch.zeros_like(p).scatter(1, where, torch.where(likely > case.grad_tol / 4 * 1.001, likely, 0))
-        left_out = 2 * coefficient * (p - kept).sum(1) * (1 + 2.0**-17)
-    else:
-        left_out = case.grad_tol * coefficient * p.sum(1)
-    chain = abs(options.logit_scale) / options.temperature
-    allowed = chain * float(torch.where(whole, left_out, 0).sum())
-    factors = {"hidden": "weight", "weight": "hidden", "low_rank_hidden": "low_rank_weight"}
-    factors |= {"low_rank_weight": "low_rank_hidden"}
-    eager = peers_of(inputs, options, ORDERS)
-    slack = 2 * torch.finfo(reference.accumulator(inputs.hidden.dtype)).eps * magnitude(inputs, options)
-    shares = {}
-    for name, value in actual.items():
-        leaf, true = name.removeprefix("d_"), truth[name]
-        spoilt = ~torch.isfinite(true.to(value.dtype))
-        same = torch.equal(value[spoilt].nan_to_num(nan=0.5), true.to(value.dtype)[spoilt].nan_to_num(nan=0.5))
-        if value.dtype != inputs.hidden.dtype or value.shape != true.shape or not same:
-            shares[name] = math.inf
-            continue
-
-        def total(x: Tensor) -> float:
-            x = torch.where(spoilt, 0, x.double() - true)  # noqa: B023
-            return float((x if leaf == "bias" else x.norm(dim=-1)).abs().sum())  # noqa: B023
-
-        by_eager = [error for error in map(total, (result[name] for result in eager)) if math.isfinite(error)]
-        rounding = max(total(true.to(value.dtype)), slack * total(torch.zeros_like(true)), *by_eager, 0.0)
-        norm = 1.0
-        if leaf in factors:
-            norms = inputs.leaves[factors[leaf]].detach().double().norm(dim=-1).reshape(-1)
-            norm = float(norms[torch.isfinite(norms)].max()) if norms.numel() else 0.0
-        budget, error = allowed * norm + 2 * rounding, total(value)
-        shares[name] = 0.0 if error == 0 else error / budget if budget and math.isfinite(error) else math.inf
-    return shares
+        sampled = case.path.endswith("sampled tail")
+        left_out = budget.left_out_by_candidates(inputs, options, truth, case.grad_tol, sampled)
+    return found | budget.shares(actual, inputs, options, truth, alike, left_out)
 
 
 FAMILY = Family(
@@ -459,6 +383,7 @@ FAMILY = Family(
     draw=draw,
     judge=judge,
     sources=(
+        "tests/campaign/budget.py",
         "tests/campaign/heads.py",
         "python/groupdpo_kernels/*.py",
         "python/groupdpo_kernels/lm_head/*.py",
