@@ -13,8 +13,9 @@ of a wide distribution, and often 0 by luck. So here
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class Truth:
     targets: Tensor  # (T,) ids, 0 in ignored rows
 
 
-def truth_of(inputs: Inputs, options: HeadOptions) -> Truth:
+def truth_of(inputs: Inputs, options: HeadOptions, stated: float = 0.0) -> Truth:
+    """`stated` is an error of each logit that an implementation says it has."""
     leaves = {name: x.detach().double() for name, x in inputs.leaves.items()}
     pair = (leaves["low_rank_hidden"], leaves["low_rank_weight"]) if inputs.low_rank is not None else None
     z = reference.logits(leaves["hidden"], leaves["weight"], leaves.get("bias"), pair, options).flatten(0, -2)
@@ -62,11 +64,11 @@ def truth_of(inputs: Inputs, options: HeadOptions) -> Truth:
         slopes = 1 - (torch.where(live, z, 0) * options.temperature / options.softcap).square()
     dtype = accumulator(inputs.hidden.dtype)
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(torch.float32).tiny
-    logit = 2 * eps * magnitude(inputs, options)
-    if dtype == torch.float64:
-        # The lse of a row is a float64, which keeps what an offset would cost float32 and has no room for what it costs
-        # float64: of logits of 1e6, 1e-10.
-        logit += eps * float(torch.where(live, z, 0).abs().max()) if z.numel() else 0.0
+    logit = 2 * eps * magnitude(inputs, options) + stated
+    if dtype == torch.float64 and z.numel():
+        # A float64 has room for what an offset costs a float32, and none for what it costs a float64: logits of 1e6 and
+        # their lse, here and in the truth, are known to 1e-10.
+        logit += 2 * eps * float(torch.where(live, z, 0).abs().max())
     erring = terms * (slopes * logit + 2 * eps)  # a slope is 1 - tanh^2, which errs by eps however small it is
     results = exact(inputs, options)
     sizes, floors = (
@@ -85,42 +87,50 @@ def truth_of(inputs: Inputs, options: HeadOptions) -> Truth:
     return Truth(results, sizes, floors, z, live[:, 0], y[:, 0])
 
 
-def views(error: Tensor, size: Tensor, kept: Tensor, by_row: bool) -> dict[str, float]:
-    """An error where `kept` in three views: the largest catches a wrong entry, the overall norm a bias too small for
-    any entry, and the worst row a wrong gradient of a token, or of a vocabulary id, that is small beside the others.
-    `by_row` is one view alone, the sum over rows of their norms.
+def views(value: Tensor, truth: Truth, name: str, by_row: bool, error: Tensor | None = None) -> dict[str, float]:
+    """The error of a result, where the truth is finite in its dtype, in three views: the largest catches a wrong entry,
+    the overall norm a bias too small for any entry, and the worst row a wrong gradient of a token, or of a vocabulary
+    id, that is small beside the others. `by_row` is one view alone, the sum over rows of their norms.
     """
-    error, size = torch.where(kept, error.double(), 0), torch.where(kept, size, 0)
-    rows, of = ((x if x.dim() == 1 else x.norm(dim=-1)).abs() for x in (error, size))
+    true, size = truth.results[name], truth.sizes[name]
+    if not value.numel():
+        return {}
+    kept = torch.isfinite(true.to(value.dtype))
+    error = value.double() - true if error is None else error
+    if not kept.all():
+        error, size = torch.where(kept, error, 0), torch.where(kept, size, 0)
+    rows, of = (x.abs() if x.dim() == 1 or not name.startswith("d_") else x.norm(dim=-1) for x in (error, size))
     if by_row:
         return {"rows": float(rows.sum() / of.sum().clamp(min=1e-30))}
-    found = {"overall": float(error.norm() / size.norm().clamp(min=1e-30))}
-    found["largest"] = float(error.abs().max() / size.square().mean().sqrt().clamp(min=1e-30))
-    return found | {"row": float((rows / of.clamp(min=1e-30)).max())} if error.dim() > 1 else found
+    whole = size.norm().clamp(min=1e-30)
+    found = {"overall": float(error.norm() / whole), "largest": float(error.abs().max() / whole) * size.numel() ** 0.5}
+    if rows.shape != error.shape:
+        found["row"] = float((rows / of.clamp(min=1e-30)).max())
+    return found
 
 
 def errors_of_eager(
-    inputs: Inputs, options: HeadOptions, truth: Truth, by_row: Iterable[str]
+    inputs: Inputs, options: HeadOptions, truth: Truth, names: Iterable[str], by_row: Container[str]
 ) -> dict[str, dict[str, float]]:
     """By result. Values of 16-bit inputs are compared with float32, so that logits rounded to 16 bits do not pass, and
     so are gradients that eager in 16 bits cannot hold.
     """
     # What is not finite in an ignored row is none of eager's business: usual trainers have no such rows.
     ignored = (inputs.targets == options.ignore_index).unsqueeze(-1)
-    x = inputs.hidden.detach().masked_fill(ignored, 0)
-    cleaned = replace(inputs, hidden=x.requires_grad_())
-    narrow = run(eager, cleaned, options)
-    wide = run(eager, cleaned.to(torch.float32), options) if x.dtype in (torch.bfloat16, torch.float16) else narrow
-    found = {}
-    for name in narrow:
-        true = truth.results[name]
-        value = narrow[name] if name.startswith("d_") else wide[name]
-        kept = torch.isfinite(true.to(value.dtype))
-        if not torch.isfinite(value[kept]).all():
-            value = wide[name].to(value.dtype)
-        if value.numel():
-            found[name] = views(value.double() - true, truth.sizes[name], kept, name in by_row)
-    return found
+    inputs = replace(inputs, hidden=inputs.hidden.detach().masked_fill(ignored, 0).requires_grad_())
+    dtype = inputs.hidden.dtype
+    wide = inputs.to(accumulator(dtype))
+    with torch.no_grad():
+        found = eager(wide.hidden, wide.weight, wide.targets, wide.bias, wide.low_rank, options)._asdict()
+    if any(name.startswith("d_") for name in names):
+        gradients = {name: x for name, x in run(eager, inputs, options).items() if name.startswith("d_")}
+        if dtype != wide.hidden.dtype and not all(torch.isfinite(x).all() for x in gradients.values()):
+            by_float32 = run(eager, wide, options)
+            gradients = {
+                name: torch.where(torch.isfinite(x), x, by_float32[name].to(dtype)) for name, x in gradients.items()
+            }
+        found |= gradients
+    return {name: views(found[name], truth, name, name in by_row) for name in names}
 
 
 def shares(
@@ -128,40 +138,45 @@ def shares(
     inputs: Inputs,
     options: HeadOptions,
     truth: Truth,
-    alike: Iterable[Inputs],
+    alike: Callable[[], Iterable[Inputs]],
     left_out: dict[str, float],
 ) -> dict[str, float]:
     """The share of its budget that each result takes; infinite where it is not as it must be at all.
 
-    `alike` are cases drawn alike, for eager's error. `left_out` bounds, by gradient, the sum over rows of the norms of
-    what a tolerance leaves out: these are judged in that view alone.
+    `alike` gives cases drawn alike, for eager's error: what takes less than half of a budget does not ask for them.
+    `left_out` bounds, by gradient, the sum over rows of the norms of what a tolerance leaves out: these are judged in
+    that view alone.
     """
-    of_eager = [errors_of_eager(inputs, options, truth, left_out)]
-    of_eager += [errors_of_eager(x, options, truth_of(x, options), left_out) for x in alike]
-    found = {}
-    for name, value in actual.items():
-        true, size = truth.results[name], truth.sizes[name]
-        dtype = inputs.hidden.dtype if name.startswith("d_") else accumulator(inputs.hidden.dtype)
-        rounded = true.to(dtype)
-        kept = torch.isfinite(rounded)  # a gradient that its dtype cannot hold is infinite
-        right = (value.shape, value.dtype) == (true.shape, dtype)
-        if not right or not torch.equal(value[~kept].nan_to_num(0.5), rounded[~kept].nan_to_num(0.5)):
-            found[name] = math.inf
-        elif value.numel():
-            by_row = name in left_out
-            floors = [views(x, size, kept, by_row) for x in (rounded.double() - true, truth.floors[name])]
-            allowed = floors + [errors[name] for errors in of_eager]
-            found[name] = 0.0
-            for view, error in views(value.double() - true, size, kept, by_row).items():
-                budget = FACTOR * max(x[view] for x in allowed if math.isfinite(x[view]))
-                if by_row:
-                    rows = torch.where(kept, size, 0)
-                    budget += left_out[name] / float(
-                        (rows if rows.dim() == 1 else rows.norm(dim=-1)).sum().clamp(min=1e-30)
-                    )
-                share = 0.0 if error == 0 else error / budget if error < math.inf and budget > 0 else math.inf
-                found[name] = max(found[name], share)
+    of_eager = [errors_of_eager(inputs, options, truth, actual, left_out)]
+    found = {name: _share(name, value, inputs, truth, of_eager, left_out) for name, value in actual.items()}
+    close = {name: actual[name] for name, share in found.items() if 0.5 < share < math.inf}
+    if close:
+        of_eager += [errors_of_eager(x, options, truth_of(x, options), close, left_out) for x in alike()]
+        found |= {name: _share(name, value, inputs, truth, of_eager, left_out) for name, value in close.items()}
     return found
+
+
+def _share(
+    name: str, value: Tensor, inputs: Inputs, truth: Truth, of_eager: list[dict[str, Any]], left_out: dict[str, float]
+) -> float:
+    true, by_row = truth.results[name], name in left_out
+    rounded = true.to(inputs.hidden.dtype if name.startswith("d_") else accumulator(inputs.hidden.dtype))
+    kept = torch.isfinite(rounded)  # a gradient that its dtype cannot hold is infinite
+    right = (value.shape, value.dtype) == (rounded.shape, rounded.dtype)
+    if not right or not torch.equal(value[~kept].nan_to_num(0.5), rounded[~kept].nan_to_num(0.5)):
+        return math.inf
+    floors = [views(rounded, truth, name, by_row), views(rounded, truth, name, by_row, truth.floors[name])]
+    allowed = [*floors, *(errors[name] for errors in of_eager)]
+    largest = 0.0
+    for view, error in views(value, truth, name, by_row).items():
+        budget = FACTOR * max(x[view] for x in allowed if math.isfinite(x[view]))
+        if by_row:
+            rows = torch.where(kept, truth.sizes[name], 0)
+            rows = rows if rows.dim() == 1 else rows.norm(dim=-1)
+            budget += left_out[name] / float(rows.sum().clamp(min=1e-30))
+        share = 0.0 if error == 0 else error / budget if error < math.inf and budget > 0 else math.inf
+        largest = max(largest, share)
+    return largest
 
 
 def share_of_top1(actual: Tensor, inputs: Inputs, options: HeadOptions, truth: Truth) -> float:

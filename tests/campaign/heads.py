@@ -362,17 +362,23 @@ def computed(case: HeadCase, inputs: Inputs) -> Result:
 
 
 def judge(case: HeadCase) -> dict[str, float]:
-    options = case.options
-    actual, found = computed(case, prepared(case, case.number)), {}
-    # With a gradient of every leaf, whatever the case asks for.
-    inputs, *alike = (prepared(case, seed).to(case.shape.dtype) for seed in (case.number, *_SEEDS))
-    truth = budget.truth_of(inputs, options)
+    options, inputs = case.options, prepared(case, case.number)
+    actual, found = computed(case, inputs), {}
+    inputs = inputs.to(case.shape.dtype)  # with a gradient of every leaf, whatever the case asks for
+    stated = 0.0
+    if case.impl == "triton" and options.softcap and case.shape.dtype.itemsize == 2:
+        stated = 1e-7 * options.softcap / options.temperature  # of tanh in kernels/triton/tile.py, for 16-bit inputs
+    truth = budget.truth_of(inputs, options, stated)
     if "is_top1" in actual:
         found["is_top1"] = budget.share_of_top1(actual.pop("is_top1"), inputs, options, truth)
     left_out = {}
     if case.grad_tol:
         sampled = case.path.endswith("sampled tail")
         left_out = budget.left_out_by_candidates(inputs, options, truth, case.grad_tol, sampled)
+
+    def alike() -> list[Inputs]:
+        return [prepared(case, seed).to(case.shape.dtype) for seed in _SEEDS]
+
     return found | budget.shares(actual, inputs, options, truth, alike, left_out)
 
 
