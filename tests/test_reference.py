@@ -172,4 +172,5 @@ def test_seq_logps() -> None:
 
 
 def test_options_travel_in_the_order_of_the_schema() -> None:
-    assert astuple(HeadOptions(2.0, 3.0, 4.0, 5, 6)) == (2.0, 3.0, 4.0, 5, 6)
+    options = HeadOptions(2.0, 3.0, 4.0, 5, 6)
+    assert options.as_tuple() == astuple(options) == (2.0, 3.0, 4.0, 5, 6)

@@ -52,6 +52,11 @@ class HeadOptions:
     ignore_index: int = -100
     workspace_bytes: int = 2**28
 
+    def as_tuple(self) -> tuple[float, float | None, float, int, int]:
+        """The fields in the order of the ops' schemas. `dataclasses.astuple` copies them, and torch.compile of torch 2.11
+        cannot read that."""
+        return self.logit_scale, self.softcap, self.temperature, self.ignore_index, self.workspace_bytes
+
 
 class Head(NamedTuple):
     """The tensors of an LM head, in the order of the ops' schemas. What a head lacks is an empty tensor (`head_of`)."""

@@ -20,7 +20,7 @@ import contextlib
 import contextvars
 import importlib
 from collections.abc import Iterator
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -152,7 +152,7 @@ def forward(
         _claimed[claim] = _FLOAT * targets.numel() * columns
     try:
         op = torch.ops.groupdpo_kernels.logit_cache_forward
-        *out, cache = op(*head, targets, *astuple(options), stats, columns)
+        *out, cache = op(*head, targets, *options.as_tuple(), stats, columns)
         with _lock:
             _alive.append((StorageWeakRef(cache.untyped_storage()), cache.nbytes))
     finally:
@@ -172,4 +172,4 @@ def backward(
 ) -> HeadGradients:
     """ops.linear_logps_backward that reads the logit cache instead of computing those logits again."""
     op = torch.ops.groupdpo_kernels.logit_cache_backward
-    return host.asked_for(op(*head, targets, lse, *rows, cache, *astuple(options), list(needs)), needs)
+    return host.asked_for(op(*head, targets, lse, *rows, cache, *options.as_tuple(), list(needs)), needs)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -265,7 +264,7 @@ def token_logps_of(head: Head, targets: Tensor, lse: Tensor, options: HeadOption
 
 def linear_logps_forward(head: Head, targets: Tensor, options: HeadOptions, stats: bool, impl: str) -> LogpStats:
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_forward
-    return LogpStats(*op(*head, targets, *astuple(options), stats, impl))
+    return LogpStats(*op(*head, targets, *options.as_tuple(), stats, impl))
 
 
 def linear_logps_backward(
@@ -278,12 +277,12 @@ def linear_logps_backward(
     impl: str,
 ) -> HeadGradients:
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.linear_logps_backward
-    return asked_for(op(*head, targets, lse, *rows, *astuple(options), list(needs), impl), needs)
+    return asked_for(op(*head, targets, lse, *rows, *options.as_tuple(), list(needs), impl), needs)
 
 
 def frozen_head(head: Head, targets: Tensor, options: HeadOptions, grad_tol: float, impl: str) -> FrozenHead:
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.frozen_head
-    return FrozenHead(*op(*head, targets, *astuple(options), grad_tol, impl))
+    return FrozenHead(*op(*head, targets, *options.as_tuple(), grad_tol, impl))
 
 
 def sparse_forward(
@@ -291,7 +290,7 @@ def sparse_forward(
 ) -> tuple[Tensor, Candidates]:
     """token_logps and the candidates, in the leading shape of targets; with a seed, () int64, also a sampled tail."""
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.sparse_forward
-    token_logps, *fields = op(*head, targets, *astuple(options), grad_tol, seed, impl)
+    token_logps, *fields = op(*head, targets, *options.as_tuple(), grad_tol, seed, impl)
     return token_logps, Candidates(*fields)
 
 
@@ -309,7 +308,7 @@ def sparse_backward(
     """Gradients within grad_tol; None means candidates with a sampled tail."""
     op: Callable[..., tuple[Tensor, ...]] = torch.ops.groupdpo_kernels.sparse_backward
     upstream = (d_token_logps, d_lse)
-    return asked_for(op(*head, targets, *found, *upstream, *astuple(options), grad_tol, list(needs), impl), needs)
+    return asked_for(op(*head, targets, *found, *upstream, *options.as_tuple(), grad_tol, list(needs), impl), needs)
 
 
 def refuse_gradient(gradient: Tensor, name: str) -> Tensor:
