@@ -53,8 +53,8 @@ class HeadOptions:
     workspace_bytes: int = 2**28
 
     def as_tuple(self) -> tuple[float, float | None, float, int, int]:
-        """The fields in the order of the ops' schemas. `dataclasses.astuple` copies them, and torch.compile of torch 2.11
-        cannot read that."""
+        """The fields in the order of the ops' schemas. `dataclasses.astuple` copies them, which torch.compile of torch
+        2.11 cannot read."""
         return self.logit_scale, self.softcap, self.temperature, self.ignore_index, self.workspace_bytes
 
 
