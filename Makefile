@@ -11,7 +11,7 @@ RESULTS ?= bench/results
 # Without bytecode on disk each of the tests' hundred processes would compile torch and transformers again: 20 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup test test-distributed test-processors test-aarch64 sanitize emulate numerics demo bench profile docs dist hub compat support lint clean
+.PHONY: help setup test test-distributed test-processors test-aarch64 sanitize emulate faults numerics demo bench profile docs dist hub compat support lint clean
 .PHONY: device-first device device-losses device-memory device-steps device-counters
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make sanitize the C++ op under sanitizers: addresses, undefined behaviour, races; planted faults are found"
 	@echo "make emulate  every kernel, compiled for a GPU and executed without one; writes docs/project/emulation.md; resumes"
 	@echo "make numerics ten thousand drawn heads and more, each within its error budget; writes docs/project/numerics.md; resumes"
+	@echo "make faults   kills, full disks, damaged files; writes docs/project/faults.md; resumes"
 	@echo "make bench    time and memory against the alternatives, on this machine"
 	@echo "make profile  peak memory and time of a training step against the size of its group; writes profile/"
 	@echo "make docs     the documentation as a site, build/docs/index.html; a broken link is an error"
@@ -104,6 +105,10 @@ emulate: setup
 # Each verdict is kept in build/numerics/, so that a run that was stopped goes on.
 numerics: setup
 	OMP_NUM_THREADS=1 $(RUN) tests/numerics.py $(ARGS)
+
+# Each result is kept in build/faults/. A part of it wants root, which may mount small disks.
+faults: setup
+	OMP_NUM_THREADS=1 $(RUN) tests/faults.py $(ARGS)
 
 demo: setup
 	$(RUN) examples/group_arithmetic.py $(ARGS)

@@ -7,6 +7,7 @@ says a name as soon as it has told its user that this is done, so `said` must be
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import io
 import json
@@ -37,10 +38,11 @@ from groupdpo_kernels.stepwise import reference_logps, store
 from groupdpo_kernels.stepwise.store import digest, file_digest, tensor_digests
 from groupdpo_kernels.trainers import checkpoints, last_checkpoint
 
+TOKENIZER = byte_level_bpe()
 Say = Callable[[str], None]
 Found = dict[str, Any]
-TRAINED = COMMON | {"max_steps": 6, "optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps"}
-TRAINED |= {"save_steps": 2, "save_total_limit": 2, "logging_strategy": "steps"}
+TRAINED = COMMON | {"max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps"}
+TRAINED |= {"save_steps": 1, "save_total_limit": 2, "logging_strategy": "steps"}
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,9 @@ def sdpo(folder: Path, say: Say) -> Found:
     from groupdpo_kernels.trainers import GroupDPOConfig, StepwiseDPO
 
     parts = [GROUPS.select([0, 1]), GROUPS.select([2, 3]), GROUPS]
-    config = GroupDPOConfig(str(folder), **TRAINED | {"max_steps": 3, "save_strategy": "no"})
+    config = GroupDPOConfig(str(folder), **TRAINED | {"max_steps": 2, "save_strategy": "no"})
     with _told(say, r"stage (\d+) of \d+: done, saved", "stage"):
-        run = StepwiseDPO(llama(), config, parts, byte_level_bpe(), objective=Objective("all_pairs", beta=0.5))
+        run = StepwiseDPO(llama(), config, parts, TOKENIZER, objective=Objective("all_pairs", beta=0.5))
         run.train()
     return tensor_digests(run.model)
 
@@ -159,7 +161,7 @@ def group(folder: Path, say: Say) -> Found:
 
     config = GroupDPOConfig(str(folder), precompute_ref_log_probs=True, **TRAINED)
     objective = Objective("all_pairs", beta=0.5)
-    named = {"train_dataset": GROUPS, "processing_class": byte_level_bpe(), "objective": objective}
+    named = {"train_dataset": GROUPS, "processing_class": TOKENIZER, "objective": objective}
     return _train(GroupDPOTrainer(llama(), args=config, **named), say)
 
 
@@ -167,8 +169,8 @@ def large_checkpoints(folder: Path, say: Say) -> Found:
     """A checkpoint of 3 MB after every step, so that most of the time goes into them."""
     from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer
 
-    config = GroupDPOConfig(str(folder), **TRAINED | {"save_steps": 1, "max_steps": 5})
-    named = {"train_dataset": PAIRS, "processing_class": byte_level_bpe(), "objective": Objective("simpo")}
+    config = GroupDPOConfig(str(folder), **TRAINED)
+    named = {"train_dataset": PAIRS, "processing_class": TOKENIZER, "objective": Objective("simpo")}
     return _train(GroupDPOTrainer(make("llama", hidden_size=128, intermediate_size=256), args=config, **named), say)
 
 
@@ -178,7 +180,7 @@ def pairs(folder: Path, say: Say) -> Found:
     from groupdpo_kernels.trainers import DPOTrainer
 
     trainer = DPOTrainer(
-        llama(), args=trl.DPOConfig(str(folder), **TRAINED), train_dataset=PAIRS, processing_class=byte_level_bpe()
+        llama(), args=trl.DPOConfig(str(folder), **TRAINED), train_dataset=PAIRS, processing_class=TOKENIZER
     )
     return _train(trainer, say)
 
@@ -189,11 +191,11 @@ def online(folder: Path, say: Say) -> Found:
 
     from groupdpo_kernels.trainers import OnlineGroupDPOConfig, OnlineGroupDPOTrainer
 
-    options = ONLINE | TRAINED | {"per_device_train_batch_size": 8, "max_steps": 4, "save_steps": 1}
+    options = ONLINE | TRAINED | {"per_device_train_batch_size": 8, "max_steps": 4}
     config = OnlineGroupDPOConfig(str(folder), **options | {"ref_sync_steps": 2, "learning_rate": 0.1, "optim": "sgd"})
     rows = Dataset.from_dict({"prompt": PROMPTS})
     return _train(
-        OnlineGroupDPOTrainer(llama(), Rewards(), config, train_dataset=rows, processing_class=byte_level_bpe()), say
+        OnlineGroupDPOTrainer(llama(), Rewards(), config, train_dataset=rows, processing_class=TOKENIZER), say
     )
 
 
@@ -263,7 +265,7 @@ def logps_kept(folder: Path) -> dict[str, str]:
 
 def train(folder: Path, say: Say) -> Found:
     source = INPUTS
-    options = ("--loss", "all_pairs", "--lr", 0.001, "--groups-per-step", 2, "--max-steps", 6, "--save-steps", 2)
+    options = ("--loss", "all_pairs", "--lr", 0.001, "--groups-per-step", 2, "--max-steps", 4, "--save-steps", 1)
     with _reported(say):
         where = ("--model", source / "model", "--data", source / "preferences.jsonl", "--out", folder / "run")
         _done("train", *where, *options)
@@ -363,18 +365,18 @@ WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate
 @dataclass(frozen=True)
 class Order:
     """What befalls a process: a signal at its nth write, a limit on the size of a file, which kills or is an error,
-    and a user without rights."""
+    and no right to write where the mode forbids it."""
 
     signal: int = 0
     write: int = 0
     limit: int = 0
     deadly: bool = True
-    nobody: bool = False
+    rights: bool = True
     told: bool = False  # whether the job says, too, when it begins to compute
 
 
 def begin(name: str, folder: str, notes: str, order: Order) -> None:
-    """Runs a job in this process. In the folder `notes` it leaves `began`, `said`, `writes` (their number) and `result`."""
+    """Runs a job in this process. In the folder `notes` it leaves `began`, `said`, `writes` (how many) and `result`."""
     place, beside = Path(folder), Path(notes)
     torch.set_num_threads(1)
     gc.freeze()
@@ -389,10 +391,8 @@ def begin(name: str, folder: str, notes: str, order: Order) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL if order.deadly else signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (order.limit, resource.RLIM_INFINITY))
-    if order.nobody:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
+    if not order.rights:
+        give_up_rights()
     (beside / "began").touch()
 
     def say(what: str) -> None:
@@ -405,7 +405,7 @@ def begin(name: str, folder: str, notes: str, order: Order) -> None:
         if order.limit:  # the error itself goes to a file
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         raise
-    store.write(beside / "result", {"result": json.dumps(found)})
+    store.write(beside / "result", {"result": json.dumps(found), "modules": [*sys.modules]})
 
 
 @contextlib.contextmanager
@@ -432,8 +432,15 @@ def _computing(say: Say) -> Iterator[None]:
             setattr(owner, name, work)
 
 
+def give_up_rights() -> None:
+    """From here on the modes of files hold for this process, even where it is root's: it has no capabilities."""
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if ctypes.CDLL(None).capset(header, none):
+        raise OSError("capset failed")
+
+
 def _watch(place: Path, beside: Path, order: Order) -> None:
-    """Counts what this process does to files in its folder; at the chosen one the signal comes."""
+    """Counts what this process does to files in its folder. At the chosen one the signal comes; its time is noted."""
     count, main = 0, threading.main_thread()
 
     def see(event: str, arguments: Any) -> None:
@@ -444,8 +451,9 @@ def _watch(place: Path, beside: Path, order: Order) -> None:
             return
         count += 1
         if order.write == 0:
-            os.pwrite(counts, b"%08d" % count, 0)
+            os.pwrite(counts, b"%d" % count, 0)
         elif count == order.write:
+            os.pwrite(counts, repr(time.monotonic()).encode(), 0)
             os.kill(os.getpid(), order.signal)
 
     counts = os.open(beside / "writes", os.O_WRONLY | os.O_CREAT, 0o666)

@@ -1,4 +1,4 @@
-"""A slice of `make faults`, and what that campaign has found: kills, full disks, damaged files, a clock that goes back."""
+"""A slice of `make faults`, and what that campaign has found: kills, full disks, damaged files, a clock set back."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_folder_without_a_whole_checkpoint(tmp_path: Path) -> None:
         assert last_checkpoint(tmp_path) is None
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="has no whole checkpoint; got True"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="it was cut short: trainer_state.json is not whole"):
+    with pytest.raises(ValueError, match=r"it was cut short: trainer_state\.json is not whole"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
 
 
@@ -208,8 +208,8 @@ def test_a_changed_count_in_the_state_is_not_used(scored: Any) -> None:
 
 
 def test_a_lock_is_of_the_file_that_has_the_name_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the opening of OUT.part here and its lock, the process that wrote it has renamed it to OUT: the lock would
-    be of OUT, which would then be emptied."""
+    """Between the opening of OUT.part here and its lock, the process that wrote it has renamed it to OUT: the lock
+    would be of OUT, which would then be emptied."""
     part, out = tmp_path / "out.part", tmp_path / "out"
     part.write_text("whole")
     lock, calls = files._lock, []
@@ -229,9 +229,9 @@ def test_a_lock_is_of_the_file_that_has_the_name_now(tmp_path: Path, monkeypatch
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
-    with files.locked_folder(tmp_path), pytest.raises(ValueError, match="is being written by another process"):
-        with files.locked_folder(tmp_path):
-            pass
+    busy = pytest.raises(ValueError, match="is being written by another process")
+    with files.locked_folder(tmp_path), busy, files.locked_folder(tmp_path):
+        pass
     with files.locked_folder(tmp_path):
         pass
 
@@ -291,7 +291,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_rows_are_scored(
         raise OSError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(Path, "touch", touch)
-    with pytest.raises(OSError, match="no file can be written here: Read-only file system: '.*ref-"):
+    with pytest.raises(OSError, match=r"no file can be written here: Read-only file system: '.*ref-"):
         reference_logps(llama(), [{}], tmp_path, score=lambda *_: pytest.fail("it scores"), count=lambda row: 1)
 
 

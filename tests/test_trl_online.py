@@ -21,11 +21,13 @@ from processes import run_ranks
 from tiny_models import BASE, make
 from tiny_online import ONLINE, Gradients, Rewards, far, groups_of, loaded, plain_gradient, run_as_rank
 from tiny_trl import PROMPTS, llama, lora, steps, trainable
+from trl.trainer.utils import RepeatSampler
 
 from groupdpo_kernels import AdaBalance, Objective
 from groupdpo_kernels.data import top_k
 from groupdpo_kernels.trainers import OnlineGroupDPOConfig, OnlineGroupDPOTrainer
 from groupdpo_kernels.trainers.misplaced import GRPO_OPTIONS
+from groupdpo_kernels.trainers.online_group_dpo import _OrderOfEpoch
 from groupdpo_kernels.trainers.online_groups import slices, weights
 
 MPO = Objective("mpo", beta=2.0, average=True, nll_weight=1.0)
@@ -250,13 +252,12 @@ def test_the_reference_follows_the_policy(make_trainer: Any, with_lora: bool) ->
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
 def test_a_run_goes_on_where_it_was(make_trainer: Any, with_lora: bool) -> None:
-    """From step 3, where the reference is the policy after step 2."""
+    """From step 3, in the second epoch, where the reference is the policy after step 2."""
     ends = []
     for resume in (None, True):
         more = {"peft_config": lora()} if with_lora else {}
         options = {"max_steps": 5, "ref_sync_steps": 2, "save_strategy": "steps", "save_steps": 3, "rule": top_k(1)}
         options |= {"learning_rate": 0.2}
-        more["train_dataset"] = Dataset.from_dict({"prompt": PROMPTS * 3})  # one epoch: its order begins anew on resume
         trainer = make_trainer(options, **more)
         assert trainer.args.to_dict()["rule"] == "top_k.<locals>.rule"
         trainer.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-3") if resume else None)
@@ -268,6 +269,20 @@ def test_a_run_goes_on_where_it_was(make_trainer: Any, with_lora: bool) -> None:
         and ends[0][1]["step"] == 5
         and ends[0][1]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     )
+
+
+def test_a_later_epoch_has_its_own_order_when_a_run_goes_on() -> None:
+    """TRL's sampler draws an order whenever it is read, so that a resumed run would begin with the first epoch's."""
+
+    def sampler() -> Any:
+        return RepeatSampler(range(9), 2, shuffle=True, seed=5)
+
+    theirs, ours = sampler(), _OrderOfEpoch(sampler())
+    epochs = [[*theirs] for _ in range(3)]
+    for epoch in (0, 1, 2, 2, 1):
+        ours.set_epoch(epoch)
+        assert [*ours] == epochs[epoch] and len(ours) == len(theirs)
+    assert epochs[0] != epochs[1] != epochs[2]
 
 
 # ----------------------------------------------------------------------------------------- ranks, backends, evaluation
