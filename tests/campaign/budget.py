@@ -58,18 +58,22 @@ def truth_of(inputs: Inputs, options: HeadOptions, stated: float = 0.0) -> Truth
     if inputs.d_entropy is not None:
         parts = p * torch.where(p == 0, 0, logps).abs()
         terms = terms + inputs.d_entropy.reshape(-1, 1).abs() * (parts + p * parts.sum(1, keepdim=True))
-    terms = torch.where(live, terms, 0) * (abs(options.logit_scale) / options.temperature)
+    by = abs(options.logit_scale) / options.temperature
+    terms = torch.where(live, terms, 0) * by
     slopes = torch.ones_like(z)
     if options.softcap is not None:
         slopes = 1 - (torch.where(live, z, 0) * options.temperature / options.softcap).square()
     dtype = accumulator(inputs.hidden.dtype)
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(torch.float32).tiny
     logit = 2 * eps * magnitude(inputs, options) + stated
+    cancels = terms
     if dtype == torch.float64 and z.numel():
-        # A float64 has room for what an offset costs a float32, and none for what it costs a float64: logits of 1e6 and
-        # their lse, here and in the truth, are known to 1e-10.
+        # A float64 has room for what an offset, or 1 - p_y of a row that is sure, costs a float32. It has none for what
+        # they cost a float64: of logits of 1e6 and their lse, here and in the truth, 1e-10 is known.
         logit += 2 * eps * float(torch.where(live, z, 0).abs().max())
-    erring = terms * (slopes * logit + 2 * eps)  # a slope is 1 - tanh^2, which errs by eps however small it is
+        cancels = torch.where(live, p * (g + d_lse), 0) * by + terms
+    # A slope is 1 - tanh^2, which errs by eps however small it is.
+    erring = cancels * (slopes * logit + 2 * eps)
     results = exact(inputs, options)
     sizes, floors = (
         {name: torch.full(x.shape, f, dtype=torch.float64) for name, x in results.items()} for f in (1.0, logit)

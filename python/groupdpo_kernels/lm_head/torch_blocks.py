@@ -148,12 +148,9 @@ def forward_in_blocks(
             total = total * rescale + e.sum(1)
             squares = squares * rescale * rescale + (e * e).sum(1)
             top = new_top
-        shift = torch.where(torch.isfinite(top), top, 0)
-        lse = lse_of(shift, total)
-        # Not from lse: of a row of float64 that is sure of its target it would leave few digits of 1 - p_y.
-        token_logps = (target_logits - shift).double() - total.double().log()
+        lse = lse_of(torch.where(torch.isfinite(top), top, 0), total)
         values = (
-            torch.where(torch.isfinite(lse), token_logps, math.nan),
+            log_probs(target_logits, lse),
             lse,
             total.log() - weighted / total,
             plain / blocks.V,
