@@ -1,12 +1,11 @@
-"""The backward by micro-batches: each strategy, with and without shared prompts, against one graph of the whole step."""
+"""The backward by micro-batches: each strategy, with and without shared prompts, against one graph of all."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import random
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,7 +248,7 @@ def ours(case: BackwardCase) -> Found:
 
 
 def one_graph(case: BackwardCase, dtype: torch.dtype, noise: int | None = None) -> Found:
-    """The same in eager PyTorch, with logits. noise: a seed of errors of the log-probabilities, as float32 makes them."""
+    """The same in eager PyTorch, with logits. noise: a seed of errors in log-probabilities, as float32 makes them."""
     model, losses = model_of(case, False, dtype), []
     model.noise = None if noise is None else torch.Generator().manual_seed(noise)
     torch.manual_seed(case.number)
