@@ -1,9 +1,9 @@
-"""Records what pass 2 of a two-pass backward takes from pass 1: the random state, and the lse of every LM head.
+"""Records what pass 2 of a two-pass backward takes from pass 1: the random state, and the results of every LM head.
 
 With the lse known, token_logps need the logits of the targets alone, so pass 2 skips the head's forward. The backward
 rebuilds the logits anyway, and sees there how far their lse has drifted from the given one. A tape belongs to one
-forward and holds the lse of its head calls in order. Compiled regions neither record nor replay: they run in full both
-times. Nothing of size (T, D) or (T, V) is ever held. docs/math.md, section 4, has the method.
+forward and holds the results of its head calls in order. Compiled regions neither record nor replay: they run in full
+both times. Nothing of size (T, D) or (T, V) is ever held. docs/math.md, section 4, has the method.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ class RandomState:
 
 @dataclass
 class KnownLse:
-    """The lse of one head call, and its drift once a backward has used it."""
+    """The results of one head call, and the drift of its lse once a backward has used it."""
 
     lse: Tensor  # (...) float64
+    # (...) The gradient at the target is made of these: of a row that is sure of its target, 1 - p_y would lose its
+    # digits in the difference of this lse and a logit that is computed again, and rounded otherwise.
+    token_logps: Tensor
     drift: Tensor | None = None  # (...) log sum_v exp(logits - lse), 0 in ignored rows; set by the backward
 
 
 class LseTape:
-    """The lse of every call of linear_logps during a forward, in order."""
+    """The results of every call of linear_logps during a forward, in order."""
 
     def __init__(self) -> None:
         self._calls: list[KnownLse] = []
@@ -62,16 +65,16 @@ class LseTape:
             _ACTIVE.reset(token)
 
     def take(self, shape: torch.Size) -> KnownLse | None:
-        """The lse that is known for the call that is about to run, or None if it must run in full."""
+        """What is known of the call that is about to run, or None if it must run in full."""
         if self._next is None or self._next >= len(self._calls):
             return None
         call = self._calls[self._next]
         self._next += 1
         return call if call.lse.shape == shape else None
 
-    def note(self, lse: Tensor) -> None:  # (...) float64
+    def note(self, lse: Tensor, token_logps: Tensor) -> None:  # (...) float64, (...)
         if self._next is None:
-            self._calls.append(KnownLse(lse.detach()))
+            self._calls.append(KnownLse(lse.detach(), token_logps.detach()))
 
     def drift(self, tolerance: float) -> Tensor:  # ()
         """The largest drift beyond `tolerance` relative to 1 + |lse|; 0 where no backward has run."""

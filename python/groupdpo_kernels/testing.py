@@ -271,23 +271,24 @@ def _views(actual: Tensor, truth: Tensor) -> dict[str, float]:
     return views
 
 
-def _magnitude(inputs: Inputs, options: HeadOptions) -> float:
+def magnitude(inputs: Inputs, options: HeadOptions) -> float:
     """The largest sum of magnitudes behind one logit. Float32 arithmetic errs by a few eps of it, whatever the sum.
     What all logits of a row have in common is left out: eager's own error has it, and no probability needs it.
     """
     if inputs.targets.numel() == 0:
         return 1.0
-    leaves = {name: x.detach().double() for name, x in inputs.leaves.items()}
+    leaves = {name: x.detach().double().clone() for name, x in inputs.leaves.items()}
     if inputs.weight.shape[0] > 1:
         leaves["weight"][:, (leaves["weight"] == leaves["weight"][0]).all(0)] = 0
     if inputs.bias is not None:
-        leaves["bias"] -= leaves["bias"].mean()
+        leaves["bias"] -= leaves["bias"][torch.isfinite(leaves["bias"])].mean()
     wide = {name: x.abs() for name, x in leaves.items()}
     total = wide["hidden"].flatten(0, -2) @ wide["weight"].T
     if inputs.low_rank is not None:
         total += wide["low_rank_hidden"].flatten(0, -2) @ wide["low_rank_weight"].T
     if inputs.bias is not None:
         total += wide["bias"]
+    total = torch.where(torch.isfinite(total), total, 0)  # what is not finite has no rounding error
     return max(1.0, float(total.max()) * abs(options.logit_scale) / options.temperature)
 
 
@@ -298,14 +299,14 @@ def check_budget(actual: Result, inputs: Inputs, options: HeadOptions, factor: f
 
     Gradients are compared with eager PyTorch at the precision of the inputs. Values are float32 whatever the inputs,
     and compared with eager on inputs widened to float32, so that logits rounded to 16 bits do not pass. Where eager is
-    exact by luck, the budget is `factor` times one rounding of the truth, or 2 eps of float32 of `_magnitude`.
+    exact by luck, the budget is `factor` times one rounding of the truth, or 2 eps of float32 of `magnitude`.
     """
     truth = exact(inputs, options)
     peers = run(eager, inputs, options)
     narrow = inputs.hidden.dtype in (torch.bfloat16, torch.float16)
     wide_peers = run(eager, inputs.to(torch.float32), options) if narrow else peers
     accumulator = torch.float64 if inputs.hidden.dtype == torch.float64 else torch.float32
-    slack = 2 * torch.finfo(accumulator).eps * _magnitude(inputs, options)
+    slack = 2 * torch.finfo(accumulator).eps * magnitude(inputs, options)
     largest = 0.0
     for name, value in actual.items():
         of_inputs = name.startswith("d_")

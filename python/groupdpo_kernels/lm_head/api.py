@@ -352,5 +352,5 @@ def _run(call: Call, grad_tail: str) -> LogpStats:
         call = call._replace(options=replace(call.options, known=tape.take(call.targets.shape)))
     stats, lse = run(call)
     if tape is not None:
-        tape.note(lse)
+        tape.note(lse, stats.token_logps)
     return stats

@@ -43,7 +43,7 @@ class CallOptions:
     grad_tol: float = 0.0
     stats: bool = False  # whether the fields of LogpStats after lse are asked for
     columns: int = 0  # of the vocabulary in the logit cache
-    known: KnownLse | None = None  # the lse, if it is known: the forward computes the logits of the targets alone
+    known: KnownLse | None = None  # of the first of two passes: the forward computes the logits of the targets alone
 
 
 class OfHead(NotUnderVmap):
@@ -96,7 +96,9 @@ class LinearLogps:
 
 
 class ExactLinearLogps(OfHead):
-    """The autograd function of LinearLogps. Its seventh output is the lse in float64, (...), without a gradient."""
+    """The autograd function of LinearLogps. Its seventh output is the lse in float64, (...), without a gradient; with a
+    known lse the eighth are the token_logps that are known with it, for the backward alone.
+    """
 
     @staticmethod
     def forward(
@@ -112,12 +114,14 @@ class ExactLinearLogps(OfHead):
         if options.known is None:
             return _with_lse(ops.linear_logps_forward(head, targets, options.head, options.stats, options.impl))
         token_logps = ops.token_logps_of(head, targets, options.known.lse, options.head)
-        return _with_lse(LogpStats(token_logps, options.known.lse.clone(), *_no_stats(token_logps)))
+        results = _with_lse(LogpStats(token_logps, options.known.lse.clone(), *_no_stats(token_logps)))
+        return *results, options.known.token_logps.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.options = inputs[6]
-        ctx.save_for_backward(*inputs[:6], output[0], output[2], output[6])
+        token_logps = output[0] if ctx.options.known is None else output[7]
+        ctx.save_for_backward(*inputs[:6], token_logps, output[2], output[6])
         mark_differentiable(ctx, output, ctx.options.stats)
 
     @staticmethod
