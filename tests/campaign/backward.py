@@ -128,7 +128,7 @@ def parted(n: int, chance: random.Random) -> tuple[int, ...]:
     return tuple(b - a for a, b in itertools.pairwise([0, *sorted(cuts), n]))
 
 
-# --------------------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------------------------ the model
 
 
 class Tiny(nn.Module):
@@ -200,7 +200,7 @@ def model_of(case: BackwardCase, fused: bool, dtype: torch.dtype) -> Tiny:
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------- judgement
+# ------------------------------------------------------------------------------------------------------------ judgement
 
 
 def batch_of(case: BackwardCase, at: int) -> tuple[list[Any], PreferenceGroups, Tensor]:

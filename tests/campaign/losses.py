@@ -7,7 +7,6 @@ import itertools
 import math
 import random
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from test_objectives import oracle
@@ -201,7 +200,7 @@ def bad_response(case: LossCase) -> int:
     return next((i for i, x in enumerate(weights) if x == 0), -1)
 
 
-# ------------------------------------------------------------------------------------------------------------- judgement
+# ------------------------------------------------------------------------------------------------------------ judgement
 
 
 def ours(case: LossCase, logps: Tensor, ref: Tensor, threads: int) -> dict[str, Tensor]:
