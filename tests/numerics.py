@@ -18,13 +18,13 @@ import subprocess
 import time
 
 import torch
-from campaign import heads, losses
+from campaign import backward, heads, losses
 from campaign.frame import ROOT, Family, Verdict, judged, kept, table
 
 from groupdpo_kernels.cli.inspection import units, units_line
 
 PAGE = ROOT / "docs" / "project" / "numerics.md"
-FAMILIES: dict[str, Family] = {family.name: family for family in (heads.FAMILY, losses.FAMILY)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (heads.FAMILY, losses.FAMILY, backward.FAMILY)}
 
 
 def run(family: Family, cases: int, until: float) -> dict[int, Verdict]:
