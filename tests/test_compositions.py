@@ -110,9 +110,10 @@ by_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 
 @pytest.fixture(autouse=True)
-def interpreted() -> Iterator[None]:
-    """PreferenceWeights has Triton kernels alone."""
-    with triton_on_cpu():
+def interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """PreferenceWeights has Triton kernels alone. The others run as they do on a CPU."""
+    named = getattr(request.node, "callspec", None)
+    with triton_on_cpu() if named and "PreferenceWeights" in named.params.values() else contextlib.nullcontext():
         yield
 
 
@@ -280,7 +281,7 @@ def test_what_works_gives_the_gradient_of_eager_code(name: str) -> None:
             found,
             expected,
             rtol=0 if exact else 1e-4,
-            atol=0 if exact else 1e-6,
+            atol=0 if exact else 1e-5,
             msg=lambda m, t=transform: f"{t}: {m}",
         )
         assert found.dtype == expected.dtype

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import os
-import pkgutil
 import subprocess
 import sys
 
-import pytest
-
 import groupdpo_kernels
 
-# Those whose import is cheap begin in a process of their own; what imports transformers is forked from one that has it.
-MODULES = sorted(
-    name
-    for _, name, _ in pkgutil.walk_packages(groupdpo_kernels.__path__, "groupdpo_kernels.")
-    if not name.endswith(("__main__", "._C")) and ".kernels" not in name
-)
+# The last file of each folder, and the homes of the public names. That there is no circle is a law of test_laws.py.
+MODULES = [
+    *("checks", "threads", "replay", "testing", "lm_head.workspace", "models.split_head", "preference.segments"),
+    *("data.rules", "memory.workload", "stepwise.store", "trainers.steps", "integrations.openrlhf", "cli.training"),
+    *sorted({*groupdpo_kernels._HOME_OF.values()}),
+]
 
 EACH_FIRST = """
-import importlib, os, sys, torch
-for heavy in ("transformers", "accelerate", "datasets", "peft", "typer", "rich", "matplotlib"):
-    try:
-        importlib.import_module(heavy)
-    except ImportError:
-        pass
-import transformers.trainer
+import importlib, os, sys, torch, transformers.trainer
 for name in sys.argv[1:]:
     child = os.fork()
     if child == 0:
         try:
             assert not [x for x in sys.modules if x.startswith("groupdpo_kernels")]
-            importlib.import_module(name)
+            importlib.import_module('groupdpo_kernels.' + name)
         except BaseException as error:
             print(name, type(error).__name__, error, flush=True)
             os._exit(1)
@@ -51,8 +42,7 @@ def run(code: str, *arguments: str, **environment: str) -> str:
 
 
 def test_each_module_may_be_the_first() -> None:
-    """No circle of imports: each alone, in a process where nothing of this package is imported yet."""
-    assert len(MODULES) > 80
+    """In a process where nothing of this package is imported yet."""
     assert run(EACH_FIRST, *MODULES).endswith("all\n")
 
 
@@ -89,8 +79,7 @@ def test_the_names_of_the_package_from_several_threads() -> None:
     assert run(FROM_THREADS) == "all\n"
 
 
-@pytest.mark.parametrize("devices", ["", "0"])
-def test_no_gpu_is_touched(devices: str) -> None:
+def test_no_gpu_is_touched() -> None:
     """Not on import, and not by a config: a process that is to be forked, or that waits for its rank, has none yet."""
     code = """
 import torch, groupdpo_kernels
@@ -102,4 +91,4 @@ linear_logps(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2]))
 assert not torch.cuda.is_initialized()
 print("none")
 """
-    assert run(code, CUDA_VISIBLE_DEVICES=devices).endswith("none\n")
+    assert run(code, CUDA_VISIBLE_DEVICES="").endswith("none\n")
