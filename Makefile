@@ -11,13 +11,14 @@ RESULTS ?= bench/results
 # Without bytecode on disk each of the tests' hundred processes would compile torch and transformers again: 20 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup test test-distributed test-processors test-aarch64 sanitize emulate faults numerics demo bench profile docs dist hub compat support lint clean
+.PHONY: help setup test compositions test-distributed test-processors test-aarch64 sanitize emulate faults numerics demo bench profile docs dist hub compat support lint clean
 .PHONY: device-first device device-losses device-memory device-steps device-counters
 
 help:
 	@echo "make setup    .venv with torch, the package and its C++ extension (TORCH=$(TORCH))"
 	@echo "make demo     train a small causal LM on groups of responses; writes demo/"
 	@echo "make test     every test that needs no GPU"
+	@echo "make compositions  every loss and function compiled by torch's inductor, against eager code"
 	@echo "make test-distributed  every engine on two and four processes, against one process"
 	@echo "make test-processors  a slice of the tests as on a processor with SSE alone, with AVX2, with all that is here"
 	@echo "make test-aarch64  the loops of the C++ op, cross-compiled and run in qemu: the same bits as here"
@@ -61,7 +62,10 @@ install = mkdir -p build && $(1) -m pip install -v --no-build-isolation --no-dep
 
 # worksteal: each worker takes half of the files in order, so that what a file sets up is seldom set up twice.
 test: setup
-	$(RUN) -m pytest -m 'not gpu and not distributed' -n 2 --dist worksteal $(ARGS)
+	$(RUN) -m pytest -m 'not gpu and not distributed and not compositions' -n 2 --dist worksteal $(ARGS)
+
+compositions: setup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m compositions -p no:xdist tests/test_compositions.py $(ARGS)
 
 # Each family of engines starts its processes once, so that the tests run one after the other.
 test-distributed: setup

@@ -11,6 +11,7 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -397,3 +398,75 @@ except ImportError as error:
 def test_versions_of_what_is_not_installed() -> None:
     assert distribution_version("no-such-distribution-as-this") == "unknown"
     assert not hasattr(axolotl, "OtherPlugin")
+
+
+# ------------------------------------------------------------------------------------------------- in whatever order
+
+
+def state(name: str) -> dict[str, Any]:
+    """Every name in the project's modules, and in their classes."""
+    package = TRAINERS[name][2].partition(".")[0]
+    owners = {key: m for key, m in sys.modules.items() if key.partition(".")[0] == package}
+    for key, module in [*owners.items()]:
+        owners |= {f"{key}.{n}": c for n, c in vars(module).items() if isinstance(c, type)}
+    return {f"{key}.{n}": value for key, owner in owners.items() for n, value in vars(owner).items()}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_patches_in_any_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nested, crossed, ended twice or never begun, left by an error, from threads: then all is as it was."""
+    record(name, monkeypatch)
+    ours = TRAINERS[name][0]
+    patch, unpatch = getattr(ours, f"patch_{name}"), getattr(ours, f"unpatch_{name}")
+    unpatch()
+    before = state(name)
+    first, second = patch(), patch()
+    during = state(name)
+    assert during != before
+    first.__exit__(None, None, None)
+    first.__exit__(None, None, None)
+    assert state(name) == during  # the second has not ended
+    with pytest.raises(KeyError), first:
+        raise KeyError
+    assert state(name) == during
+    second.__exit__(None, None, None)
+    assert state(name) == before
+    with patch(), patch():
+        unpatch()
+        assert state(name) == before
+    unpatch()
+    assert state(name) == before
+
+    def work(_: int) -> None:
+        for _ in range(10):
+            with patch():
+                assert state(name) != before
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert state(name) == before
+
+
+def test_patches_of_several_projects_cross(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in TRAINERS:
+        record(name, monkeypatch)
+    patches = [getattr(ours, f"patch_{name}") for name, (ours, *_) in TRAINERS.items()]
+    before = {name: state(name) for name in TRAINERS}
+    begun = [patch() for patch in patches]
+    for k in (1, 0, 3, 2):
+        begun[k].__exit__(None, None, None)
+    assert {name: state(name) for name in TRAINERS} == before
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_module_that_is_loaded_again_leaves_nothing_in_place(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(name, monkeypatch)
+    ours = TRAINERS[name][0]
+    before = state(name)
+    patched = getattr(ours, f"patch_{name}")()
+    importlib.reload(ours)
+    assert state(name) == before
+    patched.__exit__(None, None, None)
+    with getattr(ours, f"patch_{name}")():
+        assert state(name) != before
+    assert state(name) == before

@@ -23,15 +23,15 @@ NAME = "groupdpo_kernels"
 # What each package or module of ours may import of the others, lowest first. "kernels" and "_C" are loaded by a string
 # with their name, when an op first runs one.
 MAY_IMPORT: dict[str, set[str]] = {
-    **{name: set() for name in ("checks", "installed", "distributed", "files", "reference", "replay")},
-    "lm_head": {"checks", "reference", "replay", "kernels", "_C"},
+    **{name: set() for name in ("checks", "installed", "distributed", "files", "reference", "replay", "threads")},
+    "lm_head": {"checks", "reference", "replay", "threads", "kernels", "_C"},
     "preference": {"checks", "distributed", "replay", "kernels"},
-    "models": {"distributed", "lm_head"},
+    "models": {"distributed", "lm_head", "threads"},
     "data": {"checks", "preference"},
     "memory": {"distributed", "files", "lm_head", "models", "preference"},
     "stepwise": {"distributed", "files", "models", "preference"},
     "trainers": {"checks", "installed", "distributed", "files", "preference", "models", "data", "memory", "stepwise"},
-    "integrations": {"installed", "lm_head", "models", "preference"},
+    "integrations": {"installed", "lm_head", "models", "preference", "threads"},
     "testing": {"reference", "kernels"},
     "cli": {
         "checks",

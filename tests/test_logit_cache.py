@@ -219,7 +219,7 @@ def test_opcheck(case: Case) -> None:
         opcheck(torch.ops.groupdpo_kernels.logit_cache_forward.default, (*rest, stats, 2048))
     stats_, cache = logit_cache.forward(head, inputs.targets, case.options, False, 2048)
     upstream = (inputs.d_token_logps.float(), inputs.d_lse.float())
-    op = torch.ops.groupdpo_kernels.logit_cache_backward.default
     for d_entropy in (None, upstream[1]):
         rows = (stats_.lse, *upstream, d_entropy, cache)
-        opcheck(op, (*head, inputs.targets, *rows, *astuple(case.options), list(inputs.needs)))
+        arguments = (*head, inputs.targets, *rows, *astuple(case.options), list(inputs.needs))
+        opcheck(torch.ops.groupdpo_kernels.logit_cache_backward.default, arguments)

@@ -42,9 +42,14 @@ def shown(value: Any, most: int = 60) -> str:
 
 
 def check_tensors(**named: Any) -> None:
+    """TypeError for what is no tensor, and for tensors that are sparse, nested, or spread over ranks."""
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+        if value.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor; got {value.layout}")
+        if type(value).__name__ == "DTensor":
+            raise TypeError(f"{name} must be a tensor of this rank, as x.to_local() or x.full_tensor(); got a DTensor")
 
 
 def one_of(name: str, value: Any, known: Collection[str]) -> None:

@@ -32,7 +32,7 @@ class Patch:
     Args:
         package: the project's top-level module.
         find: imports the project, checks it (ImportError, RuntimeError) and returns what to swap. It is called when
-            the first patch begins.
+            the first patch begins. A module has one; one that is loaded again ends the patch that there was.
     """
 
     def __init__(self, package: str, find: Callable[[], Swap]) -> None:
@@ -40,6 +40,10 @@ class Patch:
         self._lock = Lock()
         self._swap: Swap | None = None
         self._holds: set[Patched] = set()
+        # A module that is loaded again would take what its former self has put in place for the project's own.
+        if (former := _patches.get(find.__module__)) is not None:
+            former.remove()
+        _patches[find.__module__] = self
 
     def apply(self) -> Patched:
         return Patched(self).__enter__()
@@ -73,6 +77,9 @@ class Patch:
                 for old, new in pairs:
                     if value is old:
                         setattr(owner, name, new)
+
+
+_patches: dict[str, Patch] = {}  # by the module that each belongs to
 
 
 class Patched(contextlib.AbstractContextManager["Patched"]):

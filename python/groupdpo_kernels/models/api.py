@@ -257,6 +257,8 @@ class AttachedModel:
             raise ValueError("labels must be left out: give them, shifted by one position, as targets")
         if targets.is_floating_point() or targets.dtype == torch.bool:
             raise TypeError(f"targets must be an integer tensor; got {targets.dtype}")
+        if is_dtensor(targets):
+            raise TypeError("targets must be a tensor of this rank, as x.to_local() or x.full_tensor(); got a DTensor")
         bare = unwrap(self.model)
         inputs = {**without_cache(bare), **inputs}
         if input_ids is not None:

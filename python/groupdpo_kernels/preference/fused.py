@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..checks import NO_TRITON, NotUnderVmap
+from ..checks import NO_TRITON, NotUnderVmap, check_tensors
 from .segments import as_offsets
 
 IMPLS = ("triton", "reference")  # in the order "auto" tries them
@@ -131,6 +131,9 @@ class PreferenceWeights:
     ) -> tuple[Tensor, ...]:
         if impl != "triton":
             raise ValueError(f"impl must be 'triton', or call preference_loss, which chooses; got {impl!r}")
+        check_tensors(token_logps=token_logps, cu_seqlens=cu_seqlens, cu_groups=cu_groups, positive=positive)
+        if ref_logps is not None:
+            check_tensors(ref_logps=ref_logps)
         offsets = (as_offsets("cu_seqlens", cu_seqlens), as_offsets("cu_groups", cu_groups))
         return WeightedPreference.apply(token_logps, ref_logps, *offsets, positive, spec, max_group, None, None)[:5]
 

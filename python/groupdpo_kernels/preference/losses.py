@@ -170,9 +170,11 @@ def plackett_luce(
     suffix, step = u, 1
     while step < u.shape[0]:
         inside = groups.ids[step:] == groups.ids[:-step]
-        # A partner beyond the group is -inf before logaddexp, not masked after it, so that no other group's NaN enters.
-        partner = torch.where(inside, suffix[step:], -math.inf)
-        suffix = torch.cat([torch.logaddexp(suffix[:-step], partner), suffix[-step:]])
+        # A partner beyond the group is left out before logaddexp, so that no other group's NaN enters, and not by -inf,
+        # whose second derivative would be NaN.
+        own = suffix[:-step]
+        partner = torch.where(inside, suffix[step:], own)
+        suffix = torch.cat([torch.where(inside, torch.logaddexp(own, partner), own), suffix[-step:]])
         step *= 2
     return seq_logps(suffix - u, groups.cu_groups)
 

@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import one_of
+from ..checks import check_tensors, one_of
 from . import fused
 from .exchange import gathered
 from .fused import PreferenceWeights
@@ -490,6 +490,9 @@ def _check_shapes(
         raise ValueError(f"impl must be 'auto' or 'reference' for groups that span ranks; got {impl!r}")
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective; got {objective!r}")
+    check_tensors(token_logps=token_logps, cu_seqlens=cu_seqlens)
+    if ref_logps is not None:
+        check_tensors(ref_logps=ref_logps)
     if token_logps.dim() != 1 or not token_logps.is_floating_point():
         raise ValueError(
             f"token_logps must be a floating (T,) tensor; got {tuple(token_logps.shape)} {token_logps.dtype}"
