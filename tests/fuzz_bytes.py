@@ -79,7 +79,11 @@ def fault_of(data: bytes, path: Path) -> str:
     except Exception as error:
         return f"jsonl: {type(error).__name__}: {error!s:.200}"
     else:
-        if data[:2] not in (b"\xff\xfe", b"\xfe\xff") and data[:4] != b"\x00\x00\xfe\xff" and not _equal(rows, [*_by_json(data)]):
+        if (
+            data[:2] not in (b"\xff\xfe", b"\xfe\xff")
+            and data[:4] != b"\x00\x00\xfe\xff"
+            and not _equal(rows, [*_by_json(data)])
+        ):
             return "jsonl reads other rows than JSON"
     for row in rows:
         try:

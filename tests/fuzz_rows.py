@@ -18,7 +18,16 @@ from preference_rows import EXAMPLES
 from test_turns import ROW as TURNS
 from tiny_tokenizers import byte_level_bpe
 
-from groupdpo_kernels.data import BadRow, Report, Turns, collate, merge_prompts, messages_of, read_groups, tokenize_groups
+from groupdpo_kernels.data import (
+    BadRow,
+    Report,
+    Turns,
+    collate,
+    merge_prompts,
+    messages_of,
+    read_groups,
+    tokenize_groups,
+)
 from groupdpo_kernels.data.formats import read_responses
 
 ROWS: dict[str, dict[str, Any]] = {name: example[0] for name, example in EXAMPLES.items()}
@@ -46,7 +55,9 @@ junk = st.one_of(
     st.sampled_from(NUMBERS),
     st.sampled_from(OBJECTS),
     st.sampled_from(DEEP),
-    st.sampled_from(([], {}, [None], [[]], [{}], {"role": "user"}, {"content": "x"}, {"from": ["gpt"], "value": "x"})).map(copy.deepcopy),
+    st.sampled_from(
+        ([], {}, [None], [[]], [{}], {"role": "user"}, {"content": "x"}, {"from": ["gpt"], "value": "x"})
+    ).map(copy.deepcopy),
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
@@ -54,9 +65,30 @@ junk = st.one_of(
     ),
 )
 COLUMNS = (
-    *("prompt", "chosen", "rejected", "positives", "negatives", "messages", "system", "system_prompt", "history", "tools"),
+    *(
+        "prompt",
+        "chosen",
+        "rejected",
+        "positives",
+        "negatives",
+        "messages",
+        "system",
+        "system_prompt",
+        "history",
+        "tools",
+    ),
     *("images", "image", "weight", "response_weights", "context", "documents", "instruction", "input", "completions"),
-    *("all_rm_scores", "scores", "response_0", "response_0_reward", "note", "", "\u200bprompt", "label", "conversations"),
+    *(
+        "all_rm_scores",
+        "scores",
+        "response_0",
+        "response_0_reward",
+        "note",
+        "",
+        "\u200bprompt",
+        "label",
+        "conversations",
+    ),
 )
 
 
@@ -92,16 +124,22 @@ def wrong_rows(draw: st.DrawFn) -> dict[Any, Any]:
         elif kind == "delete":
             del parent[last]
         elif kind == "wrap":
-            parent[last] = draw(st.sampled_from(([parent[last]], {"text": parent[last]}, (parent[last],), [[parent[last]]])))
+            parent[last] = draw(
+                st.sampled_from(([parent[last]], {"text": parent[last]}, (parent[last],), [[parent[last]]]))
+            )
         elif kind == "text" and not isinstance(parent[last], (list, tuple, dict)):
             parent[last] = str(parent[last])
         elif kind == "extra" and isinstance(parent, dict):
-            parent[draw(st.sampled_from(COLUMNS) | st.sampled_from((1, None, ("a",), "role", "from", "name")))] = draw(junk)
+            parent[draw(st.sampled_from(COLUMNS) | st.sampled_from((1, None, ("a",), "role", "from", "name")))] = draw(
+                junk
+            )
         elif kind == "repeat" and isinstance(parent, list):
             parent.append(parent[last])
         elif kind == "lookalike" and isinstance(parent[last], str):
             more = draw(st.sampled_from(LOOKALIKES))
-            parent[last] = draw(st.sampled_from((parent[last] + more, more + parent[last], _swapped_letter(parent[last]))))
+            parent[last] = draw(
+                st.sampled_from((parent[last] + more, more + parent[last], _swapped_letter(parent[last])))
+            )
     return row
 
 

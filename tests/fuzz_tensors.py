@@ -110,8 +110,11 @@ def head(rng: random.Random, T: int, D: int, V: int, R: int) -> dict[str, Any]:
 
     bias = drawn(V) if rng.random() < 0.5 else drawn(0)
     return {
-        **{"hidden": drawn(T, D), "weight": drawn(V, D), "bias": bias},
-        **{"low_rank_hidden": drawn(T, R), "low_rank_weight": drawn(V, R)},
+        "hidden": drawn(T, D),
+        "weight": drawn(V, D),
+        "bias": bias,
+        "low_rank_hidden": drawn(T, R),
+        "low_rank_weight": drawn(V, R),
         "targets": torch.randint(0, max(V, 1), (T,), generator=generator),
     }
 

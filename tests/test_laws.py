@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in ("checks", "installed", "distributed", "reference", "replay")},
     "lm_head": {"checks", "reference", "replay", "kernels", "_C"},
     "preference": {"checks", "distributed", "replay", "kernels"},
-    "models": {"distributed", "lm_head"},
+    "models": {"checks", "distributed", "lm_head"},
     "data": {"checks", "preference"},
     "memory": {"distributed", "lm_head", "models", "preference"},
     "stepwise": {"distributed", "models", "preference"},
