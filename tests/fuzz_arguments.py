@@ -28,10 +28,29 @@ from groupdpo_kernels import AdaBalance, Objective, PreferenceGroups, data
 from groupdpo_kernels.trainers import GroupDPOConfig, GroupDPOTrainer, OnlineGroupDPOConfig
 
 ODD: tuple[Any, ...] = (
-    *(None, True, 0, -1, 3, 2.5, 10**400, math.nan, math.inf, "", "text", "\ud800", b"bytes", [], {}, (), [None], {"a": 1}),
+    *(
+        None,
+        True,
+        0,
+        -1,
+        3,
+        2.5,
+        10**400,
+        math.nan,
+        math.inf,
+        "",
+        "text",
+        "\ud800",
+        b"bytes",
+        [],
+        {},
+        (),
+        [None],
+        {"a": 1},
+    ),
     *({1}, object(), int, len, torch.zeros(()), torch.zeros(2), torch.zeros(2, 2), torch.zeros(2, device="meta")),
     torch.zeros(2, dtype=torch.complex64),
-)  # fmt: skip
+)
 
 
 @functools.cache
@@ -148,23 +167,53 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "linear_logps": (package.linear_logps, _head),
     "linear_logp_stats": (package.linear_logp_stats, lambda: {**_head(), "outputs": ("lse",)}),
     "explain": (package.explain, _head),
-    "seq_logps": (package.seq_logps, lambda: {k: _pairs()[k] for k in ("token_logps", "cu_seqlens")} | {"process_group": None}),
+    "seq_logps": (
+        package.seq_logps,
+        lambda: {k: _pairs()[k] for k in ("token_logps", "cu_seqlens")} | {"process_group": None},
+    ),
     "preference_loss": (package.preference_loss, _pairs),
     "PreferenceGroups": (PreferenceGroups, _ragged),
     "PreferenceGroups.from_lists": (PreferenceGroups.from_lists, _lists),
-    "PreferenceGroups.pairs": (PreferenceGroups.pairs, lambda: {"n": 2, "device": None, "context_parallel_group": None}),
+    "PreferenceGroups.pairs": (
+        PreferenceGroups.pairs,
+        lambda: {"n": 2, "device": None, "context_parallel_group": None},
+    ),
     "Objective": (Objective, lambda: _fields(Objective)),
     "AdaBalance": (AdaBalance, lambda: _fields(AdaBalance)),
     "model_logps": (package.model_logps, _batch),
-    "attach": (package.attach, lambda: {k: v for k, v in _batch().items() if k not in ("input_ids", "targets", "prefix")}),
+    "attach": (
+        package.attach,
+        lambda: {k: v for k, v in _batch().items() if k not in ("input_ids", "targets", "prefix")},
+    ),
     "group_backward": (package.group_backward, _step),
     "forward_parts": (package.forward_parts, lambda: {k: _step()[k] for k in ("micro_batches", "forward", "no_sync")}),
-    "read_groups": (_all(data.read_groups), lambda: {"rows": [EXAMPLES["listed"][0]], "format": "auto", "rule": "best_vs_rest", "rename": {}, "on_bad": "drop", "report": None}),
+    "read_groups": (
+        _all(data.read_groups),
+        lambda: {
+            "rows": [EXAMPLES["listed"][0]],
+            "format": "auto",
+            "rule": "best_vs_rest",
+            "rename": {},
+            "on_bad": "drop",
+            "report": None,
+        },
+    ),
     "merge_prompts": (_all(data.merge_prompts), lambda: {"groups": groups(), "on_bad": "drop", "report": None}),
     "tokenize_groups": (
         _all(data.tokenize_groups),
-        lambda: {"groups": groups(), "tokenizer": byte_level_bpe(), "max_length": 40, "too_long": "drop", "chat": None, "template_options": None,
-                 "add_eos": True, "assistant_only": True, "both_sides": True, "on_bad": "drop", "report": None},
+        lambda: {
+            "groups": groups(),
+            "tokenizer": byte_level_bpe(),
+            "max_length": 40,
+            "too_long": "drop",
+            "chat": None,
+            "template_options": None,
+            "add_eos": True,
+            "assistant_only": True,
+            "both_sides": True,
+            "on_bad": "drop",
+            "report": None,
+        },
     ),
     "collate": (data.collate, lambda: {"groups": tokens(), **COLLATE}),
     "top_k": (data.top_k, lambda: {"k": 1, "bottom": 1}),
@@ -174,14 +223,16 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "GroupDPOConfig": (_config(GroupDPOConfig), lambda: _fields(GroupDPOConfig)),
     "OnlineGroupDPOConfig": (_config(OnlineGroupDPOConfig, bf16=False), lambda: _fields(OnlineGroupDPOConfig)),
     "GroupDPOTrainer": (GroupDPOTrainer, _trainer),
-}  # fmt: skip
+}
 
 
 def wrong(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Wrong values of an argument, and what is wrong with each."""
     for odd in ODD:
         # What a caller's own function raises, or makes of what it is given, is its own.
-        if name in ("forward", "no_sync", "rule") and callable(odd) or name == "micro_batches" and hasattr(odd, "__iter__"):
+        if name in ("forward", "no_sync", "rule") and callable(odd):
+            continue
+        if name == "micro_batches" and hasattr(odd, "__iter__"):
             continue
         yield f"{type(odd).__name__} {odd!r:.30}", odd
     if isinstance(value, torch.Tensor):
@@ -201,7 +252,7 @@ def fault_of(call: str, name: str, value: Any) -> str:
         function(**{**given, name: value})
     except (ValueError, TypeError, NotImplementedError) as error:
         # Where two do not fit together, the message may begin with either.
-        words = (name.rstrip("s"), *given, *["row"] * (name in ("rows", "train_dataset")))
+        words = (name.rstrip("s"), *given, *["row"] * (name in ("rows", "train_dataset", "eval_dataset")))
         return (
             ""
             if any(re.search(rf"\b{word}", str(error)) for word in words)

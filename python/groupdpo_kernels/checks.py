@@ -73,8 +73,10 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     """TypeError unless the value is an integer, ValueError if it is below `least`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer of at least {least}; got {shown(value)}")
-    if not least <= value < 2**63:
-        raise ValueError(f"{name} must be at least {least}, in 64 bits; got {shown(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {shown(value)}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits; got one of {int(value).bit_length()} bits")
 
 
 def check_flags(**named: Any) -> None:

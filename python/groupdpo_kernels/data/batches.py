@@ -118,14 +118,14 @@ def tokenize_groups(
     if max_length is not None:
         check_count("max_length", max_length, 2)  # a token of each
     check_iterable("groups", groups, "an iterable of Groups")
-    check_kind("template_options", template_options := {} if template_options is None else template_options, Mapping, "a dict of options")
+    template_options = {} if template_options is None else template_options
+    check_kind("template_options", template_options, Mapping, "a dict of options")
     check_kind("report", report := Report() if report is None else report, Report, "a Report")
     check_flags(add_eos=add_eos, assistant_only=assistant_only, both_sides=both_sides)
     if chat is not None:
         check_flags(chat=chat)
     processor, tokenizer = processor_of(tokenizer), tokenizer_of(tokenizer)
-    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
-        raise TypeError(f"tokenizer must be one of transformers, or a processor; got {shown(tokenizer)}")
+    _check_tokenizer("tokenizer", tokenizer)
     texts = Texts(tokenizer, chat, dict(template_options), assistant_only, processor)
     limit = _Limit(max_length, too_long, getattr(tokenizer, "bos_token_id", None))
     encoder = _Encoder(tokenizer, add_eos)
@@ -206,6 +206,17 @@ def _usable(
         first, *rest = flat.split([len(prompt), *sizes])
         marks = None if all(all(each.scored) for each in tokens) else [torch.tensor(each.scored) for each in tokens]
         yield TokenGroup(first, rest, group.positive, group.row, group.weight, group.response_weights, marks)
+
+
+def check_processing_class(given: Any) -> None:
+    """TypeError for what is neither None nor a tokenizer, nor a processor with one."""
+    if given is not None:
+        _check_tokenizer("processing_class", tokenizer_of(given))
+
+
+def _check_tokenizer(name: str, tokenizer: Any) -> None:
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        raise TypeError(f"{name} must be a tokenizer or processor of transformers; got {shown(tokenizer)}")
 
 
 def tokenizer_of(processing_class: Any) -> Any:
