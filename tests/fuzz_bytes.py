@@ -26,10 +26,34 @@ LINES = [json.dumps(row) for row in ROWS.values()]
 ENCODINGS = ("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1")
 # What a writer, an editor or a disk leaves in a file.
 PIECES = (
-    *(b"\x00", b"\xff", b"\xfe\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n\n", b"\\ud800", b"\\u0000", b"\xed\xa0\x80"),
-    *(b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"[" * 2000, b'{"a":' * 2000, b'"a":1,"a":2', b"null", b"true", b"{}", b"[]"),
+    *(
+        b"\x00",
+        b"\xff",
+        b"\xfe\xff",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"\r",
+        b"\r\n",
+        b"\n\n",
+        b"\\ud800",
+        b"\\u0000",
+        b"\xed\xa0\x80",
+    ),
+    *(
+        b"NaN",
+        b"-Infinity",
+        b"1e999",
+        b"9" * 5000,
+        b"[" * 2000,
+        b'{"a":' * 2000,
+        b'"a":1,"a":2',
+        b"null",
+        b"true",
+        b"{}",
+        b"[]",
+    ),
     *(b"\xe2\x80\xa8", b"\x85", b"\xc0\x80", b"'", b"//", b",", b'"', b"\\"),
-)  # fmt: skip
+)
 
 
 def mutated(rng: random.Random) -> bytes:
@@ -79,7 +103,11 @@ def fault_of(data: bytes, path: Path) -> str:
     except Exception as error:
         return f"jsonl: {type(error).__name__}: {error!s:.200}"
     else:
-        if data[:2] not in (b"\xff\xfe", b"\xfe\xff") and data[:4] != b"\x00\x00\xfe\xff" and not _equal(rows, [*_by_json(data)]):
+        if (
+            data[:2] not in (b"\xff\xfe", b"\xfe\xff")
+            and data[:4] != b"\x00\x00\xfe\xff"
+            and not _equal(rows, [*_by_json(data)])
+        ):
             return "jsonl reads other rows than JSON"
     for row in rows:
         try:

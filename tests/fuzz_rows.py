@@ -1,8 +1,8 @@
 """Rows of preferences as nobody should write them: valid rows of every format, with one to three places made wrong.
 
-`wrong_rows` draws them; `fault_of` reads one through the whole of `groupdpo_kernels.data` and says what is wrong with what
-comes out. Bad rows must be counted or raise a ValueError that names the row. What is accepted must say only what the row
-says: every text of a group is a text of its row, roles are words, weights are finite, and cleaning the row changes nothing.
+`wrong_rows` draws them; `fault_of` reads one through the whole of `groupdpo_kernels.data` and says what is wrong with
+what comes out. Bad rows must be counted or raise a ValueError that names the row. What is accepted must say only what
+the row says: every text of a group is a text of its row, roles are words, and weights are finite.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from preference_rows import EXAMPLES
 from test_turns import ROW as TURNS
 from tiny_tokenizers import byte_level_bpe
 
-from groupdpo_kernels.data import BadRow, Report, Turns, collate, merge_prompts, messages_of, read_groups, tokenize_groups
+from groupdpo_kernels.data import (
+    BadRow,
+    Report,
+    Turns,
+    collate,
+    merge_prompts,
+    messages_of,
+    read_groups,
+    tokenize_groups,
+)
 from groupdpo_kernels.data.formats import read_responses
 
 ROWS: dict[str, dict[str, Any]] = {name: example[0] for name, example in EXAMPLES.items()}
@@ -35,8 +44,29 @@ def deep(depth: int, leaf: Any = "x", key: str | None = None) -> Any:
 
 # Text that looks like other text, or that is none.
 LOOKALIKES = ("\u200b", "\u200e", "\u202e", "\u0301", "\ufeff", "\u00ad", " ", "\x00", "\ud800")
-TEXTS = ("", " ", "\n", "\x00", "\ud83d", "nan", "N/A", "1_000", "1e400", "\u0661", "user\u200b", "us\u0435r", "A\u0301", "\u202eabc",
-         "<|assistant|>", "</s>", "{{ 7 * 7 }}", "{% raw %}", "\n\nHuman: a\n\nAssistant: b", "null", "x" * 300)  # fmt: skip
+TEXTS = (
+    "",
+    " ",
+    "\n",
+    "\x00",
+    "\ud83d",
+    "nan",
+    "N/A",
+    "1_000",
+    "1e400",
+    "\u0661",
+    "user\u200b",
+    "us\u0435r",
+    "A\u0301",
+    "\u202eabc",
+    "<|assistant|>",
+    "</s>",
+    "{{ 7 * 7 }}",
+    "{% raw %}",
+    "\n\nHuman: a\n\nAssistant: b",
+    "null",
+    "x" * 300,
+)
 NUMBERS = (0, 1, -1, True, False, 2**63, 10**400, -(10**400), 0.5, 1e308, math.nan, math.inf, -math.inf)
 OBJECTS = (b"bytes", {1, 2}, object(), range(3), int, lambda: None, complex(1, 2), ("a", "b"), {1: "a"}, {None: None})
 DEEP = (deep(50), deep(300), deep(300, key="a"), deep(3000), deep(3000, key="content"), deep(100_000))
@@ -44,9 +74,11 @@ junk = st.one_of(
     st.none(),
     st.sampled_from(TEXTS),
     st.sampled_from(NUMBERS),
-    st.sampled_from(OBJECTS),
+    st.sampled_from(OBJECTS).map(copy.copy),
     st.sampled_from(DEEP),
-    st.sampled_from(([], {}, [None], [[]], [{}], {"role": "user"}, {"content": "x"}, {"from": ["gpt"], "value": "x"})).map(copy.deepcopy),
+    st.sampled_from(
+        ([], {}, [None], [[]], [{}], {"role": "user"}, {"content": "x"}, {"from": ["gpt"], "value": "x"})
+    ).map(copy.deepcopy),
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
@@ -54,9 +86,30 @@ junk = st.one_of(
     ),
 )
 COLUMNS = (
-    *("prompt", "chosen", "rejected", "positives", "negatives", "messages", "system", "system_prompt", "history", "tools"),
+    *(
+        "prompt",
+        "chosen",
+        "rejected",
+        "positives",
+        "negatives",
+        "messages",
+        "system",
+        "system_prompt",
+        "history",
+        "tools",
+    ),
     *("images", "image", "weight", "response_weights", "context", "documents", "instruction", "input", "completions"),
-    *("all_rm_scores", "scores", "response_0", "response_0_reward", "note", "", "\u200bprompt", "label", "conversations"),
+    *(
+        "all_rm_scores",
+        "scores",
+        "response_0",
+        "response_0_reward",
+        "note",
+        "",
+        "\u200bprompt",
+        "label",
+        "conversations",
+    ),
 )
 
 
@@ -92,16 +145,22 @@ def wrong_rows(draw: st.DrawFn) -> dict[Any, Any]:
         elif kind == "delete":
             del parent[last]
         elif kind == "wrap":
-            parent[last] = draw(st.sampled_from(([parent[last]], {"text": parent[last]}, (parent[last],), [[parent[last]]])))
+            parent[last] = draw(
+                st.sampled_from(([parent[last]], {"text": parent[last]}, (parent[last],), [[parent[last]]]))
+            )
         elif kind == "text" and not isinstance(parent[last], (list, tuple, dict)):
             parent[last] = str(parent[last])
         elif kind == "extra" and isinstance(parent, dict):
-            parent[draw(st.sampled_from(COLUMNS) | st.sampled_from((1, None, ("a",), "role", "from", "name")))] = draw(junk)
+            parent[draw(st.sampled_from(COLUMNS) | st.sampled_from((1, None, ("a",), "role", "from", "name")))] = draw(
+                junk
+            )
         elif kind == "repeat" and isinstance(parent, list):
             parent.append(parent[last])
         elif kind == "lookalike" and isinstance(parent[last], str):
             more = draw(st.sampled_from(LOOKALIKES))
-            parent[last] = draw(st.sampled_from((parent[last] + more, more + parent[last], _swapped_letter(parent[last]))))
+            parent[last] = draw(
+                st.sampled_from((parent[last] + more, more + parent[last], _swapped_letter(parent[last])))
+            )
     return row
 
 

@@ -2,9 +2,9 @@
 
     python tests/fuzz_tensors.py 0 2000    # a seed, and a number of calls
 
-The ops under torch.ops are called directly, without the Python that checks arguments for them. Each call either raises an
-exception, or gives what plain copies of its tensors give, but for the rounding of a matrix library, which goes by where a
-tensor begins. The last line that is written says what the process was at, so that whoever started it knows what killed it.
+The ops under torch.ops are called directly, without the Python that checks arguments for them. Each call either raises
+an exception, or gives what plain copies of its tensors give, but for the rounding of a matrix library, which goes by
+where a tensor begins. The last line that is written says what the process was at when it died.
 """
 
 from __future__ import annotations
@@ -110,8 +110,11 @@ def head(rng: random.Random, T: int, D: int, V: int, R: int) -> dict[str, Any]:
 
     bias = drawn(V) if rng.random() < 0.5 else drawn(0)
     return {
-        **{"hidden": drawn(T, D), "weight": drawn(V, D), "bias": bias},
-        **{"low_rank_hidden": drawn(T, R), "low_rank_weight": drawn(V, R)},
+        "hidden": drawn(T, D),
+        "weight": drawn(V, D),
+        "bias": bias,
+        "low_rank_hidden": drawn(T, R),
+        "low_rank_weight": drawn(V, R),
         "targets": torch.randint(0, max(V, 1), (T,), generator=generator),
     }
 
@@ -175,8 +178,11 @@ def mangled(rng: random.Random, given: dict[str, Any]) -> tuple[dict[str, Any], 
 
 def called(name: str, given: dict[str, Any]) -> list[Any]:
     """What the op gives, and what it has written to."""
-    copies = {k: v.detach().clone(memory_format=torch.preserve_format) if k in ("out", "logit_cache") else v
-              for k, v in given.items() if isinstance(v, Tensor)}  # fmt: skip
+    copies = {
+        k: v.detach().clone(memory_format=torch.preserve_format) if k in ("out", "logit_cache") else v
+        for k, v in given.items()
+        if isinstance(v, Tensor)
+    }
     out = getattr(torch.ops.groupdpo_kernels, name)(*({**given, **copies}).values())
     return [*(out or ()), *(copies[k] for k in ("out", "logit_cache") if k in copies)]
 

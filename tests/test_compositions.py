@@ -402,7 +402,7 @@ def test_tensors_that_are_no_plain_ones_are_refused_by_name(spread: Any) -> None
             with pytest.raises(TypeError, match=words):
                 call(spread)
     for change, got in ((Tensor.to_sparse, "torch.sparse_coo"), (Tensor.to_mkldnn, "torch._mkldnn")):
-        with pytest.raises(TypeError, match=f"hidden must be a dense tensor; got {got}"):
+        with pytest.raises(TypeError, match=f"hidden must be a dense tensor; got one with layout {got}"):
             linear_logps(change(h), WEIGHT, TARGETS)
 
 

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in ("checks", "installed", "distributed", "files", "reference", "replay", "threads")},
     "lm_head": {"checks", "reference", "replay", "threads", "kernels", "_C"},
     "preference": {"checks", "distributed", "replay", "kernels"},
-    "models": {"distributed", "lm_head", "threads"},
+    "models": {"checks", "distributed", "lm_head", "threads"},
     "data": {"checks", "preference"},
     "memory": {"distributed", "files", "lm_head", "models", "preference"},
     "stepwise": {"distributed", "files", "models", "preference"},

@@ -409,7 +409,7 @@ def test_a_reward_model_that_gives_nan(make_trainer: Any, bpe: Any) -> None:
         ({"micro_batch_tokens": 8}, "micro_batch_tokens must be at least 9, max_completion_length and a prompt; got 8"),
         ({"micro_batch_sequences": 0}, "micro_batch_sequences must be at least 1; got 0"),
         ({"share_prompt": 2}, "share_prompt must be 'auto', True or False; got 2"),
-        ({"ref_sync_steps": 0}, "ref_sync_steps must be at least 1, or None; got 0"),
+        ({"ref_sync_steps": 0}, "ref_sync_steps must be at least 1; got 0"),
         ({"num_generations": 1}, "num_generations must be at least 2, .*; got 1"),
         ({"num_generations_eval": 1}, "num_generations_eval must be at least 2, .*; got 1"),
         ({"per_device_train_batch_size": 6}, r"generation_batch_size \(6\) must be divisible by num_generations \(4\)"),

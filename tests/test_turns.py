@@ -141,7 +141,10 @@ def test_rows_are_merged_where_their_tools_are_the_same() -> None:
         ({"chosen": [calls("Rome"), answers("21")]}, "a response must begin and end with a message of the assistant"),
         ({"chosen": [says("A", tool_calls="weather")]}, "tool_calls must be a list of functions with names; got"),
         ({"chosen": [says("A", tool_calls=[{"id": 1}])]}, "tool_calls must be a list of functions with names; got"),
-        ({"chosen": [says("A"), {"role": "tool", "text": "21"}, says("B")]}, "must have a role and a content; got role, text"),
+        (
+            {"chosen": [says("A"), {"role": "tool", "text": "21"}, says("B")]},
+            "must have a role and a content; got role, text",
+        ),
         (
             {"chosen": [says("A"), {"role": "system", "content": "S"}, says("B")]},
             "of the assistant, tools and users; got",

@@ -34,7 +34,7 @@ def check_number(name: str, value: Any) -> None:
 
 
 def shown(value: Any, most: int = 60) -> str:
-    """The start of the value's repr, for a message. A value may be nested too deep to have one, or refuse to give one."""
+    """The start of the value's repr, for a message. A value may be nested too deep to have one."""
     try:
         return f"{value[:most] if isinstance(value, (str, bytes)) else value!r:.{most}}"
     except Exception as error:
@@ -46,8 +46,8 @@ def check_tensors(**named: Any) -> None:
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-        if value.layout is not torch.strided:
-            raise TypeError(f"{name} must be a dense tensor; got {value.layout}")
+        if value.layout != torch.strided:  # sparse, nested: few operations take them
+            raise TypeError(f"{name} must be a dense tensor; got one with layout {value.layout}")
         if type(value).__name__ == "DTensor":
             raise TypeError(f"{name} must be a tensor of this rank, as x.to_local() or x.full_tensor(); got a DTensor")
 
@@ -59,7 +59,7 @@ def one_of(name: str, value: Any, known: Collection[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {shown(value)}")
 
 
-def check_kind(name: str, value: Any, kind: type, what: str) -> None:
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> None:
     """TypeError unless the value is of this kind; `what` says that in words, "a dict"."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}; got {shown(value)}")
@@ -74,10 +74,43 @@ def check_iterable(name: str, value: Any, what: str) -> None:
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """TypeError unless the value is an integer, ValueError if it is below `least`."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer of at least {least}; got {shown(value)}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; got {value}")
+    count = int(value)
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}; got {shown(value)}")
+    if count >= 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits; got one of {count.bit_length()} bits")
+
+
+def check_flags(**named: Any) -> None:
+    """TypeError for what is not True or False: a text such as "no" would count as True."""
+    for name, value in named.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False; got {shown(value)}")
+
+
+def check_callable(name: str, value: Any, what: str) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be {what}; got {shown(value)}")
+
+
+def check_device(name: str, value: Any) -> None:
+    try:
+        torch.device(value)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{name} must be a torch.device, or text that names one; got {shown(value)}") from None
+
+
+def check_group(name: str, group: Any) -> None:
+    """TypeError unless this is a process group or None, ValueError unless this rank belongs to it."""
+    if group is None:
+        return
+    distributed = torch.distributed.is_available()
+    if distributed and group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{name} must be a process group that this rank belongs to; got another")
+    if not distributed or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"{name} must be a torch.distributed process group or None; got {type(group).__name__}")
 
 
 class NotUnderVmap(torch.autograd.Function):

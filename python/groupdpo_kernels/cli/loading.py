@@ -31,8 +31,9 @@ _ENCODINGS = {
 
 
 def jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a file with one JSON object a line, in UTF-8, or in UTF-16 or UTF-32 after a byte order mark. It
-    skips empty lines, and holds one line at a time. A ValueError names the line that is wrong.
+    """Yields the rows of a file with one JSON object a line, in UTF-8, or in UTF-16 or UTF-32 after a byte order mark.
+
+    It skips empty lines, and holds one line at a time. A ValueError names the line that is wrong.
     """
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
@@ -135,7 +136,9 @@ def load_model(where: str, dtype: str, device: torch.device, seed: int = 0) -> A
     except (OSError, ValueError, TypeError, ImportError):
         raise
     except Exception as error:  # of a value in its config, or of a file of weights that is cut short
-        raise ValueError(f"model must be one that transformers loads; {where}: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"model must be one that transformers loads; {where}: {type(error).__name__}: {error}"
+        ) from error
     return model.to(device)
 
 

@@ -45,6 +45,7 @@ def profile(
     from ..memory.sweep import profile as run
     from ..memory.sweep import read_figures, table
     from ..memory.workload import Workload, sweep
+    from .loading import device_of
 
     sizes = numbers("groups", groups)
     base = Workload(**workload, group=max(sizes, default=8))
@@ -54,6 +55,8 @@ def profile(
         "lora": {"lora_rank": 16 if lora_rank is None else lora_rank},
     }
     chosen = words("settings", settings, SETTINGS)
+    if device is not None:
+        device = str(device_of(device))
     if lora_rank is not None and "lora" not in chosen:
         raise ValueError(f"--lora-rank must be left out without lora among --settings, {settings}; got {lora_rank}")
     if "lora" in chosen:

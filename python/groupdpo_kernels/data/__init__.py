@@ -3,6 +3,7 @@
 formats.py  rows of any known layout: FORMATS, and what their columns mean
 rules.py    rows -> groups: read_groups, merge_prompts, and the rules that turn ratings into sides
 images.py   images of a prompt: their places, and the inputs of a model
+templates.py  groups -> the texts that are tokenised, by chat templates
 batches.py  groups -> token ids -> micro-batches: tokenize_groups, collate
 """
 

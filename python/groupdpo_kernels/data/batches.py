@@ -18,11 +18,9 @@ The cost is the tokenizer's; collation is linear, without a loop over tokens.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain, groupby, islice
@@ -31,11 +29,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import one_of, shown
+from ..checks import (
+    check_count,
+    check_device,
+    check_flags,
+    check_iterable,
+    check_kind,
+    one_of,
+    shown,
+)
 from ..preference.group_backward import SharedPrompt
 from ..preference.groups import PreferenceGroups
-from .formats import BadRow, Group, Message, Report, Turns, messages_of
-from .images import Pictures, in_parts, inputs_of, processed, processor_of, prompt_tokens, repeated
+from .formats import BadRow, Group, Report
+from .images import Pictures, inputs_of, processed, processor_of, prompt_tokens, repeated
+from .templates import Rendered, Texts, Tokens
 
 
 class TokenGroup(NamedTuple):
@@ -108,18 +115,26 @@ def tokenize_groups(
     """
     one_of("on_bad", on_bad, ("drop", "error"))
     one_of("too_long", too_long, ("drop", "error", "truncate_prompt"))
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length must be at least 2, a token of each; got {max_length}")
+    if max_length is not None:
+        check_count("max_length", max_length, 2)  # a token of each
+    check_iterable("groups", groups, "an iterable of Groups")
+    template_options = {} if template_options is None else template_options
+    check_kind("template_options", template_options, Mapping, "a dict of options")
+    check_kind("report", report := Report() if report is None else report, Report, "a Report")
+    check_flags(add_eos=add_eos, assistant_only=assistant_only, both_sides=both_sides)
+    if chat is not None:
+        check_flags(chat=chat)
     processor, tokenizer = processor_of(tokenizer), tokenizer_of(tokenizer)
-    texts = _Texts(tokenizer, chat, dict(template_options or {}), assistant_only, processor)
+    _check_tokenizer("tokenizer", tokenizer)
+    texts = Texts(tokenizer, chat, dict(template_options), assistant_only, processor)
     limit = _Limit(max_length, too_long, getattr(tokenizer, "bos_token_id", None))
     encoder = _Encoder(tokenizer, add_eos)
-    return _tokenize_groups(groups, texts, encoder, limit, both_sides, on_bad, report or Report())
+    return _tokenize_groups(groups, texts, encoder, limit, both_sides, on_bad, report)
 
 
 def _tokenize_groups(
     groups: Iterable[Group],
-    renderer: _Texts,
+    renderer: Texts,
     encoder: _Encoder,
     limit: _Limit,
     both_sides: bool,
@@ -128,17 +143,18 @@ def _tokenize_groups(
 ) -> Iterator[TokenGroup]:
     pending = iter(groups)
     while chunk := list(islice(pending, 256)):
-        rendered: list[_Rendered] = []
+        rendered: list[Rendered] = []
         for group in chunk:
+            check_kind("groups", group, Group, "Groups, as read_groups yields them")
             try:
                 rendered.append(renderer.render(group, partial(report.drop, row=group.row, on_bad=on_bad)))
             except BadRow as bad:
                 report.drop(bad, group.row, on_bad)
         prompts = encoder.encode([r.prompt for r in rendered])
-        texts = [x for r in rendered for x in r.responses if not isinstance(x, _Tokens)]
+        texts = [x for r in rendered for x in r.responses if not isinstance(x, Tokens)]
         pieces = iter(encoder.continuations([piece.text for text in texts for piece in text]))
         for r, prompt in zip(rendered, prompts):
-            tokens = [x if isinstance(x, _Tokens) else _Tokens.joined(x, islice(pieces, len(x))) for x in r.responses]
+            tokens = [x if isinstance(x, Tokens) else Tokens.joined(x, islice(pieces, len(x))) for x in r.responses]
             if r.plain:
                 prompt = encoder.lead + prompt
                 tokens = [each.ended(encoder.eos) for each in tokens]
@@ -160,7 +176,7 @@ def _tokenize_groups(
 def _usable(
     group: Group,
     prompt: list[int],
-    responses: list[_Tokens],
+    responses: list[Tokens],
     limit: _Limit,
     both_sides: bool,
     on_bad: str,
@@ -193,21 +209,15 @@ def _usable(
         yield TokenGroup(first, rest, group.positive, group.row, group.weight, group.response_weights, marks)
 
 
-class _Tokens(NamedTuple):
-    """The tokens of a response, and which of them are scored."""
+def check_processing_class(given: Any) -> None:
+    """TypeError for what is neither None nor a tokenizer, nor a processor with one."""
+    if given is not None:
+        _check_tokenizer("processing_class", tokenizer_of(given))
 
-    ids: list[int]
-    scored: list[bool]
 
-    @classmethod
-    def joined(cls, pieces: Sequence[_Piece], ids: Iterable[list[int]]) -> _Tokens:
-        found = [*zip(pieces, ids)]
-        return cls([*chain(*(ids for _, ids in found))], [piece.scored for piece, ids in found for _ in ids])
-
-    def ended(self, eos: list[int]) -> _Tokens:
-        """These tokens with eos at their end, unless there are none or it is there."""
-        more = eos if self.ids and self.ids[-1:] != eos else []
-        return _Tokens(self.ids + more, self.scored + [True] * len(more))
+def _check_tokenizer(name: str, tokenizer: Any) -> None:
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        raise TypeError(f"{name} must be a tokenizer or processor of transformers; got {shown(tokenizer)}")
 
 
 def tokenizer_of(processing_class: Any) -> Any:
@@ -276,186 +286,6 @@ class _Encoder:
             if ids[:n] != self.before:
                 raise ValueError(f"tokenizer merges a line end with what follows it; cannot place {shown(text)}")
         return [ids[n:] for ids in found]
-
-
-class _Piece(NamedTuple):
-    """A part of a response that is tokenised by itself, as in generation, and whether it is scored."""
-
-    text: str
-    scored: bool = True
-
-
-class _Rendered(NamedTuple):
-    group: Group  # with the responses that are rendered
-    prompt: str
-    responses: list[list[_Piece] | _Tokens]
-    plain: bool  # True without a chat template
-    pictures: Pictures | None = None
-
-
-class _Texts:
-    """Turns groups into the texts that are tokenised."""
-
-    def __init__(
-        self, tokenizer: Any, chat: bool | None, options: dict[str, Any], assistant_only: bool, processor: Any
-    ) -> None:
-        self.tokenizer, self.chat, self.options, self.assistant_only = tokenizer, chat, options, assistant_only
-        self.processor = processor  # of text and images; None without one
-
-    def render(self, group: Group, drop: Callable[[BadRow], None]) -> _Rendered:
-        prompt = group.prompt
-        if group.images is not None and self.processor is None:
-            got = type(self.tokenizer).__name__
-            raise ValueError(f"tokenizer must be a processor of images for row {group.row}, which has some; got {got}")
-        if self.chat is False and not isinstance(prompt, str):
-            if len(prompt) != 1 or not isinstance(prompt[0].get("content"), str):
-                raise BadRow("template", f"chat=False takes one turn of text as a prompt; it has {len(prompt)} turns")
-            prompt = prompt[0]["content"]
-        elif self.chat and isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        if isinstance(prompt, str):
-            turns = any(isinstance(text, Turns) for text in group.responses)
-            if turns or group.tools or group.images:
-                what = "a response has reasoning, tool calls or several turns" if turns else "it has tools or images"
-                raise BadRow("template", f"{what}, which a chat template alone can place")
-            return _Rendered(group, prompt, [[_Piece(text)] for text in group.responses], True)
-        if not self.tokenizer.chat_template:
-            raise ValueError(f"tokenizer has no chat_template for the conversation of row {group.row}: set it, or chat")
-        return self._from_template(prompt, group, drop)
-
-    def _from_template(self, prompt: list[dict[str, Any]], group: Group, drop: Callable[[BadRow], None]) -> _Rendered:
-        options = self.options | ({} if group.tools is None else {"tools": group.tools})
-        render = partial(self._rendered, tokenize=False, **options)
-        conversations = [[*prompt, *messages_of(text)] for text in group.responses]
-        if self.processor is not None:
-            images = len(group.images or ())
-            prompt, conversations = in_parts(prompt, images), [in_parts(each, images) for each in conversations]
-        head = render(prompt, add_generation_prompt=True)
-        whole = render(conversations)
-        if group.tools is not None and head == render(prompt, add_generation_prompt=True, tools=None):
-            raise BadRow("template", "the chat template leaves out the tools of the row")
-        if not all(text.startswith(head) for text in whole):
-            raise BadRow("template", "the chat template does not continue its own prompt with the response")
-        answers = [self._until_eos(text[len(head) :]) for text in whole]
-        kept = _told_apart(head, answers, group, drop)
-        marks = _GENERATION.search(self.tokenizer.get_chat_template(options.get("chat_template"), group.tools))
-        pieces: list[list[_Piece] | _Tokens] = []
-        for i in kept:
-            if len(conversations[i]) == len(prompt) + 1 or not self.assistant_only:
-                pieces.append([_Piece(answers[i])])
-            elif marks:
-                pieces.append(self._marked(head, answers[i], conversations[i], options))
-            else:
-                pieces.append([*self._turns(render, whole[i], head, conversations[i], len(prompt))])
-        pictures = None if group.images is None else Pictures(head, group.images)
-        return _Rendered(group.only(kept), head, pieces, False, pictures)
-
-    def _rendered(self, conversation: Any, **options: Any) -> Any:
-        """What the chat template makes of a conversation, or of several."""
-        try:
-            return self.tokenizer.apply_chat_template(conversation, **options)
-        except Exception as error:  # whatever a template raises on a conversation that it does not expect
-            raise BadRow("template", f"the chat template refuses it: {error}") from None
-
-    def _turns(
-        self, render: Callable[..., str], whole: str, head: str, conversation: list[Message], start: int
-    ) -> Iterator[_Piece]:
-        """Yields the response in pieces: what the template adds to the header of each turn of the assistant, scored,
-        and what stands between these turns."""
-        end = len(head)
-        for k in range(start, len(conversation)):
-            if conversation[k]["role"] != "assistant":
-                continue
-            before, after = render(conversation[:k], add_generation_prompt=True), render(conversation[: k + 1])
-            if not (whole.startswith(before) and whole.startswith(after) and end <= len(before) < len(after)):
-                raise BadRow(
-                    "template",
-                    f"the chat template renders message {k} of the conversation otherwise alone than in the whole; a"
-                    " template with the keyword generation can say which tokens are the assistant's",
-                )
-            if end < len(before):
-                yield _Piece(whole[end : len(before)], scored=False)
-            said = self._until_eos(whole[len(before) : len(after)])
-            yield _Piece(said)
-            end = len(before) + len(said)
-
-    def _marked(self, head: str, answer: str, conversation: list[Message], options: dict[str, Any]) -> _Tokens:
-        """The tokens of the response, with the template's own mask of what the assistant generates."""
-        found = self._rendered(
-            conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
-        )
-        before, after = (self.tokenizer(x, add_special_tokens=False)["input_ids"] for x in (head, head + answer))
-        ids = found["input_ids"][: len(after)]
-        if ids != after or ids[: len(before)] != before:
-            raise BadRow(
-                "template", "a token of the rendered conversation spans the end of its prompt, or of its last turn"
-            )
-        tokens = _Tokens(ids[len(before) :], [bool(x) for x in found["assistant_masks"][len(before) : len(after)]])
-        if not any(tokens.scored):
-            raise BadRow("template", "the chat template marks no token of the response as generated")
-        return tokens
-
-    def _until_eos(self, text: str) -> str:
-        bare = text.rstrip()
-        eos = self.tokenizer.eos_token
-        return bare if eos and bare.endswith(eos) else text
-
-
-# The keyword by which a template marks what the assistant generates, as transformers looks for it.
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-def _told_apart(head: str, answers: list[str], group: Group, drop: Callable[[BadRow], None]) -> list[int]:
-    """Indices of the responses that the template left intact. A template that cuts parts of an answer (its thoughts)
-    would train on another answer, and two answers that it makes equal teach nothing. White space may change, and the
-    start of an answer (`<think>`) may stand at the end of the prompt, `head`.
-    """
-    before = "".join(head.split())
-    sides: dict[str, set[bool]] = {}
-    for answer, side in zip(answers, group.positive):
-        sides.setdefault(answer, set()).add(side)
-    kept: dict[str, int] = {}
-    for i, (answer, text) in enumerate(zip(answers, group.responses)):
-        if len(sides[answer]) > 1 or answer in kept:
-            drop(BadRow("identical after the template", f"the response {shown(text)} is rendered like another one"))
-        elif lost := _left_out(before, "".join(answer.split()), messages_of(text)):
-            drop(BadRow("answer changed by the template", f"{lost}; the response becomes {shown(answer)}"))
-        else:
-            kept[answer] = i
-    return list(kept.values())
-
-
-def _left_out(before: str, after: str, messages: list[Message]) -> str:
-    """What the template leaves out of these messages, which follow each other in `before + after`, without white space.
-    The first may begin in `before`, but must reach past it. Empty if nothing is left out."""
-    whole, at = before + after, len(before)
-    for k, message in enumerate(messages):
-        ends = [at]
-        for what, part in _parts(message):
-            # Some templates (Llama 3.1) write what a tool says as JSON, in quotes.
-            forms = [part, json.dumps(part, ensure_ascii=False)] if message["role"] == "tool" else [part]
-            for bare in ("".join(form.split()) for form in forms):
-                found = whole.find(bare, at if k else max(0, at - len(bare) + bool(bare)))
-                if found >= 0:
-                    ends.append(found + len(bare))
-                    break
-            else:
-                return f"the template leaves out {what}, {shown(part)}"
-        at = max(ends)
-    return ""
-
-
-def _parts(message: Message) -> Iterator[tuple[str, str]]:
-    """Yields the texts of a message that a rendering of it must hold, each with its name."""
-    for name in ("reasoning_content", "content"):
-        if name in message:
-            yield name, message[name]
-    for call in message.get("tool_calls", []):
-        function = call.get("function", call)
-        yield "the name in tool_calls", function["name"]
-        arguments = function.get("arguments", {})
-        for text in [arguments] if isinstance(arguments, str) else arguments:
-            yield "the arguments in tool_calls", str(text)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -582,6 +412,15 @@ def collate(
         share_images: whether prompts with images are shared too, for a model that can (`why_not_shared_images`); the
             prompt then has the pixels, and its rows have none.
     """
+    check_kind("groups", groups, Sequence, "a list of TokenGroups")
+    for group in groups:
+        check_kind("groups", group, TokenGroup, "TokenGroups, as tokenize_groups yields them")
+    check_flags(sort=sort, share_prompt=share_prompt, prompts_together=prompts_together)
+    check_flags(pad_responses=pad_responses, share_images=share_images)
+    check_count("pad_id", pad_id, 0)
+    limits = _Limits.checked(max_tokens, max_sequences)
+    if of is not None:
+        check_kind("of", of, PreferenceGroups, "PreferenceGroups or None")
     if not groups:
         raise ValueError("groups must hold at least one group; got none")
     if (
@@ -599,7 +438,6 @@ def collate(
     if max_tokens is not None and max(longest) > max_tokens:
         row = groups[longest.index(max(longest))].row
         raise ValueError(f"max_tokens must be at least {max(longest)}, the sequence of row {row}; got {max_tokens}")
-    limits = _Limits.checked(max_tokens, max_sequences)
     places = sorted(range(len(groups)), key=lambda g: -longest[g]) if sort else range(len(groups))
     first = list(accumulate((len(g.responses) for g in groups), initial=0))
     parts: list[Any] = []
@@ -643,6 +481,8 @@ def _preference_groups(groups: Sequence[TokenGroup]) -> PreferenceGroups:
 def empty_part(device: torch.device | str, with_prompt: bool = False) -> MicroBatch | SharedPrompt:
     """A micro-batch of two tokens that scores nothing, or one after a prompt of one token: a part of a step for a rank
     that must run a forward where it has nothing left."""
+    check_device("device", device)
+    check_flags(with_prompt=with_prompt)
     ids = torch.ones(1, 2, dtype=torch.long, device=device)
     targets, none = torch.full_like(ids, -100), ids[0, :0]
     offsets = torch.zeros(1, dtype=torch.int32, device=device)
@@ -677,8 +517,8 @@ class _Limits(NamedTuple):
     @classmethod
     def checked(cls, max_tokens: int | None, max_sequences: int | None) -> _Limits:
         for name, value in {"max_tokens": max_tokens, "max_sequences": max_sequences}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+            if value is not None:
+                check_count(name, value)
         return cls(max_tokens, max_sequences)
 
     def fit(self, tokens: int, sequences: int) -> bool:

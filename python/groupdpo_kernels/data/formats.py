@@ -436,10 +436,10 @@ _OF_OTHERS = ("role", "content", "name", "tool_call_id")
 
 def _calls(message: Message) -> list[Any]:
     calls = message.get("tool_calls") or []
-    functions = [call.get("function", call) if isinstance(call, Mapping) else None for call in [*calls]]
-    if not isinstance(calls, list) or not all(
-        isinstance(f, Mapping) and isinstance(f.get("name"), str) for f in functions
-    ):
+    functions: list[Any] = [None]
+    if isinstance(calls, list):
+        functions = [call.get("function", call) if isinstance(call, Mapping) else None for call in calls]
+    if not all(isinstance(f, Mapping) and isinstance(f.get("name"), str) for f in functions):
         raise BadRow("malformed", f"tool_calls must be a list of functions with names; got {shown(calls)}")
     for f in functions:
         if not isinstance(f.get("arguments", {}), (Mapping, str)):

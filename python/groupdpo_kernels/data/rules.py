@@ -61,8 +61,8 @@ def read_groups(
         rule = RULES[rule]()
     rows = [rows] if isinstance(rows, Mapping) else rows
     check_iterable("rows", rows, "an iterable of dicts")
-    check_kind("rename", rename := rename or {}, Mapping, "a dict of the names of columns")
-    check_kind("report", report := report or Report(), Report, "a Report")
+    check_kind("rename", rename := {} if rename is None else rename, Mapping, "a dict of the names of columns")
+    check_kind("report", report := Report() if report is None else report, Report, "a Report")
     return _read_groups(rows, format, rule, rename, on_bad, report)
 
 
@@ -166,7 +166,7 @@ def merge_prompts(groups: Iterable[Group], *, on_bad: str = "drop", report: Repo
     """
     one_of("on_bad", on_bad, ("drop", "error"))
     check_iterable("groups", groups, "an iterable of Groups")
-    check_kind("report", report := report or Report(), Report, "a Report")
+    check_kind("report", report := Report() if report is None else report, Report, "a Report")
     return _merge_prompts(groups, on_bad, report)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import replay
-from ..checks import INTEGERS, check_number, check_tensors
+from ..checks import INTEGERS, check_group, check_number, check_tensors
 from ..reference import HeadOptions, LogpStats, head_of
 from .autograd import CallOptions, RefuseGradient
 from .dispatch import PATHS, Call, run
@@ -83,7 +83,10 @@ def linear_logps(
 
     DPO (arXiv 2305.18290) needs exactly these values; the online log-sum-exp over blocks follows arXiv 2411.09009.
     """
-    head_options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
+    check_group("process_group", process_group)
+    head_options = checked_options(
+        logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes
+    )
     options = CallOptions(head_options, impl, float(grad_tol))
     call = _call(hidden, weight, targets, bias, low_rank, options)
     return _run(call._replace(process_group=process_group), grad_tail).token_logps
@@ -115,16 +118,19 @@ def linear_logp_stats(
     gradient is exact whatever grad_tol is. The other arguments are those of `linear_logps`.
     """
     known = ("lse", *_EXTRA)
-    if isinstance(outputs, str) or not isinstance(outputs, Iterable):
+    if isinstance(outputs, (str, Tensor)) or not isinstance(outputs, Iterable):
         raise ValueError(f"outputs must be taken from {known}, as a tuple of names; got {outputs!r}")
     for name in outputs:
         if name not in known and name != "token_logps":
             raise ValueError(f"outputs must be taken from {known}; got {name!r}")
+    check_group("process_group", process_group)
     if process_group is not None and "is_top1" in outputs:
         raise ValueError(
             "outputs must not hold 'is_top1' with a process_group: a shard does not see the others' largest logits"
         )
-    head_options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
+    head_options = checked_options(
+        logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes
+    )
     options = CallOptions(head_options, impl, float(grad_tol), any(name in outputs for name in _EXTRA))
     call = _call(hidden, weight, targets, bias, low_rank, options)
     stats = _run(call._replace(token_logps_alone=not outputs, process_group=process_group), grad_tail)
@@ -183,7 +189,10 @@ def explain(
     takes, and every reason against the others. It computes nothing, and raises what the call would raise before that.
     It depends, as the call does, on which arguments require grad and on whether gradients are on.
     """
-    head_options = _options(logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes)
+    check_group("process_group", process_group)
+    head_options = checked_options(
+        logit_scale, softcap, temperature, ignore_index, grad_tol, grad_tail, workspace_bytes
+    )
     options = CallOptions(head_options, impl, float(grad_tol))
     call = _call(hidden, weight, targets, bias, low_rank, options)._replace(process_group=process_group)
     reasons = {name: why_not(name, call.head.hidden, call.head.weight) for name in IMPLS}
@@ -214,7 +223,7 @@ def _sums_of(call: Call) -> str:
 # ------------------------------------------------------------------------------------------------------------ arguments
 
 
-def _options(
+def checked_options(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -236,7 +245,7 @@ def _options(
         raise ValueError(f"temperature must be positive and finite; got {temperature}")
     if not 0 <= grad_tol < 1:
         raise ValueError(f"grad_tol must be in [0, 1); got {grad_tol}")
-    if grad_tail not in ("exact", "sample"):
+    if not isinstance(grad_tail, str) or grad_tail not in ("exact", "sample"):
         raise ValueError(f"grad_tail must be 'exact' or 'sample'; got {grad_tail!r}")
     if grad_tail == "sample" and grad_tol == 0:
         raise ValueError("grad_tail='sample' needs grad_tol > 0, which says what is drawn; got grad_tol = 0")
@@ -248,8 +257,8 @@ def _options(
     return HeadOptions(float(logit_scale), cap, float(temperature), int(ignore_index), int(workspace_bytes))
 
 
-def _known(impl: str) -> None:
-    if impl != "auto" and impl not in IMPLS:
+def check_impl(impl: str) -> None:
+    if not isinstance(impl, str) or impl not in ("auto", *IMPLS):
         raise ValueError(f"impl must be 'auto' or one of {IMPLS}; got {impl!r}")
 
 
@@ -336,7 +345,7 @@ def _call(
     options: CallOptions,
 ) -> Call:
     """The call of these arguments, checked and cast."""
-    _known(options.impl)
+    check_impl(options.impl)
     _check_kinds(hidden, weight, targets, bias, low_rank)
     hidden, weight, bias, low_rank = _autocast(hidden, weight, bias, low_rank)
     _check(hidden, weight, targets, bias, low_rank)

@@ -26,7 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import INTEGERS, check_flags, check_kind, check_tensors
 from ..distributed import is_distributed, is_dtensor, reshard, shards
+from ..lm_head.api import check_impl, checked_options
 from .adapters import why_not_scored
 from .head_call import HeadCall, LogitMap, ScoreOptions, Tie, leaf_of, logps_in_chunks
 from .layouts import check_packed, why_not_shared
@@ -163,6 +165,12 @@ class AttachedModel:
     def __init__(self, model: nn.Module, options: ScoreOptions) -> None:
         if isinstance(model, nn.DataParallel):
             raise ValueError("model must not be a torch.nn.DataParallel: use DistributedDataParallel, or model.module")
+        check_kind("model", model, nn.Module, "a causal LM, a torch.nn.Module")
+        check_flags(strict=options.strict)
+        check_impl(options.impl)
+        checked_options(
+            1.0, None, options.temperature, options.ignore_index, options.grad_tol, "exact", options.workspace_bytes
+        )
         self.model, self.options = model, options
 
     def __repr__(self) -> str:
@@ -196,6 +204,8 @@ class AttachedModel:
         loss = preference(token_logps) + model.config.router_aux_loss_coef * outputs.aux_loss
         """
         prompt_of = inputs.pop("prompt_of", None)
+        if prefix is not None:
+            check_kind("prefix", prefix, (tuple, list), "a tuple, as attach(model).prefix gives it")
         if not prefix:
             return self._run(input_ids, targets, inputs)
         positions = inputs.get("position_ids")
@@ -255,10 +265,12 @@ class AttachedModel:
     def _run_alone(self, input_ids: Tensor | None, targets: Tensor, inputs: dict[str, Any]) -> LogpsAndOutputs:
         if inputs.get("labels") is not None:
             raise ValueError("labels must be left out: give them, shifted by one position, as targets")
-        if targets.is_floating_point() or targets.dtype == torch.bool:
-            raise TypeError(f"targets must be an integer tensor; got {targets.dtype}")
-        if is_dtensor(targets):
-            raise TypeError("targets must be a tensor of this rank, as x.to_local() or x.full_tensor(); got a DTensor")
+        for name, ids in {"targets": targets, "input_ids": targets if input_ids is None else input_ids}.items():
+            check_tensors(**{name: ids})
+            if ids.dtype not in INTEGERS:
+                raise TypeError(f"{name} must be an integer tensor; got {ids.dtype}")
+            if ids.dim() != 2 or not ids.numel():
+                raise ValueError(f"{name} must be (B, L), both at least 1; got {tuple(ids.shape)}")
         bare = unwrap(self.model)
         inputs = {**without_cache(bare), **inputs}
         if input_ids is not None:

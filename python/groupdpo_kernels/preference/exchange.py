@@ -27,17 +27,6 @@ from ..distributed import device_of
 ELSEWHERE = "stops on every rank that holds parts of these groups, because one of them has failed; its error says why"
 
 
-def check_group(name: str, group: Any) -> None:
-    """TypeError unless this is a process group or None, ValueError unless this rank belongs to it."""
-    if group is None:
-        return
-    distributed = torch.distributed.is_available()
-    if distributed and group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(f"{name} must be a process group that this rank belongs to; got another")
-    if not distributed or not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(f"{name} must be a torch.distributed process group or None; got {type(group).__name__}")
-
-
 def agreed(
     what: str,  # who raises, for the error of the other ranks
     own: Sequence[int],  # as many on every rank

@@ -40,6 +40,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_callable, check_group, check_iterable, check_kind, check_number, check_tensors, one_of
 from ..distributed import Ranks, is_dtensor
 from ..replay import LseTape, RandomState
 from .groups import PreferenceGroups, check_groups
@@ -136,8 +137,11 @@ def group_backward(
     2 too. It warns if pass 2 does not repeat pass 1, on all ranks that groups span.
     """
     check_groups(groups)
+    check_group("process_group", process_group)
+    if model is not None:
+        check_kind("model", model, nn.Module, "a torch.nn.Module or None")
     names = list(STRATEGIES)
-    at = names.index(strategy) if strategy in names else -1
+    at = names.index(strategy) if isinstance(strategy, str) and strategy in names else -1
     ranks = Ranks(
         process_group,
         lambda: _count(micro_batches),
@@ -149,8 +153,10 @@ def group_backward(
         groups.context_parallel_group is None,
     )
     wrong: Exception | None = None
-    leaves = None if parameters is None else [p for p in parameters if p.requires_grad]
+    leaves: list[Tensor] | None = None
     try:
+        _check_kinds(micro_batches, forward, no_sync)
+        leaves = _trained(parameters)
         _check(strategy, micro_batches, scale, leaves)
     except (ValueError, TypeError) as error:
         wrong = error
@@ -159,14 +165,33 @@ def group_backward(
     return STRATEGIES[strategy](step)
 
 
+def _check_kinds(micro_batches: Any, forward: Any, no_sync: Any) -> None:
+    check_iterable("micro_batches", micro_batches, "a list of what forward takes")
+    if not (hasattr(forward, "prefix") and hasattr(forward, "rows")):
+        check_callable("forward", forward, "a function of a micro-batch")
+    if no_sync is not None:
+        check_callable("no_sync", no_sync, "a function that gives a context")
+
+
+def _trained(parameters: Any) -> list[Tensor] | None:
+    if parameters is None:
+        return None
+    check_iterable("parameters", parameters, "tensors")
+    found = [*parameters]
+    for i, p in enumerate(found):
+        check_tensors(**{f"parameters[{i}]": p})
+    return [p for p in found if p.requires_grad]
+
+
 def _check(strategy: str, micro_batches: Any, scale: float | Tensor, leaves: list[Tensor] | None) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}")
+    one_of("strategy", strategy, STRATEGIES)
     if isinstance(micro_batches, Iterator):
         got = type(micro_batches).__name__
         raise TypeError(f"micro_batches must be a list or another iterable that can be iterated twice; got a {got}")
     if isinstance(scale, Tensor) and scale.numel() != 1:
         raise ValueError(f"scale must be a number or a tensor of one; got shape {tuple(scale.shape)}")
+    if not isinstance(scale, Tensor):
+        check_number("scale", scale)
     if leaves is not None and not (leaves and all(p.is_leaf for p in leaves)):
         raise ValueError("parameters must be leaves, at least one of which requires grad")
     if leaves is not None and any(map(is_dtensor, leaves)):
@@ -204,6 +229,7 @@ def forward_parts(
     It scores a reference or, where gradients are on, makes the graph of a whole step, prompts included. Arguments and
     errors are those of `group_backward`; `no_sync` is around every forward but the last.
     """
+    _check_kinds(micro_batches, forward, no_sync)
     quiet = contextlib.nullcontext if no_sync is None else no_sync
     runs: list[_Run] = []
     for part, last in _parts(micro_batches, forward):
@@ -214,6 +240,8 @@ def forward_parts(
         for micro_batch, ends in _marking_last(part.micro_batches):
             with contextlib.nullcontext() if last and ends else quiet():
                 runs.append(_checked_run(_rows(forward, prefix, micro_batch), len(runs)))
+    if not runs:
+        raise ValueError("micro_batches must hold at least one; got none")
     token_logps = torch.cat([run.token_logps for run in runs])
     return token_logps, _joined(runs), [run.auxiliary for run in runs if run.auxiliary is not None]
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exchange import agreed, check_group, gathered
+from ..checks import check_count, check_device, check_group, check_iterable, check_number, check_tensors
+from .exchange import agreed, gathered
 from .segments import as_offsets, bounded_offsets
 
 
@@ -93,8 +94,7 @@ class PreferenceGroups:
         cls, n: int, device: torch.device | str | None = None, *, context_parallel_group: Any = None
     ) -> PreferenceGroups:
         """Makes n groups of two: a chosen response, then its rejected one."""
-        if n < 1:
-            raise ValueError(f"n must be at least 1; got {n}")
+        check_count("n", n)
         return cls.from_lists([[True, False]] * n, device, context_parallel_group=context_parallel_group)
 
     @classmethod
@@ -112,18 +112,22 @@ class PreferenceGroups:
 
         weights has a number a group, response_weights a list a group, a number a response.
         """
-        lists = [list(map(bool, group)) for group in positive]
+        check_iterable("positive", positive, "a list of lists of bools")
+        lists = [[*map(bool, _own("positive", group))] for group in positive]
+        if device is not None:
+            check_device("device", device)
         sizes = torch.tensor([0, *map(len, lists)], dtype=torch.int64)
-        each = None if response_weights is None else [[*group] for group in response_weights]
+        each = None
+        if response_weights is not None:
+            check_iterable("response_weights", response_weights, "a list of lists of numbers")
+            each = [_own("response_weights", group) for group in response_weights]
         if each is not None:
             _check_lists(each, lists)
         groups = cls(
             sizes.cumsum(0).int(),
             torch.tensor([x for group in lists for x in group], dtype=torch.bool),
-            weights=None if weights is None else torch.tensor([*weights], dtype=torch.float64),
-            response_weights=None
-            if each is None
-            else torch.tensor([x for group in each for x in group], dtype=torch.float64),
+            weights=None if weights is None else _numbers("weights", _own("weights", weights)),
+            response_weights=None if each is None else _numbers("response_weights", [x for own in each for x in own]),
             process_group=process_group,
             context_parallel_group=context_parallel_group,
         )
@@ -234,6 +238,19 @@ class PreferenceGroups:
         return torch.cat([self.ids.new_zeros(1), (positives * negatives).cumsum(0)])
 
 
+def _own(name: str, values: Any) -> list[Any]:
+    check_iterable(name, values, "a list, or lists, one a group")
+    return [*values]
+
+
+def _numbers(name: str, values: list[Any]) -> Tensor:
+    for value in values:
+        check_number(name, value)
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(f"{name} must be numbers; got a tensor without values, on meta")
+    return torch.tensor([float(x) for x in values], dtype=torch.float64)
+
+
 def _counts(cu_groups: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     until = torch.cat([cu_groups.new_zeros(1, dtype=torch.int64), positive.cumsum(0)])
     positives = until[cu_groups.long()].diff()
@@ -244,9 +261,7 @@ def _checked(groups: PreferenceGroups, whole: bool = True) -> Tensor:  # (G+1,) 
     """cu_groups as offsets. TypeError or ValueError for what is no tensor or has another shape; on a CPU also, naming
     the group, for values that are wrong. whole: whether each group must have a positive and a negative."""
     cu_groups, positive = groups.cu_groups, groups.positive
-    for name, x in {"cu_groups": cu_groups, "positive": positive}.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    check_tensors(cu_groups=cu_groups, positive=positive)
     cu = as_offsets("cu_groups", cu_groups)
     if cu.dim() != 1 or cu.shape[0] < 2:
         got = f"{tuple(cu.shape)} {cu.dtype}"
@@ -264,7 +279,7 @@ def _checked(groups: PreferenceGroups, whole: bool = True) -> Tensor:  # (G+1,) 
     _check_weights("weights", groups.weights, f"(G,) = ({G},)", G, cu.device, readable, whole)
     _check_weights("response_weights", groups.response_weights, f"(S,) = ({S},)", S, cu.device, readable, whole)
     if readable and whole and groups.response_weights is not None:
-        _check_side_weights(cu, positive, groups.response_weights)
+        _check_side_weights(cu, positive, groups.response_weights.double())
     return cu
 
 
@@ -273,14 +288,14 @@ def _check_weights(
 ) -> None:
     if weights is None:
         return
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"{name} must be a tensor or None; got {type(weights).__name__}")
+    check_tensors(**{name: weights})
     if weights.shape != (n,) or weights.dtype == torch.bool or weights.is_complex():
         raise ValueError(f"{name} must be floating or integer and {shape}; got {tuple(weights.shape)} {weights.dtype}")
     if weights.device != device:
         raise ValueError(f"{name} must be on the device of cu_groups, {device}; got {weights.device}")
     if not readable:
         return
+    weights = weights.double()
     wrong = (~((weights >= 0) & weights.isfinite())).nonzero()[:1, 0].tolist()
     for i in wrong:
         raise ValueError(f"{name} must be finite and at least 0; {name}[{i}] is {float(weights[i])}")

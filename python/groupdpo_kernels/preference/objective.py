@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_tensors, one_of
+from ..checks import check_number, check_tensors, one_of, shown
 from . import fused
 from .exchange import gathered
 from .fused import PreferenceWeights
@@ -184,11 +184,12 @@ def _check_loss(loss: Any) -> None:
 
 
 def _check_numbers(options: Any, *names: str) -> None:
-    """TypeError for a field that is not a number: text, for example, or a bool."""
+    """TypeError for a field that is not a number: text, for example, a bool, or a tensor."""
     for name in names:
         value = getattr(options, name)
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number; got {value!r}")
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a number; got {shown(value)}")
+        check_number(name, value)
 
 
 class PreferenceLoss(NamedTuple):

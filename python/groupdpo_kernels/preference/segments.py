@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import INTEGERS, NotUnderVmap, check_tensors
-from .exchange import agreed, check_group, gathered
+from ..checks import INTEGERS, NotUnderVmap, check_group, check_tensors
+from .exchange import agreed, gathered
 
 
 def seq_logps(
@@ -100,6 +100,7 @@ segment_sums.register_autograd(segment_sums_backward, setup_context=segment_sums
 
 def as_offsets(name: str, offsets: Tensor) -> Tensor:
     """Offsets of any integer dtype, as int32 or int64 so that sums of them fit. TypeError for other dtypes."""
+    check_tensors(**{name: offsets})
     if offsets.dtype not in INTEGERS:
         raise TypeError(f"{name} must be an integer tensor; got {offsets.dtype}")
     return offsets if offsets.dtype in (torch.int32, torch.int64) else offsets.long()

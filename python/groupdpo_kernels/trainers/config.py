@@ -6,13 +6,14 @@ It never accepts an option that would do nothing. It needs transformers.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from ..checks import one_of
+from ..checks import check_count, check_flags, check_number, one_of, shown
 from ..preference.group_backward import STRATEGIES
 from .engines import check_engine_options
 from .misplaced import check_names
@@ -90,6 +91,7 @@ class GroupDPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        self._check_kinds()
         check_step_options(self, ("auto", *STRATEGIES, "coupled"), sized=("auto", "two_pass"))
         one_of("layout", self.layout, ("padded", "packed"))
         one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
@@ -116,6 +118,22 @@ class GroupDPOConfig(TrainingArguments):
                 " gradient of each response by itself; got use_reentrant=True"
             )
 
+    def _check_kinds(self) -> None:
+        names = ("bf16", "gradient_checkpointing", "merge_prompts", "assistant_only", "precompute_ref_log_probs")
+        check_flags(**{name: getattr(self, name) for name in (*names, "disable_dropout")})
+        if self.chat is not None:
+            check_flags(chat=self.chat)
+        if self.max_length is not None:
+            check_count("max_length", self.max_length, 2)
+        for name in ("learning_rate", "logging_steps", "router_aux_loss_coef"):
+            value = getattr(self, name)
+            if value is not None or name != "router_aux_loss_coef":
+                check_number(name, value)
+                if not math.isfinite(value):
+                    raise ValueError(f"{name} must be finite; got {value}")
+        if not isinstance(self.template_options, (dict, str, type(None))):
+            raise TypeError(f"template_options must be a dict, or JSON of one; got {shown(self.template_options)}")
+
 
 def check_step_options(args: Any, strategies: Collection[str], sized: Collection[str] = ()) -> None:
     """ValueError for a strategy that is not one of these, and for the options of micro-batches and shared prompts.
@@ -123,20 +141,20 @@ def check_step_options(args: Any, strategies: Collection[str], sized: Collection
     sized: the strategies with which micro_batch_tokens may be auto.
     """
     one_of("strategy", args.strategy, strategies)
-    if args.share_prompt not in ("auto", True, False):
-        raise ValueError(f"share_prompt must be 'auto', True or False; got {args.share_prompt!r}")
+    if not isinstance(args.share_prompt, (str, bool)) or args.share_prompt not in ("auto", True, False):
+        raise ValueError(f"share_prompt must be 'auto', True or False; got {shown(args.share_prompt)}")
     if isinstance(args.micro_batch_tokens, str) and args.micro_batch_tokens.isdecimal():  # from a command line
         args.micro_batch_tokens = int(args.micro_batch_tokens)
     for name in ("micro_batch_sequences", "micro_batch_tokens"):
         value = getattr(args, name)
-        if value == "auto" and name == "micro_batch_tokens" and args.strategy in sized:
+        if isinstance(value, str) and value == "auto" and name == "micro_batch_tokens" and args.strategy in sized:
             continue
         if isinstance(value, str):
             asked = f"an int or None, or for {' and '.join(sized)} micro_batch_tokens may be 'auto'"
             asked = asked if sized else "an int or None"
             raise ValueError(f"{name} must be {asked}; got {value!r} with strategy {args.strategy!r}")
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+        if value is not None:
+            check_count(name, value)
 
 
 def take_new_names(args: TrainingArguments) -> None:

@@ -35,7 +35,8 @@ from accelerate.utils import TorchDynamoPlugin  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
-from ..data.batches import TokenGroup, tokenizer_of
+from ..checks import check_kind, check_tensors, shown
+from ..data.batches import TokenGroup, check_processing_class, tokenizer_of
 from ..data.formats import Report
 from ..data.images import pixels_made_by, processor_of
 from ..distributed import shards
@@ -141,6 +142,9 @@ class GroupDPOTrainer(WholeCheckpoints, GroupSteps, Trainer):
             raise TypeError(f"ref_model must be a model or None; got a {type(ref_model).__name__}")
         args = GroupDPOConfig() if args is None else args
         _check_arguments(model, ref_model, args, objective, ref_logps, peft_config)
+        check_processing_class(processing_class)
+        if isinstance(train_dataset, dict):
+            raise TypeError(f"train_dataset must be rows, or a list of TokenGroup; got {shown(train_dataset)}")
         if ref_logps is not None and eval_dataset is not None:
             raise ValueError(_NO_REFERENCE)
         self.objective, self.report = objective, defaultdict(Report)
@@ -149,8 +153,9 @@ class GroupDPOTrainer(WholeCheckpoints, GroupSteps, Trainer):
         self._limits = position_limit(model), token_limit(model)
         set_seed(args.seed)  # the adapter draws its weights next
         if peft_config is not None:
-            from peft import get_peft_model
+            from peft import PeftConfig, get_peft_model
 
+            check_kind("peft_config", peft_config, PeftConfig, "a configuration of peft, such as LoraConfig")
             model = get_peft_model(model, peft_config)
         let_adapter_train(model)
         if has_adapter(model) and args.gradient_checkpointing and is_reentrant(args):
@@ -427,6 +432,8 @@ def _check_arguments(
         raise TypeError(f"objective must be an Objective; got {objective!r}")
     if ref_model is model:
         raise ValueError("ref_model must be another object than model, or None for a copy of it; got model")
+    if ref_logps is not None:
+        check_tensors(ref_logps=ref_logps)
     check_adapter(model, peft_config)
     if args.merge_prompts and objective.loss == "plackett_luce":
         raise ValueError("merge_prompts must be False for 'plackett_luce': merged rows have no ranking; got True")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..checks import one_of
+from ..checks import check_count, one_of
 from ..data.rules import RULES, Rule
 from ..installed import installed_trl
 from .config import check_not_compiled, check_step_options, take_new_names
@@ -59,8 +59,8 @@ class OnlineGroupDPOConfig(trl.GRPOConfig):  # type: ignore[name-defined]
         if not callable(self.rule):
             one_of("rule", self.rule, RULES)
         check_step_options(self, ("two_pass", "coupled"))
-        if self.ref_sync_steps is not None and self.ref_sync_steps < 1:
-            raise ValueError(f"ref_sync_steps must be at least 1, or None; got {self.ref_sync_steps}")
+        if self.ref_sync_steps is not None:
+            check_count("ref_sync_steps", self.ref_sync_steps)
         for name in ("num_generations", "num_generations_eval"):
             G = getattr(self, name)
             if G is not None and G < 2:

@@ -171,7 +171,7 @@ def tokenised(
             key: tokenised(value, key, processing_class, config, objective, reports, limits)
             for key, value in rows.items()
         }
-    if isinstance(rows, str) or not isinstance(rows, Iterable):
+    if isinstance(rows, (str, Tensor)) or not isinstance(rows, Iterable):
         raise TypeError(f"{name}_dataset must be rows, or a list of TokenGroup; got {rows!r:.60}")
     groups = list(rows)
     report = reports[name] = Report()
