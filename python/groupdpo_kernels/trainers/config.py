@@ -118,7 +118,6 @@ class GroupDPOConfig(TrainingArguments):
                 " gradient of each response by itself; got use_reentrant=True"
             )
 
-
     def _check_kinds(self) -> None:
         names = ("bf16", "gradient_checkpointing", "merge_prompts", "assistant_only", "precompute_ref_log_probs")
         check_flags(**{name: getattr(self, name) for name in (*names, "disable_dropout")})
