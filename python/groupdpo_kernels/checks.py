@@ -75,7 +75,7 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise TypeError(f"{name} must be an integer of at least {least}; got {shown(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {shown(value)}")
-    if value >= 2**63:
+    if int(value) >= 2**63:
         raise ValueError(f"{name} must be an integer of 64 bits; got one of {int(value).bit_length()} bits")
 
 
