@@ -11,7 +11,7 @@ RESULTS ?= bench/results
 # Without bytecode on disk each of the tests' hundred processes would compile torch and transformers again: 20 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup test compositions test-distributed test-processors test-aarch64 sanitize emulate faults numerics demo bench profile docs dist hub compat support lint clean
+.PHONY: help setup test compositions test-distributed test-processors test-aarch64 sanitize fuzz audit emulate faults numerics demo bench profile docs dist hub compat support lint clean
 .PHONY: device-first device device-losses device-memory device-steps device-counters
 
 help:
@@ -23,6 +23,8 @@ help:
 	@echo "make test-processors  a slice of the tests as on a processor with SSE alone, with AVX2, with all that is here"
 	@echo "make test-aarch64  the loops of the C++ op, cross-compiled and run in qemu: the same bits as here"
 	@echo "make sanitize the C++ op under sanitizers: addresses, undefined behaviour, races; planted faults are found"
+	@echo "make fuzz     wrong rows, files, arguments, options, tensors by the ten thousand; writes docs/project/fuzzing.md"
+	@echo "make audit    licences and known vulnerabilities of dependencies; writes docs/project/dependencies.md; network"
 	@echo "make emulate  every kernel, compiled for a GPU and executed without one; writes docs/project/emulation.md; resumes"
 	@echo "make numerics ten thousand drawn heads and more, each within its error budget; writes docs/project/numerics.md; resumes"
 	@echo "make faults   kills, full disks, damaged files; writes docs/project/faults.md; resumes"
@@ -101,6 +103,16 @@ test-aarch64:
 # Builds apart from the normal one, in build/sanitize/; ARGS='thread' for one of them, '--planted' for the faults alone.
 sanitize: setup
 	OMP_NUM_THREADS=1 $(RUN) tests/sanitize.py $(ARGS)
+
+# atheris has no wheel for every Python, so that it is no dependency of the tests. ARGS='--only rows' for one part.
+fuzz: setup
+	$(RUN) -m pip install -q 'atheris>=3'
+	OMP_NUM_THREADS=1 $(RUN) -W ignore tests/fuzz.py $(ARGS)
+
+# pip-audit in an environment of its own: what it needs is not ours. ARGS=--list for the licences alone, without network.
+audit: setup
+	[ -x build/audit/bin/pip-audit ] || { $(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install -q pip-audit; }
+	$(RUN) tests/audit.py --pip-audit build/audit/bin/pip-audit $(ARGS)
 
 # Each run is kept in build/emulated/, so that one that was stopped goes on.
 emulate: setup

@@ -238,6 +238,57 @@ def test_no_file_holds_both_sides_of_a_merge() -> None:
     assert paths and not [path for path in paths if re.search(r"^(<{7}|>{7}) ", path.read_text(), re.MULTILINE)]
 
 
+# What would run code that a file or a row holds, each with how it is seen in the text of a call.
+UNSAFE = {
+    r"(?:eval|exec|compile|__import__)\(": "the built-in function",
+    r"(?:pickle|dill|cloudpickle|marshal|shelve|joblib)\.(?:load|loads|open|Unpickler)\(": "unpickles",
+    r"torch\.load\((?!.*weights_only=True)": "unpickles anything without weights_only=True",
+    r"(?:np|numpy)\.load\(.*allow_pickle=True": "unpickles",
+    r"yaml\.(?:load|unsafe_load|full_load)\(": "makes objects; safe_load does not",
+    r".*\btrust_remote_code=True": "runs code of the hub",
+    r"(?:os\.system|os\.popen)\(|subprocess\..*shell=True": "a shell",
+    r"jinja2\.(?:Template|Environment)\(": "a template outside of a sandbox",
+}
+
+
+def unsafe(source: str) -> list[str]:
+    calls = [ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [call for call in calls for pattern in UNSAFE if re.match(pattern, call, re.DOTALL)]
+
+
+def test_no_file_or_row_runs_code() -> None:
+    folders = ("python", "kernels", "bench", "examples")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert paths and not {str(path.relative_to(ROOT)): found for path in paths if (found := unsafe(path.read_text()))}
+
+
+def test_the_law_of_code_sees_what_it_forbids() -> None:
+    for call in (
+        "eval('1')",
+        "exec(x)",
+        "pickle.load(file)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text)",
+        "f(name, trust_remote_code=True)",
+        "subprocess.run(line, shell=True)",
+        "os.system(line)",
+        "jinja2.Template(text)",
+    ):
+        assert unsafe(call), call
+    for call in (
+        "model.eval()",
+        "torch.load(path, map_location='cpu', weights_only=True)",
+        "yaml.safe_load(text)",
+        "re.compile(x)",
+        "layer.compile()",
+        "torch.compile(f)",
+        "f(name, trust_remote_code=False)",
+    ):
+        assert not unsafe(call), call
+
+
 def test_importing_needs_torch_alone() -> None:
     """With triton, transformers, peft and numpy out of reach, the package imports and computes."""
     program = """

@@ -69,7 +69,7 @@ def options_of(
         kind: Any = str if choices else next((kind for word, kind in TYPES.items() if word in allowed), None)
         if kind is None:
             continue
-        default = ... if field.value is None else eval(ast.unparse(field.value), {"__builtins__": {}})
+        default = ... if field.value is None else _constant(field.value)
         default, text = defaults.get(name, default), texts.get(name, "").replace("`", "")
         if unset and default not in (None, ...):
             text += f" Default: {('no', 'yes')[default] if isinstance(default, bool) else default}."
@@ -83,6 +83,13 @@ def options_of(
         )
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind))
     return Options(where, parameters)
+
+
+def _constant(written: ast.expr) -> Any:
+    """What is written: a constant, or a power of two."""
+    if isinstance(written, ast.BinOp) and isinstance(written.op, ast.Pow):
+        return _constant(written.left) ** _constant(written.right)
+    return ast.literal_eval(written)
 
 
 def choice_of(values: list[Any]) -> Callable[[Any], Any]:

@@ -283,6 +283,8 @@ def _images(row: Row) -> list[Any] | None:
         if images:
             raise BadRow("malformed", "a row must have images in one column, image or images; got both")
         images = [one]
+    if any(isinstance(image, (list, tuple, Mapping)) for image in images):  # a processor looks for addresses in lists
+        raise BadRow("malformed", f"an image must be an object or a path; got {shown(images)}")
     if any(isinstance(image, str) and "://" in image for image in images):
         raise BadRow("malformed", "an image must be at hand, as an object or a path; got an address")
     return [*images] or None
