@@ -272,8 +272,9 @@ def test_what_works_gives_the_gradient_of_eager_code(name: str) -> None:
     assert expected.abs().max() > 0
     for transform, apply in WORKS.items():
         if words := UNLIKE.get((name, transform)):
-            with pytest.raises(Exception, match=words):
+            with pytest.raises(Exception) as raised:
                 apply(f, x)
+            assert words in f"{raised.type.__name__}: {raised.value}"
             continue
         found = apply(f, x)
         exact = name != "model_logps" and "jac" not in transform
