@@ -451,11 +451,12 @@ def tables(rows: list[dict[str, Any]], seed: int, planned: int) -> str:
     slowest = max((row["seconds"] for row in kills if row["signal"] in ("SIGTERM", "SIGINT")), default=0)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     dates = sorted({row["date"] for row in rows})
+    survived, right = (sum(not row["wrong"] for row in some) for some in (kills, rest))
+    when = " to ".join(dates[:: max(1, len(dates) - 1)])
     lines = [
-        f"`make faults ARGS='--seed {seed}'`, commit {commit.strip()}, {' to '.join(dates[:: max(1, len(dates) - 1)])}:"
-        f" {len(kills)} of {planned} kills done, {sum(not row['wrong'] for row in kills)} of them survived;"
-        f" {len(rest)} other faults, {sum(not row['wrong'] for row in rest)} of them ended as they should. The slowest end after SIGTERM or SIGINT"
-        f" took {slowest:.1f} s.",
+        f"`make faults ARGS='--seed {seed}'`, commit {commit.strip()}, {when}: {len(kills)} of {planned} kills done,"
+        f" {survived} of them survived; {len(rest)} other faults, {right} of them ended as they should. The slowest end"
+        f" after SIGTERM or SIGINT took {slowest:.1f} s.",
         "",
     ]
     names = ("SIGKILL", "SIGTERM", "SIGINT", "SIGXFSZ")
@@ -530,10 +531,9 @@ def main() -> int:
     finally:
         shutil.rmtree(PLACES, ignore_errors=True)
     rows = [*results.rows.values()]
+    found = tables(rows, options.seed, len([*plan(options.kills, options.seed)]))
     before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(
-        f"{before}{BEGIN}\n\n{tables(rows, options.seed, len([*plan(options.kills, options.seed)]))}\n\n{END}{rest.split(END)[1]}"
-    )
+    PAGE.write_text(f"{before}{BEGIN}\n\n{found}\n\n{END}{rest.split(END)[1]}")
     return 1 if any(row["wrong"] for row in rows) else 0
 
 

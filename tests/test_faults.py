@@ -120,10 +120,11 @@ def test_a_checkpoint_counts_when_it_is_whole(cut: str, trained: Any, tmp_path: 
     CUT[cut](out / "checkpoint-3")
     with pytest.warns(UserWarning, match="checkpoint-3 is left out"):
         assert last_checkpoint(out) == str(out / "checkpoint-2")
-    if cut != "killed while it was written":
-        with pytest.raises(ValueError, match=r"must be a whole checkpoint.*checkpoint-3: "):
-            trainer(out).train(resume_from_checkpoint=str(out / "checkpoint-3"))
+    if cut != "a file cut short":  # one of them stands for all
+        return
     again = trainer(out)
+    with pytest.raises(ValueError, match=r"must be a whole checkpoint.*checkpoint-3: model\.safetensors must have"):
+        again.train(resume_from_checkpoint=str(out / "checkpoint-3"))
     with pytest.warns(UserWarning, match="checkpoint-3 is left out"):
         again.train(resume_from_checkpoint=True)
     assert again.state.log_history[-1]["step"] == 3 and torch.equal(trainable(again), trained[1])
@@ -135,10 +136,11 @@ def test_a_folder_without_a_whole_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-7").mkdir()
     with pytest.warns(UserWarning, match="checkpoint-7 is left out"):
         assert last_checkpoint(tmp_path) is None
+    run = trainer(tmp_path)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="has no whole checkpoint; got True"):
-        trainer(tmp_path).train(resume_from_checkpoint=True)
+        run.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match=r"it was cut short: trainer_state\.json is not whole"):
-        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
 
 
 def test_a_clock_that_went_back_costs_no_checkpoint(trained: Any, tmp_path: Path) -> None:
@@ -157,9 +159,14 @@ def test_a_clock_that_went_back_costs_no_checkpoint(trained: Any, tmp_path: Path
 def test_an_old_checkpoint_of_the_same_number_does_not_vouch_for_a_new_one(trained: Any, tmp_path: Path) -> None:
     out = shutil.copytree(trained[0], tmp_path / "out")
     run, seen = trainer(out, max_steps=1), []
-    run.save_model = lambda *arguments, **named: seen.append([*out.glob("checkpoint-1/*")])  # type: ignore[method-assign]
+
+    def save_model(folder: str, **named: Any) -> None:
+        seen.append(Path(folder).exists())
+        Path(folder).mkdir()
+
+    run.save_model = save_model  # type: ignore[method-assign,assignment]
     run.train()
-    assert seen == [[]]
+    assert seen == [False]
 
 
 def test_a_checkpoint_on_a_full_disk_says_where(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
