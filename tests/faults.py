@@ -58,7 +58,7 @@ SHARES = {
     "StepwiseDPO": 24,
     "`train`": 12,
 }
-PATIENCE = 30  # seconds that a process may take to end after SIGTERM or SIGINT, on a machine that does much else
+PATIENCE = 10  # seconds that a process may take to end after SIGTERM or SIGINT, or the time of a whole run
 
 
 @dataclass
@@ -187,7 +187,7 @@ def _after_kill(job: Any, place: Place, first: Whole, hit: Ended, kind: str) -> 
     if hit.code not in asked:
         yield f"it ended with {hit.code}: {hit.errors[-600:]}"
     if kind in ("SIGTERM", "SIGINT"):
-        if hit.seconds > PATIENCE:
+        if hit.seconds > max(PATIENCE, first.seconds):
             yield f"it took {hit.seconds:.0f} s to end"
         # Before anything is told the command may not have begun, and after everything it may have ended.
         silent = "Traceback" in hit.errors or not re.search("stopped|interrupted", hit.errors)
@@ -389,7 +389,12 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows = {row["key"]: row for row in read_rows(path)}
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Reads what is there by now: another campaign may do other parts, by --only."""
+        self.rows = {row["key"]: row for row in read_rows(self.path)}
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         self.rows[key] = {"key": key, "date": datetime.date.today().isoformat(), **row}
@@ -426,6 +431,7 @@ def campaign(results: Results, kills: int, rounds: int, seed: int, only: str) ->
         steps.append((f"kill {job} {k}", job, {}, lambda *a, o=(kind, where): kill(*a, *o)))  # type: ignore[misc]
     steps += [(key, job, {"job": job, "fault": fault}, do) for key, job, fault, do in others(rounds)]
     for key, job, row, do in sorted(steps, key=lambda step: [*SHARES].index(step[1])):
+        results.read()
         if key in results.rows or not re.search(only, key):
             continue
         if job not in wholes:
@@ -438,18 +444,19 @@ def campaign(results: Results, kills: int, rounds: int, seed: int, only: str) ->
                 break
 
 
-def tables(rows: list[dict[str, Any]], seed: int) -> str:
+def tables(rows: list[dict[str, Any]], seed: int, planned: int) -> str:
     kills = [row for row in rows if "signal" in row]
     rest = [row for row in rows if "fault" in row]
     wrong = [row for row in rows if row["wrong"]]
     slowest = max((row["seconds"] for row in kills if row["signal"] in ("SIGTERM", "SIGINT")), default=0)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     dates = sorted({row["date"] for row in rows})
+    survived, right = (sum(not row["wrong"] for row in some) for some in (kills, rest))
+    when = " to ".join(dates[:: max(1, len(dates) - 1)])
     lines = [
-        f"`make faults ARGS='--seed {seed}'`, commit {commit.strip()}, {' to '.join(dates[:: max(1, len(dates) - 1)])}:"
-        f" {len(kills)} kills, {sum(not row['wrong'] for row in kills)} of them survived; {len(rest)} other faults, "
-        f"{sum(not row['wrong'] for row in rest)} of them as they should end. The slowest end after SIGTERM or SIGINT"
-        f" took {slowest:.1f} s.",
+        f"`make faults ARGS='--seed {seed}'`, commit {commit.strip()}, {when}: {len(kills)} of {planned} kills done,"
+        f" {survived} of them survived; {len(rest)} other faults, {right} of them ended as they should. The slowest end"
+        f" after SIGTERM or SIGINT took {slowest:.1f} s.",
         "",
     ]
     names = ("SIGKILL", "SIGTERM", "SIGINT", "SIGXFSZ")
@@ -524,8 +531,9 @@ def main() -> int:
     finally:
         shutil.rmtree(PLACES, ignore_errors=True)
     rows = [*results.rows.values()]
+    found = tables(rows, options.seed, len([*plan(options.kills, options.seed)]))
     before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(rows, options.seed)}\n\n{END}{rest.split(END)[1]}")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{found}\n\n{END}{rest.split(END)[1]}")
     return 1 if any(row["wrong"] for row in rows) else 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from .console import code_of, needs
+from .console import Terminated, code_of, needs
 from .options import options_of
 
 SETTINGS = ("full", "checkpointing", "lora")
@@ -64,7 +64,7 @@ def profile(
     some = None if strategies is None else words("strategies", strategies)
     bases = [replace(base, **changes[name]) for name in chosen]
     loads = [load for setting in bases for load in sweep(setting, sizes, some)]
-    path, interrupted = out / "measured.jsonl", 0
+    path, interrupted = out / "measured.jsonl", 0  # the exit status
     try:
         run(
             loads,
@@ -80,6 +80,8 @@ def profile(
     except KeyboardInterrupt as stop:
         interrupted = code_of(stop)
         typer.echo(f"interrupted: {path} holds what was measured; --resume goes on", err=True)
+        if isinstance(stop, Terminated):  # who sends SIGTERM does not wait for pictures
+            raise typer.Exit(interrupted) from stop
     if path.exists() and path.stat().st_size:
         typer.echo(table(read_figures(path)[1]))
         typer.echo(f"\n{write_report(path, out)}")
