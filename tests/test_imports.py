@@ -11,12 +11,12 @@ import groupdpo_kernels
 # The last file of each folder, and the homes of the public names. That there is no circle is a law of test_laws.py.
 MODULES = [
     *("checks", "threads", "replay", "testing", "lm_head.workspace", "models.split_head", "preference.segments"),
-    *("data.rules", "memory.workload", "stepwise.store", "trainers.steps", "integrations.openrlhf", "cli.training"),
+    *("data.rules", "memory.workload", "stepwise.store", "integrations.openrlhf", "cli.options"),
     *sorted({*groupdpo_kernels._HOME_OF.values()}),
 ]
 
 EACH_FIRST = """
-import importlib, os, sys, torch, transformers.trainer
+import importlib, os, sys, torch
 for name in sys.argv[1:]:
     child = os.fork()
     if child == 0:
