@@ -465,7 +465,9 @@ def tables(rows: list[dict[str, Any]], seed: int, planned: int) -> str:
     def name_of(row: dict[str, Any]) -> str:
         return f"{row['job']}, stage {min(row['stage'], 3)}" if row.get("stage") else row["job"]
 
-    for name in sorted({name_of(row) for row in kills}, key=lambda name: [*map(name.startswith, SHARES)].index(True)):
+    for name in sorted(
+        {name_of(row) for row in kills}, key=lambda name: ([*map(name.startswith, SHARES)].index(True), name)
+    ):
         some = [row for row in kills if name_of(row) == name]
         cells = [str(sum(row["signal"] == kind for row in some)) for kind in names]
         lines.append(f"| {name} | {' | '.join(cells)} | {len(some)} | {sum(not row['wrong'] for row in some)} |")
