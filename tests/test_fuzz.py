@@ -112,6 +112,7 @@ def test_values_nested_too_deep(depth: int) -> None:
         "history": deep(depth),
     }.items():
         assert "row 0" in why_dropped({**PAIR, column: value})
+    assert "an image must be an object or a path; got" in why_dropped({**PAIR, "images": [deep(depth)]})
     message = {"role": "user", "content": "Tea?", "more": deep(depth, key="a")}
     assert "nested more than 100 deep" in why_dropped({**PAIR, "prompt": [message]})
 
