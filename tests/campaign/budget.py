@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from groupdpo_kernels import reference
-from groupdpo_kernels.reference import HeadOptions, accumulator
+from groupdpo_kernels.reference import HeadOptions, LogpStats, accumulator
 from groupdpo_kernels.testing import Inputs, Result, eager, exact, magnitude, run
 
 FACTOR = 2.0
@@ -70,7 +70,7 @@ def truth_of(inputs: Inputs, options: HeadOptions, stated: float = 0.0) -> Truth
     if dtype == torch.float64 and z.numel():
         # A float64 has room for what an offset, or 1 - p_y of a row that is sure, costs a float32. It has none for what
         # they cost a float64: of logits of 1e6 and their lse, here and in the truth, 1e-10 is known.
-        logit += 2 * eps * float(torch.where(live, z, 0).abs().max())
+        logit += 2 * eps * (8 + float(torch.where(live & torch.isfinite(z), z, 0).abs().max()))
         cancels = torch.where(live, p * (g + d_lse), 0) * by + terms
     # A slope is 1 - tanh^2, which errs by eps however small it is.
     erring = cancels * (slopes * logit + 2 * eps)
@@ -113,6 +113,10 @@ def views(value: Tensor, truth: Truth, name: str, by_row: bool, error: Tensor | 
     return found
 
 
+def _gradients(function: Callable[..., LogpStats], inputs: Inputs, options: HeadOptions) -> Result:
+    return {name: x for name, x in run(function, inputs, options).items() if name.startswith("d_")}
+
+
 def errors_of_eager(
     inputs: Inputs, options: HeadOptions, truth: Truth, names: Iterable[str], by_row: Container[str]
 ) -> dict[str, dict[str, float]]:
@@ -124,16 +128,22 @@ def errors_of_eager(
     inputs = replace(inputs, hidden=inputs.hidden.detach().masked_fill(ignored, 0).requires_grad_())
     dtype = inputs.hidden.dtype
     wide = inputs.to(accumulator(dtype))
+    # In turn, where the one before is not finite: eager in 16 bits may overflow, and eager knows no -inf in an entropy.
     with torch.no_grad():
-        found = eager(wide.hidden, wide.weight, wide.targets, wide.bias, wide.low_rank, options)._asdict()
+        arguments = (wide.hidden, wide.weight, wide.targets, wide.bias, wide.low_rank, options)
+        tried = [f(*arguments)._asdict() for f in (eager, reference.linear_logp_stats)]
     if any(name.startswith("d_") for name in names):
-        gradients = {name: x for name, x in run(eager, inputs, options).items() if name.startswith("d_")}
-        if dtype != wide.hidden.dtype and not all(torch.isfinite(x).all() for x in gradients.values()):
-            by_float32 = run(eager, wide, options)
-            gradients = {
-                name: torch.where(torch.isfinite(x), x, by_float32[name].to(dtype)) for name, x in gradients.items()
-            }
-        found |= gradients
+        tried[0] |= _gradients(eager, inputs, options)
+        if not all(torch.isfinite(x).all() for name, x in tried[0].items() if name.startswith("d_")):
+            tried[1] |= _gradients(eager, wide, options)
+            tried.append(_gradients(reference.linear_logp_stats, wide, options))
+    found = {}
+    for name in names:
+        found[name] = tried[0][name]
+        for other in tried[1:]:
+            if name in other:
+                value = other[name].to(found[name].dtype)
+                found[name] = torch.where(torch.isfinite(found[name]), found[name], value)
     return {name: views(found[name], truth, name, name in by_row) for name in names}
 
 
@@ -142,20 +152,23 @@ def shares(
     inputs: Inputs,
     options: HeadOptions,
     truth: Truth,
-    alike: Callable[[], Iterable[Inputs]],
+    alike: Callable[[int], Inputs],
     left_out: dict[str, float],
 ) -> dict[str, float]:
     """The share of its budget that each result takes; infinite where it is not as it must be at all.
 
-    `alike` gives cases drawn alike, for eager's error: what takes less than half of a budget does not ask for them.
+    `alike` draws a case alike from a seed, for eager's error. What takes less than half of a budget needs none, and
+    what comes near to a budget has more.
     `left_out` bounds, by gradient, the sum over rows of the norms of what a tolerance leaves out: these are judged in
     that view alone.
     """
     of_eager = [errors_of_eager(inputs, options, truth, actual, left_out)]
     found = {name: _share(name, value, inputs, truth, of_eager, left_out) for name, value in actual.items()}
-    close = {name: actual[name] for name, share in found.items() if 0.5 < share < math.inf}
-    if close:
-        of_eager += [errors_of_eager(x, options, truth_of(x, options), close, left_out) for x in alike()]
+    for near, seeds in ((0.5, range(1, 3)), (0.8, range(3, 13))):
+        close = {name: actual[name] for name, share in found.items() if near < share < math.inf}
+        for seed in seeds if close else ():
+            other = alike(seed)
+            of_eager.append(errors_of_eager(other, options, truth_of(other, options), close, left_out))
         found |= {name: _share(name, value, inputs, truth, of_eager, left_out) for name, value in close.items()}
     return found
 
