@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -79,6 +80,26 @@ def test_the_same_without_the_forward(case: Case, impl: str, monkeypatch: pytest
     assert_close(again, first, rtol=1e-5, atol=1e-5)
     assert all(map(torch.equal, actual, expected))
     assert float(tape.drift(1e-4)) == 0
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_rows_that_are_sure_of_their_target(impl: str) -> None:
+    """At p_y = 1 - 1e-4 a logit that is computed again, less the lse of pass 1, has few digits of 1 - p_y."""
+    case = Case("sure", 40, 64, 50, "", ignored="none")
+    inputs, tape = make_inputs(case), LseTape()
+    with torch.no_grad():
+        rows = inputs.weight[inputs.targets]
+        inputs.hidden.mul_(0.3).add_(11 * rows / rows.square().sum(1, keepdim=True))
+    inputs = dataclasses.replace(inputs, d_lse=torch.zeros_like(inputs.d_lse))
+    positional, options = arguments(inputs, case, impl)
+    with torch.no_grad(), tape.record():
+        linear_logps(*positional, **options)
+
+    def replayed(*_: Any) -> Any:
+        with tape.replay():
+            return linear_logp_stats(*positional, outputs=("lse",), **options)
+
+    check_budget(run(replayed, inputs, case.options), inputs, case.options)
 
 
 @by_case

@@ -13,14 +13,15 @@ of a wide distribution, and often 0 by luck. So here
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from groupdpo_kernels import reference
-from groupdpo_kernels.reference import HeadOptions, accumulator
+from groupdpo_kernels.reference import HeadOptions, LogpStats, accumulator
 from groupdpo_kernels.testing import Inputs, Result, eager, exact, magnitude, run
 
 FACTOR = 2.0
@@ -40,7 +41,8 @@ class Truth:
     targets: Tensor  # (T,) ids, 0 in ignored rows
 
 
-def truth_of(inputs: Inputs, options: HeadOptions) -> Truth:
+def truth_of(inputs: Inputs, options: HeadOptions, stated: float = 0.0) -> Truth:
+    """`stated` is an error of each logit that an implementation says it has."""
     leaves = {name: x.detach().double() for name, x in inputs.leaves.items()}
     pair = (leaves["low_rank_hidden"], leaves["low_rank_weight"]) if inputs.low_rank is not None else None
     z = reference.logits(leaves["hidden"], leaves["weight"], leaves.get("bias"), pair, options).flatten(0, -2)
@@ -56,18 +58,22 @@ def truth_of(inputs: Inputs, options: HeadOptions) -> Truth:
     if inputs.d_entropy is not None:
         parts = p * torch.where(p == 0, 0, logps).abs()
         terms = terms + inputs.d_entropy.reshape(-1, 1).abs() * (parts + p * parts.sum(1, keepdim=True))
-    terms = torch.where(live, terms, 0) * (abs(options.logit_scale) / options.temperature)
+    by = abs(options.logit_scale) / options.temperature
+    terms = torch.where(live, terms, 0) * by
     slopes = torch.ones_like(z)
     if options.softcap is not None:
         slopes = 1 - (torch.where(live, z, 0) * options.temperature / options.softcap).square()
     dtype = accumulator(inputs.hidden.dtype)
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(torch.float32).tiny
-    logit = 2 * eps * magnitude(inputs, options)
-    if dtype == torch.float64:
-        # The lse of a row is a float64, which keeps what an offset would cost float32 and has no room for what it costs
-        # float64: of logits of 1e6, 1e-10.
-        logit += eps * float(torch.where(live, z, 0).abs().max()) if z.numel() else 0.0
-    erring = terms * (slopes * logit + 2 * eps)  # a slope is 1 - tanh^2, which errs by eps however small it is
+    logit = 2 * eps * magnitude(inputs, options) + stated
+    cancels = terms
+    if dtype == torch.float64 and z.numel():
+        # A float64 has room for what an offset, or 1 - p_y of a row that is sure, costs a float32. It has none for what
+        # they cost a float64: of logits of 1e6 and their lse, here and in the truth, 1e-10 is known.
+        logit += 2 * eps * (8 + float(torch.where(live & torch.isfinite(z), z, 0).abs().max()))
+        cancels = torch.where(live, p * (g + d_lse), 0) * by + terms
+    # A slope is 1 - tanh^2, which errs by eps however small it is.
+    erring = cancels * (slopes * logit + 2 * eps)
     results = exact(inputs, options)
     sizes, floors = (
         {name: torch.full(x.shape, f, dtype=torch.float64) for name, x in results.items()} for f in (1.0, logit)
@@ -85,42 +91,60 @@ def truth_of(inputs: Inputs, options: HeadOptions) -> Truth:
     return Truth(results, sizes, floors, z, live[:, 0], y[:, 0])
 
 
-def views(error: Tensor, size: Tensor, kept: Tensor, by_row: bool) -> dict[str, float]:
-    """An error where `kept` in three views: the largest catches a wrong entry, the overall norm a bias too small for
-    any entry, and the worst row a wrong gradient of a token, or of a vocabulary id, that is small beside the others.
-    `by_row` is one view alone, the sum over rows of their norms.
+def views(value: Tensor, truth: Truth, name: str, by_row: bool, error: Tensor | None = None) -> dict[str, float]:
+    """The error of a result, where the truth is finite in its dtype, in three views: the largest catches a wrong entry,
+    the overall norm a bias too small for any entry, and the worst row a wrong gradient of a token, or of a vocabulary
+    id, that is small beside the others. `by_row` is one view alone, the sum over rows of their norms.
     """
-    error, size = torch.where(kept, error.double(), 0), torch.where(kept, size, 0)
-    rows, of = ((x if x.dim() == 1 else x.norm(dim=-1)).abs() for x in (error, size))
+    true, size = truth.results[name], truth.sizes[name]
+    if not value.numel():
+        return {}
+    kept = torch.isfinite(true.to(value.dtype))
+    error = value.double() - true if error is None else error
+    if not kept.all():
+        error, size = torch.where(kept, error, 0), torch.where(kept, size, 0)
+    rows, of = (x.abs() if x.dim() == 1 or not name.startswith("d_") else x.norm(dim=-1) for x in (error, size))
     if by_row:
         return {"rows": float(rows.sum() / of.sum().clamp(min=1e-30))}
-    found = {"overall": float(error.norm() / size.norm().clamp(min=1e-30))}
-    found["largest"] = float(error.abs().max() / size.square().mean().sqrt().clamp(min=1e-30))
-    return found | {"row": float((rows / of.clamp(min=1e-30)).max())} if error.dim() > 1 else found
+    whole = size.norm().clamp(min=1e-30)
+    found = {"overall": float(error.norm() / whole), "largest": float(error.abs().max() / whole) * size.numel() ** 0.5}
+    if rows.shape != error.shape:
+        found["row"] = float((rows / of.clamp(min=1e-30)).max())
+    return found
+
+
+def _gradients(function: Callable[..., LogpStats], inputs: Inputs, options: HeadOptions) -> Result:
+    return {name: x for name, x in run(function, inputs, options).items() if name.startswith("d_")}
 
 
 def errors_of_eager(
-    inputs: Inputs, options: HeadOptions, truth: Truth, by_row: Iterable[str]
+    inputs: Inputs, options: HeadOptions, truth: Truth, names: Iterable[str], by_row: Container[str]
 ) -> dict[str, dict[str, float]]:
     """By result. Values of 16-bit inputs are compared with float32, so that logits rounded to 16 bits do not pass, and
     so are gradients that eager in 16 bits cannot hold.
     """
     # What is not finite in an ignored row is none of eager's business: usual trainers have no such rows.
     ignored = (inputs.targets == options.ignore_index).unsqueeze(-1)
-    x = inputs.hidden.detach().masked_fill(ignored, 0)
-    cleaned = replace(inputs, hidden=x.requires_grad_())
-    narrow = run(eager, cleaned, options)
-    wide = run(eager, cleaned.to(torch.float32), options) if x.dtype in (torch.bfloat16, torch.float16) else narrow
+    inputs = replace(inputs, hidden=inputs.hidden.detach().masked_fill(ignored, 0).requires_grad_())
+    dtype = inputs.hidden.dtype
+    wide = inputs.to(accumulator(dtype))
+    # In turn, where the one before is not finite: eager in 16 bits may overflow, and eager knows no -inf in an entropy.
+    with torch.no_grad():
+        arguments = (wide.hidden, wide.weight, wide.targets, wide.bias, wide.low_rank, options)
+        tried = [f(*arguments)._asdict() for f in (eager, reference.linear_logp_stats)]
+    if any(name.startswith("d_") for name in names):
+        tried[0] |= _gradients(eager, inputs, options)
+        if not all(torch.isfinite(x).all() for name, x in tried[0].items() if name.startswith("d_")):
+            tried[1] |= _gradients(eager, wide, options)
+            tried.append(_gradients(reference.linear_logp_stats, wide, options))
     found = {}
-    for name in narrow:
-        true = truth.results[name]
-        value = narrow[name] if name.startswith("d_") else wide[name]
-        kept = torch.isfinite(true.to(value.dtype))
-        if not torch.isfinite(value[kept]).all():
-            value = wide[name].to(value.dtype)
-        if value.numel():
-            found[name] = views(value.double() - true, truth.sizes[name], kept, name in by_row)
-    return found
+    for name in names:
+        found[name] = tried[0][name]
+        for other in tried[1:]:
+            if name in other:
+                value = other[name].to(found[name].dtype)
+                found[name] = torch.where(torch.isfinite(found[name]), found[name], value)
+    return {name: views(found[name], truth, name, name in by_row) for name in names}
 
 
 def shares(
@@ -128,40 +152,48 @@ def shares(
     inputs: Inputs,
     options: HeadOptions,
     truth: Truth,
-    alike: Iterable[Inputs],
+    alike: Callable[[int], Inputs],
     left_out: dict[str, float],
 ) -> dict[str, float]:
     """The share of its budget that each result takes; infinite where it is not as it must be at all.
 
-    `alike` are cases drawn alike, for eager's error. `left_out` bounds, by gradient, the sum over rows of the norms of
-    what a tolerance leaves out: these are judged in that view alone.
+    `alike` draws a case alike from a seed, for eager's error. What takes less than half of a budget needs none, and
+    what comes near to a budget has more.
+    `left_out` bounds, by gradient, the sum over rows of the norms of what a tolerance leaves out: these are judged in
+    that view alone.
     """
-    of_eager = [errors_of_eager(inputs, options, truth, left_out)]
-    of_eager += [errors_of_eager(x, options, truth_of(x, options), left_out) for x in alike]
-    found = {}
-    for name, value in actual.items():
-        true, size = truth.results[name], truth.sizes[name]
-        dtype = inputs.hidden.dtype if name.startswith("d_") else accumulator(inputs.hidden.dtype)
-        rounded = true.to(dtype)
-        kept = torch.isfinite(rounded)  # a gradient that its dtype cannot hold is infinite
-        right = (value.shape, value.dtype) == (true.shape, dtype)
-        if not right or not torch.equal(value[~kept].nan_to_num(0.5), rounded[~kept].nan_to_num(0.5)):
-            found[name] = math.inf
-        elif value.numel():
-            by_row = name in left_out
-            floors = [views(x, size, kept, by_row) for x in (rounded.double() - true, truth.floors[name])]
-            allowed = floors + [errors[name] for errors in of_eager]
-            found[name] = 0.0
-            for view, error in views(value.double() - true, size, kept, by_row).items():
-                budget = FACTOR * max(x[view] for x in allowed if math.isfinite(x[view]))
-                if by_row:
-                    rows = torch.where(kept, size, 0)
-                    budget += left_out[name] / float(
-                        (rows if rows.dim() == 1 else rows.norm(dim=-1)).sum().clamp(min=1e-30)
-                    )
-                share = 0.0 if error == 0 else error / budget if error < math.inf and budget > 0 else math.inf
-                found[name] = max(found[name], share)
+    of_eager = [errors_of_eager(inputs, options, truth, actual, left_out)]
+    found = {name: _share(name, value, inputs, truth, of_eager, left_out) for name, value in actual.items()}
+    for near, seeds in ((0.5, range(1, 3)), (0.8, range(3, 13))):
+        close = {name: actual[name] for name, share in found.items() if near < share < math.inf}
+        for seed in seeds if close else ():
+            other = alike(seed)
+            of_eager.append(errors_of_eager(other, options, truth_of(other, options), close, left_out))
+        found |= {name: _share(name, value, inputs, truth, of_eager, left_out) for name, value in close.items()}
     return found
+
+
+def _share(
+    name: str, value: Tensor, inputs: Inputs, truth: Truth, of_eager: list[dict[str, Any]], left_out: dict[str, float]
+) -> float:
+    true, by_row = truth.results[name], name in left_out
+    rounded = true.to(inputs.hidden.dtype if name.startswith("d_") else accumulator(inputs.hidden.dtype))
+    kept = torch.isfinite(rounded)  # a gradient that its dtype cannot hold is infinite
+    right = (value.shape, value.dtype) == (rounded.shape, rounded.dtype)
+    if not right or not torch.equal(value[~kept].nan_to_num(0.5), rounded[~kept].nan_to_num(0.5)):
+        return math.inf
+    floors = [views(rounded, truth, name, by_row), views(rounded, truth, name, by_row, truth.floors[name])]
+    allowed = [*floors, *(errors[name] for errors in of_eager)]
+    largest = 0.0
+    for view, error in views(value, truth, name, by_row).items():
+        budget = FACTOR * max(x[view] for x in allowed if math.isfinite(x[view]))
+        if by_row:
+            rows = torch.where(kept, truth.sizes[name], 0)
+            rows = rows if rows.dim() == 1 else rows.norm(dim=-1)
+            budget += left_out[name] / float(rows.sum().clamp(min=1e-30))
+        share = 0.0 if error == 0 else error / budget if error < math.inf and budget > 0 else math.inf
+        largest = max(largest, share)
+    return largest
 
 
 def share_of_top1(actual: Tensor, inputs: Inputs, options: HeadOptions, truth: Truth) -> float:
