@@ -15,7 +15,7 @@ from numerics import FAMILIES, PAGE, marks
 from groupdpo_kernels.reference import accumulator
 
 # How often a slice meets each place of its report: a minute of one core, a quarter of it in Triton's interpreter.
-EACH = {"head": 10}
+EACH = {"head": 10, "losses": 1, "backward": 1}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
