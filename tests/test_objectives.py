@@ -91,7 +91,9 @@ def oracle(
         w, l = P[0], N[0]  # noqa: E741
         d = v[w] - v[l]
         if o.loss == "sigmoid":
-            loss = (1 - o.label_smoothing) * softplus(-d) + o.label_smoothing * softplus(d)
+            loss = (1 - o.label_smoothing) * softplus(-d)
+            if o.label_smoothing:
+                loss = loss + o.label_smoothing * softplus(d)
         elif o.loss == "hinge":
             loss = torch.relu(1 - d)
         elif o.loss == "ipo":

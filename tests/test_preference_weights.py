@@ -187,6 +187,19 @@ def test_an_infinite_score_times_an_option_of_zero_is_not_nan(loss, impl):
     assert evaluate(logps, torch.arange(3), groups, Objective(loss), torch.zeros(2), impl)["loss"] == 0
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_where_a_loss_is_nan_so_is_the_gradient_of_its_group(loss, impl):
+    sides = [[True, False], [True, False]] if loss in PAIRWISE else [[True, True, False, False], [True, False]]
+    groups = PreferenceGroups.from_lists(sides)
+    S, first = groups.num_sequences, len(sides[0])
+    logps = torch.where(torch.arange(S) == 0, math.nan, -1.0)
+    objective = Objective(loss, beta=1.0, nll_weight=0.5, label_smoothing=0.1)
+    out = evaluate(logps, torch.arange(S + 1), groups, objective, torch.zeros(S), impl)
+    assert out["group_losses"].isnan().tolist() == [True, False]
+    assert out["d_token_logps"].isnan().tolist() == [s < first for s in range(S)]
+
+
 def test_a_long_sequence_loses_no_digits():
     n = 10**6
     logps = -torch.rand(2 * n, generator=torch.Generator().manual_seed(0))

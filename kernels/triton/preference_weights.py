@@ -171,7 +171,6 @@ def preference_weights_fwd_kernel(
             beta, label_smoothing, gamma, alpha, tau, LOSS,
         )  # fmt: skip
         a = tl.where(pos, w * d_w[:, None], d_l[:, None])
-        a = tl.where((losses == losses)[:, None], a, float("nan"))  # where the loss is NaN, so is all of its gradient
     elif LOSS == "margin":
         x = tl.sum(tl.where(pos, v, 0.0), 1) / P - tl.sum(tl.where(neg, v, 0.0), 1) / N
         losses = neg_log_sigmoid(x)
@@ -225,7 +224,10 @@ def preference_weights_fwd_kernel(
     losses += tl.where(nll == 0, 0.0, nll * tl.sum(tl.where(pos, -m, 0.0), 1) / P)  # 0 times infinity would be NaN
     d_s = a * d_u - tl.where(pos, nll / (n * P[:, None]), 0.0)
     losses = tl.where(valid, losses, float("nan"))
-    tl.store(coefficients_ptr + i, tl.where(valid[:, None], d_s / G, float("nan")).to(tl.float32), mask=inside)
+    d_s = tl.where(
+        (losses == losses)[:, None], d_s / G, float("nan")
+    )  # where the loss is NaN, so is all of its gradient
+    tl.store(coefficients_ptr + i, d_s.to(tl.float32), mask=inside)
     tl.store(balance_weights_ptr + i, w.to(tl.float32), mask=inside)
     tl.store(group_losses_ptr + g, losses.to(tl.float32), mask=g < G)
 

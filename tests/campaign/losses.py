@@ -181,7 +181,9 @@ def values_of(case: LossCase) -> tuple[Tensor, Tensor]:
             ref = logps.clone()
     logps = logps.to(case.dtype)
     if case.regime.startswith("inf or NaN"):
-        logps[bad_response(case) == by_token] = chance.choice([math.nan, math.inf, -math.inf])
+        # A response that counts may lack a probability, but has none above 1.
+        bad = [math.nan, -math.inf] if case.regime == "inf or NaN in one group" else [math.nan, math.inf, -math.inf]
+        logps[bad_response(case) == by_token] = chance.choice(bad)
     of, dtype = case.ref.split()
     dtype = case.dtype if dtype == "narrow" else getattr(torch, dtype)
     ref = ref.clamp(min=torch.finfo(dtype).min).to(dtype)
