@@ -20,7 +20,6 @@ from tiny_models import batch, make
 from torch import Tensor
 from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -36,6 +35,8 @@ from groupdpo_kernels import (
     preference_loss,
     seq_logps,
 )
+from groupdpo_kernels.lm_head import host
+from groupdpo_kernels.lm_head.extension import cpu_op
 from groupdpo_kernels.preference.fused import LossSpec
 from groupdpo_kernels.preference.losses import LOSSES
 from groupdpo_kernels.testing import Case, make_inputs, triton_on_cpu
@@ -410,19 +411,6 @@ def test_tensors_that_are_no_plain_ones_are_refused_by_name(spread: Any) -> None
 # -------------------------------------------------------------------------------------------------------------- opcheck
 
 
-class Recorded(TorchDispatchMode):
-    """The calls of the C++ ops, which no op of Python has in its own opcheck: (op, arguments)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if re.fullmatch(r"groupdpo_kernels::\w+_cpu", func.name()):
-            self.calls.append((func, tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)))
-        return func(*args, **(kwargs or {}))
-
-
 CPU_OPS = {
     f"{name}_cpu"
     for name in ("linear_logps_forward", "linear_logps_backward", "frozen_head", "sparse_forward", "add_weighted_rows")
@@ -430,20 +418,29 @@ CPU_OPS = {
 GPU_OPS = {"add_weighted_rows_cuda"}  # it has no other device
 
 
-def test_the_schemas_of_the_cpp_ops() -> None:
-    """What they write to and what they return is what their schemas say. They are called within other ops alone."""
+def test_the_schemas_of_the_cpp_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they write to and what they return is what their schemas say. They are called within other ops alone, where
+    no dispatch mode sees them."""
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def recorded(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls.append((name, tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)))
+            return cpu_op(name)(*args)
+
+        return call
+
+    monkeypatch.setattr(host, "cpu_op", recorded)
     inputs = make_inputs(Case("", 40, 32, 90, "", bias=True, R=3))
     head = (inputs.hidden, inputs.weight, inputs.targets, inputs.bias)
-    calls = Recorded()
-    with calls:
-        for options in ({}, {"grad_tol": 2.0**-7}):
-            for frozen in (False, True):
-                weight, bias = (x.detach() if frozen else x for x in (inputs.weight, inputs.bias))  # type: ignore[union-attr]
-                linear_logps(head[0], weight, head[2], bias, impl="cpu", **options).sum().backward()
-    seen = {func.name().removeprefix("groupdpo_kernels::") for func, _ in calls.calls}
-    assert seen == CPU_OPS
-    for func, arguments in calls.calls:
-        opcheck(func, arguments, test_utils=("test_schema", "test_autograd_registration"))
+    for options in ({}, {"grad_tol": 2.0**-7}):
+        for frozen in (False, True):
+            weight, bias = (x.detach() if frozen else x for x in (inputs.weight, inputs.bias))  # type: ignore[union-attr]
+            linear_logps(head[0], weight, head[2], bias, impl="cpu", **options).sum().backward()
+    assert {name for name, _ in calls} == CPU_OPS
+    for name, arguments in calls:
+        op = getattr(torch.ops.groupdpo_kernels, name).default
+        opcheck(op, arguments, test_utils=("test_schema", "test_autograd_registration"))
 
 
 def test_every_op_has_an_opcheck() -> None:

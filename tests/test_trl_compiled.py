@@ -62,12 +62,11 @@ def test_compiled_layers_train_alike(case: str, counters: Any, tmp_path: Path, b
 @pytest.mark.parametrize("compiled", [True, False])
 def test_another_trainer_compiles_as_it_was_told(compiled: bool, tmp_path: Path, bpe: Any) -> None:
     """What accelerate compiles is a state of the process. Nothing of it is changed, and it decides nothing here."""
-    told = TrainingArguments(
-        str(tmp_path), use_cpu=True, report_to=[], torch_compile=True, torch_compile_backend="eager"
-    )
-    options = {"max_steps": 1} | ({} if compiled else {"torch_compile": False, "torch_compile_backend": None})
-    other = Trainer(make("llama"), args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **told))
-    ours = trainer_of(tmp_path, bpe, options)
+    told = {"torch_compile": True, "torch_compile_backend": "eager"}
+    config = GroupDPOConfig(**COMMON | {"output_dir": str(tmp_path), "max_steps": 1} | (told if compiled else {}))
+    theirs = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **told)  # the last one made decides
+    other = Trainer(make("llama"), args=theirs)
+    ours = GroupDPOTrainer(make("llama"), args=config, train_dataset=GROUPS, processing_class=bpe)
     ours.train()
     assert not isinstance(ours.model_wrapped, torch._dynamo.OptimizedModule)
     assert isinstance(other.accelerator.prepare_model(other.model), torch._dynamo.OptimizedModule)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "python" / "groupdpo_kernels"
-PARTS = ("checks.py", "distributed.py", "reference.py", "replay.py", "testing.py", "lm_head", "preference")
+PARTS = ("checks.py", "distributed.py", "reference.py", "replay.py", "testing.py", "threads.py", "lm_head", "preference")
 NAME = "groupdpo_kernels"
 
 
@@ -27,7 +27,7 @@ def relocatable(text: str, depth: int) -> str:
     text = re.sub(rf"^from {NAME}\.", f"from {up}", text, flags=re.M)
     text = re.sub(rf'import_module\((f?)"{NAME}\.([^"]+)"\)', rf'import_module(\1"{up}\2", __package__)', text)
     with_ops = re.sub(rf'"{NAME}::(\w+)"', r'add_op_namespace_prefix("\1")', text)
-    with_ops = with_ops.replace(f"torch.ops.{NAME}.", "_ops.ops.")
+    with_ops = re.sub(rf"torch\.ops\.{NAME}\b", "_ops.ops", with_ops)
     with_ops = with_ops.replace(f'torch.library.Library("{NAME}", ', "torch.library.Library(_ops.ops.name, ")
     if with_ops == text:
         return text

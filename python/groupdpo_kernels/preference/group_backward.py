@@ -40,7 +40,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_callable, check_group, check_iterable, check_kind, check_number, check_tensors, one_of
+from ..checks import check_callable, check_group, check_iterable, check_kind, check_number, one_of
 from ..distributed import Ranks, is_dtensor
 from ..replay import LseTape, RandomState
 from .groups import PreferenceGroups, check_groups
@@ -179,7 +179,7 @@ def _trained(parameters: Any) -> list[Tensor] | None:
     check_iterable("parameters", parameters, "tensors")
     found = [*parameters]
     for i, p in enumerate(found):
-        check_tensors(**{f"parameters[{i}]": p})
+        check_kind(f"parameters[{i}]", p, Tensor, "a tensor")
     return [p for p in found if p.requires_grad]
 
 
