@@ -288,6 +288,8 @@ def _check_weights(
 ) -> None:
     if weights is None:
         return
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} must be a tensor or None; got {type(weights).__name__}")
     check_tensors(**{name: weights})
     if weights.shape != (n,) or weights.dtype == torch.bool or weights.is_complex():
         raise ValueError(f"{name} must be floating or integer and {shape}; got {tuple(weights.shape)} {weights.dtype}")
