@@ -38,6 +38,7 @@ from groupdpo_kernels import (
 from groupdpo_kernels.data import collate
 from groupdpo_kernels.distributed import planned_as_sharded
 from groupdpo_kernels.lm_head import logit_cache
+from groupdpo_kernels.models import shared_prompt
 from groupdpo_kernels.replay import LseTape
 from groupdpo_kernels.testing import Case, make_inputs
 from groupdpo_kernels.threads import Change
@@ -304,6 +305,25 @@ def test_threads_that_share_a_model_and_its_prompts(strategy: str) -> None:
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
 
 
+def test_what_checkpoints_is_known_while_others_turn_it_off_and_on() -> None:
+    """The flag and who has turned it off, read one after the other, would belong to two moments."""
+    model: Any = make("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    flagged = shared_prompt._checkpointing(model)
+    assert flagged
+
+    def work(i: int) -> None:
+        for _ in range(500):
+            if i:
+                with shared_prompt._unflagged(flagged):
+                    pass
+            else:
+                assert shared_prompt._checkpointing(model) == flagged
+
+    together(3, work)
+    assert shared_prompt._checkpointing(model) == flagged
+
+
 def test_a_forward_that_fails_leaves_the_model_to_others() -> None:
     model = make("llama")
     given = batches(model, 2)
@@ -356,9 +376,11 @@ def test_a_change_ends_with_the_last_thread() -> None:
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert seen == ["begins"] and change.is_held
+    with change.standing() as held:
+        assert seen == ["begins"] and held
     second.__exit__(None, None, None)
-    assert seen == ["begins", "ends"] and not change.is_held
+    with change.standing() as held:
+        assert seen == ["begins", "ends"] and not held
     with pytest.raises(KeyError), change.held():
         raise KeyError
     assert seen == ["begins", "ends"] * 2

@@ -56,9 +56,11 @@ class Change:
         self._context, self._lock, self._holders = context, Lock(), 0
         self._entered = contextlib.ExitStack()
 
-    @property
-    def is_held(self) -> bool:
-        return self._holders > 0
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[bool]:
+        """A context in which nobody begins or ends the change: whether it is there."""
+        with self._lock:
+            yield self._holders > 0
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -229,12 +229,13 @@ def cache_kept(bare: nn.Module) -> Iterator[None]:
 
 
 def _checkpointing(bare: nn.Module) -> set[nn.Module]:
-    """The modules whose checkpointing is on: layers, and the models that hold them."""
-    return {
-        m
-        for m in bare.modules()
-        if vars(m).get("gradient_checkpointing") or ((change := _changes.get(m)) is not None and change.is_held)
-    }
+    """The modules whose checkpointing is on, but for `_unflagged`: layers, and the models that hold them."""
+    return {m for m in bare.modules() if "gradient_checkpointing" in vars(m) and _is_flagged(m)}
+
+
+def _is_flagged(m: nn.Module) -> bool:
+    with _change_of(m).standing() as held:  # read apart, the two could belong to two moments
+        return held or bool(m.gradient_checkpointing)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -269,8 +270,7 @@ def _unflagged(modules: Any) -> Iterator[None]:
     """A context in which these modules do not checkpoint, for whoever calls them."""
     with contextlib.ExitStack() as stack:
         for m in modules:
-            change = _changes.setdefault(m, Change(functools.partial(_without_flag, weakref.ref(m))))
-            stack.enter_context(change.held())
+            stack.enter_context(_change_of(m).held())
         yield
 
 
@@ -282,6 +282,10 @@ def _without_flag(module: Callable[[], Any]) -> Iterator[None]:
         yield
     finally:
         m.gradient_checkpointing = True
+
+
+def _change_of(m: nn.Module) -> Change:
+    return _changes.setdefault(m, Change(functools.partial(_without_flag, weakref.ref(m))))
 
 
 _changes: weakref.WeakKeyDictionary[nn.Module, Change] = weakref.WeakKeyDictionary()
