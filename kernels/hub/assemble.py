@@ -17,7 +17,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "python" / "groupdpo_kernels"
-PARTS = ("checks.py", "distributed.py", "reference.py", "replay.py", "testing.py", "threads.py", "lm_head", "preference")
+PARTS = (
+    "checks.py",
+    "distributed.py",
+    "reference.py",
+    "replay.py",
+    "testing.py",
+    "threads.py",
+    "lm_head",
+    "preference",
+)
 NAME = "groupdpo_kernels"
 
 
