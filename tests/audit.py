@@ -14,12 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pages
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "project" / "dependencies.md"
-BEGIN, END = "<!-- begin: make audit -->", "<!-- end: make audit -->"
 OURS = "groupdpo-kernels"
 # What a user installs; what builds, tests and documents the package goes nowhere with it.
 EXTRAS = ("", "triton", "hf", "trl", "cli")
@@ -72,8 +72,7 @@ def main() -> int:
     parser.add_argument("--pip-audit", default="pip-audit", help="the program")
     options = parser.parse_args()
     by_extra = {extra: brought(OURS, extra) for extra in EXTRAS}
-    before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(by_extra)}\n\n{END}{rest.split(END)[1]}")
+    pages.write(PAGE, "make audit", table(by_extra))
     if options.list:
         return 0
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:

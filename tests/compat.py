@@ -25,12 +25,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pages
 from kept_rows import add_row, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "project" / "versions.md"
 WORK = ROOT / "build" / "compat"
-BEGIN, END = "<!-- begin: make compat -->", "<!-- end: make compat -->"
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,7 @@ def main() -> int:
         found[key] = tried(*key, file)
         add_row(results, found[key])
         print(json.dumps(found[key]), flush=True)
-    text, rest = PAGE.read_text().split(BEGIN)
-    before, after = rest.split(END)
-    PAGE.write_text(f"{text}{BEGIN}\n\n{table(found, before)}\n\n{END}{after}")
+    pages.write(PAGE, "make compat", table(found, before=pages.written(PAGE, "make compat")))
     return 0 if all(map(good, found.values())) else 1
 
 

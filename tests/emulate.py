@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pages
 import torch
 import triton
 from emulated_cases import PATHS, PREFERENCES, paths_of, run_case
@@ -28,7 +29,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "project" / "emulation.md"
 ARCHITECTURES = ("sm_90", "sm_80")
 MODES = {"late": True, "early": False}
-BEGIN, END = "<!-- begin: make emulate -->", "<!-- end: make emulate -->"
 
 
 def digest() -> str:
@@ -123,8 +123,7 @@ def main() -> int:
     found: dict[Any, str] = run(results, options.only)
     bad = [f"{' '.join(key)}: {verdict}" for key, verdict in found.items() if verdict != "right"]
     print(f"{len(found) - len(bad)} of {len(found)} runs right", *bad, sep="\n")
-    before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{rest.split(END)[1]}")
+    pages.write(PAGE, "make emulate", table(found))
     return 1 if bad else 0
 
 

@@ -11,7 +11,6 @@ import ctypes
 import gc
 import io
 import json
-import logging
 import os
 import re
 import resource
@@ -34,6 +33,7 @@ from tiny_training import Counting
 from tiny_trl import COMMON, GROUPS, PAIRS, PROMPTS, llama
 
 from groupdpo_kernels import Objective
+from groupdpo_kernels.cli import training
 from groupdpo_kernels.stepwise import reference_logps, store
 from groupdpo_kernels.stepwise.store import digest, file_digest, tensor_digests
 from groupdpo_kernels.trainers import checkpoints, last_checkpoint
@@ -65,18 +65,12 @@ class Job:
 def _told(say: Say, pattern: str, name: str, less: int = 0) -> Iterator[None]:
     """Says a name with the number that the pattern finds in what the package logs."""
 
-    class Passing(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if found := re.search(pattern, record.getMessage()):
-                say(f"{name} {int(found[1]) - less}")
+    def note(text: str) -> None:
+        if found := re.search(pattern, text):
+            say(f"{name} {int(found[1]) - less}")
 
-    logger, handler = logging.getLogger("groupdpo_kernels.stepwise.stages"), Passing()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
+    with training.wider_log(training.Listener(note)):
         yield
-    finally:
-        logger.removeHandler(handler)
 
 
 CHUNKS = 10  # as often as progress is reported

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pages
 import torch
 from fault_jobs import JOBS, Order, begin, prepare
 from kept_rows import add_row, read_rows
@@ -44,7 +45,6 @@ PAGE = ROOT / "docs" / "project" / "faults.md"
 WORK = ROOT / "build" / "faults"
 # Runs are in memory where they can be: what a kill leaves is the same there, and a busy disk costs seconds a file.
 PLACES = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else WORK) / f"faults-{os.getpid()}"
-BEGIN, END = "<!-- begin: make faults -->", "<!-- end: make faults -->"
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 # How often each job is killed, of 200 kills.
 SHARES = {
@@ -449,12 +449,11 @@ def tables(rows: list[dict[str, Any]], seed: int, planned: int) -> str:
     rest = [row for row in rows if "fault" in row]
     wrong = [row for row in rows if row["wrong"]]
     slowest = max((row["seconds"] for row in kills if row["signal"] in ("SIGTERM", "SIGINT")), default=0)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     dates = sorted({row["date"] for row in rows})
     survived, right = (sum(not row["wrong"] for row in some) for some in (kills, rest))
     when = " to ".join(dates[:: max(1, len(dates) - 1)])
     lines = [
-        f"`make faults ARGS='--seed {seed}'`, commit {commit.strip()}, {when}: {len(kills)} of {planned} kills done,"
+        f"`make faults ARGS='--seed {seed}'`, commit {pages.commit()}, {when}: {len(kills)} of {planned} kills done,"
         f" {survived} of them survived; {len(rest)} other faults, {right} of them ended as they should. The slowest end"
         f" after SIGTERM or SIGINT took {slowest:.1f} s.",
         "",
@@ -534,8 +533,7 @@ def main() -> int:
         shutil.rmtree(PLACES, ignore_errors=True)
     rows = [*results.rows.values()]
     found = tables(rows, options.seed, len([*plan(options.kills, options.seed)]))
-    before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{found}\n\n{END}{rest.split(END)[1]}")
+    pages.write(PAGE, "make faults", found)
     return 1 if any(row["wrong"] for row in rows) else 0
 
 

@@ -28,12 +28,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pages
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # a wrong name of a model is looked for on the hub, for minutes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "project" / "fuzzing.md"
 WORK = ROOT / "build" / "fuzz"  # the row of each part, so that parts can run one by one
-BEGIN, END = "<!-- begin: make fuzz -->", "<!-- end: make fuzz -->"
 # How many inputs at --scale 1.
 COUNTS = {"rows": 6_000, "bytes": 90_000, "atheris": 8_000, "ops": 8_000}
 Found = tuple[int, list[str], str]  # inputs tried, faults, a remark
@@ -253,8 +254,7 @@ def main() -> int:
         row["date"] = datetime.date.today().isoformat()
         (WORK / f"{name}.json").write_text(json.dumps(row))
     found = {path.stem: json.loads(path.read_text()) for path in WORK.glob("*.json")}
-    before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{rest.split(END)[1]}")
+    pages.write(PAGE, "make fuzz", table(found))
     return int(wrong)
 
 

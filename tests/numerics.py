@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import subprocess
 import time
 
+import pages
 import torch
 from campaign import backward, heads, losses
 from campaign.frame import ROOT, Family, Verdict, judged, kept, table
@@ -54,26 +54,14 @@ def run(family: Family, cases: int, until: float) -> dict[int, Verdict]:
 
 def report(family: Family, found: dict[int, Verdict]) -> str:
     """What stands between a family's marks on the page."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    commit = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     failed = sum(verdict.failed for verdict in found.values())
     minutes = sum(verdict.seconds for verdict in found.values()) / 60
     head = (
-        f"`make numerics ARGS='--family {family.name}'` at commit {commit}, {datetime.date.today()}, torch "
+        f"`make numerics ARGS='--family {family.name}'` at commit {pages.commit()}, {datetime.date.today()}, torch "
         f"{torch.__version__}; {units_line(units())}. {len(found)} of {family.count} cases in {minutes:.0f} minutes, "
         f"**{failed} beyond the budget**."
     )
     return f"{family.title}\n\n{head}\n\n{table(family, found)}"
-
-
-def marks(family: Family) -> tuple[str, str]:
-    return f"<!-- begin: make numerics, {family.name} -->", f"<!-- end: make numerics, {family.name} -->"
-
-
-def write(family: Family, text: str) -> None:
-    begin, end = marks(family)
-    before, rest = PAGE.read_text().split(begin)
-    PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
 
 
 def main() -> int:
@@ -92,7 +80,7 @@ def main() -> int:
     until, failed = time.monotonic() + options.seconds, 0
     for family in [FAMILIES[options.family]] if options.family else FAMILIES.values():
         found = run(family, min(family.count, options.cases or family.count), until)
-        write(family, report(family, found))
+        pages.write(PAGE, f"make numerics, {family.name}", report(family, found))
         failed += sum(verdict.failed for verdict in found.values())
     return int(failed > 0)
 

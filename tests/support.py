@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import datetime
 import re
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+import pages
 from tiny_models import ARCHITECTURES
 
 from groupdpo_kernels.cli.inspection import units, units_line
@@ -28,7 +28,6 @@ from groupdpo_kernels.testing import CASES, Case
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "project" / "support.md"
 REPORTS = ROOT / "build" / "junit"
-BEGIN, END = "<!-- begin: make support -->", "<!-- end: make support -->"
 
 Cell = tuple[str, str]  # row, column
 REFUSED = "refused"  # before the column of a test that wants an error in words
@@ -329,10 +328,8 @@ def lines_of_files(found: list[Result]) -> Iterator[str]:
 
 def page(found: list[Result]) -> str:
     outcomes = Counter(test.outcome for test in found)
-    git = ["git", "log", "-1", "--format=%h"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     lines = [
-        f"{datetime.date.today().isoformat()}, commit {commit}, on a processor with {units_line(units())}: "
+        f"{datetime.date.today().isoformat()}, commit {pages.commit()}, on a processor with {units_line(units())}: "
         f"{outcomes['passed']} tests passed, {outcomes['failed']} failed, {outcomes['skipped']} not run.",
         "",
     ]
@@ -350,8 +347,7 @@ def main() -> None:
     for row, column, pattern in ((row, *claim) for row, of in TRAINERS.items() for claim in of.items()):
         if not any(re.search(pattern, test.id) for test in found):
             print(f"no test in these reports: {row}, {column}")
-    before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{page(found)}\n\n{END}{rest.split(END)[1]}")
+    pages.write(PAGE, "make support", page(found))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import pytest
 import torch
 from campaign import heads
 from campaign.frame import Family, Verdict, judged, kept, places, table
-from numerics import FAMILIES, PAGE, marks
+from numerics import FAMILIES, PAGE
+from pages import marks
 
 from groupdpo_kernels.reference import accumulator
 
-# How often a slice meets each place of its report: a minute of one core, a quarter of it in Triton's interpreter.
+# How often a slice meets each place of its report: half a minute of one core, a quarter of it in Triton's interpreter.
 EACH = {"head": 6, "losses": 1, "backward": 1}
 
 
@@ -35,7 +36,7 @@ def test_cases_are_drawn_from_their_number_alone(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_has_its_place_on_the_page(name: str) -> None:
     text = PAGE.read_text()
-    assert all(text.count(mark) == 1 for mark in marks(FAMILIES[name]))
+    assert all(text.count(mark) == 1 for mark in marks(f"make numerics, {name}"))
 
 
 def test_every_regime_and_path_is_met() -> None:

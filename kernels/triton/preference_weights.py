@@ -224,9 +224,8 @@ def preference_weights_fwd_kernel(
     losses += tl.where(nll == 0, 0.0, nll * tl.sum(tl.where(pos, -m, 0.0), 1) / P)  # 0 times infinity would be NaN
     d_s = a * d_u - tl.where(pos, nll / (n * P[:, None]), 0.0)
     losses = tl.where(valid, losses, float("nan"))
-    d_s = tl.where(
-        (losses == losses)[:, None], d_s / G, float("nan")
-    )  # where the loss is NaN, so is all of its gradient
+    # Where the loss is NaN, so is all of its gradient.
+    d_s = tl.where((losses == losses)[:, None], d_s / G, float("nan"))
     tl.store(coefficients_ptr + i, d_s.to(tl.float32), mask=inside)
     tl.store(balance_weights_ptr + i, w.to(tl.float32), mask=inside)
     tl.store(group_losses_ptr + g, losses.to(tl.float32), mask=g < G)

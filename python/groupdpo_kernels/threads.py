@@ -3,6 +3,7 @@
     Lock         as threading.RLock; a forked process finds it open, whoever held it
     Change       a change of the process that begins with the first thread that wants it, and ends with the last
     of_this_one  a function for this thread alone; others keep the one that was there
+    one_for_each one object for each of others, such as a lock for each model, made once and gone with it
 
 The module knows nothing of models. It never waits for anything but a lock. It needs Python alone, and a microsecond.
 """
@@ -14,7 +15,10 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Lock:
@@ -85,3 +89,15 @@ def of_this_one(function: Callable[..., Any], others: Callable[..., Any]) -> Cal
         return (function if threading.get_ident() == owner else others)(*args, **kwargs)
 
     return call
+
+
+def one_for_each(make: Callable[[K], V]) -> Callable[[K], V]:
+    """The function that gives make(key), the same object for each living key whichever thread asks first. The object
+    must not hold its key."""
+    table: weakref.WeakKeyDictionary[K, V] = weakref.WeakKeyDictionary()
+
+    def of(key: K) -> V:
+        found = table.get(key)
+        return table.setdefault(key, make(key)) if found is None else found
+
+    return of

@@ -13,7 +13,6 @@ A family is a `Family` at the end of its module, and an entry of FAMILIES in tes
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from kept_rows import add_row, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAME = ("tests/campaign/frame.py",)
@@ -100,27 +100,18 @@ class Verdict:
 
 def kept(path: Path) -> dict[int, Verdict]:
     """What a file of verdicts holds. A last line that a kill has cut is taken off, so that more can follow."""
-    if not path.exists():
-        return {}
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    verdicts = [Verdict(**json.loads(line)) for line in whole.splitlines()]
+    verdicts = [Verdict(**row) for row in read_rows(path)]
     return {verdict.case: verdict for verdict in verdicts}
 
 
 def judged(family: Family, numbers: Iterable[int], path: Path) -> Iterator[Verdict]:
     """The verdicts on `numbers` that `path` does not hold yet, each written as it is there."""
     done = kept(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as out:
-        for number in numbers:
-            if number not in done:
-                verdict = family.verdict(number)
-                out.write(json.dumps(vars(verdict)) + "\n")
-                out.flush()
-                yield verdict
+    for number in numbers:
+        if number not in done:
+            verdict = family.verdict(number)
+            add_row(path, vars(verdict))
+            yield verdict
 
 
 # ------------------------------------------------------------------------------------------------------------ reported

@@ -205,7 +205,7 @@ def train(settings: TrainSettings, listener: Listener | None = None) -> dict[str
         if int(os.environ.get("RANK", 0)) == 0:
             check_writable(folder)
             held.enter_context(locked_folder(folder))
-        with _wider_log(listener):
+        with wider_log(listener):
             trainer = _make_trainer(model, config, objective, settings, rows, tokenizer, listener)
         ranks = trainer.accelerator
         ranks.wait_for_everyone()  # every rank has looked at what the folder holds
@@ -302,7 +302,7 @@ def _make_trainer(
 
 
 @contextlib.contextmanager
-def _wider_log(listener: Listener) -> Iterator[None]:
+def wider_log(listener: Listener) -> Iterator[None]:
     """A context that passes the progress of scoring the reference on to the listener."""
     import logging
 

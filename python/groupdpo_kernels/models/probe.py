@@ -13,15 +13,14 @@ import contextlib
 import inspect
 import math
 import sys
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import is_dtensor
-from ..threads import Change, Lock, of_this_one
+from ..threads import Change, Lock, of_this_one, one_for_each
 from .head_call import LogitMap, leaf_of, linear_parts, swapped, why_split
 from .split_head import like, whole
 
@@ -216,14 +215,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-_locks: weakref.WeakKeyDictionary[nn.Module, Lock] = weakref.WeakKeyDictionary()
+_lock_of: Callable[[nn.Module], Lock] = one_for_each(lambda module: Lock())
 
 
 def one_thread(model: nn.Module) -> Lock:
     """The lock of a model whose head, or modes, change for a call: other threads then wait with theirs. Models with one
     head, as with and without an adapter, have one lock."""
     bare = unwrap(model)
-    return _locks.setdefault(head_of(bare) or bare, Lock())
+    return _lock_of(head_of(bare) or bare)
 
 
 def head_of(bare: nn.Module) -> nn.Module | None:

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..threads import Change
+from ..threads import Change, one_for_each
 from .head_call import swapped
 from .prompt_attention import mark, two_parts
 
@@ -284,8 +284,4 @@ def _without_flag(module: Callable[[], Any]) -> Iterator[None]:
         m.gradient_checkpointing = True
 
 
-def _change_of(m: nn.Module) -> Change:
-    return _changes.setdefault(m, Change(functools.partial(_without_flag, weakref.ref(m))))
-
-
-_changes: weakref.WeakKeyDictionary[nn.Module, Change] = weakref.WeakKeyDictionary()
+_change_of = one_for_each(lambda m: Change(functools.partial(_without_flag, weakref.ref(m))))

@@ -81,13 +81,18 @@ def _feed(sha: Any, x: Any) -> None:
         raise TypeError(f"data and options must be {kinds}; got a {type(x).__qualname__}")
 
 
+def hashers() -> ThreadPoolExecutor:
+    """Threads that hash side by side, which releases the interpreter's lock."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
 def tensor_digests(model: nn.Module) -> dict[str, str]:
     """{name: hash of dtype, shape and bytes} of the state dict. A sharded tensor gives this rank's part."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta or hasattr(parameter, "ds_id"):
             raise ValueError(f"weights must be at hand; {name} is on meta or sharded by ZeRO-3: give `fingerprint`")
     tensors = model.state_dict()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
+    with hashers() as pool:
         return dict(zip(tensors, pool.map(digest, tensors.values())))
 
 

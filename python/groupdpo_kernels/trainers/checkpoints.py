@@ -19,14 +19,13 @@ import json
 import os
 import shutil
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import check_writable, write_json
-from ..stepwise.store import file_digest
+from ..stepwise.store import file_digest, hashers
 from .engines import check_checkpoint, engine_asked
 
 NOTE = "whole"
@@ -130,14 +129,10 @@ def why_not_whole(folder: Path) -> str:
         if not path.is_file() or path.stat().st_size != size:
             found = f"has {path.stat().st_size}" if path.is_file() else "is not there"
             return f"{path.name} must have {size} bytes; it {found}"
-    with _threads() as pool:
+    with hashers() as pool:
         same = pool.map(lambda file: file[2] is None or file_digest(file[0]) == file[2], files)
         damaged = [path.name for (path, *_), fits in zip(files, same) if not fits]
     return f"{damaged[0]} is damaged: its checksum does not fit" if damaged else ""
-
-
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # hashing releases the interpreter lock
 
 
 def _json(path: Path) -> Any:
@@ -156,7 +151,7 @@ def _write_note(folder: Path, hashed: bool) -> None:
         return path.stat().st_size, file_digest(path) if hashed else None
 
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    with _threads() as pool:
+    with hashers() as pool:
         noted = dict(zip((str(path.relative_to(folder)) for path in paths), pool.map(of, paths)))
     write_json(folder / NOTE, {"files": noted})
 
