@@ -254,10 +254,18 @@ def logps_in_chunks(
 
 
 @contextlib.contextmanager
-def swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+def swapped(
+    module: nn.Module, forward: Callable[..., Any], around_compiled: bool = False
+) -> Iterator[Callable[..., Any]]:
     """A context that puts `forward` in place of the module's own forward, for this thread, and yields the latter. The
-    offloading hook of accelerate wraps it as `_old_forward`: there the replacement goes inside the hook."""
+    offloading hook of accelerate wraps it as `_old_forward`: there the replacement goes inside the hook.
+
+    around_compiled: where the module is compiled by itself (`module.compile()`), the compiled code is replaced, with the
+    hooks in it, so that `forward` runs eagerly and what it replaces is still one graph.
+    """
     name = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
+    if around_compiled and module._compiled_call_impl is not None:
+        name = "_compiled_call_impl"
     was_set, real = name in vars(module), getattr(module, name)
     vars(module)[name] = of_this_one(forward, real)
     try:

@@ -223,7 +223,8 @@ def cache_kept(bare: nn.Module) -> Iterator[None]:
         for layer in _outermost(bare, flagged) if torch.is_grad_enabled() else ():
             inner = [m for m in layer.modules() if m in flagged]
             real: list[Any] = []
-            real.append(stack.enter_context(swapped(layer, functools.partial(_checkpointed, layer, real, inner))))
+            checkpointed = functools.partial(_checkpointed, layer, real, inner)
+            real.append(stack.enter_context(swapped(layer, checkpointed, around_compiled=True)))
         with _unflagged(flagged), two_parts():  # without gradients too: GPT-2 and others drop the cache even there
             yield
 
@@ -256,7 +257,7 @@ def _outermost(bare: nn.Module, flagged: set[nn.Module]) -> list[nn.Module]:
 
 
 def _checkpointed(layer: Any, real: list[Any], flagged: list[nn.Module], *args: Any, **kwargs: Any) -> Any:
-    """Runs the layer's own forward, the one item of `real`, under its own checkpoint function."""
+    """Runs what was replaced of the layer, the one item of `real`, under its own checkpoint function."""
 
     def run(*args: Any) -> Any:
         with _unflagged(flagged), two_parts():  # also when it runs again, in the backward
