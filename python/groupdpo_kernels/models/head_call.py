@@ -260,8 +260,8 @@ def swapped(
     """A context that puts `forward` in place of the module's own forward, for this thread, and yields the latter. The
     offloading hook of accelerate wraps it as `_old_forward`: there the replacement goes inside the hook.
 
-    around_compiled: where the module is compiled by itself (`module.compile()`), the compiled code is replaced, with the
-    hooks in it, so that `forward` runs eagerly and what it replaces is still one graph.
+    around_compiled: where the module is compiled by itself (`module.compile()`), what is replaced is the compiled code,
+    with the hooks in it, so that `forward` runs eagerly and the compiled code stays one graph.
     """
     name = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
     if around_compiled and module._compiled_call_impl is not None:
