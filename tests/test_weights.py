@@ -209,6 +209,24 @@ def test_wpo_is_trls(aligned: bool) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_a_gradient_is_nan_where_its_loss_is(loss: str, bad: float, impl: str) -> None:
+    """WPO's weight of a response that is impossible is 0, and 0 times its loss may be NaN; other groups are as ever."""
+    groups = PreferenceGroups.from_lists([[True, False], [True, False], [True, False]], weights=[1.0, 2.0, 0.5])
+    objective = objective_of(loss, policy_weight=True)
+    logps, ref = -torch.linspace(0.5, 4, 6), -torch.ones(6)
+    with where(impl):
+        expected = evaluate(logps, torch.arange(7), groups, objective, ref, impl)
+        for at in (2, 3):  # preferred, dispreferred
+            changed = logps.index_fill(0, torch.tensor([at]), bad)
+            found = evaluate(changed, torch.arange(7), groups, objective, ref, impl)
+            gradient = found["d_token_logps"]
+            assert not found["group_losses"][1].isnan() or gradient[2:4].isnan().all()
+            assert torch.equal(gradient[[0, 1, 4, 5]], expected["d_token_logps"][[0, 1, 4, 5]])
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_weights_in_a_compiled_graph(impl: str) -> None:
     groups, cu, logps, ref = draw("softmax", 1, 2.0, per_token=False)
     objective = Objective("softmax", policy_weight=True)

@@ -11,6 +11,7 @@ Triton to run. The cost is two launches a step, and S numbers kept in between.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -168,6 +169,8 @@ class WeightedPreference(NotUnderVmap):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         token_logps, _, cu_seqlens, *_, factors, ids = inputs
+        if factors is not None:  # 0 times an infinite loss: where what a group adds is NaN, so is all of its gradient
+            factors = torch.where((factors * output[3]).isnan(), math.nan, factors)
         # d loss / d seq_logps is known in closed form by now, so these S numbers are all that the backward needs.
         ctx.save_for_backward(output[5], cu_seqlens, factors, ids)
         ctx.set_materialize_grads(False)  # only loss has a gradient: zeros for the others would be waste
