@@ -18,7 +18,7 @@ help:
 	@echo "make setup    .venv with torch, the package and its C++ extension (TORCH=$(TORCH))"
 	@echo "make demo     train a small causal LM on groups of responses; writes demo/"
 	@echo "make test     every test that needs no GPU"
-	@echo "make compositions  every loss and function compiled by torch's inductor, against eager code"
+	@echo "make compositions  every loss and function compiled by inductor, layers compiled beside all else, against eager code"
 	@echo "make test-distributed  every engine on two and four processes, against one process"
 	@echo "make test-processors  a slice of the tests as on a processor with SSE alone, with AVX2, with all that is here"
 	@echo "make test-aarch64  the loops of the C++ op, cross-compiled and run in qemu: the same bits as here"
@@ -67,7 +67,7 @@ test: setup
 	$(RUN) -m pytest -m 'not gpu and not distributed and not compositions' -n 2 --dist worksteal $(ARGS)
 
 compositions: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m compositions -p no:xdist tests/test_compositions.py $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m compositions -p no:xdist tests/test_compositions.py tests/test_trl_compiled.py $(ARGS)
 
 # Each family of engines starts its processes once, so that the tests run one after the other.
 test-distributed: setup

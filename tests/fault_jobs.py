@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tqdm
 from tiny_cli import PREFERENCES, write_rows
 from tiny_models import batch, make
 from tiny_online import ONLINE, Rewards
@@ -379,6 +380,8 @@ def begin(name: str, folder: str, notes: str, order: Order) -> None:
     for number, file in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(beside / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    # Progress bars share a semaphore with all forks of their process; a kill may leave it taken for ever.
+    tqdm.tqdm.set_lock(threading.RLock())
     said = os.open(beside / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     _watch(place, beside, order)
     if order.limit:

@@ -1,7 +1,7 @@
 """Every public function under what PyTorch does to functions: it works, to the bit, or is refused in words.
 
 docs/project/compositions.md has the table, which is held to WORKS and REFUSED here. What inductor compiles is marked
-`compositions`, but for one function, since each takes seconds.
+`compositions`, since each takes seconds.
 """
 
 from __future__ import annotations
@@ -467,10 +467,8 @@ def check_inductor(f: Function, sizes: list[Tensor]) -> None:
     torch._dynamo.reset()
 
 
-OTHER_LOSSES = [pytest.param(name, marks=pytest.mark.compositions) for name in LOSSES if name != "mpo"]
-
-
-@pytest.mark.parametrize("name", ["mpo", *OTHER_LOSSES])
+@pytest.mark.compositions
+@pytest.mark.parametrize("name", LOSSES)
 def test_inductor_losses(name: str) -> None:
     objective = objective_of(name)
     reference = REFERENCE if objective.needs_reference else None

@@ -45,7 +45,11 @@ def trainer_of(folder: Path, bpe: Any, options: dict[str, Any], model: Any = Non
     return GroupDPOTrainer(model or make("llama"), args=GroupDPOConfig(**config), **named)
 
 
-@pytest.mark.parametrize("case", CASES)
+SLICE = ("two_pass", "adapter, checkpoints")
+REST = [pytest.param(case, marks=pytest.mark.compositions) for case in CASES if case not in SLICE]
+
+
+@pytest.mark.parametrize("case", [*SLICE, *REST])
 def test_compiled_layers_train_alike(case: str, counters: Any, tmp_path: Path, bpe: Any) -> None:
     """The same steps; nothing of the model around the layers is compiled; policy and reference share what is."""
     options, more = CASES[case], {"peft_config": lora()} if case.startswith("adapter") else {}
@@ -74,11 +78,11 @@ def test_another_trainer_compiles_as_it_was_told(compiled: bool, tmp_path: Path,
 
 def test_a_deep_model_compiles_no_more_than_a_shallow_one(counters: Any, tmp_path: Path, bpe: Any) -> None:
     graphs = []
-    for depth in (3, 9):
+    for depth in (2, 4):
         torch._dynamo.reset()
         counters.clear()
         model = make("llama", num_hidden_layers=depth)
-        run(trainer_of(tmp_path, bpe, {}, model))
+        run(trainer_of(tmp_path, bpe, {"max_steps": 1}, model))
         graphs.append(counters["stats"]["unique_graphs"])
         for layer in model.model.layers:
             assert layer._compiled_call_impl is not None

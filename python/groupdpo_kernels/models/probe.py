@@ -233,18 +233,33 @@ def head_of(bare: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def inside_adapters(bare: Any) -> Any:
+    """The model that peft has wrapped, or the model itself."""
+    return bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+
+
+def forward_parameters(bare: nn.Module) -> tuple[frozenset[str], bool]:
+    """The names that the model's forward takes, and whether it takes others too (**kwargs)."""
+    return _parameters_of(type(inside_adapters(bare)).forward)
+
+
+def _parameters(function: Any) -> tuple[frozenset[str], bool]:
+    parameters = inspect.signature(function).parameters
+    return frozenset(parameters), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+_parameters_of = one_for_each(_parameters)  # read at every forward, and a signature takes 0.1 ms
+
+
 def without_cache(bare: nn.Module) -> dict[str, Any]:
     """{"use_cache": False} where the forward takes it: nothing is generated, so keys and values need not be kept.
 
     A forward of transformers may take it among its **kwargs; where it is left out there, the config decides, and a
     model in training builds a cache.
     """
-    model: Any = bare
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parameters = inspect.signature(type(inner).forward).parameters
-    config: Any = getattr(inner, "config", None)
+    parameters, open_ended = forward_parameters(bare)
+    config: Any = getattr(inside_adapters(bare), "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     known = "use_cache" in parameters or (open_ended and any(hasattr(c, "use_cache") for c in (config, text)))
     return {"use_cache": False} if known else {}
 

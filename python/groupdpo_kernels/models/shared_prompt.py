@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from ..threads import Change, one_for_each
 from .head_call import swapped
+from .probe import forward_parameters
 from .prompt_attention import mark, two_parts
 
 REENTRANT = "reentrant checkpoints give their inputs alone a gradient: take use_reentrant=False"
@@ -42,17 +42,15 @@ Prefix = Sequence[Tensor | None]  # keys and values (B, heads, P, width) of each
 
 def without_positions(bare: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs without position_ids where the forward takes none: such a model counts from the cache's length."""
-    inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
-    parameters = inspect.signature(type(inner).forward).parameters
-    if "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    parameters, open_ended = forward_parameters(bare)
+    if "position_ids" in parameters or open_ended:
         return inputs
     return {name: value for name, value in inputs.items() if name != "position_ids"}
 
 
 def cache_name(bare: Any) -> str | None:
     """The name under which the model's forward takes a cache; None where it takes none."""
-    inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
-    parameters = inspect.signature(type(inner).forward).parameters
+    parameters, _ = forward_parameters(bare)
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
