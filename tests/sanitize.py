@@ -39,6 +39,7 @@ TESTS = (
         "tests/test_frozen_head.py tests/test_logit_cache.py tests/test_sparse.py tests/test_sparse_tail.py",
         "not triton and not opcheck and not reference",
     ),
+    ("tests/test_numerics.py", "a_slice and head and cpu"),
 )
 
 

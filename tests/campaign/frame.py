@@ -12,6 +12,7 @@ A family is a `Family` at the end of its module, and an entry of FAMILIES in tes
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
@@ -59,14 +60,15 @@ class Family:
             shares = {f"{type(error).__name__}: {' '.join(str(error).split())[:300]}": math.inf}
         return Verdict(number, shares, time.perf_counter() - began)
 
-    def slice(self, each: int) -> list[int]:
-        """Numbers of cases that meet each pair of a row and a column `each` times, or as often as the campaign does."""
+    @functools.cache  # noqa: B019 (families live as long as the process)
+    def slice(self, each: int) -> dict[str, list[int]]:
+        """By column, numbers of cases that meet each of its rows `each` times, or as often as the campaign does."""
         met: dict[tuple[str, str], int] = {}
-        chosen = []
+        chosen: dict[str, list[int]] = {}
         for number in range(self.count):
-            pairs = places(self.draw(number))
+            pairs = places(case := self.draw(number))
             if any(met.get(pair, 0) < each for pair in pairs):
-                chosen.append(number)
+                chosen.setdefault(case.column, []).append(number)
                 met |= {pair: met.get(pair, 0) + 1 for pair in pairs}
         return chosen
 
