@@ -165,6 +165,21 @@ def test_threads_that_branch_apart_meet_again() -> None:
     np.testing.assert_array_equal(out, np.repeat(sums, 32).astype(np.uint64))
 
 
+def test_they_meet_where_the_text_is_not_in_the_order_of_the_flow() -> None:
+    """A loop whose end stands above its beginning, as a compiler lays out a logarithm with rare cases."""
+    out, findings = probe("""
+        mov.u32 %r9, 0; mov.u32 %r10, 0; and.b32 %r11, %r0, 1; setp.eq.u32 %p2, %r11, 1; bra.uni begin;
+    even: mov.u32 %r11, %r0;
+    end: redux.sync.add.u32 %r12, %r11, -1; add.u32 %r9, %r9, %r12; add.u32 %r10, %r10, 1;
+        setp.lt.u32 %p1, %r10, 3; @%p1 bra begin; bra.uni done;
+    begin: @%p2 bra odd; bra.uni even;
+    odd: mov.u32 %r11, 7; bra.uni end;
+    done: st.global.b32 [%rd3], %r9;""")
+    assert not findings
+    sums = np.where(LANES % 2 == 0, LANES, 7).reshape(2, 32).sum(1)
+    np.testing.assert_array_equal(out, 3 * np.repeat(sums, 32).astype(np.uint64))
+
+
 def test_blocks_have_their_own_shared_memory() -> None:
     body = """
         mad.wide.u32 %rd7, %r0, 8, %rd1; mov.u32 %r1, %ctaid.x; shl.b32 %r2, %r0, 2; mov.b32 %r3, memory;

@@ -4,8 +4,8 @@ A `Machine` holds some blocks at once (they share nothing but global memory), be
 costs little more than one over 100. Every register is a row over all threads. An instruction is bound once to `Step`s:
 a function and the rows it takes, so that executing it is one call; a mask of threads goes along as `where`, as NumPy's
 own functions take it. Threads that branch apart become contexts with a mask each; the context that is furthest back in
-the program runs first, and contexts that meet become one. A barrier parks its threads until all of their block are
-there.
+the flow of the program runs first (`turns`), and contexts that meet become one. A barrier parks its threads until all
+of their block are there.
 
 Registers that may be read before they are written (found by a walk over the control flow) are watched. Contexts that
 wait for what never comes are a hang, and raise PtxError. Memory order between threads is not modelled: what one thread
@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import networkx as nx  # torch requires it
 import numpy as np
 
 from .asynchronous import Asynchronous
@@ -96,6 +97,7 @@ class Machine:
         self._watched = self._maybe_unwritten()
         self.written = {name: np.zeros(n, bool) for name in self._watched}
         self.bound = [self._bind(block, HANDLERS) for block in program.blocks]
+        self.turns = turns(program.blocks)
 
     def _new_shared(self) -> SharedMemory:
         program = self.program
@@ -324,7 +326,7 @@ class Machine:
                     self._hang()
                 self._contexts, self._spinning = self._spinning, {}
                 idle += 1
-            at = min(self._contexts)
+            at = min(self._contexts, key=self.turns.__getitem__)
             self.failed: Array | None = None
             self._execute(at, self._contexts.pop(at))
             executed += 1
@@ -371,7 +373,7 @@ class Machine:
                 row = self.row(end.guard, "pred")
                 taken = mask & ~row if end.guard.negated else mask & row
             assert block.target is not None
-            if self.failed is not None and block.target <= at:
+            if self.failed is not None and self.turns[block.target] <= self.turns[at]:
                 again = taken & self.failed
                 if again.any():
                     self._spinning[block.target] = self._spinning.get(block.target, False) | again
@@ -432,6 +434,34 @@ class Machine:
             self._go(to, mask & going)
             if (rest := mask & ~going).any():
                 self._parked.append((to, rest))
+
+
+def turns(blocks: list[Block]) -> list[int]:
+    """The turn of each block, by which one comes after all that lead to it, and what follows a loop after all of the
+    loop. That is not the order of the text: a compiler may put the end of a loop's body above its beginning.
+    """
+    flow = nx.DiGraph()
+    flow.add_nodes_from(range(len(blocks)))
+    flow.add_edges_from((at, to) for at, block in enumerate(blocks) for to in successors(at, block) if to < len(blocks))
+    order = _in_turn(flow, 0)
+    return [turn for _, turn in sorted((at, turn) for turn, at in enumerate(order))]
+
+
+def _in_turn(flow: nx.DiGraph, first: int) -> list[int]:
+    """The blocks of a loop that begins with `first`, each loop within it in one piece."""
+    once = flow.copy()
+    once.remove_edges_from([*flow.in_edges(first)])  # the way back
+    loops = nx.condensation(once)
+    members = nx.get_node_attributes(loops, "members")
+    order: list[int] = []
+    for loop in nx.lexicographical_topological_sort(loops, key=lambda loop: min(members[loop])):
+        inside = members[loop]
+        if len(inside) == 1:
+            order += inside
+        else:
+            entries = [to for at, to in once.in_edges(inside) if at not in inside]
+            order += _in_turn(once.subgraph(inside), min(entries, default=min(inside)))
+    return order
 
 
 def successors(at: int, block: Block) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -111,8 +112,8 @@ def plan(
     from ..memory.planner import plan as predict
     from ..memory.workload import Workload
 
-    if not memory > 0:
-        raise ValueError(f"memory must be positive; got {memory}")
+    if not 0 < memory * 1e9 < math.inf:
+        raise ValueError(f"memory must be positive and finite; got {memory}")
     sizes = numbers("groups", groups)
     base = Workload(**workload, group=max(sizes, default=8))
     devices = Hardware(round(memory * 1e9), **hardware)
