@@ -414,6 +414,7 @@ def test_layers_compiled_by_themselves(checkpoints: bool) -> None:
     for layer in model.transformer.h:
         layer.compile(backend="eager")
     with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         check_same(coupled(model, step), expected)
     assert counters["frames"]["ok"] and not counters["graph_break"]
     assert not [w for w in warned if "dynamo" in str(w.message).lower()]

@@ -436,15 +436,14 @@ class Machine:
                 self._parked.append((to, rest))
 
 
-def turns(blocks: list[Block]) -> list[int]:
-    """The turn of each block, by which one comes after all that lead to it, and what follows a loop after all of the
-    loop. That is not the order of the text: a compiler may put the end of a loop's body above its beginning.
+def turns(blocks: list[Block]) -> dict[int, int]:
+    """The turn of each block, by number. A block comes after all that lead to it, and what follows a loop after
+    all of the loop. The text may have another order: a compiler may put the end of a loop's body above its beginning.
     """
     flow = nx.DiGraph()
     flow.add_nodes_from(range(len(blocks)))
     flow.add_edges_from((at, to) for at, block in enumerate(blocks) for to in successors(at, block) if to < len(blocks))
-    order = _in_turn(flow, 0)
-    return [turn for _, turn in sorted((at, turn) for turn, at in enumerate(order))]
+    return {at: turn for turn, at in enumerate(_in_turn(flow, 0))}
 
 
 def _in_turn(flow: nx.DiGraph, first: int) -> list[int]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .probe import inside_adapters
+
 # The most kinds of forward that are compiled: with gradients and without, with a mask and without, of one length and of
 # any, of a first layer, whose input may need no gradient; for a policy and for a reference.
 KINDS = 64
@@ -16,7 +18,7 @@ COMPILED = "torch_compile compiles one layer for all, and keys and values of a p
 
 def layers_of(model: Any) -> nn.ModuleList:
     """The decoder's layers. ValueError where a model has none under a name that transformers uses."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    bare = inside_adapters(model)
     decoder = bare.get_decoder() if hasattr(bare, "get_decoder") else bare
     for name in ("layers", "h", "blocks"):
         if isinstance(getattr(decoder, name, None), nn.ModuleList):
